@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+// Stage 4 on the CPU: every output element is summed in one order, so any split of the columns gives the same bits.
+#include "kernels.h"
+#include "schedule.h"
+
+namespace gs {
+namespace {
+
+constexpr int64_t kChunk = 16384;          // columns per call of the loop body
+constexpr int64_t kSerialElements = 65536; // less than this is not worth a second thread
+constexpr int64_t kStreamBytes = 8 << 20;  // an output above this would push the gradients out of the cache
+
+void combine_chunk(const gs_gradients& g, const double* weights, void* const* out, bool accumulate, bool stream,
+                   int64_t p, int64_t begin, int64_t end) {
+  const void* rows[GS_MAX_TASKS];
+  double present_weights[GS_MAX_TASKS];
+  const double* w = weights + segment_of(g, p) * g.num_tasks;
+  int64_t present = 0;
+  for (int64_t t = 0; t < g.num_tasks; t++) {
+    const void* data = g.data[p * g.num_tasks + t];
+    if (!data || w[t] == 0) continue;
+    rows[present] = offset(data, g.dtype[p], begin);
+    present_weights[present++] = w[t];
+  }
+  if (present == 0 && accumulate) return;
+  void* destination = const_cast<char*>(offset(out[p], g.dtype[p], begin));
+  kernels().combine(rows, present_weights, present, static_cast<gs_dtype>(g.dtype[p]), end - begin, destination,
+                    accumulate, stream);
+}
+
+}  // namespace
+}  // namespace gs
+
+int64_t gs_combine_workspace_bytes(const gs_gradients* grads) {
+  return grads && gs::check(*grads) == GS_OK ? (grads->num_params + 1) * static_cast<int64_t>(sizeof(int64_t)) : -1;
+}
+
+gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
+                         void* workspace, int64_t workspace_bytes, const gs_parallel* parallel) {
+  using namespace gs;
+  GS_REQUIRE(grads && weights && out, "grads, weights and out must not be NULL");
+  if (const gs_status status = check(*grads)) return status;
+  const gs_gradients& g = *grads;
+  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_combine_workspace_bytes(grads));
+
+  int64_t* first_chunk = static_cast<int64_t*>(workspace);
+  int64_t elements = 0, out_bytes = 0;
+  first_chunk[0] = 0;
+  for (int64_t p = 0; p < g.num_params; p++) {
+    first_chunk[p + 1] = first_chunk[p] + (out[p] ? (g.numel[p] + kChunk - 1) / kChunk : 0);
+    elements += g.numel[p] * g.num_tasks;
+    out_bytes += out[p] ? g.numel[p] * element_bytes(g.dtype[p]) : 0;
+  }
+  const int64_t chunks = first_chunk[g.num_params];
+  const bool stream = !accumulate && out_bytes > kStreamBytes;
+  // In reverse: the Gram pass read the last columns last, so they may still be in the cache.
+  parallel_for(elements < kSerialElements ? nullptr : parallel, chunks, [&](int64_t i) {
+    const int64_t chunk = chunks - 1 - i;
+    const int64_t p = std::upper_bound(first_chunk, first_chunk + g.num_params + 1, chunk) - first_chunk - 1;
+    const int64_t begin = (chunk - first_chunk[p]) * kChunk;
+    combine_chunk(g, weights, out, accumulate != 0, stream, p, begin, std::min(begin + kChunk, g.numel[p]));
+  });
+  return GS_OK;
+}

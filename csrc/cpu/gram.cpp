@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: MIT
+// Stage 2 on the CPU: splits each segment's columns into a fixed number of slots, sums each slot in one thread, and adds
+// the slots in order. The slots depend on the sizes alone, so the bits do not depend on the threads.
+#include <cstring>
+
+#include "kernels.h"
+#include "schedule.h"
+
+namespace gs {
+namespace {
+
+constexpr int64_t kMaxSlots = 64;         // per segment
+constexpr int64_t kSlotElements = 65536;  // a slot smaller than this is not worth a thread
+constexpr int64_t kSlotAlignment = 64;    // columns
+
+int64_t slots_of(int64_t columns, int64_t num_tasks) {
+  const int64_t limit = std::max<int64_t>(1, kMaxSlots * 64 / num_tasks);  // bounds the partial sums' bytes
+  return std::clamp<int64_t>(columns / std::max<int64_t>(1, kSlotElements / num_tasks), 1, std::min(kMaxSlots, limit));
+}
+
+// Parameters sorted by segment, and the slots of each segment.
+struct Plan {
+  int64_t* first_param;  // [S + 1] into params
+  int64_t* first_slot;   // [S + 1]
+  int64_t* columns;      // [S]
+  int64_t* params;       // [P] parameter indices, in order within a segment
+  double* partials;      // [slots of segments with more than one slot][T][T]
+  int64_t bytes;
+
+  Plan(const gs_gradients& g, void* workspace) {
+    Workspace space(workspace);
+    const int64_t segments = g.num_segments;
+    first_param = space.take<int64_t>(segments + 1);
+    first_slot = space.take<int64_t>(segments + 1);
+    columns = space.take<int64_t>(segments);
+    params = space.take<int64_t>(g.num_params);
+    partials = space.take<double>(0);
+    int64_t total = 0;
+    for (int64_t p = 0; p < g.num_params; p++) total += g.numel[p];
+    // No split of the columns into segments needs more slots than this.
+    const int64_t most = segments + std::min(segments * kMaxSlots, total / std::max<int64_t>(1, kSlotElements / g.num_tasks));
+    space.take<double>(most * g.num_tasks * g.num_tasks);
+    bytes = space.bytes();
+    if (workspace) fill(g);
+  }
+
+  void fill(const gs_gradients& g) {
+    const int64_t segments = g.num_segments;
+    std::fill(first_param, first_param + segments + 1, 0);
+    std::fill(columns, columns + segments, 0);
+    for (int64_t p = 0; p < g.num_params; p++) {
+      first_param[segment_of(g, p) + 1]++;
+      columns[segment_of(g, p)] += g.numel[p];
+    }
+    first_slot[0] = 0;
+    for (int64_t s = 0; s < segments; s++) {
+      first_param[s + 1] += first_param[s];
+      first_slot[s + 1] = first_slot[s] + slots_of(columns[s], g.num_tasks);
+    }
+    for (int64_t p = 0; p < g.num_params; p++) params[first_param[segment_of(g, p)]++] = p;
+    for (int64_t s = segments; s > 0; s--) first_param[s] = first_param[s - 1];
+    first_param[0] = 0;
+  }
+};
+
+// Adds the products of columns begin..end of a segment to the upper triangle of gram.
+void sum_columns(const gs_gradients& g, const Plan& plan, int64_t segment, int64_t begin, int64_t end, double* gram) {
+  const void* rows[GS_MAX_TASKS];
+  int32_t index[GS_MAX_TASKS];
+  int64_t start = 0;
+  for (int64_t i = plan.first_param[segment]; i < plan.first_param[segment + 1] && start < end; i++) {
+    const int64_t p = plan.params[i], stop = start + g.numel[p];
+    const int64_t from = std::max(begin, start), to = std::min(end, stop);
+    if (from < to) {
+      int64_t present = 0;
+      for (int64_t t = 0; t < g.num_tasks; t++) {
+        const void* data = g.data[p * g.num_tasks + t];
+        if (!data) continue;
+        rows[present] = offset(data, g.dtype[p], from - start);
+        index[present++] = static_cast<int32_t>(t);
+      }
+      if (present) {
+        kernels().gram(rows, index, present, static_cast<gs_dtype>(g.dtype[p]), to - from, gram, g.num_tasks);
+      }
+    }
+    start = stop;
+  }
+}
+
+}  // namespace
+}  // namespace gs
+
+int64_t gs_gram_workspace_bytes(const gs_gradients* grads) {
+  return grads && gs::check(*grads) == GS_OK ? gs::Plan(*grads, nullptr).bytes : -1;
+}
+
+gs_status gs_gram_cpu(const gs_gradients* grads, double* gram, void* workspace, int64_t workspace_bytes,
+                      const gs_parallel* parallel) {
+  using namespace gs;
+  GS_REQUIRE(grads && gram, "grads and gram must not be NULL");
+  if (const gs_status status = check(*grads)) return status;
+  const gs_gradients& g = *grads;
+  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, Plan(g, nullptr).bytes);
+  const Plan plan(g, workspace);
+  const int64_t tasks = g.num_tasks, square = tasks * tasks, segments = g.num_segments;
+
+  const auto sum_slot = [&](int64_t slot) {
+    const int64_t s = std::upper_bound(plan.first_slot, plan.first_slot + segments + 1, slot) - plan.first_slot - 1;
+    const int64_t k = slot - plan.first_slot[s], count = plan.first_slot[s + 1] - plan.first_slot[s];
+    const int64_t step = (plan.columns[s] + count - 1) / count;
+    const int64_t width = (step + kSlotAlignment - 1) / kSlotAlignment * kSlotAlignment;
+    const int64_t begin = std::min(k * width, plan.columns[s]), end = std::min(begin + width, plan.columns[s]);
+    double* partial = plan.partials + slot * square;
+    std::fill(partial, partial + square, 0.0);
+    sum_columns(g, plan, s, begin, end, partial);
+  };
+  parallel_for(parallel, plan.first_slot[segments], sum_slot);
+
+  for (int64_t s = 0; s < segments; s++) {
+    double* out = gram + s * square;
+    std::fill(out, out + square, 0.0);
+    for (int64_t slot = plan.first_slot[s]; slot < plan.first_slot[s + 1]; slot++) {
+      for (int64_t i = 0; i < square; i++) out[i] += plan.partials[slot * square + i];
+    }
+    for (int64_t i = 0; i < tasks; i++) {
+      for (int64_t j = 0; j < i; j++) out[i * tasks + j] = out[j * tasks + i];
+    }
+  }
+  return GS_OK;
+}

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: MIT
+// The two N-sized kernels, compiled once per instruction set and picked at run time.
+#pragma once
+#include <cstdint>
+
+#include "gradsurgery/gradsurgery.h"
+
+namespace gs {
+
+struct KernelTable {
+  const char* isa;
+
+  // gram[index[r] * ld + index[c]] += rows[r] . rows[c] for r <= c < k. index ascends.
+  void (*gram)(const void* const* rows, const int32_t* index, int64_t k, gs_dtype dtype, int64_t n, double* gram,
+               int64_t ld);
+
+  // out = sum_r weights[r] rows[r], or out += with accumulate; out may equal one of the rows. With stream, out is
+  // written past the cache, which saves reading its lines first.
+  void (*combine)(const void* const* rows, const double* weights, int64_t k, gs_dtype dtype, int64_t n, void* out,
+                  bool accumulate, bool stream);
+};
+
+extern const KernelTable kBaselineKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#endif
+
+// The best table that this machine runs. GS_OK is the only outcome: the baseline runs everywhere.
+const KernelTable& kernels();
+
+}  // namespace gs

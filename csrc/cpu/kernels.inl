@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: MIT
+// Compiles the kernels for one instruction set. The including file defines GS_ISA (a namespace), GS_LANES (doubles per
+// vector), GS_PANEL (rows per register tile) and GS_TABLE, after it has chosen the compilation target.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "simd.inl"
+// The kernels read the vector types of simd.inl.
+#include "combine.inl"
+#include "gram.inl"
+
+namespace gs {
+
+#define GS_STRING_(x) #x
+#define GS_STRING(x) GS_STRING_(x)
+const KernelTable GS_TABLE = {GS_STRING(GS_ISA), &GS_ISA::gram, &GS_ISA::combine};
+
+}  // namespace gs

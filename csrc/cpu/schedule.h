@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MIT
+// What the stages share: checks of gs_gradients, the parallel loop, the workspace.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "status.h"
+
+namespace gs {
+
+inline gs_status check(const gs_gradients& g) {
+  GS_REQUIRE(g.num_tasks >= 1, "num_tasks must be at least 1, got %lld", (long long)g.num_tasks);
+  if (g.num_tasks > GS_MAX_TASKS) {
+    return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)g.num_tasks);
+  }
+  GS_REQUIRE(g.num_params >= 0 && g.num_segments >= 1, "num_params must be >= 0 and num_segments >= 1, got %lld and %lld",
+             (long long)g.num_params, (long long)g.num_segments);
+  for (int64_t p = 0; p < g.num_params; p++) {
+    GS_REQUIRE(g.numel[p] >= 0, "numel[%lld] must be >= 0, got %lld", (long long)p, (long long)g.numel[p]);
+    GS_REQUIRE(g.dtype[p] >= GS_FLOAT64 && g.dtype[p] <= GS_FLOAT16, "dtype[%lld] is %d, which no gs_dtype is",
+               (long long)p, g.dtype[p]);
+    GS_REQUIRE(!g.segment || (g.segment[p] >= 0 && g.segment[p] < g.num_segments),
+               "segment[%lld] must be in 0..%lld, got %d", (long long)p, (long long)g.num_segments - 1, g.segment[p]);
+  }
+  return GS_OK;
+}
+
+inline int64_t segment_of(const gs_gradients& g, int64_t p) { return g.segment ? g.segment[p] : 0; }
+
+inline int64_t element_bytes(int32_t dtype) { return dtype == GS_FLOAT64 ? 8 : dtype == GS_FLOAT32 ? 4 : 2; }
+
+inline const char* offset(const void* data, int32_t dtype, int64_t elements) {
+  return static_cast<const char*>(data) + elements * element_bytes(dtype);
+}
+
+// Calls body(i) for i in 0..count-1, on the calling thread where that is enough.
+template <class Body>
+void parallel_for(const gs_parallel* parallel, int64_t count, Body body) {
+  if (!parallel || count <= 1) {
+    for (int64_t i = 0; i < count; i++) body(i);
+  } else {
+    parallel->run(parallel->context, count, [](void* arg, int64_t i) { (*static_cast<Body*>(arg))(i); }, &body);
+  }
+}
+
+// Cuts arrays out of the caller's workspace, each on a 64-byte boundary. With a null base it only counts bytes.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* array = base_ ? reinterpret_cast<T*>(base_ + bytes_) : nullptr;
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return array;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+#define GS_REQUIRE_WORKSPACE(workspace, given, needed)                                            \
+  GS_REQUIRE((given) >= (needed), "workspace must hold %lld bytes, got %lld", (long long)(needed), \
+             (long long)(given));                                                                  \
+  GS_REQUIRE((needed) == 0 || ((workspace) && reinterpret_cast<uintptr_t>(workspace) % 64 == 0),    \
+             "workspace must be aligned to 64 bytes")
+
+}  // namespace gs

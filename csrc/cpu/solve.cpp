@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: MIT
+// Stage 3 on the CPU: one T x T problem per loop body, the solvers are those of csrc/solvers.
+#include "schedule.h"
+#include "solvers/gradnorm.h"
+#include "solvers/min_norm.h"
+#include "solvers/pcgrad.h"
+
+namespace gs {
+namespace {
+
+gs_status check_problems(int64_t batch, int64_t num_tasks) {
+  GS_REQUIRE(batch >= 0 && num_tasks >= 1, "batch must be >= 0 and num_tasks >= 1, got %lld and %lld",
+             (long long)batch, (long long)num_tasks);
+  if (num_tasks > GS_MAX_TASKS) {
+    return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)num_tasks);
+  }
+  return GS_OK;
+}
+
+int64_t min_norm_bytes_per_problem(int64_t num_tasks) {
+  return (MinNorm::scratch_doubles(num_tasks) * 8 + num_tasks * 8 + 63) / 64 * 64;
+}
+
+// Threads pay off only beyond a few microseconds of work.
+const gs_parallel* worth_threads(const gs_parallel* parallel, int64_t batch, int64_t num_tasks) {
+  return batch * num_tasks * num_tasks >= 4096 ? parallel : nullptr;
+}
+
+}  // namespace
+}  // namespace gs
+
+gs_status gs_task_order_cpu(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t* order) {
+  if (const gs_status status = gs::check_problems(1, num_tasks)) return status;
+  GS_REQUIRE(order, "order must not be NULL");
+  for (int64_t i = 0; i < num_tasks; i++) gs::task_order_row(num_tasks, seed, step, i, order + i * num_tasks);
+  return GS_OK;
+}
+
+gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, uint64_t seed,
+                        uint64_t step, int mean, double* weights, const gs_parallel* parallel) {
+  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
+  for (int64_t i = 0; order && i < num_tasks; i++) {
+    bool seen[GS_MAX_TASKS] = {};
+    for (int64_t k = 0; k < num_tasks; k++) {
+      const int64_t j = order[i * num_tasks + k];
+      GS_REQUIRE(j >= 0 && j < num_tasks && !seen[j], "order row %lld must be a permutation of 0..%lld", (long long)i,
+                 (long long)num_tasks - 1);
+      seen[j] = true;
+    }
+  }
+  gs::parallel_for(gs::worth_threads(parallel, batch, num_tasks), batch, [&](int64_t b) {
+    double v[GS_MAX_TASKS];
+    int64_t row_order[GS_MAX_TASKS];
+    gs::pcgrad_weights(gram + b * num_tasks * num_tasks, num_tasks, order, seed, step, mean != 0,
+                       weights + b * num_tasks, v, row_order);
+  });
+  return GS_OK;
+}
+
+int64_t gs_min_norm_workspace_bytes(int64_t batch, int64_t num_tasks) {
+  return gs::check_problems(batch, num_tasks) == GS_OK ? batch * gs::min_norm_bytes_per_problem(num_tasks) : -1;
+}
+
+gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver, int64_t max_iter,
+                          double tol, double* weights, void* workspace, int64_t workspace_bytes,
+                          const gs_parallel* parallel) {
+  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
+  GS_REQUIRE(solver == GS_EXACT || solver == GS_FRANK_WOLFE, "solver is %d, which no gs_solver is", (int)solver);
+  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_min_norm_workspace_bytes(batch, num_tasks));
+  gs::parallel_for(gs::worth_threads(parallel, batch, num_tasks), batch, [&](int64_t b) {
+    const double* problem = gram + b * num_tasks * num_tasks;
+    double* w = weights + b * num_tasks;
+    double* scratch = reinterpret_cast<double*>(static_cast<char*>(workspace) +
+                                                b * gs::min_norm_bytes_per_problem(num_tasks));
+    if (!gs::all_finite(problem, num_tasks * num_tasks)) {
+      gs::fill_nan(w, num_tasks);
+    } else if (solver == GS_FRANK_WOLFE) {
+      gs::frank_wolfe(problem, num_tasks, max_iter, tol, w, scratch);
+    } else {
+      int64_t* members = reinterpret_cast<int64_t*>(scratch + gs::MinNorm::scratch_doubles(num_tasks));
+      gs::MinNorm(problem, num_tasks, w, scratch, members).solve();
+    }
+  });
+  return GS_OK;
+}
+
+gs_status gs_gradnorm_cpu(const double* weights, const double* norms, const double* losses,
+                          const double* initial_losses, int64_t batch, int64_t num_tasks, double alpha, double lr,
+                          double* new_weights) {
+  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(batch == 0 || (weights && norms && losses && initial_losses && new_weights),
+             "weights, norms, losses, initial_losses and new_weights must not be NULL");
+  for (int64_t b = 0; b < batch; b++) {
+    const int64_t at = b * num_tasks;
+    gs::gradnorm_update(weights + at, norms + at, losses + at, initial_losses + at, num_tasks, alpha, lr,
+                        new_weights + at);
+  }
+  return GS_OK;
+}

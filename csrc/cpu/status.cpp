@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: MIT
+#include "status.h"
+
+#include <cstdarg>
+#include <cstdio>
+
+#include "kernels.h"
+
+namespace gs {
+
+static thread_local char last_error[256] = "";
+
+gs_status fail(gs_status status, const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(last_error, sizeof(last_error), format, args);
+  va_end(args);
+  return status;
+}
+
+const KernelTable& kernels() {
+#if defined(__x86_64__)
+  static const KernelTable& best = [&]() -> const KernelTable& {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx2 && avx512 ? kAvx512Kernels : avx2 ? kAvx2Kernels : kBaselineKernels;
+  }();
+  return best;
+#else
+  return kBaselineKernels;
+#endif
+}
+
+}  // namespace gs
+
+const char* gs_version(void) { return GS_VERSION; }
+const char* gs_last_error(void) { return gs::last_error; }
+const char* gs_cpu_isa(void) { return gs::kernels().isa; }

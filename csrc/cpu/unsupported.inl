@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: MIT
+#include "status.h"
+
+namespace {
+
+gs_status unsupported() { return gs::fail(GS_UNSUPPORTED, "this library was built without CUDA kernels"); }
+
+}  // namespace
+
+int gs_has_cuda(void) { return 0; }
+
+gs_status gs_gram_cuda(const gs_gradients*, double*, void*, int64_t, gs_stream) { return unsupported(); }
+
+gs_status gs_combine_cuda(const gs_gradients*, const double*, void* const*, int, void*, int64_t, gs_stream) {
+  return unsupported();
+}
+
+gs_status gs_pcgrad_cuda(const double*, int64_t, int64_t, const int64_t*, uint64_t, const int64_t*, int, double*,
+                         gs_stream) {
+  return unsupported();
+}
+
+gs_status gs_min_norm_cuda(const double*, int64_t, int64_t, gs_solver, int64_t, double, double*, void*, int64_t,
+                           gs_stream) {
+  return unsupported();
+}
+
+gs_status gs_gradnorm_cuda(const double*, const double*, const double*, const double*, int64_t, int64_t, double,
+                           double, double*, gs_stream) {
+  return unsupported();
+}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: MIT
+//
+// The C boundary of gradsurgery. It includes neither torch nor CUDA headers, so any language with a C
+// interface can call the kernels.
+//
+// Conventions, for every function:
+//   * sizes and offsets are int64_t, in elements; T x T data is float64, row-major and contiguous;
+//   * the library never allocates: the caller passes outputs and a workspace, aligned to 64 bytes, of at least
+//     the size that the matching gs_*_workspace_bytes names (never negative, -1 for invalid arguments);
+//   * a status comes back; gs_last_error() is the message of the last failure on this thread;
+//   * the same inputs give the same bits, whatever the number of threads behind gs_parallel.
+// A worker thread needs 512 KiB of stack.
+#ifndef GRADSURGERY_GRADSURGERY_H_
+#define GRADSURGERY_GRADSURGERY_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define GS_API
+#else
+#define GS_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define GS_VERSION "0.1.0"
+#define GS_MAX_TASKS 256
+
+typedef enum gs_status {
+  GS_OK = 0,
+  GS_INVALID_ARGUMENT = 1,
+  GS_UNSUPPORTED = 2,  // this build, machine or size cannot serve the call
+} gs_status;
+
+typedef enum gs_dtype {
+  GS_FLOAT64 = 0,
+  GS_FLOAT32 = 1,
+  GS_BFLOAT16 = 2,
+  GS_FLOAT16 = 3,
+} gs_dtype;
+
+typedef enum gs_solver {
+  GS_EXACT = 0,
+  GS_FRANK_WOLFE = 1,
+} gs_solver;
+
+// The gradients of T tasks with respect to P parameter tensors, read in place.
+// A dense matrix [T, N] of any row stride is the case P = 1.
+typedef struct gs_gradients {
+  int64_t num_tasks;       // T, 1..GS_MAX_TASKS
+  int64_t num_params;      // P
+  int64_t num_segments;    // S: blocks of parameters that get surgery separately
+  const void* const* data; // [P][T] device or host pointers; NULL: the task has no gradient there
+  const int64_t* numel;    // [P] elements of each parameter; all T gradients share one dense layout
+  const int32_t* dtype;    // [P] gs_dtype
+  const int32_t* segment;  // [P] in 0..S-1; NULL: all in segment 0
+} gs_gradients;
+
+// A parallel loop: run(context, count, body, arg) calls body(arg, i) once for each i in 0..count-1, in any order
+// and on any threads, and returns when all are done. A NULL gs_parallel* runs on the calling thread.
+typedef struct gs_parallel {
+  void (*run)(void* context, int64_t count, void (*body)(void* arg, int64_t index), void* arg);
+  void* context;
+} gs_parallel;
+
+typedef struct CUstream_st* gs_stream;
+
+GS_API const char* gs_version(void);
+GS_API const char* gs_last_error(void);
+GS_API const char* gs_cpu_isa(void);  // instruction set in use: "avx512", "avx2" or "baseline"
+GS_API int gs_has_cuda(void);         // 1 if the CUDA kernels were compiled in
+
+// Gram matrices G[s] = J_s J_s^T, gram is [S, T, T] float64 and exactly symmetric.
+// |G_ij - exact| <= 1e-6 |g_i| |g_j| (1e-13 for float64 inputs).
+GS_API int64_t gs_gram_workspace_bytes(const gs_gradients* grads);
+GS_API gs_status gs_gram_cpu(const gs_gradients* grads, double* gram, void* workspace, int64_t workspace_bytes,
+                             const gs_parallel* parallel);
+GS_API gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace, int64_t workspace_bytes,
+                              gs_stream stream);
+
+// Directions d_p = sum_t weights[segment(p), t] g_{t,p}, summed in float64 in ascending t and rounded once to the
+// parameter's dtype. weights is [S, T]. A gradient whose weight is 0 is not read. out[p] may be NULL (skipped) or
+// equal one of the gradients; with accumulate != 0 the direction is added to what out[p] holds.
+GS_API int64_t gs_combine_workspace_bytes(const gs_gradients* grads);
+GS_API gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
+                                void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
+GS_API gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
+                                 void* workspace, int64_t workspace_bytes, gs_stream stream);
+
+// PCGrad visiting orders [T, T]: row i is a permutation of 0..T-1 that depends only on (seed, step, i).
+GS_API gs_status gs_task_order_cpu(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t* order);
+
+// PCGrad weights [batch, T] from Gram matrices [batch, T, T]. order is [T, T], or NULL for gs_task_order(seed, step).
+GS_API gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
+                               uint64_t seed, uint64_t step, int mean, double* weights, const gs_parallel* parallel);
+GS_API gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
+                                uint64_t seed, const int64_t* step, int mean, double* weights, gs_stream stream);
+
+// Min-norm weights [batch, T]: argmin of w^T G w over the simplex. max_iter and tol are those of Frank-Wolfe;
+// the exact solver ends by itself, in at most 8 T + 32 linear solves.
+GS_API int64_t gs_min_norm_workspace_bytes(int64_t batch, int64_t num_tasks);
+GS_API gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver,
+                                 int64_t max_iter, double tol, double* weights, void* workspace,
+                                 int64_t workspace_bytes, const gs_parallel* parallel);
+GS_API gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver,
+                                  int64_t max_iter, double tol, double* weights, void* workspace,
+                                  int64_t workspace_bytes, gs_stream stream);
+
+// One closed-form GradNorm step on weights [batch, T]; all inputs are [batch, T].
+GS_API gs_status gs_gradnorm_cpu(const double* weights, const double* norms, const double* losses,
+                                 const double* initial_losses, int64_t batch, int64_t num_tasks, double alpha,
+                                 double lr, double* new_weights);
+GS_API gs_status gs_gradnorm_cuda(const double* weights, const double* norms, const double* losses,
+                                  const double* initial_losses, int64_t batch, int64_t num_tasks, double alpha,
+                                  double lr, double* new_weights, gs_stream stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // GRADSURGERY_GRADSURGERY_H_

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MIT
+// GradNorm (Chen et al., ICML 2018, equations 1-2 and Algorithm 1) in closed form.
+#pragma once
+#include "common.h"
+
+namespace gs {
+
+// With n_i = |grad L_i|, G_i = w_i n_i, r_i = (L_i / L_i(0)) / mean_k (L_k / L_k(0)) and target_i = mean(G) r_i^alpha held
+// constant, sum_i |G_i - target_i| has the gradient sign(G_i - target_i) n_i in w_i. One step of size lr down it, no
+// further than w_i = 0, then sum w = T. If every weight reaches 0 the weights stay as they were.
+GS_HOST_DEVICE inline void gradnorm_update(const double* weights, const double* norms, const double* losses,
+                                           const double* initial_losses, int64_t num_tasks, double alpha, double lr,
+                                           double* new_weights) {
+  const double tasks = static_cast<double>(num_tasks);
+  double mean_norm = 0, mean_ratio = 0;
+  for (int64_t i = 0; i < num_tasks; i++) {
+    mean_norm += weights[i] * norms[i] / tasks;
+    mean_ratio += losses[i] / initial_losses[i] / tasks;
+  }
+  double total = 0;
+  for (int64_t i = 0; i < num_tasks; i++) {
+    const double target = mean_norm * std::pow(losses[i] / initial_losses[i] / mean_ratio, alpha);
+    const double difference = weights[i] * norms[i] - target;
+    const double sign = difference > 0 ? 1 : difference < 0 ? -1 : difference;  // 0 or NaN
+    const double moved = weights[i] - lr * sign * norms[i];
+    new_weights[i] = moved < 0 ? 0 : moved;
+    total += new_weights[i];
+  }
+  for (int64_t i = 0; i < num_tasks; i++) {
+    new_weights[i] = total == 0 ? weights[i] : new_weights[i] * (tasks / total);
+  }
+}
+
+}  // namespace gs

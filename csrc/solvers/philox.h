@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: MIT
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the visiting orders drawn
+// from it.
+#pragma once
+#include "common.h"
+
+namespace gs {
+
+struct PhiloxBlock {
+  uint32_t word[4];
+};
+
+GS_HOST_DEVICE inline PhiloxBlock philox(PhiloxBlock counter, uint64_t key) {
+  uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; round++) {
+    const uint64_t product0 = uint64_t{0xD2511F53} * counter.word[0];
+    const uint64_t product1 = uint64_t{0xCD9E8D57} * counter.word[2];
+    counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(product1),
+                static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1, static_cast<uint32_t>(product0)}};
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+  return counter;
+}
+
+// order = a random permutation of 0..num_tasks-1 by Fisher-Yates: for k = num_tasks-1 down to 1, swap positions k and
+// floor(u (k+1) / 2^32), u the next 32-bit word of Philox with key seed and counter (step, row, block). The bias is
+// below num_tasks / 2^32.
+GS_HOST_DEVICE inline void task_order_row(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t row,
+                                          int64_t* order) {
+  for (int64_t j = 0; j < num_tasks; j++) order[j] = j;
+  PhiloxBlock block{};
+  for (int64_t k = num_tasks - 1, draw = 0; k > 0; k--, draw++) {
+    if (draw % 4 == 0) {
+      block = philox({{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), static_cast<uint32_t>(row),
+                       static_cast<uint32_t>(draw / 4)}},
+                     seed);
+    }
+    const int64_t other = static_cast<int64_t>((uint64_t{block.word[draw % 4]} * static_cast<uint64_t>(k + 1)) >> 32);
+    const int64_t swapped = order[k];
+    order[k] = order[other];
+    order[other] = swapped;
+  }
+}
+
+}  // namespace gs
