@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""Gradient surgery for multi-task PyTorch models.
+
+Stages, in the order in which data flows: collect task gradients, their Gram matrix G, weights from G, the combined direction, the
+optimizer's step.
+"""
+
+from . import methods
+from ._constant import NotDifferentiableError
+from .backends import backends
+from .combine import combine
+from .diagnostics import SurgeryInfo
+from .functional import aggregate, gradnorm_update, min_norm_weights, pcgrad_weights, task_order
+from .gram import gram
+from .optim import MGDA, GradNorm, PCGrad, SurgeryOptimizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MGDA",
+    "GradNorm",
+    "NotDifferentiableError",
+    "PCGrad",
+    "SurgeryInfo",
+    "SurgeryOptimizer",
+    "aggregate",
+    "backends",
+    "combine",
+    "gradnorm_update",
+    "gram",
+    "methods",
+    "min_norm_weights",
+    "pcgrad_weights",
+    "task_order",
+]

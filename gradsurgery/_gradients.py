@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: MIT
+"""The one parsed form of ``grads`` that every stage and backend reads, and the checks at the boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+Grads = Tensor | Sequence[Sequence[Tensor | None]]
+
+
+@dataclass(slots=True)
+class TaskGradients:
+    """Gradients of T tasks with respect to P parameters, checked.
+
+    Either ``matrix`` is the flat form [T, N], cut into segments at the ``segments`` offsets, or ``entries`` holds the
+    T x P gradients task by task and ``segments`` one segment id per parameter. Empty ``segments`` means one segment.
+    All gradients of one parameter share one dense memory layout.
+    """
+
+    num_tasks: int
+    num_segments: int
+    segments: list[int]
+    segmented: bool
+    device: torch.device
+    requires_grad: bool
+    matrix: Tensor | None = None
+    entries: list[Tensor | None] | None = None
+    like: list[Tensor | None] | None = None
+    """For each parameter of the list form, one of its gradients: shape, dtype and layout of the output."""
+
+    def inputs(self) -> list[Tensor]:
+        """Every tensor that the gradients are read from."""
+        if self.matrix is not None:
+            return [self.matrix]
+        assert self.entries is not None
+        return [entry for entry in self.entries if entry is not None]
+
+
+def parse(grads: Grads, segments: Sequence[int] | None) -> TaskGradients:
+    """Check ``grads`` and ``segments``; raise ValueError or TypeError with what was wanted and what came."""
+    if isinstance(grads, Tensor):
+        return _parse_matrix(grads, segments)
+    return _parse_lists(grads, segments)
+
+
+def _parse_matrix(grads: Tensor, segments: Sequence[int] | None) -> TaskGradients:
+    _check_gradient(grads, "grads")
+    if grads.dim() != 2 or grads.shape[0] == 0 or (grads.shape[1] > 1 and grads.stride(1) != 1):
+        raise ValueError(
+            "grads must be [T, N] with T >= 1 and a contiguous last dimension, "
+            f"got shape {tuple(grads.shape)} with strides {grads.stride()}"
+        )
+    offsets = []
+    if segments is not None:
+        offsets = _integers(segments, "offsets [0, .., N] of the flat form")
+        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != grads.shape[1] or sorted(offsets) != offsets:
+            raise ValueError(f"segments must be ascending offsets from 0 to N = {grads.shape[1]}, got {offsets}")
+    return TaskGradients(
+        num_tasks=grads.shape[0],
+        num_segments=len(offsets) - 1 if offsets else 1,
+        segments=offsets,
+        segmented=segments is not None,
+        device=grads.device,
+        requires_grad=grads.requires_grad,
+        matrix=grads,
+    )
+
+
+def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[int] | None) -> TaskGradients:
+    if not isinstance(grads, Sequence) or not grads:
+        raise TypeError(
+            "grads must be a [T, N] tensor or a non-empty list of T lists of gradients (one list per task, None where a "
+            f"task has no gradient), got {_describe(grads)}"
+        )
+    entries: list[Tensor | None] = []
+    like: list[Tensor | None] = []
+    device = None
+    requires_grad = False
+    irregular = set()
+    for t, row in enumerate(grads):
+        if isinstance(row, Tensor) or not isinstance(row, Sequence):
+            raise TypeError(f"grads[{t}] must be a list of tensors or None, got {_describe(row)}")
+        if t == 0:
+            like = [None] * len(row)
+        elif len(row) != len(like):
+            raise ValueError(
+                f"every task must list the same parameters: task 0 has {len(like)} gradients, task {t} has {len(row)}"
+            )
+        for p, entry in enumerate(row):
+            if entry is None:
+                continue
+            first = like[p]
+            if first is None or entry.dtype is not first.dtype or entry.shape != first.shape:
+                _check_gradient(entry, f"grads[{t}][{p}]")
+                if first is None:
+                    like[p] = entry
+                elif entry.shape != first.shape:
+                    raise ValueError(
+                        f"gradients of parameter {p} must have one shape, got {tuple(first.shape)} and "
+                        f"{tuple(entry.shape)} (task {t})"
+                    )
+                else:
+                    raise TypeError(
+                        f"gradients of parameter {p} must have one dtype, got {first.dtype} and {entry.dtype} (task {t})"
+                    )
+            elif entry.layout is not torch.strided:
+                _check_gradient(entry, f"grads[{t}][{p}]")
+            if device is None:
+                device = entry.device
+            elif entry.device != device:
+                raise ValueError(f"all gradients must be on one device, got {device} and {entry.device} (task {t})")
+            if not entry.is_contiguous():
+                irregular.add(p)
+            requires_grad = requires_grad or entry.requires_grad
+        entries.extend(row)
+    for p in irregular:
+        _unify_layout(entries, like, p)
+    ids = []
+    if segments is not None:
+        ids = _integers(segments, "one segment id per parameter")
+        if len(ids) != len(like) or any(i < 0 for i in ids):
+            raise ValueError(
+                f"segments must name one segment id >= 0 for each of the {len(like)} parameters, got {ids}"
+            )
+    return TaskGradients(
+        num_tasks=len(grads),
+        num_segments=max(ids, default=0) + 1,
+        segments=ids,
+        segmented=segments is not None,
+        device=torch.device("cpu") if device is None else device,
+        requires_grad=requires_grad,
+        entries=entries,
+        like=like,
+    )
+
+
+def _check_gradient(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {_describe(value)}")
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{name} is a {value.layout} gradient, and gradients must be dense: use sparse=False in the embedding, or leave "
+            "its parameters out of the surgery (shared=)"
+        )
+    if value.is_complex():
+        raise TypeError(
+            f"{name} is a {value.dtype} gradient, and gradients must be real: keep the parameter as a real tensor "
+            "[..., 2] and use torch.view_as_complex in the forward pass"
+        )
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+
+
+def _unify_layout(entries: list[Tensor | None], like: list[Tensor | None], p: int) -> None:
+    """Give all gradients of parameter p one dense layout: the one they share, else the contiguous one."""
+    step = len(like)
+    present = [t for t in range(p, len(entries), step) if entries[t] is not None]
+    first = like[p]
+    assert first is not None
+    if _is_dense(first) and all(entries[t].stride() == first.stride() for t in present):  # type: ignore[union-attr]
+        return
+    for t in present:
+        entries[t] = entries[t].contiguous()  # type: ignore[union-attr]
+    like[p] = entries[present[0]]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory without overlap."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _integers(values: Sequence[int], wanted: str) -> list[int]:
+    if isinstance(values, Tensor) or not isinstance(values, Sequence) or not all(type(v) is int for v in values):
+        raise TypeError(f"segments must be a list of int, {wanted}, got {_describe(values)}")
+    return list(values)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__

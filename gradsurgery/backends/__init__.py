@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""The one registry of backends, and the choice among them.
+
+``backend=`` per call goes before the environment variable ``GRADSURGERY_BACKEND``, and that before the automatic choice: the
+first backend of the list that serves the call's device and number of tasks. A named backend that cannot serve raises.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .._gradients import TaskGradients
+from . import native, reference
+
+
+class Backend(Protocol):
+    """The stages that touch gradients or G, each writing into an output that the caller allocated.
+
+    Gram matrices and weights are float64 with one leading dimension: segments for ``gram`` and ``combine``, problems for the
+    solvers.
+    """
+
+    def why_not(self, device: torch.device, num_tasks: int) -> str | None:
+        """Return why this backend cannot serve the call; None if it can."""
+
+    def describe(self) -> str:
+        """Return one line on whether the backend can be used here."""
+
+    def gram(self, grads: TaskGradients, out: Tensor) -> None:
+        """Write the Gram matrices [S, T, T]."""
+
+    def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
+        """Write (or add) the directions under weights [S, T]; the list form has no parameter without gradients."""
+
+    def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
+        """Write the visiting orders [T, T]."""
+
+    def pcgrad(self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, mean: bool, out: Tensor) -> None:
+        """Write PCGrad's weights [B, T]."""
+
+    def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
+        """Write the min-norm weights [B, T]."""
+
+    def gradnorm(
+        self,
+        weights: Tensor,
+        norms: Tensor,
+        losses: Tensor,
+        initial_losses: Tensor,
+        alpha: float,
+        lr: float,
+        out: Tensor,
+    ) -> None:
+        """Write GradNorm's new weights [B, T]."""
+
+
+_BACKENDS: dict[str, Backend] = {
+    "cuda": native.CudaBackend(),
+    "cpu": native.CpuBackend(),
+    "reference": reference.ReferenceBackend(),
+}
+
+
+def choose(name: str | None, device: torch.device, num_tasks: int) -> Backend:
+    """Return the backend for a call; RuntimeError if the named one cannot serve it, ValueError if there is none such."""
+    name = name or os.environ.get("GRADSURGERY_BACKEND")
+    if name:
+        if name not in _BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {name!r}")
+        why = _BACKENDS[name].why_not(device, num_tasks)
+        if why:
+            raise RuntimeError(f"backend {name!r} cannot serve this call: {why}")
+        return _BACKENDS[name]
+    return next(backend for backend in _BACKENDS.values() if backend.why_not(device, num_tasks) is None)
+
+
+def backends() -> dict[str, str]:
+    """Return every backend's name with why it can or cannot be used here, the automatic choice's preference first."""
+    return {name: backend.describe() for name, backend in _BACKENDS.items()}

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""The compiled backends: thin calls of ``torch.ops.gradsurgery``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._gradients import TaskGradients
+
+try:
+    from gradsurgery import _C
+except ImportError as error:
+    _NO_EXTENSION = f"the compiled extension is not there ({error})"
+    _INFO: dict[str, Any] = {}
+else:
+    _NO_EXTENSION = ""
+    _INFO = _C.build_info()
+    _OPS = torch.ops.gradsurgery
+    # Overloads are resolved once: the lookup costs more than a small operator.
+    _GRAM, _GRAM_LIST = _OPS.gram.default, _OPS.gram.list
+    _COMBINE, _COMBINE_LIST = _OPS.combine.default, _OPS.combine.list
+
+
+class CpuBackend:
+    """C++ kernels for tensors in host memory."""
+
+    def why_not(self, device: torch.device, num_tasks: int) -> str | None:
+        """Return why the extension cannot serve the call; None if it can."""
+        if _NO_EXTENSION:
+            return _NO_EXTENSION
+        if device.type != "cpu":
+            return f"the tensors are on {device}"
+        if num_tasks > _INFO["max_tasks"]:
+            return f"it takes at most {_INFO['max_tasks']} tasks, got {num_tasks}"
+        return None
+
+    def describe(self) -> str:
+        """Return one line on the extension."""
+        return _NO_EXTENSION or f"available: C++ kernels, {_INFO['isa']}, {torch.get_num_threads()} threads"
+
+    def gram(self, grads: TaskGradients, out: Tensor) -> None:
+        """Write the Gram matrices [S, T, T]."""
+        if grads.matrix is not None:
+            _GRAM(grads.matrix, grads.segments, out)
+        else:
+            _GRAM_LIST(grads.entries, grads.num_tasks, grads.segments, out)
+
+    def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
+        """Write the directions."""
+        if grads.matrix is not None:
+            _COMBINE(grads.matrix, weights, grads.segments, accumulate, out)
+        else:
+            _COMBINE_LIST(grads.entries, weights, grads.segments, accumulate, out)
+
+    def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
+        """Write the visiting orders."""
+        _OPS.task_order(out.shape[0], seed, step, out)
+
+    def pcgrad(self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, mean: bool, out: Tensor) -> None:
+        """Write PCGrad's weights."""
+        _OPS.pcgrad(gram, order, seed, step, mean, out)
+
+    def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
+        """Write the min-norm weights."""
+        _OPS.min_norm(gram, exact, max_iter, tol, out)
+
+    def gradnorm(
+        self,
+        weights: Tensor,
+        norms: Tensor,
+        losses: Tensor,
+        initial_losses: Tensor,
+        alpha: float,
+        lr: float,
+        out: Tensor,
+    ) -> None:
+        """Write GradNorm's new weights."""
+        _OPS.gradnorm(weights, norms, losses, initial_losses, alpha, lr, out)
+
+
+class CudaBackend(CpuBackend):
+    """CUDA kernels, where the extension was built with them."""
+
+    def why_not(self, device: torch.device, num_tasks: int) -> str | None:
+        """Return why the extension cannot serve the call; None if it can."""
+        if _NO_EXTENSION:
+            return _NO_EXTENSION
+        return None if _INFO["cuda"] else "the extension was built without CUDA kernels"
+
+    def describe(self) -> str:
+        """Return one line on the extension's CUDA kernels."""
+        return self.why_not(torch.device("cuda"), 1) or "available: CUDA kernels"

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""Stage 1: from losses to task gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Losses = Sequence[Tensor] | Tensor | Mapping[str, Tensor]
+
+
+@dataclass(slots=True)
+class Collected:
+    """Task gradients of one or more micro-batches.
+
+    Attributes:
+        tasks: names.
+        parameters: the P parameters.
+        grads: T lists of P gradients, None where a task does not reach a parameter.
+        losses: [T], detached and unscaled, summed over the micro-batches like the gradients.
+        scale: the gradient scaler's factor that ``grads`` still carry, [], or None.
+    """
+
+    tasks: list[str]
+    parameters: list[Tensor]
+    grads: list[list[Tensor | None]]
+    losses: Tensor
+    scale: Tensor | None
+
+    def plus(self, other: Collected) -> Collected:
+        """Return the sum; ValueError if the two do not belong to the same tasks, parameters and scaling."""
+        if self.tasks != other.tasks:
+            raise ValueError(f"every micro-batch must have the same tasks: had {self.tasks}, got {other.tasks}")
+        if [id(p) for p in self.parameters] != [id(p) for p in other.parameters]:
+            raise ValueError("the optimizer's parameters changed between micro-batches: combine() before changing them")
+        if (self.scale is None) != (other.scale is None):
+            raise ValueError("either every micro-batch is given the scaler or none")
+        grads = [
+            [a if b is None else b if a is None else a + b for a, b in zip(mine, theirs, strict=True)]
+            for mine, theirs in zip(self.grads, other.grads, strict=True)
+        ]
+        return Collected(self.tasks, self.parameters, grads, self.losses + other.losses, other.scale)
+
+
+def collect(
+    losses: Losses,
+    parameters: Sequence[Tensor],
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    retain_graph: bool = False,
+) -> Collected:
+    """Return the gradient of every loss with respect to every parameter, by one backward pass per task.
+
+    ``.grad`` is not touched, and the hooks of gradient accumulation do not run. The graph is freed by the last task's pass unless
+    ``retain_graph``.
+
+    Raises:
+        ValueError: a loss is not a scalar or has no graph, or there is none.
+        TypeError: a loss is not a tensor.
+    """
+    tasks, scalars = _check_losses(losses)
+    scale = None
+    values = torch.stack([loss.detach().to(scalars[0].device, torch.float64) for loss in scalars])
+    if scaler is not None:
+        scale = scaler.scale(torch.ones((), device=scalars[0].device))
+        scalars = [scaler.scale(loss) for loss in scalars]
+    last = len(scalars) - 1
+    grads = [
+        list(torch.autograd.grad(loss, parameters, retain_graph=retain_graph or t < last, allow_unused=True))
+        for t, loss in enumerate(scalars)
+    ]
+    return Collected(tasks, list(parameters), grads, values, scale)
+
+
+def _check_losses(losses: Losses) -> tuple[list[str], list[Tensor]]:
+    """Return the tasks' names and their scalar losses."""
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            raise ValueError(
+                f"losses must be a sequence of scalars, one per task, or a 1-D tensor, got a tensor of shape {tuple(losses.shape)}"
+            )
+        losses = list(losses.unbind())
+    if isinstance(losses, Mapping):
+        tasks, scalars = [str(name) for name in losses], list(losses.values())
+    elif isinstance(losses, Sequence) and not isinstance(losses, str):
+        tasks, scalars = [str(t) for t in range(len(losses))], list(losses)
+    else:
+        raise TypeError(f"losses must be a sequence, a 1-D tensor or a dict of losses, got {type(losses).__name__}")
+    if not scalars:
+        raise ValueError("losses must hold at least one loss, got none")
+    for task, loss in zip(tasks, scalars, strict=True):
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss {task!r} must be a tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"loss {task!r} must be a scalar, got shape {tuple(loss.shape)}")
+        if not loss.requires_grad:
+            raise ValueError(
+                f"loss {task!r} has no graph to go back through: it must depend on a parameter, and not be detached or computed "
+                "under no_grad"
+            )
+    return tasks, [loss.reshape(()) for loss in scalars]

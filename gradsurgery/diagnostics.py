@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""What G says about the tasks, for free: norms, cosines, conflicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SurgeryInfo:
+    """The Gram matrix and weights of one step, and what follows from them.
+
+    Everything is a tensor on the gradients' device, computed when it is asked for; nothing synchronises with the host but
+    :meth:`to_dict`. Shapes are given for granularity "global"; the others put a leading dimension of segments before each. Values are
+    unscaled where a gradient scaler was given.
+
+    Attributes:
+        tasks: the tasks' names, or their indices as strings.
+        gram: float64 [T, T], inner products of the task gradients over the shared parameters.
+        weights: float64 [T], d = sum_t w_t g_t.
+    """
+
+    def __init__(self, tasks: list[str], gram: Tensor, weights: Tensor) -> None:
+        self.tasks = tasks
+        self.gram = gram
+        self.weights = weights
+
+    @property
+    def norms(self) -> Tensor:
+        """|g_t|, [T]."""
+        return self.gram.diagonal(dim1=-2, dim2=-1).sqrt()
+
+    @property
+    def cosines(self) -> Tensor:
+        """g_i . g_j / (|g_i| |g_j|), [T, T]; 0 beside a zero gradient."""
+        norms = self.norms
+        product = norms[..., :, None] * norms[..., None, :]
+        return torch.where(product == 0, 0, self.gram / product)
+
+    @property
+    def conflicts(self) -> Tensor:
+        """The fraction of the T (T - 1) / 2 pairs with a negative cosine, []; 0 for one task."""
+        num_tasks = len(self.tasks)
+        return self.gram.triu(1).lt(0).sum((-2, -1)) / max(1, num_tasks * (num_tasks - 1) // 2)
+
+    @property
+    def magnitude_similarity(self) -> Tensor:
+        """2 |g_i| |g_j| / (|g_i|^2 + |g_j|^2), [T, T] (Yu et al. 2020, definition 2); 1 between zero gradients."""
+        norms = self.norms
+        squares = norms.square()
+        total = squares[..., :, None] + squares[..., None, :]
+        return torch.where(total == 0, 1, 2 * norms[..., :, None] * norms[..., None, :] / total)
+
+    @property
+    def update_norm(self) -> Tensor:
+        """|d| = sqrt(w^T G w) over the shared parameters, []."""
+        product = (self.gram @ self.weights[..., None]).squeeze(-1)
+        return (self.weights * product).sum(-1).clamp(min=0).sqrt()
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether every task gradient is finite, []."""
+        return self.gram.isfinite().all(-1).all(-1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as Python numbers and nested lists, by one copy to the host."""
+        fields = ("gram", "weights", "norms", "cosines", "conflicts", "magnitude_similarity", "update_norm", "finite")
+        values = [getattr(self, field).double() for field in fields]
+        host = torch.cat([value.reshape(-1) for value in values]).cpu()
+        parts = host.split([value.numel() for value in values])
+        result = {
+            field: part.reshape(value.shape).tolist() for field, part, value in zip(fields, parts, values, strict=True)
+        }
+        return {"tasks": self.tasks, **result, "finite": parts[-1].bool().reshape(values[-1].shape).tolist()}

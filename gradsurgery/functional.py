@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: MIT
+"""Stage 3 as functions of G, and stages 2 to 4 in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._constant import constant
+from ._gradients import Grads, parse
+from .backends import choose
+from .combine import Direction, _check_out, combine_of
+from .gram import gram_of
+
+if TYPE_CHECKING:
+    from .methods import Method
+
+
+def aggregate(
+    grads: Grads,
+    method: str | Method = "pcgrad",
+    *,
+    losses: Tensor | None = None,
+    segments: Sequence[int] | None = None,
+    out: Direction | None = None,
+    backend: str | None = None,
+    **method_options: Any,
+) -> Direction:
+    """Return the direction d = sum_t w_t g_t with the weights that ``method`` gives to G.
+
+    Equal to ``combine(grads, methods.get(method, **method_options).weights(gram(grads), losses=losses))``.
+
+    Args:
+        grads, segments, out: as in :func:`gradsurgery.combine`.
+        method: a name of ``methods.available()``, which starts from its initial state, or a ``Method``, which carries its
+            state from call to call.
+        losses: [T] loss values, for the methods that need them.
+        backend: a name of :func:`gradsurgery.backends` for all stages; None chooses.
+        method_options: the named method's own options.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as the stages do; ValueError for options beside a ``Method``.
+    """
+    from .methods import resolve
+
+    chosen = resolve(method, method_options)
+    parsed = parse(grads, segments)
+    if out is not None:
+        _check_out(out, parsed)
+    if chosen.needs_losses and losses is None:
+        raise ValueError(f"method {chosen.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
+    products = gram_of(parsed, backend)
+    weights = chosen.weights(products if parsed.segmented else products[0], losses=losses, backend=backend)
+    result = combine_of(parsed, weights, out, False, backend)
+    if out is not None or not parsed.requires_grad:
+        return result
+    if isinstance(result, Tensor):
+        return constant("aggregate", result, parsed.inputs())
+    return [None if direction is None else constant("aggregate", direction, parsed.inputs()) for direction in result]
+
+
+def task_order(
+    num_tasks: int,
+    *,
+    seed: int,
+    step: int | Tensor,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return PCGrad's visiting orders: row i is a uniform random permutation of 0..T-1.
+
+    A pure function of (seed, step, i): Fisher-Yates (k = T-1 .. 1 swaps positions k and floor(u (k+1) / 2^32)) with the words u of
+    Philox4x32-10, key ``seed``, counter (step, i, block). The same on every backend and rank; no global generator is read.
+
+    Args:
+        num_tasks: T >= 1.
+        seed: 0 <= seed < 2^63.
+        step: 0 <= step < 2^63, or an int64 tensor of one element, which is not read on the host.
+        device: where the result lives; default the step's device, else the CPU.
+        backend: a name of :func:`gradsurgery.backends`; None chooses.
+
+    Returns:
+        int64 [T, T]. Row i holds i itself, which PCGrad skips.
+    """
+    if not isinstance(num_tasks, int) or num_tasks < 1:
+        raise ValueError(f"num_tasks must be an int >= 1, got {num_tasks!r}")
+    if device is None:
+        device = step.device if isinstance(step, Tensor) else "cpu"
+    order = torch.empty(num_tasks, num_tasks, dtype=torch.int64, device=device)
+    choose(backend, order.device, num_tasks).task_order(_check_seed(seed), _step_tensor(step, order.device), order)
+    return order
+
+
+def pcgrad_weights(
+    gram: Tensor,
+    *,
+    order: Tensor | None = None,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    reduction: str = "sum",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Return PCGrad's weights.
+
+    For each task i the running vector p starts at g_i. It visits every j != i in a random order and, where p . g_j < 0, becomes
+    p - (p . g_j / |g_j|^2) g_j with the original g_j. Then d = sum_i p_i (or the mean), and w are its coefficients: d = J^T w.
+
+    Conventions: strict inequality, no epsilon; j = i is skipped; a zero g_j is never projected on; every problem of a batch uses
+    the same order.
+
+    Args:
+        gram: [..., T, T].
+        order: int64 [T, T] visiting orders, each row a permutation of 0..T-1; default ``task_order(T, seed, step)``.
+        seed, step: as in :func:`task_order`.
+        reduction: "sum" or "mean" over i.
+        backend: a name of :func:`gradsurgery.backends`; None chooses.
+
+    Returns:
+        float64 [..., T]; NaN where G is not finite. A constant to autograd.
+
+    Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, Algorithm 1. Cost: O(T^3).
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}')
+    problems, num_tasks = _problems(gram)
+    if order is not None:
+        order = _check_order(order, num_tasks, gram.device)
+    out = problems.new_empty(problems.shape[:-1])
+    chosen = choose(backend, gram.device, num_tasks)
+    chosen.pcgrad(problems, order, _check_seed(seed), _step_tensor(step, gram.device), reduction == "mean", out)
+    return constant("pcgrad_weights", out.reshape(gram.shape[:-1]), [gram])
+
+
+def min_norm_weights(
+    gram: Tensor, *, solver: str = "exact", max_iter: int = 250, tol: float = 1e-6, backend: str | None = None
+) -> Tensor:
+    """Return the weights of the shortest convex combination: argmin of w^T G w, w >= 0, sum(w) = 1.
+
+    ``solver="exact"`` is Wolfe's active-set method: it ends by itself, to rounding, in at most 8 T + 32 small linear solves.
+    ``solver="frank_wolfe"`` starts at w = 1/T and steps towards the task of least (G w)_t (the first of equals) until the step
+    is below ``tol``, at most ``max_iter`` times; it is there for comparison, and for T >= 16 it often stops far from the optimum.
+
+    Args:
+        gram: [..., T, T].
+        solver: "exact" or "frank_wolfe".
+        max_iter: >= 1, iterations of Frank-Wolfe.
+        tol: >= 0, step of Frank-Wolfe below which it ends.
+        backend: a name of :func:`gradsurgery.backends`; None chooses.
+
+    Returns:
+        float64 [..., T] on the simplex; NaN where G is not finite. A constant to autograd. Where the shortest point has several
+        representations (dependent gradients) one of them.
+
+    Source: P. Wolfe, "Finding the nearest point in a polytope", 1976; Sener & Koltun, "Multi-Task Learning as Multi-Objective
+    Optimization", NeurIPS 2018, equation 4 and Algorithm 2. Cost: O(T^3) typically.
+    """
+    if solver not in ("exact", "frank_wolfe"):
+        raise ValueError(f'solver must be "exact" or "frank_wolfe", got {solver!r}')
+    if max_iter < 1 or not tol >= 0:
+        raise ValueError(f"max_iter must be >= 1 and tol >= 0, got {max_iter} and {tol}")
+    problems, num_tasks = _problems(gram)
+    out = problems.new_empty(problems.shape[:-1])
+    choose(backend, gram.device, num_tasks).min_norm(problems, solver == "exact", max_iter, tol, out)
+    return constant("min_norm_weights", out.reshape(gram.shape[:-1]), [gram])
+
+
+def gradnorm_update(
+    weights: Tensor,
+    norms: Tensor,
+    losses: Tensor,
+    initial_losses: Tensor,
+    *,
+    alpha: float = 1.5,
+    lr: float = 0.025,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the task weights after one GradNorm step.
+
+    With n_i = |grad L_i|, G_i = w_i n_i and r_i = (L_i / L_i(0)) / mean_k (L_k / L_k(0)), the loss
+    sum_i |G_i - mean(G) r_i^alpha|, its target held constant, has the gradient sign(G_i - target_i) n_i in w_i. One step down it,
+    then the weights are scaled to sum to T.
+
+    Conventions: plain gradient descent on w; a weight stops at 0; if all would reach 0 they stay as they were; the target's mean
+    is over all tasks. The step depends on the scale of the gradients, as in the paper.
+
+    Args:
+        weights, norms, losses, initial_losses: [..., T] each; losses and initial losses positive.
+        alpha: restoring force, 0 equalises the norms.
+        lr: step on w.
+        backend: a name of :func:`gradsurgery.backends`; None chooses.
+
+    Returns:
+        float64 [..., T], sum T. A constant to autograd.
+
+    Source: Chen et al., "GradNorm", ICML 2018, equations 1 and 2, Algorithm 1. Cost: O(T), no second backward pass.
+    """
+    values = {"weights": weights, "norms": norms, "losses": losses, "initial_losses": initial_losses}
+    for name, value in values.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape != weights.shape:
+            raise ValueError(f"{name} must have the shape [..., T] of weights, got {_shape(value)}")
+        if value.device != weights.device:
+            raise ValueError(f"{name} must be on {weights.device} like weights, got {value.device}")
+    num_tasks = weights.shape[-1]
+    flat = [v.detach().to(torch.float64).reshape(-1, num_tasks).contiguous() for v in values.values()]
+    out = torch.empty_like(flat[0])
+    w, n, current, initial = flat
+    choose(backend, weights.device, num_tasks).gradnorm(w, n, current, initial, alpha, lr, out)
+    return constant("gradnorm_update", out.reshape(weights.shape), list(values.values()))
+
+
+def _problems(gram: Tensor) -> tuple[Tensor, int]:
+    """Return G as float64 [B, T, T], and T."""
+    if not isinstance(gram, Tensor) or not gram.is_floating_point():
+        raise TypeError(f"gram must be a real floating-point tensor, got {getattr(gram, 'dtype', type(gram).__name__)}")
+    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
+        raise ValueError(f"gram must be [..., T, T] with T >= 1, got shape {tuple(gram.shape)}")
+    num_tasks = gram.shape[-1]
+    return gram.detach().to(torch.float64).reshape(-1, num_tasks, num_tasks).contiguous(), num_tasks
+
+
+def _check_order(order: Tensor, num_tasks: int, device: torch.device) -> Tensor:
+    if not isinstance(order, Tensor) or order.dtype != torch.int64:
+        raise TypeError(f"order must be an int64 tensor, got {getattr(order, 'dtype', type(order).__name__)}")
+    if order.shape != (num_tasks, num_tasks):
+        raise ValueError(f"order must be [T, T] = [{num_tasks}, {num_tasks}], got shape {tuple(order.shape)}")
+    if order.device != device:
+        raise ValueError(f"order must be on {device} like gram, got {order.device}")
+    # Only host values can be checked without a synchronisation.
+    if device.type == "cpu" and not (order.sort(dim=1).values == torch.arange(num_tasks)).all():
+        raise ValueError(f"each row of order must be a permutation of 0..{num_tasks - 1}, got {order.tolist()}")
+    return order.contiguous()
+
+
+def _check_seed(seed: int) -> int:
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an int in 0..2^63-1, got {seed!r}")
+    return seed
+
+
+def _step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(step, Tensor):
+        if step.dtype != torch.int64 or step.numel() != 1:
+            raise ValueError(f"step must be an int or an int64 tensor of one element, got {step.dtype} {_shape(step)}")
+        return step.reshape(()).to(device)
+    if not isinstance(step, int) or not 0 <= step < 2**63:
+        raise ValueError(f"step must be an int in 0..2^63-1, got {step!r}")
+    return torch.full((), step, dtype=torch.int64, device=device)
+
+
+def _shape(value: Tensor) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

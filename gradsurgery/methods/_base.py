@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+
+class Method:
+    """Weights from G, stage 3. Subclasses with state keep it in tensors that ``state_dict`` names."""
+
+    name: ClassVar[str]
+    """Lower snake case of the paper's name."""
+    needs_losses: ClassVar[bool] = False
+    weights_losses: ClassVar[bool] = False
+    """Whether the weights belong to the losses, and so also multiply the gradients of parameters that one task owns."""
+
+    gram_parameters: Sequence[Tensor] | None = None
+    """The shared parameters whose G the weights come from; None: all."""
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights [..., T] for Gram matrices [..., T, T], and advance the state by one step.
+
+        Args:
+            gram: float64 [..., T, T].
+            losses: [T] loss values, where ``needs_losses``.
+            backend: a name of :func:`gradsurgery.backends`; None chooses.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; empty for a method without."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; ValueError if it is another method's."""
+        if set(state) != set(self.state_dict()):
+            raise ValueError(
+                f"state of method {self.name!r} must have the keys {sorted(self.state_dict())}, got {sorted(state)}"
+            )
+        self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take over a state with the right keys."""

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..functional import min_norm_weights
+from ._base import Method
+
+_NORMALIZATIONS = ("none", "l2", "loss", "loss+")
+
+
+class MGDA(Method):
+    """Multiple-gradient descent: the shortest convex combination (Sener & Koltun, NeurIPS 2018).
+
+    w = argmin over the simplex of |sum_t w_t g_t / n_t|^2, with n_t = 1 ("none"), |g_t| ("l2"), L_t ("loss") or L_t |g_t| ("loss+").
+    The direction does not conflict with any normalised gradient; it is zero where the gradients are Pareto-stationary.
+
+    Conventions: ``combine="original"`` sums the un-normalised gradients, d = sum_t w_t g_t, as the authors' own code does;
+    ``combine="normalized"`` sums the rescaled ones, d = sum_t (w_t / n_t) g_t. A task with n_t = 0 is not rescaled.
+    Scale: w sums to 1 ("original"). No state.
+
+    Args:
+        normalization: "none", "l2", "loss" or "loss+"; the last two need losses.
+        combine: "original" or "normalized".
+        solver, max_iter, tol: as in :func:`gradsurgery.min_norm_weights`.
+    """
+
+    name = "mgda"
+
+    def __init__(
+        self,
+        normalization: str = "none",
+        combine: str = "original",
+        solver: str = "exact",
+        max_iter: int = 250,
+        tol: float = 1e-6,
+    ) -> None:
+        if normalization not in _NORMALIZATIONS:
+            raise ValueError(f"normalization must be one of {', '.join(_NORMALIZATIONS)}, got {normalization!r}")
+        if combine not in ("original", "normalized"):
+            raise ValueError(f'combine must be "original" or "normalized", got {combine!r}')
+        self.normalization = normalization
+        self.combine = combine
+        self.solver = solver
+        self.max_iter = max_iter
+        self.tol = tol
+        min_norm_weights(torch.ones(1, 1), solver=solver, max_iter=max_iter, tol=tol)  # raises for wrong options
+
+    @property
+    def needs_losses(self) -> bool:  # type: ignore[override]
+        """Whether the normalisation divides by losses."""
+        return self.normalization in ("loss", "loss+")
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights."""
+        scale = self._scale(gram, losses)
+        if scale is not None:
+            gram = gram / scale[..., :, None] / scale[..., None, :]
+        weights = min_norm_weights(gram, solver=self.solver, max_iter=self.max_iter, tol=self.tol, backend=backend)
+        return weights / scale if scale is not None and self.combine == "normalized" else weights
+
+    def _scale(self, gram: Tensor, losses: Tensor | None) -> Tensor | None:
+        """Return n [..., T], 1 where it would be 0; None without normalisation."""
+        if self.normalization == "none":
+            return None
+        scale = torch.ones_like(gram[..., 0])
+        if self.normalization in ("l2", "loss+"):
+            scale = scale * gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        if self.needs_losses:
+            if losses is None:
+                raise ValueError(f"MGDA with normalization={self.normalization!r} needs losses, got None")
+            scale = scale * losses.to(scale)
+        return torch.where(scale == 0, 1, scale)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import _check_seed, pcgrad_weights
+from ._base import Method
+
+
+class PCGrad(Method):
+    """Projecting conflicting gradients (Yu et al., NeurIPS 2020). See :func:`gradsurgery.pcgrad_weights`.
+
+    Scale: a sum over tasks ("mean": an average). For two tasks the direction conflicts with neither. State: the step counter,
+    which with ``seed`` determines the visiting orders; it lives on G's device and is never read on the host.
+
+    Args:
+        reduction: "sum" or "mean" over the projected gradients.
+        seed: key of the visiting orders; the same on every rank.
+    """
+
+    name = "pcgrad"
+
+    def __init__(self, reduction: str = "sum", seed: int = 0) -> None:
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}')
+        self.reduction = reduction
+        self.seed = _check_seed(seed)
+        self._step = torch.zeros((), dtype=torch.int64)
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights and advance the step counter."""
+        if self._step.device != gram.device:
+            self._step = self._step.to(gram.device)
+        weights = pcgrad_weights(gram, seed=self.seed, step=self._step, reduction=self.reduction, backend=backend)
+        self._step += 1
+        return weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seed and the step counter."""
+        return {"seed": self.seed, "step": self._step.clone()}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.seed = _check_seed(state["seed"])
+        self._step = state["step"].clone()

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: MIT
+"""Gradient surgery as a drop-in wrapper of any torch optimizer: stages 1 to 5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import methods
+from ._gradients import TaskGradients, parse
+from .collect import Collected, Losses, collect
+from .combine import combine_of
+from .diagnostics import SurgeryInfo
+from .gram import gram_of
+
+_GRANULARITIES = ("global", "per_group", "per_tensor")
+
+
+class SurgeryOptimizer(torch.optim.Optimizer):
+    """Wraps a torch optimizer; ``backward(losses)`` takes the place of ``sum(losses).backward()``.
+
+    Parameter groups, state and defaults are those of the wrapped optimizer, so schedulers, gradient scalers and checkpoints work as
+    without it. ``state_dict`` adds the method's state under "surgery"; a plain optimizer's checkpoint loads as well.
+
+    What ``backward`` does with a parameter depends on which losses reach it:
+
+    * none: ``.grad`` is left as it was;
+    * one (a head): its plain gradient is added to ``.grad``, times the task's weight only for methods that weight losses;
+    * two or more: it is shared, and the direction d = sum_t w_t g_t is added to ``.grad``; an absent task counts as a zero gradient
+      there. Only shared parameters enter G.
+
+    Args:
+        optimizer: the optimizer to wrap.
+        method: a name of ``methods.available()``, or a ``Method``.
+        shared: the shared parameters. All other parameters then get the plain sum of their gradients. Default: those that two or
+            more losses reach, found anew at each backward.
+        granularity: "global" (one G for all shared parameters), "per_group" (one per parameter group) or "per_tensor".
+        process_group: None; surgery runs on one process.
+        backend: a name of :func:`gradsurgery.backends`; None chooses.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        method: str | methods.Method = "pcgrad",
+        *,
+        shared: Iterable[Tensor] | None = None,
+        granularity: str = "global",
+        process_group: None = None,
+        backend: str | None = None,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if granularity not in _GRANULARITIES:
+            raise ValueError(f"granularity must be one of {', '.join(_GRANULARITIES)}, got {granularity!r}")
+        if process_group is not None:
+            raise ValueError("process_group must be None: surgery runs on one process")
+        self.optimizer = optimizer
+        self.method = methods.resolve(method, {})
+        if self.method.weights_losses and granularity != "global":
+            raise ValueError(
+                f"method {self.method.name!r} weights losses, which needs granularity 'global', got {granularity!r}"
+            )
+        self.granularity = granularity
+        self.backend = backend
+        self._shared = None if shared is None else self._known(shared, "shared")
+        if self.method.gram_parameters is not None:
+            self._known(self.method.gram_parameters, "norm_parameters")
+        self._pending: Collected | None = None
+        # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
+        super().__setstate__({})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's parameter groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def backward(
+        self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False
+    ) -> SurgeryInfo:
+        """Run one backward pass per loss, operate on the task gradients, and add the result to ``.grad``.
+
+        Args:
+            losses: one scalar per task: a sequence, a 1-D tensor, or a dict from name to scalar.
+            scaler: a gradient scaler. The losses are given unscaled; ``.grad`` comes out scaled, for ``scaler.unscale_`` and
+                ``scaler.step``; the method sees unscaled values.
+            retain_graph: keep the graph after the last task.
+
+        Raises:
+            ValueError, TypeError: a loss or a gradient is not what it must be; nothing has changed then.
+        """
+        before = self._pending
+        self.collect(losses, scaler=scaler, retain_graph=retain_graph)
+        try:
+            return self.combine()
+        except BaseException:
+            self._pending = before
+            raise
+
+    def collect(
+        self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False
+    ) -> None:
+        """Add one micro-batch's task gradients to those collected so far; ``combine`` then operates on the sums.
+
+        Surgery on accumulated gradients differs from accumulating the results of surgery on each micro-batch, which is what several
+        ``backward`` calls do. Arguments and errors are those of :meth:`backward`.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        collected = collect(losses, parameters, scaler=scaler, retain_graph=retain_graph)
+        self._pending = collected if self._pending is None else self._pending.plus(collected)
+
+    @torch.no_grad()
+    def combine(self) -> SurgeryInfo:
+        """Operate on what was collected, add the result to ``.grad``, and forget what was collected."""
+        if self._pending is None:
+            raise ValueError("there is nothing to combine: call collect(losses) first")
+        collected = self._pending
+        shared, plain = self._split(collected)
+        shared_grads = parse([[row[p] for p in shared] for row in collected.grads], self._segments(collected, shared))
+        dense = [p for p in plain if all(row[p] is None or row[p].layout is torch.strided for row in collected.grads)]
+        plain_grads = parse([[row[p] for p in dense] for row in collected.grads], None)
+
+        gram, weights = self._weigh(collected, shared, shared_grads)
+        plain_weights = weights[0] if self.method.weights_losses else torch.ones_like(weights[0])
+        self._add_to_grad([collected.parameters[p] for p in shared], shared_grads, weights)
+        self._add_to_grad([collected.parameters[p] for p in dense], plain_grads, plain_weights)
+        for p in set(plain) - set(dense):
+            _add_sparse(collected.parameters[p], [row[p] for row in collected.grads], plain_weights)
+        self._pending = None
+        if self.granularity == "global":
+            gram, weights = gram[0], weights[0]
+        return SurgeryInfo(collected.tasks, gram, weights)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the wrapped optimizer."""
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear ``.grad``, and forget what was collected."""
+        self._pending = None
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state, and the method's under "surgery"."""
+        return {**self.optimizer.state_dict(), "surgery": self.method.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; without "surgery", as from a plain optimizer, the method keeps its state."""
+        state = dict(state_dict)
+        surgery = state.pop("surgery", None)
+        before = self.method.state_dict()
+        if surgery is not None:
+            self.method.load_state_dict(surgery)
+        try:
+            self.optimizer.load_state_dict(state)
+        except BaseException:
+            self.method.load_state_dict(before)
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(method={self.method.name}, granularity={self.granularity}, {self.optimizer!r})"
+
+    def _known(self, parameters: Iterable[Tensor], name: str) -> set[int]:
+        """Return the ids of parameters, all of which must be the optimizer's."""
+        ids = {id(p) for p in parameters}
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        if not ids <= known:
+            raise ValueError(
+                f"{name} holds {len(ids - known)} tensors that are not parameters of the wrapped optimizer"
+            )
+        return ids
+
+    def _split(self, collected: Collected) -> tuple[list[int], list[int]]:
+        """Return the indices of the shared parameters and of the other ones with a gradient."""
+        touched = [sum(row[p] is not None for row in collected.grads) for p in range(len(collected.parameters))]
+        if self._shared is None:
+            enough = min(2, len(collected.tasks))
+            shared = [p for p, count in enumerate(touched) if count >= enough]
+        else:
+            shared = [p for p, count in enumerate(touched) if count and id(collected.parameters[p]) in self._shared]
+        chosen = set(shared)
+        return shared, [p for p, count in enumerate(touched) if count and p not in chosen]
+
+    def _segments(self, collected: Collected, shared: list[int]) -> list[int]:
+        """Return one segment id for each shared parameter."""
+        if self.granularity == "per_tensor":
+            return list(range(len(shared)))
+        if self.granularity == "per_group":
+            group_of = {id(p): g for g, group in enumerate(self.param_groups) for p in group["params"]}
+            groups = [group_of[id(collected.parameters[p])] for p in shared]
+            ids = {g: i for i, g in enumerate(sorted(set(groups)))}
+            return [ids[g] for g in groups]
+        if self.method.gram_parameters is None:
+            return [0] * len(shared)
+        # Segment 1 holds the parameters whose norms the method reads; G is the sum of both segments.
+        chosen = {id(p) for p in self.method.gram_parameters}
+        return [int(id(collected.parameters[p]) in chosen) for p in shared]
+
+    def _weigh(self, collected: Collected, shared: list[int], grads: TaskGradients) -> tuple[Tensor, Tensor]:
+        """Return G [S, T, T], unscaled, and the weights [S, T] of the parameters' segments."""
+        gram = gram_of(grads, self.backend)
+        if collected.scale is not None:
+            gram = gram / collected.scale.to(gram) ** 2
+        read = gram
+        if self.method.gram_parameters is not None:
+            if grads.num_segments < 2:
+                raise ValueError("no loss pair shares any of norm_parameters")
+            read, gram = gram[1:], gram.sum(0, keepdim=True)
+            grads.segments, grads.num_segments = [], 1
+        if self.granularity == "global":
+            weights = self.method.weights(read[0], losses=collected.losses, backend=self.backend)[None]
+        else:
+            weights = self.method.weights(read, losses=collected.losses, backend=self.backend)
+        return gram, weights
+
+    def _add_to_grad(self, parameters: list[Tensor], grads: TaskGradients, weights: Tensor) -> None:
+        if not parameters:
+            return
+        accumulate = any(p.grad is not None for p in parameters)
+        new = torch.zeros_like if accumulate else torch.empty_like
+        out: list[Tensor | None] = [new(p) if p.grad is None else p.grad for p in parameters]
+        combine_of(grads, weights, out, accumulate, self.backend)
+        for parameter, direction in zip(parameters, out, strict=True):
+            parameter.grad = direction
+
+
+def _add_sparse(parameter: Tensor, grads: list[Tensor | None], weights: Tensor) -> None:
+    """Add the weighted sum of sparse gradients, which no kernel reads, to a parameter outside the surgery."""
+    for grad, weight in zip(grads, weights.unbind(), strict=True):
+        if grad is not None:
+            term = grad * weight.to(grad.dtype)
+            parameter.grad = term if parameter.grad is None else parameter.grad + term
+
+
+class _NamedOptimizer(SurgeryOptimizer):
+    """A ``SurgeryOptimizer`` with one method, whose options it takes beside its own."""
+
+    method_class: ClassVar[type[methods.Method]]
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        shared: Iterable[Tensor] | None = None,
+        granularity: str = "global",
+        process_group: None = None,
+        backend: str | None = None,
+        **method_options: Any,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            self.method_class(**method_options),
+            shared=shared,
+            granularity=granularity,
+            process_group=process_group,
+            backend=backend,
+        )
+
+
+class PCGrad(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.PCGrad`, whose options it takes by keyword."""
+
+    method_class = methods.PCGrad
+    pc_backward = SurgeryOptimizer.backward
+
+
+class MGDA(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.MGDA`, whose options it takes by keyword."""
+
+    method_class = methods.MGDA
+
+
+class GradNorm(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.GradNorm`, whose options it takes by keyword."""
+
+    method_class = methods.GradNorm
