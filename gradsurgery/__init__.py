@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Gradient surgery for multi-task PyTorch models.
 
-Stages, in the order in which data flows: collect task gradients, their Gram matrix G, weights from G, the combined direction, the
-optimizer's step.
+Stages, in the order in which data flows: collect task gradients, their Gram matrix G, weights from G, the combined
+direction, the optimizer's step.
 """
 
 from . import methods

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+
+Result = TypeVar("Result", Tensor, list[Any], Tensor | list[Any])
 
 
 class NotDifferentiableError(RuntimeError):
@@ -27,9 +30,13 @@ class _Constant(torch.autograd.Function):
         )
 
 
-def constant(name: str, result: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def constant(name: str, result: Result, inputs: Sequence[Tensor]) -> Result:
     """Return ``result``, tied to those inputs that require grad so that a backward pass through it raises."""
     if not torch.is_grad_enabled():
         return result
     inputs = [tensor for tensor in inputs if tensor.requires_grad]
-    return _Constant.apply(name, result, *inputs) if inputs else result  # type: ignore[no-any-return,no-untyped-call]
+    if not inputs:
+        return result
+    if isinstance(result, list):
+        return [None if part is None else constant(name, part, inputs) for part in result]
+    return _Constant.apply(name, result, *inputs)  # type: ignore[no-untyped-call]

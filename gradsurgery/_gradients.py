@@ -76,8 +76,8 @@ def _parse_matrix(grads: Tensor, segments: Sequence[int] | None) -> TaskGradient
 def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[int] | None) -> TaskGradients:
     if not isinstance(grads, Sequence) or not grads:
         raise TypeError(
-            "grads must be a [T, N] tensor or a non-empty list of T lists of gradients (one list per task, None where a "
-            f"task has no gradient), got {_describe(grads)}"
+            "grads must be a [T, N] tensor or a non-empty list of T lists of gradients (one list per task, None where "
+            f"a task has no gradient), got {_describe(grads)}"
         )
     entries: list[Tensor | None] = []
     like: list[Tensor | None] = []
@@ -108,7 +108,8 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
                     )
                 else:
                     raise TypeError(
-                        f"gradients of parameter {p} must have one dtype, got {first.dtype} and {entry.dtype} (task {t})"
+                        f"gradients of parameter {p} must have one dtype, got {first.dtype} and {entry.dtype} "
+                        f"(task {t})"
                     )
             elif entry.layout is not torch.strided:
                 _check_gradient(entry, f"grads[{t}][{p}]")
@@ -146,8 +147,8 @@ def _check_gradient(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be a tensor, got {_describe(value)}")
     if value.layout is not torch.strided:
         raise TypeError(
-            f"{name} is a {value.layout} gradient, and gradients must be dense: use sparse=False in the embedding, or leave "
-            "its parameters out of the surgery (shared=)"
+            f"{name} is a {value.layout} gradient, and gradients must be dense: use sparse=False in the embedding, or "
+            "leave its parameters out of the surgery (shared=)"
         )
     if value.is_complex():
         raise TypeError(

@@ -54,8 +54,8 @@ def collect(
 ) -> Collected:
     """Return the gradient of every loss with respect to every parameter, by one backward pass per task.
 
-    ``.grad`` is not touched, and the hooks of gradient accumulation do not run. The graph is freed by the last task's pass unless
-    ``retain_graph``.
+    ``.grad`` is not touched, and the hooks of gradient accumulation do not run. The graph is freed by the last
+    task's pass unless ``retain_graph``.
 
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none.
@@ -68,7 +68,7 @@ def collect(
         scale = scaler.scale(torch.ones((), device=scalars[0].device))
         scalars = [scaler.scale(loss) for loss in scalars]
     last = len(scalars) - 1
-    grads = [
+    grads: list[list[Tensor | None]] = [
         list(torch.autograd.grad(loss, parameters, retain_graph=retain_graph or t < last, allow_unused=True))
         for t, loss in enumerate(scalars)
     ]
@@ -80,7 +80,8 @@ def _check_losses(losses: Losses) -> tuple[list[str], list[Tensor]]:
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
             raise ValueError(
-                f"losses must be a sequence of scalars, one per task, or a 1-D tensor, got a tensor of shape {tuple(losses.shape)}"
+                "losses must be a sequence of scalars, one per task, or a 1-D tensor, got a tensor of shape "
+                f"{tuple(losses.shape)}"
             )
         losses = list(losses.unbind())
     if isinstance(losses, Mapping):
@@ -98,7 +99,7 @@ def _check_losses(losses: Losses) -> tuple[list[str], list[Tensor]]:
             raise ValueError(f"loss {task!r} must be a scalar, got shape {tuple(loss.shape)}")
         if not loss.requires_grad:
             raise ValueError(
-                f"loss {task!r} has no graph to go back through: it must depend on a parameter, and not be detached or computed "
-                "under no_grad"
+                f"loss {task!r} has no graph to go back through: it must depend on a parameter, and not be detached or "
+                "computed under no_grad"
             )
     return tasks, [loss.reshape(()) for loss in scalars]

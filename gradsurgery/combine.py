@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._constant import constant
 from ._gradients import Grads, TaskGradients, parse
-from .backends import choose
+from .backends import Backend, choose
 
-Direction = Tensor | list[Tensor | None]
+Direction = Tensor | list[Any]
+"""[N] for the flat form; P tensors for the list form, None where no task has a gradient."""
 
 
 def combine(
@@ -26,21 +29,21 @@ def combine(
 ) -> Direction:
     """Return d = sum_t w_t g_t.
 
-    The sum is taken in float64, in ascending t, and rounded once. A gradient whose weight is 0 is not read, so it does not
-    matter what it holds.
+    The sum is taken in float64, in ascending t, and rounded once. A gradient whose weight is 0 is not read, so it
+    does not matter what it holds.
 
     Args:
         grads: as in :func:`gradsurgery.gram`.
         weights: [T], or [S, T] with ``segments``; any real floating dtype, on the gradients' device.
         segments: as in :func:`gradsurgery.gram`.
-        out: where to write: a contiguous tensor [N] for the flat form, a list of P tensors like the gradients (None only
-            where no task has a gradient) for the list form. None allocates.
+        out: where to write: a contiguous tensor [N] for the flat form, a list of P tensors like the gradients (None
+            only where no task has a gradient) for the list form. None allocates.
         accumulate: add to what ``out`` holds instead of overwriting it.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Returns:
-        [N] for the flat form; a list of P tensors for the list form, None where no task has a gradient. In the gradients'
-        dtype. A constant to autograd.
+        [N] for the flat form; a list of P tensors for the list form, None where no task has a gradient. In the
+        gradients' dtype. A constant to autograd.
 
     Raises:
         ValueError: shapes, devices or segments do not fit together; ``accumulate`` without ``out``.
@@ -58,10 +61,7 @@ def combine(
     result = combine_of(parsed, weights, out, accumulate, backend)
     if out is not None or not (parsed.requires_grad or weights.requires_grad):
         return result
-    inputs = [*parsed.inputs(), weights]
-    if isinstance(result, Tensor):
-        return constant("combine", result, inputs)
-    return [None if direction is None else constant("combine", direction, inputs) for direction in result]
+    return constant("combine", result, [*parsed.inputs(), weights])
 
 
 def combine_of(
@@ -72,43 +72,41 @@ def combine_of(
     weights = weights.detach().to(torch.float64).reshape(grads.num_segments, grads.num_tasks).contiguous()
     with torch.no_grad():
         if grads.matrix is not None:
-            target = torch.empty_like(grads.matrix[0]) if out is None else out
-            chosen.combine(grads, weights, target, accumulate)  # type: ignore[arg-type]
-            return target
-        assert grads.like is not None
-        if out is None:
-            out = [None if g is None else torch.empty_like(g) for g in grads.like]
-        _combine_lists(chosen, grads, weights, out, accumulate)
-        return out
+            if out is None:
+                out = grads.matrix.new_empty(grads.matrix.shape[1])
+            chosen.combine(grads, weights, out, accumulate)
+        else:
+            assert grads.like is not None
+            if out is None:
+                out = [None if g is None else torch.empty_like(g) for g in grads.like]
+            _combine_lists(chosen, grads, weights, list(out), accumulate)
+    return out
 
 
-def _combine_lists(chosen, grads: TaskGradients, weights: Tensor, out, accumulate: bool) -> None:  # type: ignore[no-untyped-def]
+def _combine_lists(
+    chosen: Backend, grads: TaskGradients, weights: Tensor, out: Sequence[Any], accumulate: bool
+) -> None:
     """Write each touched parameter's direction; by way of a temporary where ``out`` has another memory layout."""
-    assert grads.like is not None and grads.entries is not None
+    assert grads.like is not None
+    assert grads.entries is not None
     params = len(grads.like)
-    touched = [p for p in range(params) if grads.like[p] is not None]
-    entries, segments = grads.entries, grads.segments
-    if len(touched) < params:
-        entries = [grads.entries[t * params + p] for t in range(grads.num_tasks) for p in touched]
-        segments = [segments[p] for p in touched] if segments else segments
+    touched = [
+        (p, like, target) for p, (like, target) in enumerate(zip(grads.like, out, strict=True)) if like is not None
+    ]
     if not touched:
         return
-    targets = [out[p] for p in touched]
-    moved = [i for i, p in enumerate(touched) if targets[i].stride() != grads.like[p].stride()]  # type: ignore[union-attr]
-    for i in moved:
-        targets[i] = torch.empty_like(grads.like[touched[i]]).copy_(targets[i])  # type: ignore[arg-type]
-    present = TaskGradients(
-        num_tasks=grads.num_tasks,
-        num_segments=grads.num_segments,
-        segments=segments,
-        segmented=grads.segmented,
-        device=grads.device,
-        requires_grad=False,
-        entries=entries,
-    )
-    chosen.combine(present, weights, targets, accumulate)
-    for i in moved:
-        out[touched[i]].copy_(targets[i])
+    if len(touched) < params:
+        entries = [grads.entries[t * params + p] for t in range(grads.num_tasks) for p, _, _ in touched]
+        segments = [grads.segments[p] for p, _, _ in touched] if grads.segments else []
+        grads = replace(grads, entries=entries, segments=segments, like=None)
+    written = [
+        target if target.stride() == like.stride() else torch.empty_like(like).copy_(target)
+        for _, like, target in touched
+    ]
+    chosen.combine(grads, weights, written, accumulate)
+    for (_, _, target), result in zip(touched, written, strict=True):
+        if result is not target:
+            target.copy_(result)
 
 
 def _check_weights(weights: Tensor, grads: TaskGradients) -> None:
@@ -124,8 +122,7 @@ def _check_weights(weights: Tensor, grads: TaskGradients) -> None:
 def _check_out(out: Direction, grads: TaskGradients) -> None:
     if grads.matrix is not None:
         if not isinstance(out, Tensor) or out.shape != grads.matrix.shape[1:] or not out.is_contiguous():
-            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"out must be a contiguous tensor [{grads.matrix.shape[1]}], got {shape}")
+            raise ValueError(f"out must be a contiguous tensor [{grads.matrix.shape[1]}], got {_shape(out)}")
         _check_target(out, grads.matrix, "out")
         return
     assert grads.like is not None
@@ -135,9 +132,7 @@ def _check_out(out: Direction, grads: TaskGradients) -> None:
         if like is None:
             continue
         if not isinstance(target, Tensor) or target.shape != like.shape:
-            raise ValueError(
-                f"out[{p}] must be a tensor of shape {tuple(like.shape)}, got {target if target is None else tuple(target.shape)}"
-            )
+            raise ValueError(f"out[{p}] must be a tensor of shape {tuple(like.shape)}, got {_shape(target)}")
         _check_target(target, like, f"out[{p}]")
 
 
@@ -146,3 +141,7 @@ def _check_target(target: Tensor, like: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be {like.dtype} like the gradients, got {target.dtype}")
     if target.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the gradients, got {target.device}")
+
+
+def _shape(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -12,9 +12,9 @@ from torch import Tensor
 class SurgeryInfo:
     """The Gram matrix and weights of one step, and what follows from them.
 
-    Everything is a tensor on the gradients' device, computed when it is asked for; nothing synchronises with the host but
-    :meth:`to_dict`. Shapes are given for granularity "global"; the others put a leading dimension of segments before each. Values are
-    unscaled where a gradient scaler was given.
+    Everything is a tensor on the gradients' device, computed when it is asked for; nothing synchronises with the
+    host but :meth:`to_dict`. Shapes are given for granularity "global"; the others put a leading dimension of
+    segments before each. Values are unscaled where a gradient scaler was given.
 
     Attributes:
         tasks: the tasks' names, or their indices as strings.

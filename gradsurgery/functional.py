@@ -35,8 +35,8 @@ def aggregate(
 
     Args:
         grads, segments, out: as in :func:`gradsurgery.combine`.
-        method: a name of ``methods.available()``, which starts from its initial state, or a ``Method``, which carries its
-            state from call to call.
+        method: a name of ``methods.available()``, which starts from its initial state, or a ``Method``, which
+            carries its state from call to call.
         losses: [T] loss values, for the methods that need them.
         backend: a name of :func:`gradsurgery.backends` for all stages; None chooses.
         method_options: the named method's own options.
@@ -57,9 +57,7 @@ def aggregate(
     result = combine_of(parsed, weights, out, False, backend)
     if out is not None or not parsed.requires_grad:
         return result
-    if isinstance(result, Tensor):
-        return constant("aggregate", result, parsed.inputs())
-    return [None if direction is None else constant("aggregate", direction, parsed.inputs()) for direction in result]
+    return constant("aggregate", result, parsed.inputs())
 
 
 def task_order(
@@ -72,8 +70,9 @@ def task_order(
 ) -> Tensor:
     """Return PCGrad's visiting orders: row i is a uniform random permutation of 0..T-1.
 
-    A pure function of (seed, step, i): Fisher-Yates (k = T-1 .. 1 swaps positions k and floor(u (k+1) / 2^32)) with the words u of
-    Philox4x32-10, key ``seed``, counter (step, i, block). The same on every backend and rank; no global generator is read.
+    A pure function of (seed, step, i): Fisher-Yates (k = T-1 .. 1 swaps positions k and floor(u (k+1) / 2^32)) with
+    the words u of Philox4x32-10, key ``seed``, counter (step, i, block). The same on every backend and rank; no
+    global generator is read.
 
     Args:
         num_tasks: T >= 1.
@@ -105,11 +104,12 @@ def pcgrad_weights(
 ) -> Tensor:
     r"""Return PCGrad's weights.
 
-    For each task i the running vector p starts at g_i. It visits every j != i in a random order and, where p . g_j < 0, becomes
-    p - (p . g_j / |g_j|^2) g_j with the original g_j. Then d = sum_i p_i (or the mean), and w are its coefficients: d = J^T w.
+    For each task i the running vector p starts at g_i. It visits every j != i in a random order and, where p . g_j <
+    0, becomes p - (p . g_j / |g_j|^2) g_j with the original g_j. Then d = sum_i p_i (or the mean), and w are its
+    coefficients: d = J^T w.
 
-    Conventions: strict inequality, no epsilon; j = i is skipped; a zero g_j is never projected on; every problem of a batch uses
-    the same order.
+    Conventions: strict inequality, no epsilon; j = i is skipped; a zero g_j is never projected on; every problem of
+    a batch uses the same order.
 
     Args:
         gram: [..., T, T].
@@ -139,9 +139,10 @@ def min_norm_weights(
 ) -> Tensor:
     """Return the weights of the shortest convex combination: argmin of w^T G w, w >= 0, sum(w) = 1.
 
-    ``solver="exact"`` is Wolfe's active-set method: it ends by itself, to rounding, in at most 8 T + 32 small linear solves.
-    ``solver="frank_wolfe"`` starts at w = 1/T and steps towards the task of least (G w)_t (the first of equals) until the step
-    is below ``tol``, at most ``max_iter`` times; it is there for comparison, and for T >= 16 it often stops far from the optimum.
+    ``solver="exact"`` is Wolfe's active-set method: it ends by itself, to rounding, in at most 8 T + 32 small linear
+    solves. ``solver="frank_wolfe"`` starts at w = 1/T and steps towards the task of least (G w)_t (the first of equals)
+    until the step is below ``tol``, at most ``max_iter`` times; it is there for comparison, and for T >= 16 it often
+    stops far from the optimum.
 
     Args:
         gram: [..., T, T].
@@ -151,11 +152,11 @@ def min_norm_weights(
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Returns:
-        float64 [..., T] on the simplex; NaN where G is not finite. A constant to autograd. Where the shortest point has several
-        representations (dependent gradients) one of them.
+        float64 [..., T] on the simplex; NaN where G is not finite. A constant to autograd. Where the shortest point
+        has several representations (dependent gradients) one of them.
 
-    Source: P. Wolfe, "Finding the nearest point in a polytope", 1976; Sener & Koltun, "Multi-Task Learning as Multi-Objective
-    Optimization", NeurIPS 2018, equation 4 and Algorithm 2. Cost: O(T^3) typically.
+    Source: P. Wolfe, "Finding the nearest point in a polytope", 1976; Sener & Koltun, "Multi-Task Learning as
+    Multi-Objective Optimization", NeurIPS 2018, equation 4 and Algorithm 2. Cost: O(T^3) typically.
     """
     if solver not in ("exact", "frank_wolfe"):
         raise ValueError(f'solver must be "exact" or "frank_wolfe", got {solver!r}')
@@ -180,11 +181,11 @@ def gradnorm_update(
     """Return the task weights after one GradNorm step.
 
     With n_i = |grad L_i|, G_i = w_i n_i and r_i = (L_i / L_i(0)) / mean_k (L_k / L_k(0)), the loss
-    sum_i |G_i - mean(G) r_i^alpha|, its target held constant, has the gradient sign(G_i - target_i) n_i in w_i. One step down it,
-    then the weights are scaled to sum to T.
+    sum_i |G_i - mean(G) r_i^alpha|, its target held constant, has the gradient sign(G_i - target_i) n_i in w_i. One
+    step down it, then the weights are scaled to sum to T.
 
-    Conventions: plain gradient descent on w; a weight stops at 0; if all would reach 0 they stay as they were; the target's mean
-    is over all tasks. The step depends on the scale of the gradients, as in the paper.
+    Conventions: plain gradient descent on w; a weight stops at 0; if all would reach 0 they stay as they were; the
+    target's mean is over all tasks. The step depends on the scale of the gradients, as in the paper.
 
     Args:
         weights, norms, losses, initial_losses: [..., T] each; losses and initial losses positive.

@@ -22,21 +22,23 @@ _GRANULARITIES = ("global", "per_group", "per_tensor")
 class SurgeryOptimizer(torch.optim.Optimizer):
     """Wraps a torch optimizer; ``backward(losses)`` takes the place of ``sum(losses).backward()``.
 
-    Parameter groups, state and defaults are those of the wrapped optimizer, so schedulers, gradient scalers and checkpoints work as
-    without it. ``state_dict`` adds the method's state under "surgery"; a plain optimizer's checkpoint loads as well.
+    Parameter groups, state and defaults are those of the wrapped optimizer, so schedulers, gradient scalers and
+    checkpoints work as without it. ``state_dict`` adds the method's state under "surgery"; a plain optimizer's
+    checkpoint loads as well.
 
     What ``backward`` does with a parameter depends on which losses reach it:
 
     * none: ``.grad`` is left as it was;
-    * one (a head): its plain gradient is added to ``.grad``, times the task's weight only for methods that weight losses;
-    * two or more: it is shared, and the direction d = sum_t w_t g_t is added to ``.grad``; an absent task counts as a zero gradient
-      there. Only shared parameters enter G.
+    * one (a head): its plain gradient is added to ``.grad``, times the task's weight only for methods that weight
+      losses;
+    * two or more: it is shared, and the direction d = sum_t w_t g_t is added to ``.grad``; an absent task counts as
+      a zero gradient there. Only shared parameters enter G.
 
     Args:
         optimizer: the optimizer to wrap.
         method: a name of ``methods.available()``, or a ``Method``.
-        shared: the shared parameters. All other parameters then get the plain sum of their gradients. Default: those that two or
-            more losses reach, found anew at each backward.
+        shared: the shared parameters. All other parameters then get the plain sum of their gradients. Default: those
+            that two or more losses reach, found anew at each backward.
         granularity: "global" (one G for all shared parameters), "per_group" (one per parameter group) or "per_tensor".
         process_group: None; surgery runs on one process.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
@@ -95,8 +97,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
         Args:
             losses: one scalar per task: a sequence, a 1-D tensor, or a dict from name to scalar.
-            scaler: a gradient scaler. The losses are given unscaled; ``.grad`` comes out scaled, for ``scaler.unscale_`` and
-                ``scaler.step``; the method sees unscaled values.
+            scaler: a gradient scaler. The losses are given unscaled; ``.grad`` comes out scaled, for
+                ``scaler.unscale_`` and ``scaler.step``; the method sees unscaled values.
             retain_graph: keep the graph after the last task.
 
         Raises:
@@ -115,8 +117,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Add one micro-batch's task gradients to those collected so far; ``combine`` then operates on the sums.
 
-        Surgery on accumulated gradients differs from accumulating the results of surgery on each micro-batch, which is what several
-        ``backward`` calls do. Arguments and errors are those of :meth:`backward`.
+        Surgery on accumulated gradients differs from accumulating the results of surgery on each micro-batch, which
+        is what several ``backward`` calls do. Arguments and errors are those of :meth:`backward`.
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         collected = collect(losses, parameters, scaler=scaler, retain_graph=retain_graph)
@@ -130,7 +132,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         collected = self._pending
         shared, plain = self._split(collected)
         shared_grads = parse([[row[p] for p in shared] for row in collected.grads], self._segments(collected, shared))
-        dense = [p for p in plain if all(row[p] is None or row[p].layout is torch.strided for row in collected.grads)]
+        dense = [p for p in plain if not any(_is_sparse(row[p]) for row in collected.grads)]
         plain_grads = parse([[row[p] for p in dense] for row in collected.grads], None)
 
         gram, weights = self._weigh(collected, shared, shared_grads)
@@ -162,7 +164,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         return {**self.optimizer.state_dict(), "surgery": self.method.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; without "surgery", as from a plain optimizer, the method keeps its state."""
+        """Restore what ``state_dict`` returned.
+
+        Without "surgery", as in a plain optimizer's checkpoint, the method keeps its state.
+        """
         state = dict(state_dict)
         surgery = state.pop("surgery", None)
         before = self.method.state_dict()
@@ -242,6 +247,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         combine_of(grads, weights, out, accumulate, self.backend)
         for parameter, direction in zip(parameters, out, strict=True):
             parameter.grad = direction
+
+
+def _is_sparse(grad: Tensor | None) -> bool:
+    return grad is not None and grad.layout is not torch.strided
 
 
 def _add_sparse(parameter: Tensor, grads: list[Tensor | None], weights: Tensor) -> None:

@@ -14,6 +14,7 @@
 #include "kernels.inl"
 #pragma clang attribute pop
 #else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // from GCC's own intrinsics
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "kernels.inl"
 #endif

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The one registry of backends, and the choice among them.
 
-``backend=`` per call goes before the environment variable ``GRADSURGERY_BACKEND``, and that before the automatic choice: the
-first backend of the list that serves the call's device and number of tasks. A named backend that cannot serve raises.
+``backend=`` per call goes before the environment variable ``GRADSURGERY_BACKEND``, and that before the automatic
+choice: the first backend of the list that serves the call's device and number of tasks. A named backend that cannot
+serve raises.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from . import native, reference
 class Backend(Protocol):
     """The stages that touch gradients or G, each writing into an output that the caller allocated.
 
-    Gram matrices and weights are float64 with one leading dimension: segments for ``gram`` and ``combine``, problems for the
-    solvers.
+    Gram matrices and weights are float64 with one leading dimension: segments for ``gram`` and ``combine``, problems
+    for the solvers.
     """
 
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
@@ -66,7 +67,7 @@ _BACKENDS: dict[str, Backend] = {
 
 
 def choose(name: str | None, device: torch.device, num_tasks: int) -> Backend:
-    """Return the backend for a call; RuntimeError if the named one cannot serve it, ValueError if there is none such."""
+    """Return the backend for a call; RuntimeError if a named one cannot serve it, ValueError if it is unknown."""
     name = name or os.environ.get("GRADSURGERY_BACKEND")
     if name:
         if name not in _BACKENDS:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
 """The reference backend: plain PyTorch on any device, float64 inside, written to be read next to the papers.
 
-It is the oracle of every other backend. It never uses a float32 matrix product over the parameters (wrong by 1e-3 at 1e7
-elements): gradients are cut into chunks, widened to float64, and summed there. It does not read values on the host, with one
+It is the oracle of every other backend. It never uses a float32 matrix product over the parameters (wrong by 1e-3 at
+1e7 elements): gradients are cut into chunks, widened to float64, and summed there. It does not read values on the host,
+with one
 exception: on the CPU, where that costs nothing, an iteration ends early when all problems have converged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +44,7 @@ class ReferenceBackend:
     def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """d_p = sum_t w_t g_{t,p}; a gradient with weight 0 does not count, even where it is not finite."""
         for segment, rows, index in _blocks(grads):
-            target = out[index] if isinstance(out, list) else out[index[0] : index[1]]
+            target = out[index]
             direction = torch.zeros_like(target, dtype=torch.float64)
             for weight, row in zip(weights[segment].unbind(), rows, strict=True):
                 if row is not None:
@@ -102,12 +105,12 @@ class ReferenceBackend:
         out.copy_(torch.where(total == 0, weights, moved * (num_tasks / total)))
 
 
-def _blocks(grads: TaskGradients) -> Iterator[tuple[int, list[Tensor | None], tuple[int, int] | int]]:
+def _blocks(grads: TaskGradients) -> Iterator[tuple[int, list[Tensor | None], Any]]:
     """Yield (segment, T rows, where the output goes) for each block of parameters that lies together."""
     if grads.matrix is not None:
         offsets = grads.segments or [0, grads.matrix.shape[1]]
-        for s, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
-            yield s, list(grads.matrix[:, begin:end].unbind()), (begin, end)
+        for s, (begin, end) in enumerate(pairwise(offsets)):
+            yield s, list(grads.matrix[:, begin:end].unbind()), slice(begin, end)
         return
     assert grads.entries is not None
     params = len(grads.entries) // grads.num_tasks
@@ -178,8 +181,9 @@ def _frank_wolfe(gram: Tensor, max_iter: int, tol: float) -> Tensor:
 def _wolfe(gram: Tensor) -> Tensor:
     """Wolfe 1976 in Gram form, on a batch: one affine minimisation on the active set per iteration.
 
-    The shortest point of the affine hull of a set S solves (G_S + c 1 1^T) u = 1, w = u / sum(u), for any c > 0. If it lies in
-    the simplex, the task that most violates (G w)_j >= w^T G w joins S; else w moves to the boundary and a task leaves.
+    The shortest point of the affine hull of a set S solves (G_S + c 1 1^T) u = 1, w = u / sum(u), for any c > 0. If
+    it lies in the simplex, the task that most violates (G w)_j >= w^T G w joins S; else w moves to the boundary and
+    a task leaves.
     """
     num_tasks = gram.shape[-1]
     squared_norms = gram.diagonal(dim1=-2, dim2=-1)

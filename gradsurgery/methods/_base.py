@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: MIT
+"""What a method is."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

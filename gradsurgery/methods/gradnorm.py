@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: MIT
+"""GradNorm: loss weights that equalise training rates."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,15 +16,16 @@ from ._base import Method
 class GradNorm(Method):
     """Loss weights that equalise the training rates (Chen et al., ICML 2018). See :func:`gradsurgery.gradnorm_update`.
 
-    Each step uses the current weights and then updates them, in closed form: no second backward pass. The weights start at 1 and
-    sum to T. They are loss weights: they also multiply the gradients of the heads. State: the weights, and the losses of the first
-    step, which stand for L(0).
+    Each step uses the current weights and then updates them, in closed form: no second backward pass. The weights
+    start at 1 and sum to T. They are loss weights: they also multiply the gradients of the heads. State: the
+    weights, and the losses of the first step, which stand for L(0).
 
     Args:
         alpha: restoring force; 0 equalises the gradient norms.
         lr: step on the weights.
-        norm_parameters: the parameters over which the norms are taken (the paper: the last shared layer); default all shared
-            parameters. Read by the optimizers; ``weights`` itself takes the norms from the G that it is given.
+        norm_parameters: the parameters over which the norms are taken (the paper: the last shared layer); default
+            all shared parameters. Read by the optimizers; ``weights`` itself takes the norms from the G that it is
+            given.
     """
 
     name = "gradnorm"
@@ -50,7 +53,8 @@ class GradNorm(Method):
             current, initial = self._weights.to(gram.device), self._initial_losses.to(gram.device)
         else:
             raise ValueError(
-                f"GradNorm's state is for weights of shape {tuple(self._weights.shape)}, got G of shape {tuple(gram.shape)}"
+                f"GradNorm's state is for weights of shape {tuple(self._weights.shape)}, got G of shape "
+                f"{tuple(gram.shape)}"
             )
         # Values that are not finite, as in a step that a gradient scaler will skip, must not enter the state.
         initial = torch.where(initial.isfinite(), initial, losses)

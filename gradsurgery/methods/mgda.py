@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: MIT
+"""MGDA: the shortest convex combination of the task gradients."""
+
 from __future__ import annotations
 
 import torch
@@ -13,11 +15,13 @@ _NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 class MGDA(Method):
     """Multiple-gradient descent: the shortest convex combination (Sener & Koltun, NeurIPS 2018).
 
-    w = argmin over the simplex of |sum_t w_t g_t / n_t|^2, with n_t = 1 ("none"), |g_t| ("l2"), L_t ("loss") or L_t |g_t| ("loss+").
-    The direction does not conflict with any normalised gradient; it is zero where the gradients are Pareto-stationary.
+    w = argmin over the simplex of |sum_t w_t g_t / n_t|^2, with n_t = 1 ("none"), |g_t| ("l2"), L_t ("loss") or L_t
+    |g_t| ("loss+"). The direction does not conflict with any normalised gradient; it is zero where the gradients are
+    Pareto-stationary.
 
-    Conventions: ``combine="original"`` sums the un-normalised gradients, d = sum_t w_t g_t, as the authors' own code does;
-    ``combine="normalized"`` sums the rescaled ones, d = sum_t (w_t / n_t) g_t. A task with n_t = 0 is not rescaled.
+    Conventions: ``combine="original"`` sums the un-normalised gradients, d = sum_t w_t g_t, as the authors' own code
+    does; ``combine="normalized"`` sums the rescaled ones, d = sum_t (w_t / n_t) g_t. A task with n_t = 0 is not
+    rescaled.
     Scale: w sums to 1 ("original"). No state.
 
     Args:

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: MIT
+"""PCGrad: projections of conflicting gradients."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -13,8 +15,8 @@ from ._base import Method
 class PCGrad(Method):
     """Projecting conflicting gradients (Yu et al., NeurIPS 2020). See :func:`gradsurgery.pcgrad_weights`.
 
-    Scale: a sum over tasks ("mean": an average). For two tasks the direction conflicts with neither. State: the step counter,
-    which with ``seed`` determines the visiting orders; it lives on G's device and is never read on the host.
+    Scale: a sum over tasks ("mean": an average). For two tasks the direction conflicts with neither. State: the step
+    counter, which with ``seed`` determines the visiting orders; it lives on G's device and is never read on the host.
 
     Args:
         reduction: "sum" or "mean" over the projected gradients.

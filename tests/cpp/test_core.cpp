@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: MIT
+// The library alone, without torch: absent gradients, segments, threads, solvers and errors, against plain loops.
+#include <gradsurgery/gradsurgery.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#define CHECK(condition)                                                        \
+  do {                                                                          \
+    if (!(condition)) {                                                         \
+      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);               \
+      std::exit(1);                                                             \
+    }                                                                           \
+  } while (0)
+
+namespace {
+
+const gs_parallel kTwoThreads = {
+    [](void*, int64_t count, void (*body)(void*, int64_t), void* arg) {
+      std::thread other([&] {
+        for (int64_t i = 1; i < count; i += 2) body(arg, i);
+      });
+      for (int64_t i = 0; i < count; i += 2) body(arg, i);
+      other.join();
+    },
+    nullptr};
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+std::unique_ptr<void, Free> workspace(int64_t bytes) {
+  return std::unique_ptr<void, Free>(std::aligned_alloc(64, (bytes + 64) / 64 * 64));
+}
+
+// T x P gradients of float, some absent, in two segments.
+struct Problem {
+  int64_t tasks;
+  std::vector<int64_t> numel;
+  std::vector<std::vector<float>> values;
+  std::vector<const void*> data;
+  std::vector<int32_t> dtype, segment;
+
+  Problem(int64_t num_tasks, std::vector<int64_t> sizes) : tasks(num_tasks), numel(sizes) {
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    for (size_t p = 0; p < numel.size(); p++) {
+      dtype.push_back(GS_FLOAT32);
+      segment.push_back(p % 2);
+      for (int64_t t = 0; t < tasks; t++) {
+        values.emplace_back(numel[p]);
+        for (float& x : values.back()) x = normal(random);
+        const bool absent = (p + t) % 5 == 4;
+        data.push_back(absent ? nullptr : values.back().data());
+      }
+    }
+  }
+
+  gs_gradients view() const {
+    return {tasks, (int64_t)numel.size(), 2, data.data(), numel.data(), dtype.data(), segment.data()};
+  }
+
+  const float* at(int64_t p, int64_t t) const { return static_cast<const float*>(data[p * tasks + t]); }
+};
+
+std::vector<double> gram_of(const Problem& problem, const gs_parallel* parallel) {
+  const gs_gradients view = problem.view();
+  const int64_t bytes = gs_gram_workspace_bytes(&view);
+  CHECK(bytes >= 0);
+  auto space = workspace(bytes);
+  std::vector<double> gram(2 * problem.tasks * problem.tasks, NAN);
+  CHECK(gs_gram_cpu(&view, gram.data(), space.get(), bytes, parallel) == GS_OK);
+  return gram;
+}
+
+void test_gram(int64_t tasks) {
+  const Problem problem(tasks, {70001, 0, 33, 1, 40000, 512});
+  const std::vector<double> gram = gram_of(problem, nullptr), threaded = gram_of(problem, &kTwoThreads);
+  CHECK(std::memcmp(gram.data(), threaded.data(), gram.size() * sizeof(double)) == 0);
+  for (int64_t s = 0; s < 2; s++) {
+    for (int64_t i = 0; i < tasks; i++) {
+      for (int64_t j = 0; j < tasks; j++) {
+        double expected = 0, magnitude = 0;
+        for (size_t p = s; p < problem.numel.size(); p += 2) {
+          const float *a = problem.at(p, i), *b = problem.at(p, j);
+          for (int64_t k = 0; a && b && k < problem.numel[p]; k++) {
+            expected += double(a[k]) * b[k];
+            magnitude += 0.5 * (double(a[k]) * a[k] + double(b[k]) * b[k]);
+          }
+        }
+        const double got = gram[(s * tasks + i) * tasks + j];
+        CHECK(std::abs(got - expected) <= 1e-6 * magnitude);
+        CHECK(got == gram[(s * tasks + j) * tasks + i]);
+      }
+    }
+  }
+}
+
+void test_combine(int64_t tasks) {
+  const Problem problem(tasks, {20001, 0, 33, 1, 4000, 512});
+  const gs_gradients view = problem.view();
+  const int64_t bytes = gs_combine_workspace_bytes(&view);
+  auto space = workspace(bytes);
+  std::vector<double> weights(2 * tasks);
+  for (int64_t i = 0; i < 2 * tasks; i++) weights[i] = i % 3 - 0.5 * (i % 2);
+  for (const int accumulate : {0, 1}) {
+    std::vector<std::vector<float>> out;
+    std::vector<void*> pointers;
+    for (const int64_t n : problem.numel) out.emplace_back(n, accumulate ? 1.0f : NAN);
+    for (auto& o : out) pointers.push_back(o.data());
+    CHECK(gs_combine_cpu(&view, weights.data(), pointers.data(), accumulate, space.get(), bytes, &kTwoThreads) == GS_OK);
+    for (size_t p = 0; p < out.size(); p++) {
+      for (int64_t k = 0; k < problem.numel[p]; k++) {
+        double expected = accumulate;
+        for (int64_t t = 0; t < tasks; t++) {
+          if (problem.at(p, t)) expected += weights[(p % 2) * tasks + t] * problem.at(p, t)[k];
+        }
+        CHECK(std::abs(out[p][k] - expected) <= 1e-5);
+      }
+    }
+  }
+}
+
+void test_solvers() {
+  // Two equal gradients, their opposite, and one across: the shortest combination is 0.
+  const double gram[16] = {1, 1, -1, 0, 1, 1, -1, 0, -1, -1, 1, 0, 0, 0, 0, 9};
+  const int64_t bytes = gs_min_norm_workspace_bytes(1, 4);
+  auto space = workspace(bytes);
+  double w[4];
+  for (const gs_solver solver : {GS_EXACT, GS_FRANK_WOLFE}) {
+    CHECK(gs_min_norm_cpu(gram, 1, 4, solver, 250, 1e-9, w, space.get(), bytes, nullptr) == GS_OK);
+    double norm = 0;
+    for (int i = 0; i < 4; i++) {
+      for (int j = 0; j < 4; j++) norm += w[i] * gram[4 * i + j] * w[j];
+    }
+    CHECK(norm < (solver == GS_EXACT ? 1e-28 : 1e-2));
+    CHECK(std::abs(w[0] + w[1] + w[2] + w[3] - 1) < 1e-14);
+  }
+  int64_t order[9];
+  CHECK(gs_task_order_cpu(3, 1, 2, order) == GS_OK);
+  for (int i = 0; i < 3; i++) CHECK(order[3 * i] + order[3 * i + 1] + order[3 * i + 2] == 3);
+  const double one[2] = {1, 1}, norms[2] = {1, 3}, losses[2] = {1, 1};
+  CHECK(gs_gradnorm_cpu(one, norms, losses, losses, 1, 2, 1.5, 0.1, w) == GS_OK);
+  CHECK(std::abs(w[0] - 2 * 1.1 / 1.8) < 1e-15 && std::abs(w[1] - 2 * 0.7 / 1.8) < 1e-15);
+}
+
+void test_errors() {
+  Problem problem(2, {4});
+  gs_gradients view = problem.view();
+  double gram[8];
+  CHECK(gs_gram_cpu(&view, gram, nullptr, 0, nullptr) == GS_INVALID_ARGUMENT);
+  CHECK(std::string(gs_last_error()).find("workspace must hold") == 0);
+  problem.dtype[0] = 9;
+  CHECK(gs_gram_workspace_bytes(&view) == -1);
+  CHECK(std::string(gs_last_error()) == "dtype[0] is 9, which no gs_dtype is");
+  view.num_tasks = GS_MAX_TASKS + 1;
+  CHECK(gs_gram_cpu(&view, gram, nullptr, 0, nullptr) == GS_UNSUPPORTED);
+  const int64_t twice[4] = {0, 1, 1, 1};
+  const double square[4] = {1, 0, 0, 1};
+  CHECK(gs_pcgrad_cpu(square, 1, 2, twice, 0, 0, 0, gram, nullptr) == GS_INVALID_ARGUMENT);
+}
+
+}  // namespace
+
+int main() {
+  for (const int64_t tasks : {1, 2, 3, 8, 9, 17, 70}) {
+    test_gram(tasks);
+    test_combine(tasks);
+  }
+  test_solvers();
+  test_errors();
+  std::printf("core: ok on %s\n", gs_cpu_isa());
+  return 0;
+}

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: MIT
+// The two N-sized kernels on every instruction set that this machine runs, in all dtypes, against plain loops. Buffers
+// have their exact size, so that the sanitizers see any access outside them.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+#define CHECK(condition, ...)                                                  \
+  do {                                                                         \
+    if (!(condition)) {                                                        \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);              \
+      std::printf(__VA_ARGS__);                                                \
+      std::printf("\n");                                                       \
+      std::exit(1);                                                            \
+    }                                                                          \
+  } while (0)
+
+namespace {
+
+constexpr gs_dtype kDtypes[] = {GS_FLOAT64, GS_FLOAT32, GS_BFLOAT16, GS_FLOAT16};
+
+int64_t bytes_of(gs_dtype dtype) { return dtype == GS_FLOAT64 ? 8 : dtype == GS_FLOAT32 ? 4 : 2; }
+
+double decode_half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const double magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                           : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
+                                          : std::ldexp(mantissa, -24);
+  return bits >> 15 ? -magnitude : magnitude;
+}
+
+double decode_bfloat(uint16_t bits) {
+  const uint32_t wide = uint32_t{bits} << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+double decode(const char* data, gs_dtype dtype) {
+  if (dtype == GS_FLOAT64) {
+    double value;
+    std::memcpy(&value, data, 8);
+    return value;
+  }
+  if (dtype == GS_FLOAT32) {
+    float value;
+    std::memcpy(&value, data, 4);
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, data, 2);
+  return dtype == GS_FLOAT16 ? decode_half(bits) : decode_bfloat(bits);
+}
+
+// n random values, one element off the allocation's alignment.
+struct Row {
+  std::vector<char> storage;
+  gs_dtype dtype;
+  Row(int64_t n, gs_dtype type, double scale, std::mt19937& random)
+      : storage((n + 1) * bytes_of(type)), dtype(type) {
+    for (int64_t i = 0; i <= n; i++) {
+      const double value = scale * std::normal_distribution<double>()(random);
+      const float single = static_cast<float>(value);
+      // Half: random sign, mantissa and an exponent near 1. Bfloat: the upper bits of a float.
+      uint32_t wide;
+      std::memcpy(&wide, &single, 4);
+      const uint16_t narrow = type == GS_FLOAT16 ? (random() & 0x83ff) | 14 << 10 : wide >> 16;
+      const void* source = type == GS_FLOAT64 ? static_cast<const void*>(&value) : type == GS_FLOAT32 ? &single : (const void*)&narrow;
+      std::memcpy(&storage[i * bytes_of(type)], source, bytes_of(type));
+    }
+  }
+  const char* data() const { return storage.data() + bytes_of(dtype); }
+  double at(int64_t i) const { return decode(data() + i * bytes_of(dtype), dtype); }
+};
+
+std::vector<Row> make_rows(int64_t k, int64_t n, gs_dtype dtype, double scale) {
+  std::mt19937 random(11);
+  std::vector<Row> rows;
+  for (int64_t r = 0; r < k; r++) rows.emplace_back(n, dtype, scale, random);
+  return rows;
+}
+
+std::vector<const void*> pointers_to(const std::vector<Row>& rows) {
+  std::vector<const void*> pointers;
+  for (const Row& row : rows) pointers.push_back(row.data());
+  return pointers;
+}
+
+void test_gram(const gs::KernelTable& table, gs_dtype dtype, int64_t k, int64_t n, double scale) {
+  const std::vector<Row> rows = make_rows(k, n, dtype, scale);
+  const std::vector<const void*> pointers = pointers_to(rows);
+  const int64_t ld = 2 * k;
+  std::vector<int32_t> index;
+  for (int64_t r = 0; r < k; r++) index.push_back(2 * r + 1);
+  std::vector<double> gram(ld * ld, 0.0);
+  table.gram(pointers.data(), index.data(), k, dtype, n, gram.data(), ld);
+  for (int64_t i = 0; i < k; i++) {
+    for (int64_t j = i; j < k; j++) {
+      double exact = 0, ii = 0, jj = 0;
+      for (int64_t c = 0; c < n; c++) {
+        exact += rows[i].at(c) * rows[j].at(c);
+        ii += rows[i].at(c) * rows[i].at(c);
+        jj += rows[j].at(c) * rows[j].at(c);
+      }
+      const double tolerance = (dtype == GS_FLOAT64 ? 1e-13 : 1e-6) * std::sqrt(ii * jj);
+      const double error = std::abs(gram[index[i] * ld + index[j]] - exact);
+      CHECK(error <= tolerance, "%s dtype %d k %ld n %ld scale %g (%ld, %ld): error %g", table.isa, dtype, (long)k,
+            (long)n, scale, (long)i, (long)j, error);
+    }
+  }
+  double elsewhere = 0;
+  for (int64_t i = 0; i < ld; i++) {
+    for (int64_t j = 0; j < ld; j++) elsewhere += i % 2 && j % 2 && i <= j ? 0 : std::abs(gram[i * ld + j]);
+  }
+  CHECK(elsewhere == 0, "%s wrote outside the upper triangle", table.isa);
+}
+
+void test_combine(const gs::KernelTable& table, gs_dtype dtype, int64_t k, int64_t n, bool accumulate, bool stream) {
+  const std::vector<Row> rows = make_rows(k, n, dtype, 1);
+  const std::vector<const void*> pointers = pointers_to(rows);
+  std::vector<double> weights;
+  for (int64_t r = 0; r < k; r++) weights.push_back(0.75 - 0.5 * (r % 3));
+  const Row before = make_rows(1, n, dtype, 2)[0];
+  Row out = before;
+  char* destination = out.storage.data() + bytes_of(dtype);
+  table.combine(pointers.data(), weights.data(), k, dtype, n, destination, accumulate, stream);
+  for (int64_t c = 0; c < n; c++) {
+    double exact = accumulate ? before.at(c) : 0, magnitude = std::abs(exact);
+    for (int64_t r = 0; r < k; r++) {
+      exact += weights[r] * rows[r].at(c);
+      magnitude += std::abs(weights[r] * rows[r].at(c));
+    }
+    const double half_ulp = dtype == GS_FLOAT64 ? 0x1p-53 : dtype == GS_FLOAT32 ? 0x1p-24 : dtype == GS_BFLOAT16 ? 0x1p-8 : 0x1p-11;
+    const double tolerance = 1.001 * half_ulp * std::abs(exact) + 1e-15 * magnitude + (dtype == GS_FLOAT16 ? 0x1p-25 : 0);
+    CHECK(std::abs(out.at(c) - exact) <= tolerance, "%s dtype %d k %ld n %ld at %ld: %g, exact %g", table.isa, dtype,
+          (long)k, (long)n, (long)c, out.at(c), exact);
+  }
+}
+
+// Every 16-bit pattern comes back from one row of weight 1.
+void test_every_pattern(const gs::KernelTable& table, gs_dtype dtype) {
+  std::vector<uint16_t> in(65536), out(65536);
+  for (int i = 0; i < 65536; i++) in[i] = i;
+  const void* row = in.data();
+  const double one = 1;
+  table.combine(&row, &one, 1, dtype, 65536, out.data(), false, false);
+  for (int i = 0; i < 65536; i++) {
+    const double expected = dtype == GS_FLOAT16 ? decode_half(i) : decode_bfloat(i);
+    const double got = dtype == GS_FLOAT16 ? decode_half(out[i]) : decode_bfloat(out[i]);
+    CHECK(got == expected || (std::isnan(got) && std::isnan(expected)), "%s dtype %d: %04x became %04x", table.isa,
+          dtype, i, out[i]);
+  }
+}
+
+// Rounding to 16 bits: ties go to even, overflow to infinity, and subnormals are kept.
+void test_rounding(const gs::KernelTable& table) {
+  const double cases[][2] = {{1 + 0x1p-11, 1}, {1 + 3 * 0x1p-11, 1 + 0x1p-9}, {65519, 65504}, {65520, INFINITY},
+                             {0x1p-25, 0}, {0x1.8p-25, 0x1p-24}, {3 * 0x1p-25, 0x1p-23}, {-0x1p-14 + 0x1p-26, -0x1p-14}};
+  for (const auto& [value, expected] : cases) {
+    const uint16_t one = 15 << 10;
+    uint16_t result;
+    const void* row = &one;
+    table.combine(&row, &value, 1, GS_FLOAT16, 1, &result, false, false);
+    CHECK(decode_half(result) == expected, "%s: %a became %a", table.isa, value, decode_half(result));
+  }
+}
+
+void test_table(const gs::KernelTable& table) {
+  for (const gs_dtype dtype : kDtypes) {
+    for (const int64_t n : {0, 1, 7, 8, 15, 16, 17, 63, 65, 511, 513, 1025, 2100}) {
+      for (const int64_t k : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 17, 33}) test_gram(table, dtype, k, n, 1);
+      for (const int64_t k : {0, 1, 3, 4, 6, 9}) {
+        for (const bool accumulate : {false, true}) test_combine(table, dtype, k, n, accumulate, false);
+        test_combine(table, dtype, k, n, false, true);
+      }
+    }
+  }
+  for (const double scale : {1e-30, 1e-20, 1e-10, 1e10, 1e18, 1e30}) {
+    for (const gs_dtype dtype : {GS_FLOAT32, GS_BFLOAT16}) {
+      for (const int64_t k : {8, 17}) test_gram(table, dtype, k, 700, scale);
+    }
+  }
+  test_gram(table, GS_FLOAT32, GS_MAX_TASKS, 300, 1);
+  test_every_pattern(table, GS_BFLOAT16);
+  test_every_pattern(table, GS_FLOAT16);
+  test_rounding(table);
+  std::printf("%s: ok\n", table.isa);
+}
+
+}  // namespace
+
+int main() {
+  test_table(gs::kBaselineKernels);
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) test_table(gs::kAvx2Kernels);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) test_table(gs::kAvx512Kernels);
+#endif
+  return 0;
+}
