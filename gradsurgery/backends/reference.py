@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._gradients import TaskGradients
 
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_COLUMNS = 1 << 14
 
 
 class ReferenceBackend:
@@ -119,15 +119,14 @@ def _blocks(grads: TaskGradients) -> Iterator[tuple[int, list[Tensor | None], An
 
 
 def _chunks(rows: list[Tensor | None]) -> Iterator[Tensor]:
-    """Yield float64 matrices [T, at most a chunk] over the flattened rows; absent rows are zero."""
+    """Yield float64 matrices [T, <= a chunk] over the flattened rows; absent rows are zero."""
     present = next((row for row in rows if row is not None), None)
     if present is None:
         return
-    width = max(1, _CHUNK_ELEMENTS // len(rows))
     zeros = torch.zeros((), dtype=present.dtype, device=present.device).expand(present.numel())
     flat = [zeros if row is None else row.reshape(-1) for row in rows]
-    for begin in range(0, present.numel(), width):
-        yield torch.stack([row[begin : begin + width] for row in flat]).double()
+    for begin in range(0, present.numel(), _CHUNK_COLUMNS):
+        yield torch.stack([row[begin : begin + _CHUNK_COLUMNS] for row in flat]).double()
 
 
 def _finite(values: Tensor) -> Tensor:

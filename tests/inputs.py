@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""Task gradients that break careless code."""
+
+import torch
+from torch import Tensor
+
+TASKS = (1, 2, 3, 5, 8, 17, 64)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Of |g_i| |g_j|, as the contract states it.
+GRAM_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def normal(tasks: int, columns: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tasks, columns, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def hostile(tasks: int) -> dict[str, Tensor]:
+    """Finite float64 gradients [T, N] by name."""
+    base = normal(tasks, 37)
+    zero_row, duplicate, opposite = base.clone(), base.clone(), base.clone()
+    zero_row[0] = 0
+    duplicate[-1] = duplicate[0]
+    opposite[-1] = -opposite[0]
+    mixed = base * torch.logspace(-6, 6, tasks, dtype=torch.float64)[:, None]
+    return {
+        "normal": base,
+        "zero": torch.zeros_like(base),
+        "zero row": zero_row,
+        "duplicate": duplicate,
+        "opposite": opposite,
+        "parallel": torch.arange(1, tasks + 1, dtype=torch.float64)[:, None] * base[:1],
+        "rank deficient": normal(tasks, 2) @ normal(2, 37, seed=2),
+        "more tasks than parameters": normal(tasks, 3),
+        "one parameter": normal(tasks, 1),
+        "tiny": base * 1e-20,
+        "huge": base * 1e20,
+        "mixed scales": mixed,
+        "conflicting": base - 2 * base.mean(0, keepdim=True),
+    }
+
+
+HOSTILE = tuple(hostile(2))
+
+
+def exact_gram(rows: Tensor) -> Tensor:
+    """G in float64 with exact products and compensated sums, one pair at a time."""
+    import math
+
+    wide = rows.double().tolist()
+    return torch.tensor(
+        [[math.fsum(a * b for a, b in zip(x, y, strict=True)) for y in wide] for x in wide], dtype=torch.float64
+    )
