@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from inputs import HOSTILE, TASKS, exact_gram, hostile, normal
 
 import gradsurgery
 from gradsurgery.backends import reference
-from inputs import HOSTILE, TASKS, exact_gram, hostile, normal
 
 # METHODS.md's golden matrix, the one that TorchJD pins its aggregators on.
 GOLDEN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
@@ -148,7 +148,12 @@ def test_min_norm_follows_a_permutation(backend, tasks):
 
 @pytest.mark.parametrize(
     ("a", "b", "weight"),
-    [([1.0, 0.0], [0.0, 1.0], 0.5), ([1.0, 0.0], [3.0, 1.0], 1.0), ([4.0, 1.0], [1.0, 0.0], 0.0), ([1.0, 0.0], [-3.0, 0.0], 0.75)],
+    [
+        ([1.0, 0.0], [0.0, 1.0], 0.5),
+        ([1.0, 0.0], [3.0, 1.0], 1.0),
+        ([4.0, 1.0], [1.0, 0.0], 0.0),
+        ([1.0, 0.0], [-3.0, 0.0], 0.75),
+    ],
 )
 def test_two_task_closed_form(backend, a, b, weight):
     gram = gradsurgery.gram(torch.tensor([a, b]))
@@ -175,7 +180,10 @@ def autograd_gradnorm(rows, weights, losses, initial, alpha, lr):
     parameter = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
     w = weights.clone().requires_grad_()
     norms = torch.stack(
-        [torch.autograd.grad(w[i] * (row @ parameter), parameter, create_graph=True)[0].norm() for i, row in enumerate(rows)]
+        [
+            torch.autograd.grad(w[i] * (row @ parameter), parameter, create_graph=True)[0].norm()
+            for i, row in enumerate(rows)
+        ]
     )
     ratio = losses / initial
     target = (norms.mean() * (ratio / ratio.mean()) ** alpha).detach()
@@ -202,7 +210,9 @@ def test_gradnorm_weights_stay_non_negative(backend):
     assert torch.equal(got, got.clamp(min=0))
     huge = gradsurgery.gradnorm_update(one[:1], norms[:1], one[:1], one[:1], lr=1e9, backend=backend)
     assert torch.equal(huge, torch.ones(1).double())
-    stuck = gradsurgery.gradnorm_update(torch.tensor([2.0, 1e-9]), torch.tensor([1.0, 0.0]), one[:2], one[:2], lr=9.0, backend=backend)
+    stuck = gradsurgery.gradnorm_update(
+        torch.tensor([2.0, 1e-9]), torch.tensor([1.0, 0.0]), one[:2], one[:2], lr=9.0, backend=backend
+    )
     assert stuck.isfinite().all()
 
 
@@ -251,7 +261,10 @@ def test_batches_equal_loops(backend, tasks):
             one = function(grams[tuple(index)])
             if backend == "reference":
                 # Batched matrix products may sum in another order.
-                norm = (one @ grams[tuple(index)] @ one - batched[tuple(index)] @ grams[tuple(index)] @ batched[tuple(index)]).abs()
+                norm = (
+                    one @ grams[tuple(index)] @ one
+                    - batched[tuple(index)] @ grams[tuple(index)] @ batched[tuple(index)]
+                ).abs()
                 assert norm.isnan() or norm <= 1e-9 * grams[tuple(index)].diagonal().max()
             else:
                 assert torch.equal(one, batched[tuple(index)]) or (one.isnan() & batched[tuple(index)].isnan()).all()
@@ -303,7 +316,10 @@ def test_methods_carry_state_only_when_given(backend):
 def test_segments_get_surgery_separately(backend):
     rows = normal(5, 90, torch.float32)
     got = gradsurgery.aggregate(rows, "mgda", segments=[0, 30, 90], backend=backend)
-    parts = [gradsurgery.aggregate(part, "mgda", backend=backend) for part in (rows[:, :30].contiguous(), rows[:, 30:].contiguous())]
+    parts = [
+        gradsurgery.aggregate(part, "mgda", backend=backend)
+        for part in (rows[:, :30].contiguous(), rows[:, 30:].contiguous())
+    ]
     torch.testing.assert_close(got, torch.cat(parts))
     out = torch.empty(90)
     assert gradsurgery.aggregate(rows, segments=[0, 30, 90], out=out, backend=backend) is out

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""The custom operators as PyTorch sees them, and what a direct call of one may not do."""
+
+import pytest
+import torch
+from inputs import normal
+
+import gradsurgery
+
+if gradsurgery.backends()["cpu"].startswith("the compiled extension"):
+    pytest.skip(gradsurgery.backends()["cpu"], allow_module_level=True)
+
+OPS = torch.ops.gradsurgery
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float64)
+
+
+ROWS = normal(3, 40, torch.float32)
+LISTS = [ROWS[0, :12].reshape(3, 4), None, ROWS[0, :5], ROWS[1, :12].reshape(3, 4), ROWS[1, :7], None]
+GRAM = (ROWS @ ROWS.T).double()[None]
+STEP = torch.tensor(4)
+ONES = torch.ones(1, 3, dtype=torch.float64)
+SAMPLES = {
+    "gram": (OPS.gram.default, (ROWS, [0, 9, 40], empty(2, 3, 3))),
+    "gram_list": (OPS.gram.list, (LISTS, 2, [0, 1, 0], empty(2, 2, 2))),
+    "combine": (OPS.combine.default, (ROWS, ONES, [], False, torch.empty(40))),
+    "combine_list": (
+        OPS.combine.list,
+        (LISTS, torch.ones(1, 2).double(), [], True, [torch.zeros(3, 4), torch.zeros(7), torch.zeros(5)]),
+    ),
+    "task_order": (OPS.task_order.default, (3, 1, STEP, torch.empty(3, 3, dtype=torch.int64))),
+    "pcgrad": (OPS.pcgrad.default, (GRAM, None, 0, STEP, False, empty(1, 3))),
+    "pcgrad_order": (OPS.pcgrad.default, (GRAM, torch.arange(3).repeat(3, 1), 0, STEP, True, empty(1, 3))),
+    "min_norm": (OPS.min_norm.default, (GRAM, True, 250, 1e-6, empty(1, 3))),
+    "gradnorm": (OPS.gradnorm.default, (ONES, ONES, ONES, ONES, 1.5, 0.025, empty(1, 3))),
+}
+
+
+def test_every_operator_has_a_sample():
+    names = {schema for schema in torch._C._dispatch_get_all_op_names() if schema.startswith("gradsurgery::")}
+    assert {
+        op._name if op._overloadname == "list" else op._name.removesuffix(".default") for op, _ in SAMPLES.values()
+    } == names
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name):
+    op, arguments = SAMPLES[name]
+    assert set(torch.library.opcheck(op, arguments, test_utils=CHECKS).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "value", "message"),
+    [
+        ("gram", 0, ROWS[0], r"grads must be \[T, N\] with a contiguous last dimension, got shape \[40\]"),
+        ("gram", 0, ROWS.T, r"grads must be \[T, N\] with a contiguous last dimension"),
+        ("gram", 0, ROWS.int(), "float64, float32, bfloat16 or float16, got int"),
+        ("gram", 1, [0, 41], "segments must ascend from 0 to 40"),
+        ("gram", 1, [0, 30, 20, 40], "segments must ascend from 0 to 40"),
+        ("gram", 2, empty(1, 3, 3), r"gram must be contiguous on the CPU with shape \[2, 3, 3\]"),
+        ("gram", 2, torch.empty(2, 3, 3), "gram must be Double"),
+        ("gram_list", 1, 4, "num_tasks x P entries, got 6 entries for 4 tasks"),
+        ("gram_list", 2, [0, 1], "one segment per parameter, got 2 for 3"),
+        ("gram_list", 2, [0, 7, 0], r"segment\[1\] must be in 0..1, got 7"),
+        ("gram_list", 0, [ROWS[0, :4], ROWS[0, :5]], r"gradient 0 must be dense with shape \[4\]"),
+        ("gram_list", 0, [ROWS[0, :4], ROWS[0, :4].double()], "gradient 0 must be strided float"),
+        ("gram_list", 0, [ROWS[0, :1].expand(4), ROWS[0, :1].expand(4)], "gradient 0 must be dense"),
+        ("combine", 1, torch.ones(2, 3).double(), r"weights must be contiguous on the CPU with shape \[1, 3\]"),
+        ("combine", 4, torch.empty(41), r"out must be contiguous on the CPU with shape \[40\]"),
+        (
+            "combine_list",
+            4,
+            [torch.zeros(3, 4), torch.zeros(7)],
+            "num_tasks x P|one tensor per parameter|must be dense",
+        ),
+        ("combine_list", 4, [torch.zeros(4, 3), torch.zeros(7), torch.zeros(5)], "gradient 0 must be dense"),
+        ("pcgrad", 0, GRAM[0], r"gram must be \[B, T, T\]"),
+        ("pcgrad", 3, torch.tensor([1, 2]), "step must be contiguous"),
+        ("pcgrad_order", 1, torch.tensor([[0, 1, 1]] * 3), "order row 0 must be a permutation"),
+        ("min_norm", 4, empty(1, 2), "weights must be contiguous"),
+        ("gradnorm", 2, torch.ones(1, 2).double(), "losses must be contiguous"),
+    ],
+)
+def test_direct_calls_are_safe(name, position, value, message):
+    op, arguments = SAMPLES[name]
+    changed = list(arguments)
+    changed[position] = value
+    if name == "gram_list" and position == 0:
+        changed = [value, 2, [], empty(1, 2, 2)]
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        op(*changed)
+
+
+def test_compiles_without_a_graph_break():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def gram_trace(rows):
+        out = rows.new_empty(1, 3, 3, dtype=torch.float64)
+        OPS.gram(rows, [], out)
+        return out.sum()
+
+    assert torch.equal(gram_trace(ROWS), gradsurgery.gram(ROWS)[None].sum())

@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: MIT
+"""The drop-in optimizers: who gets which gradient, and life inside an ordinary training loop."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import two_losses, two_task_net
+
+import gradsurgery
+
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+
+
+def task_gradients(net, losses, parameters):
+    return [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
+
+
+def grads_of(net):
+    return [p.grad for p in net.parameters()]
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "gradnorm"])
+def test_shared_heads_and_untouched(method, backend):
+    net = two_task_net(torch.float64)
+    spare = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = gradsurgery.SurgeryOptimizer(
+        torch.optim.SGD([*net.parameters(), spare], lr=0.1), method, backend=backend
+    )
+    losses = two_losses(net, X.double())
+    trunk = list(net["trunk"].parameters())
+    grads = task_gradients(net, losses, [*trunk, *net["a"].parameters(), *net["b"].parameters()])
+    info = optimizer.backward(losses)
+    flat = torch.stack([torch.cat([g.reshape(-1) for g in row[: len(trunk)]]) for row in grads])
+    torch.testing.assert_close(info.gram, flat @ flat.T)
+    expected = gradsurgery.combine(grads, info.weights)
+    torch.testing.assert_close([p.grad for p in trunk], expected[: len(trunk)])
+    # Plain gradients for the heads; GradNorm's first weights are 1.
+    torch.testing.assert_close(net["a"].weight.grad, grads[0][len(trunk)])
+    torch.testing.assert_close(net["b"].bias.grad, grads[1][-1])
+    assert spare.grad is None
+
+
+def test_loss_weighting_methods_weight_the_heads():
+    net = two_task_net()
+    optimizer = gradsurgery.GradNorm(torch.optim.SGD(net.parameters(), lr=0.1), lr=0.2)
+    optimizer.backward(two_losses(net, X))
+    optimizer.zero_grad()
+    losses = two_losses(net, X)
+    plain = torch.autograd.grad(losses[1], net["b"].weight, retain_graph=True)[0]
+    info = optimizer.backward(losses)
+    assert (info.weights - 1).abs().min() > 1e-3
+    torch.testing.assert_close(net["b"].weight.grad, (info.weights[1] * plain).float())
+
+
+def three_task_net():
+    """Parameter 0 is reached by all three losses, 1 by two, 2 by one, 3 by none."""
+    return [torch.nn.Parameter(torch.full((n,), 0.5)) for n in (3, 4, 2, 5)]
+
+
+def three_losses(parameters):
+    a, b, c, _ = parameters
+    return {"x": (a.sum() - 2).square() + b[:2].sum(), "y": (a * a).sum() - 3 * b.sum(), "z": -5 * a[0] + c.prod()}
+
+
+def test_partially_shared_parameters_count_as_zero_rows():
+    parameters = three_task_net()
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(parameters, lr=0.1), reduction="mean", seed=3)
+    grads = task_gradients(None, three_losses(parameters).values(), parameters)
+    assert grads[2][1] is None
+    rows = torch.stack([torch.cat([row[0], torch.zeros(4) if row[1] is None else row[1]]) for row in grads]).double()
+    info = optimizer.backward(three_losses(parameters))
+    torch.testing.assert_close(info.gram, rows @ rows.T)
+    weights = gradsurgery.pcgrad_weights(rows @ rows.T, reduction="mean", seed=3)
+    torch.testing.assert_close(info.weights, weights)
+    torch.testing.assert_close(torch.cat([p.grad for p in parameters[:2]]), (weights @ rows).float())
+    torch.testing.assert_close(parameters[2].grad, grads[2][2])
+    assert parameters[3].grad is None
+    assert info.tasks == ["x", "y", "z"]
+
+
+def test_shared_names_the_parameters():
+    parameters = three_task_net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(parameters, lr=0.1), shared=[parameters[0], parameters[2]])
+    grads = task_gradients(None, three_losses(parameters).values(), parameters)
+    optimizer.backward(three_losses(parameters))
+    rows = torch.stack([torch.cat([row[0], torch.zeros(2) if row[2] is None else row[2]]) for row in grads]).double()
+    direction = (gradsurgery.min_norm_weights(rows @ rows.T) @ rows).float()
+    torch.testing.assert_close(torch.cat([parameters[0].grad, parameters[2].grad]), direction)
+    torch.testing.assert_close(parameters[1].grad, grads[0][1] + grads[1][1])
+
+
+@pytest.mark.parametrize("granularity", ["per_group", "per_tensor"])
+def test_granularity(granularity, backend):
+    net = two_task_net(torch.float64)
+    trunk = list(net["trunk"].parameters())
+    groups = [
+        {"params": trunk[:1]},
+        {"params": trunk[1:]},
+        {"params": [*net["a"].parameters(), *net["b"].parameters()]},
+    ]
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(groups, lr=0.1), granularity=granularity, backend=backend)
+    losses = two_losses(net, X.double())
+    grads = task_gradients(net, losses, trunk)
+    info = optimizer.backward(losses)
+    blocks = [[0], [1, 2, 3]] if granularity == "per_group" else [[0], [1], [2], [3]]
+    assert info.gram.shape == (len(blocks), 2, 2)
+    for s, block in enumerate(blocks):
+        rows = torch.stack([torch.cat([row[p].reshape(-1) for p in block]) for row in grads])
+        expected = gradsurgery.aggregate(rows, "mgda", backend="reference")
+        torch.testing.assert_close(torch.cat([trunk[p].grad.reshape(-1) for p in block]), expected)
+        torch.testing.assert_close(info.update_norm[s], expected.norm())
+
+
+def test_gradients_accumulate_into_grad():
+    net = two_task_net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    optimizer.backward(two_losses(net, X))
+    once = [g.clone() for g in grads_of(net)]
+    net["a"].bias.grad = None
+    optimizer.backward(two_losses(net, X))
+    for name, (parameter, before) in zip(
+        dict(net.named_parameters()), zip(net.parameters(), once, strict=True), strict=True
+    ):
+        torch.testing.assert_close(parameter.grad, before if name == "a.bias" else 2 * before)
+
+
+def test_micro_batches_are_summed_before_the_surgery():
+    net, whole = two_task_net(torch.float64), None
+    whole = copy.deepcopy(net)
+    x = X.double()
+    parts, together = (gradsurgery.PCGrad(torch.optim.SGD(n.parameters(), lr=0.1)) for n in (net, whole))
+    for part in (x[:4], x[4:6], x[6:]):
+        parts.collect([loss * len(part) for loss in two_losses(net, part)])
+    assert all(g is None for g in grads_of(net))
+    info = parts.combine()
+    reference = together.backward([loss * 8 for loss in two_losses(whole, x)])
+    torch.testing.assert_close(grads_of(net), grads_of(whole))
+    torch.testing.assert_close(info.gram, reference.gram)
+    # The last micro-batch may come by way of backward.
+    parts.zero_grad()
+    parts.collect([loss * 4 for loss in two_losses(net, x[:4])])
+    parts.backward([loss * 4 for loss in two_losses(net, x[4:])])
+    torch.testing.assert_close(grads_of(net), grads_of(whole))
+    # zero_grad forgets what was collected.
+    parts.collect(two_losses(net, x))
+    parts.zero_grad()
+    with pytest.raises(ValueError, match="nothing to combine"):
+        parts.combine()
+
+
+def test_kinds_of_losses():
+    results = []
+    for kind in (list, tuple, torch.stack, lambda pair: dict(zip(("left", "right"), pair, strict=True))):
+        torch.manual_seed(1)
+        net = two_task_net()
+        optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+        info = optimizer.backward(kind(two_losses(net, X)))
+        results.append(grads_of(net))
+    assert info.tasks == ["left", "right"]
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other)
+
+
+def test_one_task_is_the_plain_gradient():
+    for method in gradsurgery.methods.available():
+        net = two_task_net()
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+        loss = two_losses(net, X)[0]
+        expected = torch.autograd.grad(loss, net["a"].weight, retain_graph=True)[0]
+        info = optimizer.backward([loss])
+        torch.testing.assert_close(net["a"].weight.grad, expected)
+        assert info.conflicts == 0
+        assert info.norms > 0
+
+
+def test_graph_is_freed_after_the_last_task():
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            kept = x.clone()
+            ctx.save_for_backward(kept)
+            nonlocal reference
+            reference = weakref.ref(kept)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad + 0 * ctx.saved_tensors[0]
+
+    reference = None
+    for retain_graph in (False, True):
+        net = two_task_net()
+        optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+        losses = [loss * Identity.apply(net["trunk"][0].bias).sum() for loss in two_losses(net, X)]
+        optimizer.backward(losses, retain_graph=retain_graph)
+        gc.collect()
+        if retain_graph:
+            optimizer.backward(losses)
+        with pytest.raises(RuntimeError, match="second time"):
+            losses[1].backward()
+
+
+def test_it_is_an_optimizer():
+    net = two_task_net()
+    inner = torch.optim.AdamW(net.parameters(), lr=0.1)
+    optimizer = gradsurgery.PCGrad(inner)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is inner.param_groups
+    assert optimizer.state is inner.state
+    assert optimizer.defaults is inner.defaults
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure():
+        optimizer.zero_grad()
+        losses = two_losses(net, X)
+        optimizer.backward(losses)
+        return sum(losses)
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+    assert calls == ["pre", "post"] * 2
+    extra = torch.nn.Parameter(torch.ones(1))
+    optimizer.add_param_group({"params": [extra], "lr": 0.5})
+    assert inner.param_groups[1]["lr"] == 0.5
+    optimizer.zero_grad(set_to_none=False)
+    assert all((g == 0).all() for g in grads_of(net))
+    clone = copy.deepcopy(optimizer)
+    assert clone.optimizer is not inner
+    assert clone.param_groups[0]["lr"] == 0.1
+    assert "AdamW" in repr(optimizer)
+
+
+def test_code_for_the_common_wrappers_runs():
+    net = two_task_net()
+    optimizer = gradsurgery.PCGrad(torch.optim.Adam(net.parameters()), reduction="mean")
+    losses = two_losses(net, X)
+    optimizer.zero_grad()
+    optimizer.pc_backward(losses)
+    optimizer.step()
+    assert optimizer.optimizer.state
+
+
+def test_schedulers():
+    net = two_task_net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=1.0))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    warmup = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(two_losses(net, X))
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.optimizer.param_groups[0]["lr"] == 0.125
+    for _ in range(3):
+        warmup.step(1.0)
+    assert optimizer.optimizer.param_groups[0]["lr"] < 0.02
+
+
+def train(net, optimizer, steps, start=0):
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        optimizer.backward(two_losses(net, X + 0.1 * step))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "gradnorm"])
+def test_checkpoint_continues_bit_for_bit(method, tmp_path):
+    def make(seed):
+        torch.manual_seed(seed)
+        net = two_task_net()
+        return net, gradsurgery.SurgeryOptimizer(torch.optim.Adam(net.parameters(), lr=0.02), method)
+
+    net, optimizer = make(0)
+    train(net, optimizer, 3)
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    train(net, optimizer, 3, start=3)
+    resumed, other = make(1)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    resumed.load_state_dict(checkpoint["net"])
+    other.load_state_dict(checkpoint["optimizer"])
+    train(resumed, other, 3, start=3)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True))
+    torch.testing.assert_close(optimizer.state_dict(), other.state_dict(), atol=0, rtol=0)
+
+
+def test_plain_and_wrong_checkpoints():
+    net = two_task_net()
+    adam = torch.optim.Adam(net.parameters(), lr=0.3)
+    optimizer = gradsurgery.PCGrad(torch.optim.Adam(net.parameters()))
+    train(net, optimizer, 2)
+    optimizer.load_state_dict(adam.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert optimizer.method.state_dict()["step"] == 2
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError, match="must have the keys"):
+        optimizer.load_state_dict(gradsurgery.GradNorm(adam).state_dict())
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict({"state": {}, "param_groups": [], "surgery": {"seed": 5, "step": torch.tensor(9)}})
+    torch.testing.assert_close(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "gradnorm"])
+def test_grad_scaler(method):
+    results = []
+    for scale in (None, 1024.0, 2.0**20):
+        torch.manual_seed(3)
+        net = two_task_net(torch.float64)
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for _ in range(3):
+            optimizer.zero_grad()
+            info = optimizer.backward(two_losses(net, X.double()), scaler=scaler)
+            factor = 1 if scale is None else scale
+            scaled = torch.cat([p.grad.reshape(-1) for p in net["trunk"].parameters()]).norm()
+            torch.testing.assert_close(scaled / factor, info.update_norm)
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(([p.detach() for p in net.parameters()], info.gram))
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "gradnorm"])
+def test_scaler_skips_a_step_that_overflowed(method):
+    net = two_task_net()
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = [p.detach().clone() for p in net.parameters()]
+    for bad in (torch.inf, torch.nan, 1.0):
+        optimizer.zero_grad()
+        a, b = two_losses(net, X)
+        info = optimizer.backward([a, b * bad], scaler=scaler)
+        assert info.finite == (bad == 1.0)
+        assert all(p.grad.isnan().all() != (bad == 1.0) for p in net["trunk"].parameters())
+        unchanged = all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+        assert unchanged
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 256.0
+    assert not torch.equal(net["a"].weight, before[-4])
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_autocast_low_precision_parameters():
+    net = two_task_net(torch.bfloat16)
+    net["a"].float()
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.05))
+    z = net["trunk"](X.bfloat16()).tanh()
+    info = optimizer.backward([(net["a"](z.float()) - 1).square().mean(), (net["b"](z) + 1).square().mean().float()])
+    assert net["trunk"][0].weight.grad.dtype == torch.bfloat16
+    assert net["a"].weight.grad.dtype == torch.float32
+    assert info.gram.dtype == torch.float64
+
+
+def test_gradnorm_norm_parameters():
+    net = two_task_net(torch.float64)
+    last = list(net["trunk"][2].parameters())
+    optimizer = gradsurgery.GradNorm(torch.optim.SGD(net.parameters(), lr=0.0), norm_parameters=last, alpha=0.7, lr=0.1)
+    initial = torch.stack(two_losses(net, X.double())).detach()
+    weights = torch.ones(2).double()
+    for step in range(3):
+        x = X.double() + 0.3 * step
+        losses = two_losses(net, x)
+        grads = task_gradients(net, losses, list(net["trunk"].parameters()))
+        norms = torch.stack([torch.cat([g.reshape(-1) for g in row[2:]]).norm() for row in grads])
+        optimizer.zero_grad()
+        info = optimizer.backward(losses)
+        torch.testing.assert_close(info.weights, weights)
+        # G in the info is over all shared parameters.
+        torch.testing.assert_close(info.norms[0], torch.cat([g.reshape(-1) for g in grads[0]]).norm())
+        torch.testing.assert_close(net["trunk"][0].bias.grad, weights[0] * grads[0][1] + weights[1] * grads[1][1])
+        values = torch.stack(losses).detach()
+        weights = gradsurgery.gradnorm_update(weights, norms, values, initial, alpha=0.7, lr=0.1)
+    assert (weights - 1).abs().min() > 1e-3
+
+
+def test_sparse_head_gradient_outside_the_surgery():
+    table, net = torch.nn.Embedding(5, 3, sparse=True), torch.nn.Linear(3, 2)
+    optimizer = gradsurgery.PCGrad(
+        torch.optim.SGD([*net.parameters(), *table.parameters()], lr=0.1), shared=net.parameters()
+    )
+    losses = net(table(torch.tensor([1, 2]))).mean(0)
+    optimizer.backward(losses, retain_graph=True)
+    expected = torch.autograd.grad(losses.sum(), table.weight)[0]
+    assert table.weight.grad.is_sparse
+    torch.testing.assert_close(table.weight.grad.to_dense(), expected.to_dense())
+    optimizer.step()
+
+
+def test_info():
+    net = two_task_net(torch.float64)
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    losses = two_losses(net, X.double())
+    grads = task_gradients(net, losses, list(net["trunk"].parameters()))
+    a, b = (torch.cat([g.reshape(-1) for g in row]) for row in grads)
+    info = optimizer.backward(losses)
+    torch.testing.assert_close(info.norms, torch.stack([a.norm(), b.norm()]))
+    torch.testing.assert_close(info.cosines[0, 1], torch.nn.functional.cosine_similarity(a, b, dim=0))
+    assert info.conflicts == float(a @ b < 0)
+    similarity = 2 * a.norm() * b.norm() / (a.norm() ** 2 + b.norm() ** 2)
+    torch.testing.assert_close(info.magnitude_similarity[1, 0], similarity)
+    flat = torch.cat([p.grad.reshape(-1) for p in net["trunk"].parameters()])
+    torch.testing.assert_close(info.update_norm, flat.norm())
+    result = info.to_dict()
+    assert result["tasks"] == ["0", "1"]
+    assert result["finite"] is True
+    torch.testing.assert_close(torch.tensor(result["cosines"]).double(), info.cosines)
+    zero = gradsurgery.SurgeryInfo(["a", "b"], torch.zeros(2, 2), torch.ones(2))
+    assert torch.equal(zero.cosines, torch.zeros(2, 2))
+    assert torch.equal(zero.magnitude_similarity, torch.ones(2, 2))
+    assert zero.conflicts == 0
+
+
+def test_same_seed_same_run():
+    runs = []
+    for global_seed in (1, 2):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(7))
+        targets = torch.randn(6, 7)
+        optimizer = gradsurgery.PCGrad(torch.optim.SGD([weight], lr=0.1), seed=11)
+        torch.manual_seed(global_seed)
+        for _ in range(5):
+            optimizer.zero_grad()
+            optimizer.backward(list((targets @ weight).sin()))
+            optimizer.step()
+        runs.append(weight.detach())
+    assert torch.equal(*runs)
+
+
+def peak_bytes(function):
+    """The most memory that tensors took during the call, above what they took before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def test_no_second_copy_of_the_task_gradients(backend):
+    tasks, elements = 6, 1 << 20
+    weights = [torch.nn.Parameter(torch.randn(elements)) for _ in range(4)]
+    targets = torch.randn(tasks)
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(weights, lr=0.1), backend=backend)
+    optimizer.collect([sum((weight * target).mean() for weight in weights) for target in targets])
+    peak = peak_bytes(optimizer.combine)
+    direction = 4 * 4 * elements
+    # The compiled backend needs the direction and small change; the reference widens one parameter at a time.
+    assert direction <= peak <= (1.02 if backend == "cpu" else 3) * direction
