@@ -21,13 +21,12 @@ void check_status(gs_status status) {
   TORCH_CHECK(status == GS_OK, gs_last_error());
 }
 
-const gs_parallel kTorchThreads = {
-    [](void*, int64_t count, void (*body)(void*, int64_t), void* arg) {
-      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) body(arg, i);
-      });
-    },
-    nullptr};
+const gs_parallel kTorchThreads = {[](void*, int64_t count, void (*body)(void*, int64_t), void* arg) {
+                                     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+                                       for (int64_t i = begin; i < end; i++) body(arg, i);
+                                     });
+                                   },
+                                   nullptr};
 
 Tensor make_workspace(int64_t bytes) {
   TORCH_CHECK_VALUE(bytes >= 0, gs_last_error());
@@ -36,11 +35,16 @@ Tensor make_workspace(int64_t bytes) {
 
 int32_t dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kDouble: return GS_FLOAT64;
-    case at::kFloat: return GS_FLOAT32;
-    case at::kBFloat16: return GS_BFLOAT16;
-    case at::kHalf: return GS_FLOAT16;
-    default: TORCH_CHECK_TYPE(false, "gradients must be float64, float32, bfloat16 or float16, got ", tensor.dtype());
+    case at::kDouble:
+      return GS_FLOAT64;
+    case at::kFloat:
+      return GS_FLOAT32;
+    case at::kBFloat16:
+      return GS_BFLOAT16;
+    case at::kHalf:
+      return GS_FLOAT16;
+    default:
+      TORCH_CHECK_TYPE(false, "gradients must be float64, float32, bfloat16 or float16, got ", tensor.dtype());
   }
 }
 
@@ -54,8 +58,8 @@ struct Gradients {
   int64_t num_segments = 1;
 
   gs_gradients view() const {
-    return {num_tasks, static_cast<int64_t>(numel.size()), num_segments, data.data(), numel.data(), dtype.data(),
-            segment.empty() ? nullptr : segment.data()};
+    return {num_tasks,    static_cast<int64_t>(numel.size()),        num_segments, data.data(), numel.data(),
+            dtype.data(), segment.empty() ? nullptr : segment.data()};
   }
 
   void add(int64_t elements, int32_t element_type, int64_t segment_id) {
@@ -89,8 +93,8 @@ struct Gradients {
   }
 
   // A task-major list of num_tasks x P tensors.
-  static Gradients from_list(const c10::List<std::optional<Tensor>>& grads, int64_t num_tasks,
-                             at::IntArrayRef segments, int64_t num_segments) {
+  static Gradients from_list(const c10::List<std::optional<Tensor>>& grads, int64_t num_tasks, at::IntArrayRef segments,
+                             int64_t num_segments) {
     const auto count = static_cast<int64_t>(grads.size());
     TORCH_CHECK_VALUE(num_tasks >= 1 && count % num_tasks == 0, "grads must hold num_tasks x P entries, got ", count,
                       " entries for ", num_tasks, " tasks");
@@ -120,12 +124,12 @@ struct Gradients {
 
   static void check_same_layout(const Tensor& tensor, const Tensor& first, int64_t param) {
     TORCH_CHECK_VALUE(tensor.device().is_cpu(), "gradient ", param, " must be on the CPU, got ", tensor.device());
-    TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && tensor.scalar_type() == first.scalar_type(), "gradient ",
-                     param, " must be strided ", first.dtype(), ", got ", tensor.layout(), " ", tensor.dtype());
-    TORCH_CHECK_VALUE(tensor.sizes() == first.sizes() && tensor.strides() == first.strides() &&
-                          tensor.is_non_overlapping_and_dense(),
-                      "gradient ", param, " must be dense with shape ", first.sizes(), " and strides ",
-                      first.strides(), ", got ", tensor.sizes(), " and ", tensor.strides());
+    TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && tensor.scalar_type() == first.scalar_type(), "gradient ", param,
+                     " must be strided ", first.dtype(), ", got ", tensor.layout(), " ", tensor.dtype());
+    TORCH_CHECK_VALUE(
+        tensor.sizes() == first.sizes() && tensor.strides() == first.strides() && tensor.is_non_overlapping_and_dense(),
+        "gradient ", param, " must be dense with shape ", first.sizes(), " and strides ", first.strides(), ", got ",
+        tensor.sizes(), " and ", tensor.strides());
   }
 };
 
@@ -133,8 +137,8 @@ struct Gradients {
 void check_square_data(const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape, const char* name) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.dtype());
   TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.is_contiguous() && tensor.sizes() == shape, name,
-                    " must be contiguous on the CPU with shape ", shape, ", got ", tensor.device(), " ",
-                    tensor.sizes(), " with strides ", tensor.strides());
+                    " must be contiguous on the CPU with shape ", shape, ", got ", tensor.device(), " ", tensor.sizes(),
+                    " with strides ", tensor.strides());
 }
 
 struct Problems {
@@ -214,8 +218,8 @@ void combine_list(const c10::List<std::optional<Tensor>>& grads, const Tensor& w
 
 void task_order(int64_t num_tasks, int64_t seed, const Tensor& step, Tensor& order) {
   check_square_data(order, at::kLong, {num_tasks, num_tasks}, "order");
-  check_status(gs_task_order_cpu(num_tasks, static_cast<uint64_t>(seed), step_value(step),
-                                 order.mutable_data_ptr<int64_t>()));
+  check_status(
+      gs_task_order_cpu(num_tasks, static_cast<uint64_t>(seed), step_value(step), order.mutable_data_ptr<int64_t>()));
 }
 
 void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed, const Tensor& step, bool mean,

@@ -6,9 +6,9 @@
 namespace gs {
 namespace {
 
-constexpr int64_t kChunk = 16384;          // columns per call of the loop body
-constexpr int64_t kSerialElements = 65536; // less than this is not worth a second thread
-constexpr int64_t kStreamBytes = 8 << 20;  // an output above this would push the gradients out of the cache
+constexpr int64_t kChunk = 16384;           // columns per call of the loop body
+constexpr int64_t kSerialElements = 65536;  // less than this is not worth a second thread
+constexpr int64_t kStreamBytes = 8 << 20;   // an output above this would push the gradients out of the cache
 
 void combine_chunk(const gs_gradients& g, const double* weights, void* const* out, bool accumulate, bool stream,
                    int64_t p, int64_t begin, int64_t end) {

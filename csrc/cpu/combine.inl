@@ -33,10 +33,17 @@ void combine_block(const In* const* rows, const double* weights, int64_t k, int6
   std::fill(sums, sums + n, 0.0);
   for (int64_t r = 0; r < k; r += kGroup) {
     switch (std::min(kGroup, k - r)) {
-      case 1: add_rows<In, 1>(rows + r, weights + r, n, sums); break;
-      case 2: add_rows<In, 2>(rows + r, weights + r, n, sums); break;
-      case 3: add_rows<In, 3>(rows + r, weights + r, n, sums); break;
-      default: add_rows<In, 4>(rows + r, weights + r, n, sums);
+      case 1:
+        add_rows<In, 1>(rows + r, weights + r, n, sums);
+        break;
+      case 2:
+        add_rows<In, 2>(rows + r, weights + r, n, sums);
+        break;
+      case 3:
+        add_rows<In, 3>(rows + r, weights + r, n, sums);
+        break;
+      default:
+        add_rows<In, 4>(rows + r, weights + r, n, sums);
     }
   }
   alignas(64) In rounded[kCombineColumns];
@@ -57,8 +64,7 @@ void combine_rows(const void* const* rows, const double* weights, int64_t k, int
   const int64_t whole = n / kLanes * kLanes;
   for (int64_t start = 0; start < whole; start += kCombineColumns) {
     for (int64_t r = 0; r < k; r++) block[r] = static_cast<const In*>(rows[r]) + start;
-    combine_block(block, weights, k, std::min(kCombineColumns, whole - start), destination + start, accumulate,
-                  stream);
+    combine_block(block, weights, k, std::min(kCombineColumns, whole - start), destination + start, accumulate, stream);
   }
   if (stream) stream_fence();
   if (whole < n) {
@@ -79,10 +85,14 @@ void combine(const void* const* rows, const double* weights, int64_t k, gs_dtype
              bool accumulate, bool stream) {
   const auto run = [&](auto rows_of) { rows_of(rows, weights, k, n, out, accumulate, stream); };
   switch (dtype) {
-    case GS_FLOAT64: return run(&combine_rows<double>);
-    case GS_FLOAT32: return run(&combine_rows<float>);
-    case GS_BFLOAT16: return run(&combine_rows<bfloat16>);
-    case GS_FLOAT16: return run(&combine_rows<float16>);
+    case GS_FLOAT64:
+      return run(&combine_rows<double>);
+    case GS_FLOAT32:
+      return run(&combine_rows<float>);
+    case GS_BFLOAT16:
+      return run(&combine_rows<bfloat16>);
+    case GS_FLOAT16:
+      return run(&combine_rows<float16>);
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Stage 2 on the CPU: splits each segment's columns into a fixed number of slots, sums each slot in one thread, and adds
-// the slots in order. The slots depend on the sizes alone, so the bits do not depend on the threads.
+// Stage 2 on the CPU: splits each segment's columns into a fixed number of slots, sums each slot in one thread, and
+// adds the slots in order. The slots depend on the sizes alone, so the bits do not depend on the threads.
 #include <cstring>
 
 #include "kernels.h"
@@ -38,7 +38,8 @@ struct Plan {
     int64_t total = 0;
     for (int64_t p = 0; p < g.num_params; p++) total += g.numel[p];
     // No split of the columns into segments needs more slots than this.
-    const int64_t most = segments + std::min(segments * kMaxSlots, total / std::max<int64_t>(1, kSlotElements / g.num_tasks));
+    const int64_t most =
+        segments + std::min(segments * kMaxSlots, total / std::max<int64_t>(1, kSlotElements / g.num_tasks));
     space.take<double>(most * g.num_tasks * g.num_tasks);
     bytes = space.bytes();
     if (workspace) fill(g);

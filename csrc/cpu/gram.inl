@@ -70,11 +70,15 @@ template <class In, int R, bool Diagonal>
 void direct_columns(const In* const* a, const In* const* b, int64_t columns, int64_t n, const int32_t* row,
                     const int32_t* column, double* gram, int64_t ld) {
   switch (columns) {
-    case 1: return direct_tile<In, R, 1, Diagonal>(a, b, n, row, column, gram, ld);
-    case 2: return direct_tile<In, R, 2, Diagonal>(a, b, n, row, column, gram, ld);
-    case 3: return direct_tile<In, R, 3, Diagonal>(a, b, n, row, column, gram, ld);
+    case 1:
+      return direct_tile<In, R, 1, Diagonal>(a, b, n, row, column, gram, ld);
+    case 2:
+      return direct_tile<In, R, 2, Diagonal>(a, b, n, row, column, gram, ld);
+    case 3:
+      return direct_tile<In, R, 3, Diagonal>(a, b, n, row, column, gram, ld);
 #if GS_PANEL == 4
-    case 4: return direct_tile<In, R, 4, Diagonal>(a, b, n, row, column, gram, ld);
+    case 4:
+      return direct_tile<In, R, 4, Diagonal>(a, b, n, row, column, gram, ld);
 #endif
   }
 }
@@ -82,11 +86,15 @@ void direct_columns(const In* const* a, const In* const* b, int64_t columns, int
 template <class In>
 void direct_diagonal(const In* const* a, int64_t rows, int64_t n, const int32_t* row, double* gram, int64_t ld) {
   switch (rows) {
-    case 1: return direct_tile<In, 1, 1, true>(a, a, n, row, row, gram, ld);
-    case 2: return direct_tile<In, 2, 2, true>(a, a, n, row, row, gram, ld);
-    case 3: return direct_tile<In, 3, 3, true>(a, a, n, row, row, gram, ld);
+    case 1:
+      return direct_tile<In, 1, 1, true>(a, a, n, row, row, gram, ld);
+    case 2:
+      return direct_tile<In, 2, 2, true>(a, a, n, row, row, gram, ld);
+    case 3:
+      return direct_tile<In, 3, 3, true>(a, a, n, row, row, gram, ld);
 #if GS_PANEL == 4
-    case 4: return direct_tile<In, 4, 4, true>(a, a, n, row, row, gram, ld);
+    case 4:
+      return direct_tile<In, 4, 4, true>(a, a, n, row, row, gram, ld);
 #endif
   }
 }
@@ -190,8 +198,8 @@ __attribute__((noinline)) void packed_tile(const V* a, const V* b, int64_t steps
 }
 
 template <class V, class In>
-void packed_tiles(const V* packed, const In* const* rows, const int32_t* index, int64_t k, int64_t width,
-                  double* gram, int64_t ld) {
+void packed_tiles(const V* packed, const In* const* rows, const int32_t* index, int64_t k, int64_t width, double* gram,
+                  int64_t ld) {
   constexpr int64_t per_vector = sizeof(V) == sizeof(vdouble) && std::is_same<V, vdouble>::value ? kLanes : kStep;
   const int64_t steps = width / per_vector;
   int64_t tile = 0;
@@ -282,10 +290,14 @@ void gram(const void* const* rows, const int32_t* index, int64_t k, gs_dtype dty
           int64_t ld) {
   const auto run = [&](auto direct, auto packed) { (k <= kDirectRows ? direct : packed)(rows, index, k, n, gram, ld); };
   switch (dtype) {
-    case GS_FLOAT64: return run(&gram_direct<double>, &gram_packed<double>);
-    case GS_FLOAT32: return run(&gram_direct<float>, &gram_packed<float>);
-    case GS_BFLOAT16: return run(&gram_direct<bfloat16>, &gram_packed<bfloat16>);
-    case GS_FLOAT16: return run(&gram_direct<float16>, &gram_packed<float16>);
+    case GS_FLOAT64:
+      return run(&gram_direct<double>, &gram_packed<double>);
+    case GS_FLOAT32:
+      return run(&gram_direct<float>, &gram_packed<float>);
+    case GS_BFLOAT16:
+      return run(&gram_direct<bfloat16>, &gram_packed<bfloat16>);
+    case GS_FLOAT16:
+      return run(&gram_direct<float16>, &gram_packed<float16>);
   }
 }
 

@@ -13,8 +13,9 @@ inline gs_status check(const gs_gradients& g) {
   if (g.num_tasks > GS_MAX_TASKS) {
     return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)g.num_tasks);
   }
-  GS_REQUIRE(g.num_params >= 0 && g.num_segments >= 1, "num_params must be >= 0 and num_segments >= 1, got %lld and %lld",
-             (long long)g.num_params, (long long)g.num_segments);
+  GS_REQUIRE(g.num_params >= 0 && g.num_segments >= 1,
+             "num_params must be >= 0 and num_segments >= 1, got %lld and %lld", (long long)g.num_params,
+             (long long)g.num_segments);
   for (int64_t p = 0; p < g.num_params; p++) {
     GS_REQUIRE(g.numel[p] >= 0, "numel[%lld] must be >= 0, got %lld", (long long)p, (long long)g.numel[p]);
     GS_REQUIRE(g.dtype[p] >= GS_FLOAT64 && g.dtype[p] <= GS_FLOAT16, "dtype[%lld] is %d, which no gs_dtype is",
@@ -61,10 +62,10 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-#define GS_REQUIRE_WORKSPACE(workspace, given, needed)                                            \
+#define GS_REQUIRE_WORKSPACE(workspace, given, needed)                                             \
   GS_REQUIRE((given) >= (needed), "workspace must hold %lld bytes, got %lld", (long long)(needed), \
              (long long)(given));                                                                  \
-  GS_REQUIRE((needed) == 0 || ((workspace) && reinterpret_cast<uintptr_t>(workspace) % 64 == 0),    \
+  GS_REQUIRE((needed) == 0 || ((workspace) && reinterpret_cast<uintptr_t>(workspace) % 64 == 0),   \
              "workspace must be aligned to 64 bytes")
 
 }  // namespace gs

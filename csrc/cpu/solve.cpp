@@ -9,8 +9,8 @@ namespace gs {
 namespace {
 
 gs_status check_problems(int64_t batch, int64_t num_tasks) {
-  GS_REQUIRE(batch >= 0 && num_tasks >= 1, "batch must be >= 0 and num_tasks >= 1, got %lld and %lld",
-             (long long)batch, (long long)num_tasks);
+  GS_REQUIRE(batch >= 0 && num_tasks >= 1, "batch must be >= 0 and num_tasks >= 1, got %lld and %lld", (long long)batch,
+             (long long)num_tasks);
   if (num_tasks > GS_MAX_TASKS) {
     return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)num_tasks);
   }
@@ -72,8 +72,8 @@ gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, 
   gs::parallel_for(gs::worth_threads(parallel, batch, num_tasks), batch, [&](int64_t b) {
     const double* problem = gram + b * num_tasks * num_tasks;
     double* w = weights + b * num_tasks;
-    double* scratch = reinterpret_cast<double*>(static_cast<char*>(workspace) +
-                                                b * gs::min_norm_bytes_per_problem(num_tasks));
+    double* scratch =
+        reinterpret_cast<double*>(static_cast<char*>(workspace) + b * gs::min_norm_bytes_per_problem(num_tasks));
     if (!gs::all_finite(problem, num_tasks * num_tasks)) {
       gs::fill_nan(w, num_tasks);
     } else if (solver == GS_FRANK_WOLFE) {

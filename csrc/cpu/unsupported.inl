@@ -25,7 +25,7 @@ gs_status gs_min_norm_cuda(const double*, int64_t, int64_t, gs_solver, int64_t, 
   return unsupported();
 }
 
-gs_status gs_gradnorm_cuda(const double*, const double*, const double*, const double*, int64_t, int64_t, double,
-                           double, double*, gs_stream) {
+gs_status gs_gradnorm_cuda(const double*, const double*, const double*, const double*, int64_t, int64_t, double, double,
+                           double*, gs_stream) {
   return unsupported();
 }

@@ -31,18 +31,25 @@ GS_HOST_DEVICE inline void frank_wolfe(const double* gram, int64_t num_tasks, in
 }
 
 // Wolfe's algorithm (P. Wolfe, "Finding the nearest point in a polytope", Math. Programming 11, 1976) in Gram form.
-// It keeps a set S of tasks whose affine hull has its shortest point inside the simplex, adds the task that most violates
-// the optimality condition (G w)_j >= w^T G w, and drops tasks whose weight reaches zero. The shortest point of the hull
-// solves (G_S + c 1 1^T) u = 1, w = u / sum(u), for any c > 0; c = min_i G_ii keeps rows of every scale in range. The
-// Cholesky factor of that matrix is extended by a row when a task enters and repaired by Givens rotations when one leaves.
+// It keeps a set S of tasks whose affine hull has its shortest point inside the simplex, adds the task that most
+// violates the optimality condition (G w)_j >= w^T G w, and drops tasks whose weight reaches zero. The shortest point
+// of the hull solves (G_S + c 1 1^T) u = 1, w = u / sum(u), for any c > 0; c = min_i G_ii keeps rows of every scale in
+// range. The Cholesky factor of that matrix is extended by a row when a task enters and repaired by Givens rotations
+// when one leaves.
 class MinNorm {
  public:
   static constexpr int64_t scratch_doubles(int64_t num_tasks) { return num_tasks * (num_tasks + 3); }
 
   // scratch holds scratch_doubles(num_tasks) values, members num_tasks.
   GS_HOST_DEVICE MinNorm(const double* gram, int64_t num_tasks, double* weights, double* scratch, int64_t* members)
-      : gram_(gram), tasks_(num_tasks), weights_(weights), members_(members), factor_(scratch),
-        gw_(scratch + num_tasks * num_tasks), norm_(gw_ + num_tasks), u_(norm_ + num_tasks) {}
+      : gram_(gram),
+        tasks_(num_tasks),
+        weights_(weights),
+        members_(members),
+        factor_(scratch),
+        gw_(scratch + num_tasks * num_tasks),
+        norm_(gw_ + num_tasks),
+        u_(norm_ + num_tasks) {}
 
   GS_HOST_DEVICE void solve() {
     int64_t shortest = 0;

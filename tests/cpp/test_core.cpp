@@ -13,25 +13,24 @@
 #include <thread>
 #include <vector>
 
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);               \
-      std::exit(1);                                                             \
-    }                                                                           \
+#define CHECK(condition)                                          \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                               \
+    }                                                             \
   } while (0)
 
 namespace {
 
-const gs_parallel kTwoThreads = {
-    [](void*, int64_t count, void (*body)(void*, int64_t), void* arg) {
-      std::thread other([&] {
-        for (int64_t i = 1; i < count; i += 2) body(arg, i);
-      });
-      for (int64_t i = 0; i < count; i += 2) body(arg, i);
-      other.join();
-    },
-    nullptr};
+const gs_parallel kTwoThreads = {[](void*, int64_t count, void (*body)(void*, int64_t), void* arg) {
+                                   std::thread other([&] {
+                                     for (int64_t i = 1; i < count; i += 2) body(arg, i);
+                                   });
+                                   for (int64_t i = 0; i < count; i += 2) body(arg, i);
+                                   other.join();
+                                 },
+                                 nullptr};
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -116,7 +115,8 @@ void test_combine(int64_t tasks) {
     std::vector<void*> pointers;
     for (const int64_t n : problem.numel) out.emplace_back(n, accumulate ? 1.0f : NAN);
     for (auto& o : out) pointers.push_back(o.data());
-    CHECK(gs_combine_cpu(&view, weights.data(), pointers.data(), accumulate, space.get(), bytes, &kTwoThreads) == GS_OK);
+    CHECK(gs_combine_cpu(&view, weights.data(), pointers.data(), accumulate, space.get(), bytes, &kTwoThreads) ==
+          GS_OK);
     for (size_t p = 0; p < out.size(); p++) {
       for (int64_t k = 0; k < problem.numel[p]; k++) {
         double expected = accumulate;

@@ -11,14 +11,14 @@
 
 #include "cpu/kernels.h"
 
-#define CHECK(condition, ...)                                                  \
-  do {                                                                         \
-    if (!(condition)) {                                                        \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);              \
-      std::printf(__VA_ARGS__);                                                \
-      std::printf("\n");                                                       \
-      std::exit(1);                                                            \
-    }                                                                          \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+      std::exit(1);                                               \
+    }                                                             \
   } while (0)
 
 namespace {
@@ -62,8 +62,7 @@ double decode(const char* data, gs_dtype dtype) {
 struct Row {
   std::vector<char> storage;
   gs_dtype dtype;
-  Row(int64_t n, gs_dtype type, double scale, std::mt19937& random)
-      : storage((n + 1) * bytes_of(type)), dtype(type) {
+  Row(int64_t n, gs_dtype type, double scale, std::mt19937& random) : storage((n + 1) * bytes_of(type)), dtype(type) {
     for (int64_t i = 0; i <= n; i++) {
       const double value = scale * std::normal_distribution<double>()(random);
       const float single = static_cast<float>(value);
@@ -71,7 +70,9 @@ struct Row {
       uint32_t wide;
       std::memcpy(&wide, &single, 4);
       const uint16_t narrow = type == GS_FLOAT16 ? (random() & 0x83ff) | 14 << 10 : wide >> 16;
-      const void* source = type == GS_FLOAT64 ? static_cast<const void*>(&value) : type == GS_FLOAT32 ? &single : (const void*)&narrow;
+      const void* source = type == GS_FLOAT64   ? static_cast<const void*>(&value)
+                           : type == GS_FLOAT32 ? &single
+                                                : (const void*)&narrow;
       std::memcpy(&storage[i * bytes_of(type)], source, bytes_of(type));
     }
   }
@@ -136,8 +137,12 @@ void test_combine(const gs::KernelTable& table, gs_dtype dtype, int64_t k, int64
       exact += weights[r] * rows[r].at(c);
       magnitude += std::abs(weights[r] * rows[r].at(c));
     }
-    const double half_ulp = dtype == GS_FLOAT64 ? 0x1p-53 : dtype == GS_FLOAT32 ? 0x1p-24 : dtype == GS_BFLOAT16 ? 0x1p-8 : 0x1p-11;
-    const double tolerance = 1.001 * half_ulp * std::abs(exact) + 1e-15 * magnitude + (dtype == GS_FLOAT16 ? 0x1p-25 : 0);
+    const double half_ulp = dtype == GS_FLOAT64    ? 0x1p-53
+                            : dtype == GS_FLOAT32  ? 0x1p-24
+                            : dtype == GS_BFLOAT16 ? 0x1p-8
+                                                   : 0x1p-11;
+    const double tolerance =
+        1.001 * half_ulp * std::abs(exact) + 1e-15 * magnitude + (dtype == GS_FLOAT16 ? 0x1p-25 : 0);
     CHECK(std::abs(out.at(c) - exact) <= tolerance, "%s dtype %d k %ld n %ld at %ld: %g, exact %g", table.isa, dtype,
           (long)k, (long)n, (long)c, out.at(c), exact);
   }
@@ -160,8 +165,9 @@ void test_every_pattern(const gs::KernelTable& table, gs_dtype dtype) {
 
 // Rounding to 16 bits: ties go to even, overflow to infinity, and subnormals are kept.
 void test_rounding(const gs::KernelTable& table) {
-  const double cases[][2] = {{1 + 0x1p-11, 1}, {1 + 3 * 0x1p-11, 1 + 0x1p-9}, {65519, 65504}, {65520, INFINITY},
-                             {0x1p-25, 0}, {0x1.8p-25, 0x1p-24}, {3 * 0x1p-25, 0x1p-23}, {-0x1p-14 + 0x1p-26, -0x1p-14}};
+  const double cases[][2] = {
+      {1 + 0x1p-11, 1}, {1 + 3 * 0x1p-11, 1 + 0x1p-9}, {65519, 65504},         {65520, INFINITY},
+      {0x1p-25, 0},     {0x1.8p-25, 0x1p-24},          {3 * 0x1p-25, 0x1p-23}, {-0x1p-14 + 0x1p-26, -0x1p-14}};
   for (const auto& [value, expected] : cases) {
     const uint16_t one = 15 << 10;
     uint16_t result;

@@ -50,13 +50,13 @@ typedef enum gs_solver {
 // The gradients of T tasks with respect to P parameter tensors, read in place.
 // A dense matrix [T, N] of any row stride is the case P = 1.
 typedef struct gs_gradients {
-  int64_t num_tasks;       // T, 1..GS_MAX_TASKS
-  int64_t num_params;      // P
-  int64_t num_segments;    // S: blocks of parameters that get surgery separately
-  const void* const* data; // [P][T] device or host pointers; NULL: the task has no gradient there
-  const int64_t* numel;    // [P] elements of each parameter; all T gradients share one dense layout
-  const int32_t* dtype;    // [P] gs_dtype
-  const int32_t* segment;  // [P] in 0..S-1; NULL: all in segment 0
+  int64_t num_tasks;        // T, 1..GS_MAX_TASKS
+  int64_t num_params;       // P
+  int64_t num_segments;     // S: blocks of parameters that get surgery separately
+  const void* const* data;  // [P][T] device or host pointers; NULL: the task has no gradient there
+  const int64_t* numel;     // [P] elements of each parameter; all T gradients share one dense layout
+  const int32_t* dtype;     // [P] gs_dtype
+  const int32_t* segment;   // [P] in 0..S-1; NULL: all in segment 0
 } gs_gradients;
 
 // A parallel loop: run(context, count, body, arg) calls body(arg, i) once for each i in 0..count-1, in any order

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: MIT
+# Every target works on a fresh clone: it makes .venv, installs the pinned packages and builds the extension first.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test bench lint cpp clean
+.DEFAULT_GOAL := test
+
+.venv/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools ninja
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,demo,bench]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m examples.multi_mnist
+
+test: .venv/installed
+	GRADSURGERY_REQUIRE=cpu $(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m bench.peers
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.inl %.cpp %.cu,$(SOURCES)) tests/cpp/*.c tests/cpp/*.cpp
+
+cpp:
+	cmake -S . -B build/cmake
+	cmake --build build/cmake --parallel
+	ctest --test-dir build/cmake --output-on-failure
+
+clean:
+	rm -rf .venv build gradsurgery/*.so *.egg-info

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""The package without its extension, and what setup.py says when it cannot build."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_works_without_the_extension():
+    code = """
+import sys
+sys.modules["gradsurgery._C"] = None
+import torch, gradsurgery
+assert gradsurgery.backends()["cpu"].startswith("the compiled extension is not there"), gradsurgery.backends()
+weight = torch.nn.Parameter(torch.ones(3))
+optimizer = gradsurgery.PCGrad(torch.optim.SGD([weight], lr=0.1))
+optimizer.backward([weight[0] - weight[1], weight[1] - weight[2]])
+optimizer.step()
+print(gradsurgery.aggregate(torch.tensor([[-4.0, 1, 1], [6, 1, 1]]), "mgda").tolist())
+try:
+    gradsurgery.gram(torch.ones(2, 2), backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert "the compiled extension is not there" in result.stdout.splitlines()[1]
+
+
+SETUP = "import sys, runpy; {before}; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py', run_name='__main__')"
+
+
+@pytest.mark.parametrize(
+    ("before", "choice", "message"),
+    [
+        ("pass", "fast", "GRADSURGERY_BUILD must be one of auto, cuda, cpu, none, got 'fast'"),
+        ("sys.modules['torch'] = None", "auto", "pip install --no-build-isolation ."),
+        ("import torch; torch.version.cuda = None", "cuda", "GRADSURGERY_BUILD=cuda needs nvcc and a CUDA build of torch"),
+        ("import shutil; shutil.which = lambda name: None", "cpu", "GRADSURGERY_BUILD=cpu needs a C++ compiler"),
+    ],
+)
+def test_a_build_that_cannot_be(before, choice, message):
+    result = run(SETUP.format(before=before), GRADSURGERY_BUILD=choice)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "choice", "compiled"),
+    [
+        ("sys.modules['torch'] = None", "none", "none"),
+        ("import shutil; shutil.which = lambda name: None", "auto", "none"),
+        ("pass", "cpu", "cpu"),
+    ],
+)
+def test_what_gets_compiled(before, choice, compiled):
+    result = run(SETUP.format(before=before), GRADSURGERY_BUILD=choice)
+    assert result.returncode == 0, result.stderr
+    assert f"gradsurgery: compiling {compiled}" in result.stderr
+
+
+def test_versions_agree():
+    import gradsurgery
+
+    header = (ROOT / "csrc/include/gradsurgery/gradsurgery.h").read_text()
+    assert f'#define GS_VERSION "{gradsurgery.__version__}"' in header
+    assert f'version = "{gradsurgery.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"VERSION {gradsurgery.__version__} " in (ROOT / "CMakeLists.txt").read_text()
+    assert f"## {gradsurgery.__version__}" in (ROOT / "CHANGELOG.md").read_text()

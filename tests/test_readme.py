@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""What the README says is executed."""
+
+import re
+from pathlib import Path
+
+import gradsurgery
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run_in_order(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 4
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"README.md block {number}", "exec"), namespace)
+    assert "tensor([" in capsys.readouterr().out
+
+
+def test_the_first_example_is_twelve_lines():
+    first = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert first
+    assert len([line for line in first[1].splitlines() if line.strip()]) <= 14
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
+    assert named == {"demo", "test"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in named)
+
+
+def test_tables_name_every_method_and_backend():
+    for method in gradsurgery.methods.available():
+        assert f"| `{method}` |" in README
+    for backend in gradsurgery.backends():
+        assert f"| `{backend}` |" in README
