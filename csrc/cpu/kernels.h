@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: MIT
 // The two N-sized kernels, compiled once per instruction set and picked at run time.
 #pragma once
+// The kernels' standard headers stand here, before any choice of instruction set: an inline function of theirs compiled
+// for AVX-512 could be the copy that the linker keeps for everybody.
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "gradsurgery/gradsurgery.h"
 

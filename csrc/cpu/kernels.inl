@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Compiles the kernels for one instruction set. The including file defines GS_ISA (a namespace), GS_LANES (doubles per
 // vector), GS_PANEL (rows per register tile) and GS_TABLE, after it has chosen the compilation target.
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
 
 #include "simd.inl"
 // The kernels read the vector types of simd.inl.
