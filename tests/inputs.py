@@ -24,6 +24,8 @@ def hostile(tasks: int) -> dict[str, Tensor]:
     duplicate[-1] = duplicate[0]
     opposite[-1] = -opposite[0]
     mixed = base * torch.logspace(-6, 6, tasks, dtype=torch.float64)[:, None]
+    direction = torch.nn.functional.normalize(normal(1, 37, seed=5))
+    across = base - (base @ direction.mT) * direction
     return {
         "normal": base,
         "zero": torch.zeros_like(base),
@@ -31,6 +33,7 @@ def hostile(tasks: int) -> dict[str, Tensor]:
         "duplicate": duplicate,
         "opposite": opposite,
         "parallel": torch.arange(1, tasks + 1, dtype=torch.float64)[:, None] * base[:1],
+        "nearly parallel": direction + 1e-4 * across,
         "rank deficient": normal(tasks, 2) @ normal(2, 37, seed=2),
         "more tasks than parameters": normal(tasks, 3),
         "one parameter": normal(tasks, 1),

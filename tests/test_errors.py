@@ -272,6 +272,8 @@ def test_sparse_shared_gradient_changes_nothing():
         optimizer.backward(list(net(table(torch.tensor([1, 2]))).mean(0).unbind()))
     assert all(p.grad is None for p in [*net.parameters(), *table.parameters()])
     assert optimizer.method.state_dict()["step"] == 0
+    with pytest.raises(ValueError, match="nothing to combine"):
+        optimizer.combine()
 
 
 def test_wrapper_arguments():

@@ -49,6 +49,13 @@ def test_constant_rows_have_no_bias(backend):
     assert_gram(gradsurgery.gram(rows, backend=backend), rows, torch.float32)
 
 
+def test_worst_rounding_of_a_float32_chain(backend):
+    # Behind a 1 in the same accumulator, each product of 1.01 * 2^-24 is rounded up to 2^-23.
+    rows = torch.full((17, 512), (1.01 * 2.0**-24) ** 0.5)
+    rows[:, :16] = 1
+    assert_gram(gradsurgery.gram(rows, backend=backend), rows, torch.float32)
+
+
 @pytest.mark.parametrize("tasks", [3, 17])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_and_strided_rows(backend, tasks, dtype):
