@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-
 Result = TypeVar("Result", Tensor, list[Any], Tensor | list[Any])
 
 
@@ -32,11 +31,9 @@ class _Constant(torch.autograd.Function):
 
 def constant(name: str, result: Result, inputs: Sequence[Tensor]) -> Result:
     """Return ``result``, tied to those inputs that require grad so that a backward pass through it raises."""
-    if not torch.is_grad_enabled():
-        return result
     inputs = [tensor for tensor in inputs if tensor.requires_grad]
-    if not inputs:
+    if not inputs or not torch.is_grad_enabled():
         return result
     if isinstance(result, list):
         return [None if part is None else constant(name, part, inputs) for part in result]
-    return _Constant.apply(name, result, *inputs)  # type: ignore[no-untyped-call]
+    return _Constant.apply(name, result, *inputs)  # type: ignore[no-any-return,no-untyped-call]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,18 +29,12 @@ class TaskGradients:
     segments: list[int]
     segmented: bool
     device: torch.device
-    requires_grad: bool
     matrix: Tensor | None = None
     entries: list[Tensor | None] | None = None
     like: list[Tensor | None] | None = None
     """For each parameter of the list form, one of its gradients: shape, dtype and layout of the output."""
-
-    def inputs(self) -> list[Tensor]:
-        """Every tensor that the gradients are read from."""
-        if self.matrix is not None:
-            return [self.matrix]
-        assert self.entries is not None
-        return [entry for entry in self.entries if entry is not None]
+    differentiable: list[Tensor] = field(default_factory=list)
+    """The tensors among the user's gradients that require grad; ``matrix`` and ``entries`` hold them detached."""
 
 
 def parse(grads: Grads, segments: Sequence[int] | None) -> TaskGradients:
@@ -68,8 +62,8 @@ def _parse_matrix(grads: Tensor, segments: Sequence[int] | None) -> TaskGradient
         segments=offsets,
         segmented=segments is not None,
         device=grads.device,
-        requires_grad=grads.requires_grad,
-        matrix=grads,
+        matrix=grads.detach() if grads.requires_grad else grads,
+        differentiable=[grads] if grads.requires_grad else [],
     )
 
 
@@ -82,7 +76,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
     entries: list[Tensor | None] = []
     like: list[Tensor | None] = []
     device = None
-    requires_grad = False
+    differentiable: list[Tensor] = []
     irregular = set()
     for t, row in enumerate(grads):
         if isinstance(row, Tensor) or not isinstance(row, Sequence):
@@ -119,8 +113,11 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
                 raise ValueError(f"all gradients must be on one device, got {device} and {entry.device} (task {t})")
             if not entry.is_contiguous():
                 irregular.add(p)
-            requires_grad = requires_grad or entry.requires_grad
+            if entry.requires_grad:
+                differentiable.append(entry)
         entries.extend(row)
+    if differentiable:
+        entries = [None if entry is None else entry.detach() for entry in entries]
     for p in irregular:
         _unify_layout(entries, like, p)
     ids = []
@@ -136,9 +133,9 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
         segments=ids,
         segmented=segments is not None,
         device=torch.device("cpu") if device is None else device,
-        requires_grad=requires_grad,
         entries=entries,
         like=like,
+        differentiable=differentiable,
     )
 
 

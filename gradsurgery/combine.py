@@ -59,9 +59,7 @@ def combine(
     elif accumulate:
         raise ValueError("accumulate=True adds to out, and out is None")
     result = combine_of(parsed, weights, out, accumulate, backend)
-    if out is not None or not (parsed.requires_grad or weights.requires_grad):
-        return result
-    return constant("combine", result, [*parsed.inputs(), weights])
+    return result if out is not None else constant("combine", result, [*parsed.differentiable, weights])
 
 
 def combine_of(
@@ -70,16 +68,15 @@ def combine_of(
     """Combine checked gradients under weights [T] or [S, T]."""
     chosen = choose(backend, grads.device, grads.num_tasks)
     weights = weights.detach().to(torch.float64).reshape(grads.num_segments, grads.num_tasks).contiguous()
-    with torch.no_grad():
-        if grads.matrix is not None:
-            if out is None:
-                out = grads.matrix.new_empty(grads.matrix.shape[1])
-            chosen.combine(grads, weights, out, accumulate)
-        else:
-            assert grads.like is not None
-            if out is None:
-                out = [None if g is None else torch.empty_like(g) for g in grads.like]
-            _combine_lists(chosen, grads, weights, list(out), accumulate)
+    if grads.matrix is not None:
+        if out is None:
+            out = grads.matrix.new_empty(grads.matrix.shape[1])
+        chosen.combine(grads, weights, out, accumulate)
+    else:
+        assert grads.like is not None
+        if out is None:
+            out = [None if g is None else torch.empty_like(g) for g in grads.like]
+        _combine_lists(chosen, grads, weights, list(out), accumulate)
     return out
 
 

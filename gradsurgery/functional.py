@@ -52,12 +52,11 @@ def aggregate(
         _check_out(out, parsed)
     if chosen.needs_losses and losses is None:
         raise ValueError(f"method {chosen.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
+    backend = choose(backend, parsed.device, parsed.num_tasks).name
     products = gram_of(parsed, backend)
     weights = chosen.weights(products if parsed.segmented else products[0], losses=losses, backend=backend)
     result = combine_of(parsed, weights, out, False, backend)
-    if out is not None or not parsed.requires_grad:
-        return result
-    return constant("aggregate", result, parsed.inputs())
+    return result if out is not None else constant("aggregate", result, parsed.differentiable)
 
 
 def task_order(
@@ -219,7 +218,8 @@ def _problems(gram: Tensor) -> tuple[Tensor, int]:
     if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
         raise ValueError(f"gram must be [..., T, T] with T >= 1, got shape {tuple(gram.shape)}")
     num_tasks = gram.shape[-1]
-    return gram.detach().to(torch.float64).reshape(-1, num_tasks, num_tasks).contiguous(), num_tasks
+    problems = gram.detach() if gram.requires_grad else gram
+    return problems.to(torch.float64).reshape(-1, num_tasks, num_tasks).contiguous(), num_tasks
 
 
 def _check_order(order: Tensor, num_tasks: int, device: torch.device) -> Tensor:
@@ -245,7 +245,7 @@ def _step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(step, Tensor):
         if step.dtype != torch.int64 or step.numel() != 1:
             raise ValueError(f"step must be an int or an int64 tensor of one element, got {step.dtype} {_shape(step)}")
-        return step.reshape(()).to(device)
+        return step if step.dim() == 0 and step.device == device else step.reshape(()).to(device)
     if not isinstance(step, int) or not 0 <= step < 2**63:
         raise ValueError(f"step must be an int in 0..2^63-1, got {step!r}")
     return torch.full((), step, dtype=torch.int64, device=device)

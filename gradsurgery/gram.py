@@ -38,13 +38,12 @@ def gram(grads: Grads, *, segments: Sequence[int] | None = None, backend: str | 
     result = gram_of(parsed, backend)
     if not parsed.segmented:
         result = result[0]
-    return constant("gram", result, parsed.inputs()) if parsed.requires_grad else result
+    return constant("gram", result, parsed.differentiable)
 
 
 def gram_of(grads: TaskGradients, backend: str | None) -> Tensor:
     """Return the Gram matrices [S, T, T] of checked gradients."""
     tasks = grads.num_tasks
     out = torch.empty(grads.num_segments, tasks, tasks, dtype=torch.float64, device=grads.device)
-    with torch.no_grad():
-        choose(backend, grads.device, tasks).gram(grads, out)
+    choose(backend, grads.device, tasks).gram(grads, out)
     return out

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 import pytest
 import torch
-from inputs import DTYPES, HOSTILE, TASKS, UNIT_ROUNDOFF, hostile, normal
-from test_gram import ragged_lists
 
 import gradsurgery
+from inputs import DTYPES, HOSTILE, TASKS, UNIT_ROUNDOFF, hostile, normal
+from test_gram import ragged_lists
 
 
 def assert_direction(got: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, before=0) -> None:

@@ -3,10 +3,10 @@
 
 import pytest
 import torch
-from conftest import two_losses, two_task_net
-from inputs import normal
 
 import gradsurgery
+from conftest import two_losses, two_task_net
+from inputs import normal
 
 ROWS = normal(3, 8, torch.float32)
 LISTS = [[ROWS[0], ROWS[0, :2]], [ROWS[1], None]]

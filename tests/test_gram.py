@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inputs import DTYPES, GRAM_TOLERANCE, HOSTILE, TASKS, exact_gram, hostile, normal
 
 import gradsurgery
+from inputs import DTYPES, GRAM_TOLERANCE, HOSTILE, TASKS, exact_gram, hostile, normal
 
 
 def assert_gram(got: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> None:

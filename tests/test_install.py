@@ -38,7 +38,9 @@ except RuntimeError as error:
     assert "the compiled extension is not there" in result.stdout.splitlines()[1]
 
 
-SETUP = "import sys, runpy; {before}; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py', run_name='__main__')"
+SETUP = (
+    "import sys, runpy; {before}; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py', run_name='__main__')"
+)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,11 @@ SETUP = "import sys, runpy; {before}; sys.argv = ['setup.py', '--version']; runp
     [
         ("pass", "fast", "GRADSURGERY_BUILD must be one of auto, cuda, cpu, none, got 'fast'"),
         ("sys.modules['torch'] = None", "auto", "pip install --no-build-isolation ."),
-        ("import torch; torch.version.cuda = None", "cuda", "GRADSURGERY_BUILD=cuda needs nvcc and a CUDA build of torch"),
+        (
+            "import torch; torch.version.cuda = None",
+            "cuda",
+            "GRADSURGERY_BUILD=cuda needs nvcc and a CUDA build of torch",
+        ),
         ("import shutil; shutil.which = lambda name: None", "cpu", "GRADSURGERY_BUILD=cpu needs a C++ compiler"),
     ],
 )

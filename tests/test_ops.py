@@ -3,9 +3,9 @@
 
 import pytest
 import torch
-from inputs import normal
 
 import gradsurgery
+from inputs import normal
 
 if gradsurgery.backends()["cpu"].startswith("the compiled extension"):
     pytest.skip(gradsurgery.backends()["cpu"], allow_module_level=True)

@@ -7,9 +7,9 @@ import weakref
 
 import pytest
 import torch
-from conftest import two_losses, two_task_net
 
 import gradsurgery
+from conftest import two_losses, two_task_net
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
 

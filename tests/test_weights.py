@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from inputs import HOSTILE, TASKS, exact_gram, hostile, normal
 
 import gradsurgery
 from gradsurgery.backends import reference
+from inputs import HOSTILE, TASKS, exact_gram, hostile, normal
 
 # METHODS.md's golden matrix, the one that TorchJD pins its aggregators on.
 GOLDEN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])

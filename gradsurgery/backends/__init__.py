@@ -25,6 +25,8 @@ class Backend(Protocol):
     for the solvers.
     """
 
+    name: str
+
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
         """Return why this backend cannot serve the call; None if it can."""
 
@@ -60,9 +62,7 @@ class Backend(Protocol):
 
 
 _BACKENDS: dict[str, Backend] = {
-    "cuda": native.CudaBackend(),
-    "cpu": native.CpuBackend(),
-    "reference": reference.ReferenceBackend(),
+    backend.name: backend for backend in (native.CudaBackend(), native.CpuBackend(), reference.ReferenceBackend())
 }
 
 

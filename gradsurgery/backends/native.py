@@ -27,6 +27,8 @@ else:
 class CpuBackend:
     """C++ kernels for tensors in host memory."""
 
+    name = "cpu"
+
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
         """Return why the extension cannot serve the call; None if it can."""
         if _NO_EXTENSION:
@@ -83,6 +85,8 @@ class CpuBackend:
 
 class CudaBackend(CpuBackend):
     """CUDA kernels, where the extension was built with them."""
+
+    name = "cuda"
 
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
         """Return why the extension cannot serve the call; None if it can."""

@@ -24,6 +24,8 @@ _CHUNK_COLUMNS = 1 << 14
 class ReferenceBackend:
     """Serves every call."""
 
+    name = "reference"
+
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
         """Return None: it serves every call."""
         return None
