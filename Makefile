@@ -20,8 +20,9 @@ test: .venv/installed
 	GRADSURGERY_REQUIRE=cpu $(BIN)/python -m pytest
 
 bench: .venv/installed
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only
 	$(BIN)/python -m bench.peers
+	$(BIN)/python -m bench.readme
 
 lint: .venv/installed
 	$(BIN)/ruff check .

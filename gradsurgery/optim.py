@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from . import methods
 from ._gradients import TaskGradients, parse
+from .backends import choose
 from .collect import Collected, Losses, collect
 from .combine import combine_of
 from .diagnostics import SurgeryInfo
@@ -131,15 +133,21 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise ValueError("there is nothing to combine: call collect(losses) first")
         collected = self._pending
         shared, plain = self._split(collected)
-        shared_grads = parse([[row[p] for p in shared] for row in collected.grads], self._segments(collected, shared))
-        dense = [p for p in plain if not any(_is_sparse(row[p]) for row in collected.grads)]
-        plain_grads = parse([[row[p] for p in dense] for row in collected.grads], None)
+        sparse = [p for p in plain if any(_is_sparse(row[p]) for row in collected.grads)]
+        read = shared + [p for p in plain if p not in sparse]
+        grads = parse([[row[p] for p in read] for row in collected.grads], None)
+        backend = choose(self.backend, grads.device, grads.num_tasks).name
 
-        gram, weights = self._weigh(collected, shared, shared_grads)
+        gram, weights, segments = self._weigh(collected, shared, grads, backend)
         plain_weights = weights[0] if self.method.weights_losses else torch.ones_like(weights[0])
-        self._add_to_grad([collected.parameters[p] for p in shared], shared_grads, weights)
-        self._add_to_grad([collected.parameters[p] for p in dense], plain_grads, plain_weights)
-        for p in set(plain) - set(dense):
+        if len(read) > len(shared):
+            segments = segments + [len(weights)] * (len(read) - len(shared))
+            weights_of_segments = torch.cat([weights, plain_weights[None]])
+        else:
+            weights_of_segments = weights
+        grads = replace(grads, segments=segments, num_segments=len(weights_of_segments))
+        self._add_to_grad([collected.parameters[p] for p in read], grads, weights_of_segments, backend)
+        for p in sparse:
             _add_sparse(collected.parameters[p], [row[p] for row in collected.grads], plain_weights)
         self._pending = None
         if self.granularity == "global":
@@ -207,7 +215,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         return shared, [p for p, count in enumerate(touched) if count and p not in chosen]
 
     def _segments(self, collected: Collected, shared: list[int]) -> list[int]:
-        """Return one segment id for each shared parameter."""
+        """Return the segment of each shared parameter."""
         if self.granularity == "per_tensor":
             return list(range(len(shared)))
         if self.granularity == "per_group":
@@ -215,36 +223,49 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             groups = [group_of[id(collected.parameters[p])] for p in shared]
             ids = {g: i for i, g in enumerate(sorted(set(groups)))}
             return [ids[g] for g in groups]
-        if self.method.gram_parameters is None:
-            return [0] * len(shared)
-        # Segment 1 holds the parameters whose norms the method reads; G is the sum of both segments.
-        chosen = {id(p) for p in self.method.gram_parameters}
-        return [int(id(collected.parameters[p]) in chosen) for p in shared]
+        return [0] * len(shared)
 
-    def _weigh(self, collected: Collected, shared: list[int], grads: TaskGradients) -> tuple[Tensor, Tensor]:
-        """Return G [S, T, T], unscaled, and the weights [S, T] of the parameters' segments."""
-        gram = gram_of(grads, self.backend)
+    def _weigh(
+        self, collected: Collected, shared: list[int], grads: TaskGradients, backend: str
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Return G [S, T, T], unscaled, the weights [S, T], and the segment of each of the shared parameters.
+
+        The shared parameters are the first ones of ``grads``.
+        """
+        assert grads.entries is not None
+        segments = read_segments = self._segments(collected, shared)
+        if self.method.gram_parameters is not None:
+            # Segment 1 holds the parameters whose G the method reads; G is the sum of both segments.
+            chosen = {id(p) for p in self.method.gram_parameters}
+            read_segments = [int(id(collected.parameters[p]) in chosen) for p in shared]
+            if not any(read_segments):
+                raise ValueError("no two losses share any of norm_parameters")
+        params = len(grads.entries) // grads.num_tasks
+        gram = gram_of(
+            replace(
+                grads,
+                entries=[entry for t in range(grads.num_tasks) for entry in grads.entries[t * params :][: len(shared)]],
+                segments=read_segments,
+                num_segments=max(read_segments, default=0) + 1,
+            ),
+            backend,
+        )
         if collected.scale is not None:
             gram = gram / collected.scale.to(gram) ** 2
         read = gram
         if self.method.gram_parameters is not None:
-            if grads.num_segments < 2:
-                raise ValueError("no loss pair shares any of norm_parameters")
             read, gram = gram[1:], gram.sum(0, keepdim=True)
-            grads.segments, grads.num_segments = [], 1
         if self.granularity == "global":
-            weights = self.method.weights(read[0], losses=collected.losses, backend=self.backend)[None]
+            weights = self.method.weights(read[0], losses=collected.losses, backend=backend)[None]
         else:
-            weights = self.method.weights(read, losses=collected.losses, backend=self.backend)
-        return gram, weights
+            weights = self.method.weights(read, losses=collected.losses, backend=backend)
+        return gram, weights, segments
 
-    def _add_to_grad(self, parameters: list[Tensor], grads: TaskGradients, weights: Tensor) -> None:
-        if not parameters:
-            return
+    def _add_to_grad(self, parameters: list[Tensor], grads: TaskGradients, weights: Tensor, backend: str) -> None:
         accumulate = any(p.grad is not None for p in parameters)
         new = torch.zeros_like if accumulate else torch.empty_like
         out: list[Tensor | None] = [new(p) if p.grad is None else p.grad for p in parameters]
-        combine_of(grads, weights, out, accumulate, self.backend)
+        combine_of(grads, weights, out, accumulate, backend)
         for parameter, direction in zip(parameters, out, strict=True):
             parameter.grad = direction
 

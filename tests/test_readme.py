@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """What the README says is executed."""
 
+import json
 import re
 from pathlib import Path
 
 import gradsurgery
+from bench import readme
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,3 +39,9 @@ def test_tables_name_every_method_and_backend():
         assert f"| `{method}` |" in README
     for backend in gradsurgery.backends():
         assert f"| `{backend}` |" in README
+
+
+def test_speed_section_is_what_the_stored_results_say():
+    run = json.loads(readme.RESULTS.read_text())
+    assert readme.BEGIN + readme.section(run) + readme.END in README
+    assert not run["commit"].endswith("-dirty")

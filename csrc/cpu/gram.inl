@@ -130,12 +130,12 @@ void gram_direct(const void* const* rows, const int32_t* index, int64_t k, int64
   }
 }
 
-// The parts of the next block that one tile fetches, so that memory works while the registers do.
+// The rows of the next block, at most two, that one tile fetches, so that memory works while the registers do.
 struct NextBlock {
-  const char* row[2];
+  const char *first, *second;
   GS_INLINE void line(int64_t i) const {
-    __builtin_prefetch(row[0] + 64 * i);
-    __builtin_prefetch(row[1] + 64 * i);
+    if (first) __builtin_prefetch(first + 64 * i);
+    if (second) __builtin_prefetch(second + 64 * i);
   }
 };
 
@@ -200,14 +200,17 @@ __attribute__((noinline)) void packed_tile(const V* a, const V* b, int64_t steps
 template <class V, class In>
 void packed_tiles(const V* packed, const In* const* rows, const int32_t* index, int64_t k, int64_t width, double* gram,
                   int64_t ld) {
-  constexpr int64_t per_vector = sizeof(V) == sizeof(vdouble) && std::is_same<V, vdouble>::value ? kLanes : kStep;
-  const int64_t steps = width / per_vector;
-  int64_t tile = 0;
+  const int64_t steps = width / (std::is_same<V, vdouble>::value ? kLanes : kStep);
+  const int64_t panels = (k + kPanel - 1) / kPanel;
+  const int64_t rows_per_tile = panels * (panels + 1) / 2 < k ? 2 : 1;
+  const auto next_block = [&](int64_t row) {
+    return row < k ? reinterpret_cast<const char*>(rows[row] + width) : nullptr;
+  };
+  int64_t row = 0;
   for (int64_t i = 0; i < k; i += kPanel) {
     for (int64_t j = i; j < k; j += kPanel) {
-      const NextBlock prefetch = {{reinterpret_cast<const char*>(rows[std::min(tile, k - 1)] + width),
-                                   reinterpret_cast<const char*>(rows[std::min(tile + 1, k - 1)] + width)}};
-      tile += 2;
+      const NextBlock prefetch = {next_block(row), rows_per_tile == 2 ? next_block(row + 1) : nullptr};
+      row += rows_per_tile;
       const auto run = i == j ? &packed_tile<V, true> : &packed_tile<V, false>;
       run(packed + i * steps, packed + j * steps, steps, prefetch, index + i, std::min<int64_t>(kPanel, k - i),
           index + j, std::min<int64_t>(kPanel, k - j), gram, ld);

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""The inputs, the contenders and the float64 results of every case."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import torch
+from pytorch_optimizer import PCGrad as ProjectionOptimizer
+from torch import Tensor
+from torchjd.aggregation import MGDA, MGDAWeighting, PCGrad, PCGradWeighting
+
+import gradsurgery as gs
+
+from .timing import FLOOR, OURS, Case
+
+
+def task_gradients(tasks: int, size: int) -> Tensor:
+    """Return J [T, N]: independent noise, norms up to 10 times apart, and half of all pairs in conflict.
+
+    Every second task opposes a direction that the others share, which makes a cosine of -0.2 or 0.2.
+    """
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(tasks, size, generator=generator)
+    signs = 0.5 * (-1.0) ** torch.arange(tasks)
+    gradients.addr_(signs, torch.randn(size, generator=generator))
+    return gradients.mul_(10 ** (torch.rand(tasks, 1, generator=generator) - 0.5))
+
+
+def gram_case(gradients: Tensor) -> Case:
+    """Stage 2 beside one read of J and beside PyTorch's matrix product."""
+    exact = exact_gram(gradients)
+    norms = exact.diagonal().sqrt()
+    return _case(
+        "gram",
+        gradients,
+        {
+            OURS: lambda: gs.gram(gradients, backend="cpu"),
+            FLOOR: gradients.sum,
+            "torch.mm(J, J.T)": lambda: torch.mm(gradients, gradients.T),
+        },
+        lambda result: ((result - exact).abs() / norms / norms[:, None]).max().item(),
+    )
+
+
+def combine_case(gradients: Tensor) -> Case:
+    """Stage 4 beside one read of J."""
+    weights = torch.linspace(0.5, 1.5, len(gradients))
+    out = torch.empty_like(gradients[0])
+    return _case(
+        "combine",
+        gradients,
+        {OURS: lambda: gs.combine(gradients, weights, out=out, backend="cpu"), FLOOR: gradients.sum},
+        _direction_error(gradients, weights),
+    )
+
+
+def pcgrad_case(gradients: Tensor) -> Case:
+    """PCGrad from J to the direction. The orders are random, which matters from three tasks on."""
+    rows = list(gradients.unbind())
+    # One-element masks: with reduction="sum" they have no use, so only the projections take time.
+    masks = [torch.ones(1) for _ in rows]
+    wrapper = ProjectionOptimizer(torch.optim.SGD([torch.zeros(1)], lr=1.0), reduction="sum")
+    out = torch.empty_like(rows[0])
+    aggregator = PCGrad()
+    error = None
+    if len(rows) == 2:
+        products = exact_gram(gradients)
+        error = _direction_error(gradients, 1 - products[0, 1].clamp(max=0) / products.diagonal())
+    return _case(
+        "pcgrad",
+        gradients,
+        {
+            OURS: lambda: gs.aggregate(gradients, "pcgrad", out=out, backend="cpu"),
+            "torchjd": lambda: aggregator(gradients),
+            "pytorch_optimizer": lambda: wrapper.project_conflicting(rows, masks),
+            "plain loop": lambda: plain_pcgrad(rows),
+        },
+        error,
+    )
+
+
+def mgda_case(gradients: Tensor) -> Case:
+    """MGDA from J to the direction: ours solves for the weights to rounding, torchjd runs Frank-Wolfe."""
+    out = torch.empty_like(gradients[0])
+    aggregator = MGDA()
+    weights = gs.min_norm_weights(exact_gram(gradients), backend="reference")
+    return _case(
+        "mgda",
+        gradients,
+        {
+            OURS: lambda: gs.aggregate(gradients, "mgda", out=out, backend="cpu"),
+            "torchjd": lambda: aggregator(gradients),
+        },
+        _direction_error(gradients, weights),
+    )
+
+
+def weights_cases(tasks: int) -> list[Case]:
+    """Stage 3 alone, on one float64 Gram matrix."""
+    gram = exact_gram(task_gradients(tasks, 1000))
+    best = gs.min_norm_weights(gram, backend="reference")
+    pcgrad, mgda = PCGradWeighting(), MGDAWeighting()
+
+    def error(weights: Tensor) -> float:
+        off = weights - best
+        return ((off @ gram @ off) / (best @ gram @ best)).sqrt().item()
+
+    projections = {OURS: lambda: gs.pcgrad_weights(gram, backend="cpu"), "torchjd": lambda: pcgrad(gram)}
+    shortest = {OURS: lambda: gs.min_norm_weights(gram, backend="cpu"), "torchjd": lambda: mgda(gram)}
+    return [
+        Case("pcgrad_weights", tasks, None, "float64", projections),
+        Case("min_norm_weights", tasks, None, "float64", shortest, error),
+    ]
+
+
+def overhead_case() -> Case:
+    """The cost of a call itself: PCGrad on a matrix [2, 16], called as a user would."""
+    gradients = task_gradients(2, 16)
+    out = torch.empty(16)
+    aggregator = PCGrad()
+    return _case(
+        "pcgrad",
+        gradients,
+        {OURS: lambda: gs.aggregate(gradients, out=out), "torchjd": lambda: aggregator(gradients)},
+    )
+
+
+def plain_pcgrad(rows: list[Tensor]) -> Tensor:
+    """PCGrad as it is commonly written in PyTorch: each comparison waits, each projection reads N."""
+    projected = [row.clone() for row in rows]
+    others = list(rows)
+    for p in projected:
+        random.shuffle(others)
+        for g in others:
+            product = torch.dot(p, g)
+            if product < 0:
+                p -= product / g.norm() ** 2 * g
+    return torch.stack(projected).sum(0)
+
+
+def exact_gram(gradients: Tensor) -> Tensor:
+    """Return J J^T, with float64 products and sums."""
+    return sum(c @ c.T for c in _widened(gradients))
+
+
+def _widened(gradients: Tensor) -> Iterator[Tensor]:
+    """Yield float64 blocks of columns, which take less memory than all at once."""
+    return (block.double() for block in gradients.split(1 << 20, dim=1))
+
+
+def _direction_error(gradients: Tensor, weights: Tensor) -> Callable[[Tensor], float]:
+    """Return a function that gives |d - d_exact| / |d_exact| with the float64 direction of these weights."""
+    exact = torch.cat([weights.double() @ c for c in _widened(gradients)])
+    return lambda direction: ((direction - exact).norm() / exact.norm()).item()
+
+
+def _case(
+    stage: str,
+    gradients: Tensor,
+    calls: dict[str, Callable[[], Tensor]],
+    error: Callable[[Tensor], float] | None = None,
+) -> Case:
+    return Case(stage, *gradients.shape, str(gradients.dtype).removeprefix("torch."), calls, error)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""Time several contenders in one process, round by round, so that a drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+OURS = "gradsurgery"
+FLOOR = "J.sum()"
+"""The time of one read of the gradients. It computes nothing of a stage, so it has no error."""
+
+MIN_ROUNDS = 3
+MAX_ROUNDS = 100
+MIN_SAMPLE_S = 5e-3
+"""Shorter calls are timed in batches, so that inputs that fit in the cache are measured in the cache."""
+CAP_S = 15.0
+"""About the most that a contender gets in one case; it is skipped where one call should take longer."""
+
+
+@dataclass
+class Case:
+    """Contenders that compute the same thing from the same prepared inputs."""
+
+    stage: str
+    tasks: int
+    size: int | None
+    """N, None for work on T x T alone."""
+    dtype: str
+    calls: dict[str, Callable[[], Tensor]]
+    error: Callable[[Tensor], float] | None = None
+    """Relative error of a contender's result against a float64 one; None where results are random."""
+
+
+@dataclass
+class Row:
+    """What was measured of one contender in one case; times in milliseconds, None where it was skipped."""
+
+    stage: str
+    contender: str
+    tasks: int
+    size: int | None
+    dtype: str
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    rounds: int = 0
+    error: float | None = None
+    note: str = ""
+
+
+class Clock:
+    """Measures cases, and remembers what each contender took to foresee which ones take too long."""
+
+    def __init__(self, seconds: float) -> None:
+        """Aim at ``seconds`` for each contender of a case."""
+        self.seconds = seconds
+        self._seen: dict[tuple[str, str, int | None, str], tuple[int, float]] = {}
+
+    def measure(self, case: Case) -> list[Row]:
+        """Return one row per contender."""
+        rows = {n: Row(case.stage, n, case.tasks, case.size, case.dtype) for n in case.calls}
+        for row in rows.values():
+            expected = self._expected(row)
+            if expected > CAP_S:
+                row.note = f"skipped: one call would take about {expected:.0f} s"
+        timed = {n: call for n, call in case.calls.items() if not rows[n].note}
+        for name, times in _interleave(timed, self.seconds).items():
+            row = rows[name]
+            row.rounds = len(times)
+            row.median_ms = 1e3 * statistics.median(times)
+            row.p20_ms, row.p80_ms = 1e3 * _quantile(times, 0.2), 1e3 * _quantile(times, 0.8)
+            self._seen[row.stage, name, row.size, row.dtype] = row.tasks, row.median_ms / 1e3
+            if case.error is not None and name != FLOOR:
+                row.error = case.error(timed[name]())
+        return list(rows.values())
+
+    def _expected(self, row: Row) -> float:
+        """Return the seconds of one call, from fewer tasks: no contender grows faster than T squared."""
+        tasks, seconds = self._seen.get((row.stage, row.contender, row.size, row.dtype), (row.tasks, 0.0))
+        return seconds * (row.tasks / tasks) ** 2
+
+
+def _interleave(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, list[float]]:
+    """Return seconds per call, one value per round: short calls in batches, slow ones in fewer rounds."""
+    gc.disable()
+    try:
+        times: dict[str, list[float]] = {}
+        planned: dict[str, tuple[int, int]] = {}
+        for name, call in calls.items():
+            once = _seconds(call, 1)
+            # The cost of a first call is lost in one that takes a second, and repeating it costs time.
+            times[name] = [once] if once > 1 else []
+            once = once if once > 1 else _seconds(call, 1)
+            batch = math.ceil(MIN_SAMPLE_S / once)
+            rounds = min(max(MIN_ROUNDS, int(seconds / (once * batch))), int(CAP_S / once), MAX_ROUNDS)
+            planned[name] = max(0, rounds - len(times[name])), batch
+        total = max((rounds for rounds, _ in planned.values()), default=0)
+        shuffle = random.Random(0).shuffle
+        for i in range(total):
+            # Spreads the rounds of a slow contender evenly over all rounds.
+            turn = [name for name, (rounds, _) in planned.items() if i * rounds % total < rounds]
+            # A changing order lets nobody profit from what the one before left in the cache.
+            shuffle(turn)
+            for name in turn:
+                times[name].append(_seconds(calls[name], planned[name][1]))
+        return times
+    finally:
+        gc.enable()
+
+
+def _seconds(call: Callable[[], Tensor], batch: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(batch):
+        call()
+    return (time.perf_counter() - begin) / batch
+
+
+def _quantile(values: list[float], fraction: float) -> float:
+    """Return the value at rank ``fraction``, interpolated."""
+    ordered = sorted(values)
+    place = fraction * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
