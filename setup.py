@@ -3,8 +3,8 @@
 
 GRADSURGERY_BUILD chooses what is compiled:
 
-    auto  (default) the best that this machine allows: CUDA, else C++, else nothing
-    cuda  C++ and CUDA; fails without nvcc
+    auto  (default) the best that this machine allows: C++, else nothing
+    cuda  fails: this version has no CUDA kernels
     cpu   C++ only; fails without a C++ compiler
     none  nothing: the package runs on its PyTorch backend
 """
@@ -28,47 +28,40 @@ To install without the extension: GRADSURGERY_BUILD=none pip install ."""
 
 
 def choose_build() -> str:
-    """What to compile: "cuda", "cpu" or "none"."""
+    """What to compile: "cpu" or "none"."""
     wanted = os.environ.get("GRADSURGERY_BUILD", "auto")
     if wanted not in CHOICES:
         sys.exit(f"GRADSURGERY_BUILD must be one of {', '.join(CHOICES)}, got {wanted!r}")
     if wanted == "none":
         return "none"
+    if wanted == "cuda":
+        sys.exit("GRADSURGERY_BUILD=cuda cannot be met: this version has no CUDA kernels")
     try:
-        import torch
-        from torch.utils import cpp_extension
+        import torch  # noqa: F401
     except ImportError:
         sys.exit(NO_TORCH)
     has_compiler = shutil.which(os.environ.get("CXX", "c++").split()[0]) is not None
-    has_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    if wanted == "cuda" and not has_cuda:
-        sys.exit(f"GRADSURGERY_BUILD=cuda needs nvcc and a CUDA build of torch, got torch {torch.__version__}")
-    if wanted in ("cpu", "cuda") and not has_compiler:
-        sys.exit(f"GRADSURGERY_BUILD={wanted} needs a C++ compiler: neither $CXX nor c++ was found")
-    if not has_compiler:
-        return "none"
-    return "cuda" if has_cuda and wanted != "cpu" else "cpu"
+    if wanted == "cpu" and not has_compiler:
+        sys.exit("GRADSURGERY_BUILD=cpu needs a C++ compiler: neither $CXX nor c++ was found")
+    return "cpu" if has_compiler else "none"
 
 
 def extension_arguments(build: str) -> dict:
     if build == "none":
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    folders = ["csrc/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if build == "cuda" else [])
-    sources = sorted(str(path.relative_to(ROOT)) for folder in folders for path in ROOT.glob(folder))
+    sources = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
     headers = [str(path.relative_to(ROOT)) for pattern in ("*.h", "*.inl") for path in ROOT.glob(f"csrc/**/{pattern}")]
     flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0"]
     # at::parallel_for is OpenMP in a header: without the flag it runs on one thread. Apple's compiler has none.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    if build == "cuda":
-        flags.append("-DGS_WITH_CUDA")
-    extension = (CUDAExtension if build == "cuda" else CppExtension)(
+    extension = CppExtension(
         name="gradsurgery._C",
         sources=sources,
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc" / "include")],
         depends=headers,
-        extra_compile_args={"cxx": flags + openmp, "nvcc": ["-O3", "-std=c++20"]},
+        extra_compile_args=flags + openmp,
         extra_link_args=openmp,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}

@@ -126,10 +126,11 @@ struct Gradients {
     TORCH_CHECK_VALUE(tensor.device().is_cpu(), "gradient ", param, " must be on the CPU, got ", tensor.device());
     TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && tensor.scalar_type() == first.scalar_type(), "gradient ", param,
                      " must be strided ", first.dtype(), ", got ", tensor.layout(), " ", tensor.dtype());
-    TORCH_CHECK_VALUE(
-        tensor.sizes() == first.sizes() && tensor.strides() == first.strides() && tensor.is_non_overlapping_and_dense(),
-        "gradient ", param, " must be dense with shape ", first.sizes(), " and strides ", first.strides(), ", got ",
-        tensor.sizes(), " and ", tensor.strides());
+    // Strides of dimensions of size 1 say nothing, so contiguous tensors may differ there.
+    const bool same = tensor.is_contiguous() ? first.is_contiguous() : tensor.strides() == first.strides();
+    TORCH_CHECK_VALUE(tensor.sizes() == first.sizes() && same && tensor.is_non_overlapping_and_dense(), "gradient ",
+                      param, " must be dense with shape ", first.sizes(), " and strides ", first.strides(), ", got ",
+                      tensor.sizes(), " and ", tensor.strides());
   }
 };
 

@@ -91,7 +91,12 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
             if entry is None:
                 continue
             first = like[p]
-            if first is None or entry.dtype is not first.dtype or entry.shape != first.shape:
+            if (
+                first is None
+                or not isinstance(entry, Tensor)
+                or entry.dtype != first.dtype
+                or entry.shape != first.shape
+            ):
                 _check_gradient(entry, f"grads[{t}][{p}]")
                 if first is None:
                     like[p] = entry
@@ -162,15 +167,17 @@ def _unify_layout(entries: list[Tensor | None], like: list[Tensor | None], p: in
     present = [t for t in range(p, len(entries), step) if entries[t] is not None]
     first = like[p]
     assert first is not None
-    if _is_dense(first) and all(entries[t].stride() == first.stride() for t in present):  # type: ignore[union-attr]
+    if is_dense(first) and all(entries[t].stride() == first.stride() for t in present):  # type: ignore[union-attr]
         return
     for t in present:
         entries[t] = entries[t].contiguous()  # type: ignore[union-attr]
     like[p] = entries[present[0]]
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory without overlap."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride != expected:

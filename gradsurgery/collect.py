@@ -70,6 +70,8 @@ def collect(
     last = len(scalars) - 1
     grads: list[list[Tensor | None]] = [
         list(torch.autograd.grad(loss, parameters, retain_graph=retain_graph or t < last, allow_unused=True))
+        if parameters
+        else []
         for t, loss in enumerate(scalars)
     ]
     return Collected(tasks, list(parameters), grads, values, scale)

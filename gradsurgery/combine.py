@@ -97,13 +97,16 @@ def _combine_lists(
         segments = [grads.segments[p] for p, _, _ in touched] if grads.segments else []
         grads = replace(grads, entries=entries, segments=segments, like=None)
     written = [
-        target if target.stride() == like.stride() else torch.empty_like(like).copy_(target)
-        for _, like, target in touched
+        target if _same_layout(target, like) else torch.empty_like(like).copy_(target) for _, like, target in touched
     ]
     chosen.combine(grads, weights, written, accumulate)
     for (_, _, target), result in zip(touched, written, strict=True):
         if result is not target:
             target.copy_(result)
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
 
 
 def _check_weights(weights: Tensor, grads: TaskGradients) -> None:

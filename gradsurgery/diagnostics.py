@@ -61,7 +61,7 @@ class SurgeryInfo:
 
     @property
     def finite(self) -> Tensor:
-        """Whether every task gradient is finite, []."""
+        """Whether G is finite, which it is when the task gradients of the shared parameters are, []."""
         return self.gram.isfinite().all(-1).all(-1)
 
     def to_dict(self) -> dict[str, Any]:

@@ -52,10 +52,12 @@ def aggregate(
         _check_out(out, parsed)
     if chosen.needs_losses and losses is None:
         raise ValueError(f"method {chosen.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
-    backend = choose(backend, parsed.device, parsed.num_tasks).name
-    products = gram_of(parsed, backend)
-    weights = chosen.weights(products if parsed.segmented else products[0], losses=losses, backend=backend)
-    result = combine_of(parsed, weights, out, False, backend)
+    name = choose(backend, parsed.device, parsed.num_tasks).name
+    products = gram_of(parsed, name)
+    # A method of the user's own need not know of backends.
+    named = {} if backend is None else {"backend": backend}
+    weights = chosen.weights(products if parsed.segmented else products[0], losses=losses, **named)
+    result = combine_of(parsed, weights, out, False, name)
     return result if out is not None else constant("aggregate", result, parsed.differentiable)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import methods
-from ._gradients import TaskGradients, parse
+from ._gradients import TaskGradients, is_dense, parse
 from .backends import choose
 from .collect import Collected, Losses, collect
 from .combine import combine_of
@@ -70,12 +70,15 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             )
         self.granularity = granularity
         self.backend = backend
-        self._shared = None if shared is None else self._known(shared, "shared")
-        if self.method.gram_parameters is not None:
-            self._known(self.method.gram_parameters, "norm_parameters")
+        self._shared = None if shared is None else list(shared)
+        self._check_known(self._shared, "shared")
+        self._check_known(self.method.gram_parameters, "norm_parameters")
         self._pending: Collected | None = None
         # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
         super().__setstate__({})
+        for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            # The wrapped optimizer reads and writes the state, so it also runs these hooks.
+            setattr(self, f"_optimizer_{kind}_hooks", getattr(optimizer, f"_optimizer_{kind}_hooks"))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -120,7 +123,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """Add one micro-batch's task gradients to those collected so far; ``combine`` then operates on the sums.
 
         Surgery on accumulated gradients differs from accumulating the results of surgery on each micro-batch, which
-        is what several ``backward`` calls do. Arguments and errors are those of :meth:`backward`.
+        is what several ``backward`` calls do. ``scaler.update()`` belongs after the step,
+        not between micro-batches. Arguments and errors are those of :meth:`backward`.
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         collected = collect(losses, parameters, scaler=scaler, retain_graph=retain_graph)
@@ -136,6 +140,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         sparse = [p for p in plain if any(_is_sparse(row[p]) for row in collected.grads)]
         read = shared + [p for p in plain if p not in sparse]
         grads = parse([[row[p] for p in read] for row in collected.grads], None)
+        parameters = [collected.parameters[p] for p in read]
+        accumulate = any(p.grad is not None for p in parameters)
+        out = [_target(p, accumulate) for p in parameters]
         backend = choose(self.backend, grads.device, grads.num_tasks).name
 
         gram, weights, segments = self._weigh(collected, shared, grads, backend)
@@ -146,7 +153,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         else:
             weights_of_segments = weights
         grads = replace(grads, segments=segments, num_segments=len(weights_of_segments))
-        self._add_to_grad([collected.parameters[p] for p in read], grads, weights_of_segments, backend)
+        combine_of(grads, weights_of_segments, out, accumulate, backend)
+        for parameter, direction in zip(parameters, out, strict=True):
+            parameter.grad = direction
         for p in sparse:
             _add_sparse(collected.parameters[p], [row[p] for row in collected.grads], plain_weights)
         self._pending = None
@@ -179,29 +188,26 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         state = dict(state_dict)
         surgery = state.pop("surgery", None)
         before = self.method.state_dict()
-        if surgery is not None:
-            self.method.load_state_dict(surgery)
         try:
+            if surgery is not None:
+                self.method.load_state_dict(surgery)
             self.optimizer.load_state_dict(state)
         except BaseException:
             self.method.load_state_dict(before)
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        # A scheduler leaves a bound step behind, which belongs to this object alone.
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(method={self.method.name}, granularity={self.granularity}, {self.optimizer!r})"
 
-    def _known(self, parameters: Iterable[Tensor], name: str) -> set[int]:
-        """Return the ids of parameters, all of which must be the optimizer's."""
-        ids = {id(p) for p in parameters}
+    def _check_known(self, parameters: Iterable[Tensor] | None, name: str) -> None:
         known = {id(p) for group in self.param_groups for p in group["params"]}
-        if not ids <= known:
-            raise ValueError(
-                f"{name} holds {len(ids - known)} tensors that are not parameters of the wrapped optimizer"
-            )
-        return ids
+        unknown = [p for p in parameters or () if id(p) not in known]
+        if unknown:
+            raise ValueError(f"{name} holds {len(unknown)} tensors that are not parameters of the wrapped optimizer")
 
     def _split(self, collected: Collected) -> tuple[list[int], list[int]]:
         """Return the indices of the shared parameters and of the other ones with a gradient."""
@@ -210,7 +216,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             enough = min(2, len(collected.tasks))
             shared = [p for p, count in enumerate(touched) if count >= enough]
         else:
-            shared = [p for p, count in enumerate(touched) if count and id(collected.parameters[p]) in self._shared]
+            named = {id(p) for p in self._shared}
+            shared = [p for p, count in enumerate(touched) if count and id(collected.parameters[p]) in named]
         chosen = set(shared)
         return shared, [p for p, count in enumerate(touched) if count and p not in chosen]
 
@@ -244,7 +251,11 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         gram = gram_of(
             replace(
                 grads,
-                entries=[entry for t in range(grads.num_tasks) for entry in grads.entries[t * params :][: len(shared)]],
+                entries=[
+                    entry
+                    for t in range(grads.num_tasks)
+                    for entry in grads.entries[t * params : t * params + len(shared)]
+                ],
                 segments=read_segments,
                 num_segments=max(read_segments, default=0) + 1,
             ),
@@ -255,19 +266,25 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         read = gram
         if self.method.gram_parameters is not None:
             read, gram = gram[1:], gram.sum(0, keepdim=True)
+        # A method of the user's own need not know of backends.
+        named = {} if self.backend is None else {"backend": backend}
         if self.granularity == "global":
-            weights = self.method.weights(read[0], losses=collected.losses, backend=backend)[None]
+            weights = self.method.weights(read[0], losses=collected.losses, **named)[None]
         else:
-            weights = self.method.weights(read, losses=collected.losses, backend=backend)
+            weights = self.method.weights(read, losses=collected.losses, **named)
         return gram, weights, segments
 
-    def _add_to_grad(self, parameters: list[Tensor], grads: TaskGradients, weights: Tensor, backend: str) -> None:
-        accumulate = any(p.grad is not None for p in parameters)
-        new = torch.zeros_like if accumulate else torch.empty_like
-        out: list[Tensor | None] = [new(p) if p.grad is None else p.grad for p in parameters]
-        combine_of(grads, weights, out, accumulate, backend)
-        for parameter, direction in zip(parameters, out, strict=True):
-            parameter.grad = direction
+
+def _target(parameter: Tensor, accumulate: bool) -> Tensor:
+    """Return the tensor that a parameter's direction is written into, or added to."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter) if accumulate else torch.empty_like(parameter)
+    if _is_sparse(parameter.grad):
+        raise TypeError(
+            f".grad of a parameter of shape {tuple(parameter.shape)} is sparse, its new gradients are dense"
+        )
+    # An expanded .grad cannot be written in place.
+    return parameter.grad if is_dense(parameter.grad) else parameter.grad.contiguous()
 
 
 def _is_sparse(grad: Tensor | None) -> bool:
@@ -275,11 +292,13 @@ def _is_sparse(grad: Tensor | None) -> bool:
 
 
 def _add_sparse(parameter: Tensor, grads: list[Tensor | None], weights: Tensor) -> None:
-    """Add the weighted sum of sparse gradients, which no kernel reads, to a parameter outside the surgery."""
-    for grad, weight in zip(grads, weights.unbind(), strict=True):
-        if grad is not None:
-            term = grad * weight.to(grad.dtype)
-            parameter.grad = term if parameter.grad is None else parameter.grad + term
+    """Add the weighted sum of gradients, some sparse, which no kernel reads, to a parameter outside the surgery."""
+    terms = [g * weight.to(g.dtype) for g, weight in zip(grads, weights.unbind(), strict=True) if g is not None]
+    if parameter.grad is not None:
+        terms.append(parameter.grad)
+    # Dense ones first: a sparse tensor takes no dense one.
+    first, *rest = sorted(terms, key=_is_sparse)
+    parameter.grad = sum(rest, first)
 
 
 class _NamedOptimizer(SurgeryOptimizer):

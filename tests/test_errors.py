@@ -35,6 +35,7 @@ SPARSE = torch.sparse_coo_tensor([[0]], [1.0], (8,))
         ),
         ([[ROWS[0]], [ROWS[1].to("meta")]], ValueError, r"one device, got cpu and meta \(task 1\)"),
         ([[ROWS[0], None], [ROWS[1], 3.0]], TypeError, r"grads\[1\]\[1\] must be a tensor, got float 3.0"),
+        ([[ROWS[0]], [3.0]], TypeError, r"grads\[1\]\[0\] must be a tensor, got float 3.0"),
         ([[ROWS[0]], [SPARSE]], TypeError, r"grads\[1\]\[0\] is a torch.sparse_coo gradient"),
         (
             [[None, ROWS[0]], [None, ROWS[0].to(torch.complex64)]],

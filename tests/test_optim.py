@@ -3,6 +3,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -194,9 +195,11 @@ def test_graph_is_freed_after_the_last_task():
     for retain_graph in (False, True):
         net = two_task_net()
         optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
-        losses = [loss * Identity.apply(net["trunk"][0].bias).sum() for loss in two_losses(net, X)]
+        factor = Identity.apply(net["trunk"][0].bias).sum()  # shared by both losses, like the trunk
+        losses = [loss * factor for loss in two_losses(net, X)]
         optimizer.backward(losses, retain_graph=retain_graph)
         gc.collect()
+        assert (reference() is None) != retain_graph
         if retain_graph:
             optimizer.backward(losses)
         with pytest.raises(RuntimeError, match="second time"):
@@ -233,6 +236,77 @@ def test_it_is_an_optimizer():
     assert clone.optimizer is not inner
     assert clone.param_groups[0]["lr"] == 0.1
     assert "AdamW" in repr(optimizer)
+
+
+def test_copies_are_of_their_own():
+    for copier in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))):
+        weight = torch.nn.Parameter(torch.ones(2))
+        optimizer = gradsurgery.PCGrad(torch.optim.SGD([weight], lr=0.1), shared=[weight])
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        clone = copier(optimizer)
+        mine = clone.param_groups[0]["params"][0]
+        info = clone.backward([3 * mine[0] - mine[1], 2 * mine[1] - mine[0]])
+        clone.step()
+        assert info.gram.abs().sum() > 0
+        assert torch.equal(weight, torch.ones(2))
+        assert not torch.equal(mine, weight)
+
+
+def test_state_dict_hooks_run():
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda *_: calls.append("save"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("load"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["save", "load"]
+
+
+def test_a_method_of_the_users_own():
+    class Halves(gradsurgery.methods.Method):
+        name = "halves"
+
+        def weights(self, gram, *, losses=None):
+            return torch.full_like(gram[..., 0], 0.5)
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([weight], lr=0.1), Halves())
+    optimizer.backward([weight[0], 2 * weight[1]])
+    assert torch.equal(weight.grad, torch.tensor([0.0, 0.0]) + torch.tensor([0.5, 1.0]))
+    assert torch.equal(gradsurgery.aggregate(torch.eye(2), Halves()), torch.full((2,), 0.5))
+
+
+def test_one_by_one_convolution_in_two_memory_formats():
+    weight = torch.nn.Parameter(torch.randn(6, 3, 1, 1))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([weight], lr=0.1))
+    x = torch.randn(2, 3, 4, 4)
+    convolve = torch.nn.functional.conv2d
+    losses = [convolve(x, weight).sum(), convolve(x.to(memory_format=torch.channels_last), weight).square().sum()]
+    expected = [torch.autograd.grad(loss, weight, retain_graph=True)[0].reshape(1, -1) for loss in losses]
+    info = optimizer.backward(losses)
+    rows = torch.cat(expected).double()
+    torch.testing.assert_close(info.gram, rows @ rows.T)
+
+
+def test_expanded_grad_and_frozen_parameters():
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(1).expand(3)
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([weight], lr=0.1))
+    optimizer.backward([weight.sum(), 2 * weight.sum()])
+    assert torch.equal(weight.grad, torch.full((3,), 2.0))
+    weight.requires_grad_(False)
+    other = torch.ones(2, requires_grad=True)
+    info = optimizer.backward([other[0], other[1]])
+    assert torch.equal(weight.grad, torch.full((3,), 2.0))
+    assert torch.equal(info.gram, torch.zeros(2, 2).double())
+
+
+def test_a_first_loss_of_zero_does_not_freeze_gradnorm():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurgery.GradNorm(torch.optim.SGD([weight], lr=0.1))
+    for factor in (0.0, 1.0, 2.0):
+        info = optimizer.backward([weight.square().sum(), factor * (3 * weight).square().sum()])
+    assert info.weights.isfinite().all()
+    assert info.weights[0] != 1
 
 
 def test_code_for_the_common_wrappers_runs():
@@ -388,8 +462,12 @@ def test_sparse_head_gradient_outside_the_surgery():
     )
     losses = net(table(torch.tensor([1, 2]))).mean(0)
     optimizer.backward(losses, retain_graph=True)
-    expected = torch.autograd.grad(losses.sum(), table.weight)[0]
+    expected = torch.autograd.grad(losses.sum(), table.weight, retain_graph=True)[0]
     assert table.weight.grad.is_sparse
+    optimizer.backward([losses[0], losses[1] + table.weight.sum()])
+    assert not table.weight.grad.is_sparse
+    torch.testing.assert_close(table.weight.grad, 2 * expected.to_dense() + 1)
+    table.weight.grad = expected
     torch.testing.assert_close(table.weight.grad.to_dense(), expected.to_dense())
     optimizer.step()
 

@@ -1,83 +1,106 @@
 // SPDX-License-Identifier: MIT
-// The combine kernel: a block of columns is summed in float64 in the level-1 cache, a few rows at a time, and rounded
-// once to the output.
+// The combine kernel: rows are summed in float64, a few at a time, and rounded once to the output. Up to kGroup rows
+// need one pass; with more, the sums of a block of columns wait in the level-1 cache between passes.
 namespace gs::GS_ISA {
 
 constexpr int64_t kCombineColumns = 1024;
 constexpr int64_t kGroup = 4;  // rows streamed together
 
-// sums += sum_r weights[r] rows[r] over n columns, a multiple of kLanes.
-template <class In, int R>
-GS_INLINE void add_rows(const In* const* rows, const double* weights, int64_t n, double* sums) {
-  const In* row[R];
-  vdouble weight[R];
+template <class In>
+struct Block {
+  const In* rows[GS_MAX_TASKS];
+  const double* weights;
+  int64_t columns;  // a multiple of kStep, at most kCombineColumns
+  In* out;
+  bool accumulate;
+  bool stream;
+};
+
+// Adds R rows, from row on, to the sums of the earlier ones (First: there are none), and rounds them to out (Last).
+template <class In, int R, bool First, bool Last>
+void add_rows(const Block<In>& block, int64_t row, double* sums) {
+  alignas(64) In rounded[kCombineColumns];
+  In* destination = block.stream ? rounded : block.out;
+  const In* rows[R > 0 ? R : 1];
+  vdouble weights[R > 0 ? R : 1];
   for (int r = 0; r < R; r++) {
-    row[r] = rows[r];
-    weight[r] = weights[r] - (vdouble){};
+    rows[r] = block.rows[row + r];
+    weights[r] = block.weights[row + r] - vdouble{};
   }
-  for (int64_t c = 0; c < n; c += kLanes) {
-    vdouble sum = load_as<vdouble>(sums + c);
+  for (int64_t c = 0; c < block.columns; c += kStep) {
+    for (int r = 0; r < R; r++) __builtin_prefetch(rows[r] + c + kCombineColumns);
+#pragma GCC unroll 2
+    for (int64_t h = c; h < c + kStep; h += kLanes) {
+      vdouble sum = {};
+      if (!First) sum = load_as<vdouble>(sums + h);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      __builtin_prefetch(row[r] + c + kCombineColumns);
-      sum += weight[r] * load_doubles(row[r] + c);
+      for (int r = 0; r < R; r++) sum += weights[r] * load_doubles(rows[r] + h);
+      if (Last) {
+        if (block.accumulate) sum += load_doubles(block.out + h);
+        store_doubles(destination + h, sum);
+      } else {
+        store_as(sums + h, sum);
+      }
     }
-    store_as(sums + c, sum);
+  }
+  if (Last && block.stream) stream_copy(block.out, rounded, block.columns * sizeof(In));
+}
+
+template <class In, bool First>
+void add_last_rows(const Block<In>& block, int64_t row, int64_t count, double* sums) {
+  switch (count) {
+    case 0:
+      return add_rows<In, 0, First, true>(block, row, sums);
+    case 1:
+      return add_rows<In, 1, First, true>(block, row, sums);
+    case 2:
+      return add_rows<In, 2, First, true>(block, row, sums);
+    case 3:
+      return add_rows<In, 3, First, true>(block, row, sums);
+    default:
+      return add_rows<In, 4, First, true>(block, row, sums);
   }
 }
 
 template <class In>
-void combine_block(const In* const* rows, const double* weights, int64_t k, int64_t n, In* out, bool accumulate,
-                   bool stream) {
+void combine_block(const Block<In>& block, int64_t k) {
+  if (k <= kGroup) return add_last_rows<In, true>(block, 0, k, nullptr);
   alignas(64) double sums[kCombineColumns];
-  std::fill(sums, sums + n, 0.0);
-  for (int64_t r = 0; r < k; r += kGroup) {
-    switch (std::min(kGroup, k - r)) {
-      case 1:
-        add_rows<In, 1>(rows + r, weights + r, n, sums);
-        break;
-      case 2:
-        add_rows<In, 2>(rows + r, weights + r, n, sums);
-        break;
-      case 3:
-        add_rows<In, 3>(rows + r, weights + r, n, sums);
-        break;
-      default:
-        add_rows<In, 4>(rows + r, weights + r, n, sums);
-    }
-  }
-  alignas(64) In rounded[kCombineColumns];
-  In* destination = stream ? rounded : out;
-  for (int64_t c = 0; c < n; c += kLanes) {
-    vdouble sum = load_as<vdouble>(sums + c);
-    if (accumulate) sum += load_doubles(out + c);
-    store_doubles(destination + c, sum);
-  }
-  if (destination != out) stream_copy(out, destination, n * sizeof(In));
+  add_rows<In, kGroup, true, false>(block, 0, sums);
+  int64_t row = kGroup;
+  for (; row + kGroup < k; row += kGroup) add_rows<In, kGroup, false, false>(block, row, sums);
+  add_last_rows<In, false>(block, row, k - row, sums);
 }
 
 template <class In>
 void combine_rows(const void* const* rows, const double* weights, int64_t k, int64_t n, void* out, bool accumulate,
                   bool stream) {
-  const In* block[GS_MAX_TASKS];
-  In* destination = static_cast<In*>(out);
-  const int64_t whole = n / kLanes * kLanes;
+  Block<In> block;
+  block.weights = weights;
+  block.accumulate = accumulate;
+  block.stream = stream;
+  const int64_t whole = n / kStep * kStep;
   for (int64_t start = 0; start < whole; start += kCombineColumns) {
-    for (int64_t r = 0; r < k; r++) block[r] = static_cast<const In*>(rows[r]) + start;
-    combine_block(block, weights, k, std::min(kCombineColumns, whole - start), destination + start, accumulate, stream);
+    for (int64_t r = 0; r < k; r++) block.rows[r] = static_cast<const In*>(rows[r]) + start;
+    block.columns = std::min(kCombineColumns, whole - start);
+    block.out = static_cast<In*>(out) + start;
+    combine_block(block, k);
   }
   if (stream) stream_fence();
   if (whole < n) {
     const int64_t bytes = (n - whole) * sizeof(In);
-    In tails[GS_MAX_TASKS][kLanes], sum[kLanes] = {};
+    In tails[GS_MAX_TASKS][kStep], sum[kStep] = {};
     for (int64_t r = 0; r < k; r++) {
       std::memset(tails[r], 0, sizeof(tails[r]));
       std::memcpy(tails[r], static_cast<const In*>(rows[r]) + whole, bytes);
-      block[r] = tails[r];
+      block.rows[r] = tails[r];
     }
-    std::memcpy(sum, destination + whole, bytes);
-    combine_block(block, weights, k, kLanes, sum, accumulate, false);
-    std::memcpy(destination + whole, sum, bytes);
+    std::memcpy(sum, static_cast<In*>(out) + whole, bytes);
+    block.columns = kStep;
+    block.out = sum;
+    block.stream = false;
+    combine_block(block, k);
+    std::memcpy(static_cast<In*>(out) + whole, sum, bytes);
   }
 }
 

@@ -24,7 +24,7 @@ struct Plan {
   int64_t* first_slot;   // [S + 1]
   int64_t* columns;      // [S]
   int64_t* params;       // [P] parameter indices, in order within a segment
-  double* partials;      // [slots of segments with more than one slot][T][T]
+  double* partials;      // [slots][T][T]
   int64_t bytes;
 
   Plan(const gs_gradients& g, void* workspace) {

@@ -92,7 +92,9 @@ class CudaBackend(CpuBackend):
         """Return why the extension cannot serve the call; None if it can."""
         if _NO_EXTENSION:
             return _NO_EXTENSION
-        return None if _INFO["cuda"] else "the extension was built without CUDA kernels"
+        if not _INFO["cuda"]:
+            return "the extension was built without CUDA kernels"
+        return None if device.type == "cuda" else f"the tensors are on {device}"
 
     def describe(self) -> str:
         """Return one line on the extension's CUDA kernels."""

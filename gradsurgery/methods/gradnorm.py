@@ -56,8 +56,9 @@ class GradNorm(Method):
                 f"GradNorm's state is for weights of shape {tuple(self._weights.shape)}, got G of shape "
                 f"{tuple(gram.shape)}"
             )
-        # Values that are not finite, as in a step that a gradient scaler will skip, must not enter the state.
-        initial = torch.where(initial.isfinite(), initial, losses)
+        # Values that are not finite, as in a step that a gradient scaler will skip, must not enter the state; nor may a
+        # loss of 0, of a task without samples in the first batch, stand for L(0).
+        initial = torch.where(initial.isfinite() & (initial > 0), initial, losses)
         updated = gradnorm_update(current, norms, losses, initial, alpha=self.alpha, lr=self.lr, backend=backend)
         self._weights = torch.where(updated.isfinite().all(-1, keepdim=True), updated, current)
         self._initial_losses = initial

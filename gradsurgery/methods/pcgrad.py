@@ -45,5 +45,7 @@ class PCGrad(Method):
         return {"seed": self.seed, "step": self._step.clone()}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.seed = _check_seed(state["seed"])
-        self._step = state["step"].clone()
+        seed, step = _check_seed(state["seed"]), state["step"]
+        if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() != 0:
+            raise ValueError(f"step must be an int64 tensor [], got {step!r}")
+        self.seed, self._step = seed, step.clone()
