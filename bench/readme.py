@@ -35,7 +35,7 @@ def section(run: dict[str, Any]) -> str:
     for tasks, size in SHOWN:
         pcgrad, mgda = (f"{medians[stage, 'gradsurgery', tasks, size]:.2f} ms" for stage in ("pcgrad", "mgda"))
         others = [times("pcgrad", name, tasks, size) for name in ("torchjd", "pytorch_optimizer", "plain loop")]
-        cells = [tasks, f"{size:g}", pcgrad, *others, mgda, times("mgda", "torchjd", tasks, size)]
+        cells = [tasks, f"{size:.0e}".replace("e+0", "e"), pcgrad, *others, mgda, times("mgda", "torchjd", tasks, size)]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     machine, versions = run["machine"], run["versions"]
     lines += [
