@@ -208,8 +208,7 @@ def gradnorm_update(
     num_tasks = weights.shape[-1]
     flat = [v.detach().to(torch.float64).reshape(-1, num_tasks).contiguous() for v in values.values()]
     out = torch.empty_like(flat[0])
-    w, n, current, initial = flat
-    choose(backend, weights.device, num_tasks).gradnorm(w, n, current, initial, alpha, lr, out)
+    choose(backend, weights.device, num_tasks).gradnorm(flat, alpha, lr, out)
     return constant("gradnorm_update", out.reshape(weights.shape), list(values.values()))
 
 

@@ -9,6 +9,7 @@ serve raises.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -48,17 +49,8 @@ class Backend(Protocol):
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Write the min-norm weights [B, T]."""
 
-    def gradnorm(
-        self,
-        weights: Tensor,
-        norms: Tensor,
-        losses: Tensor,
-        initial_losses: Tensor,
-        alpha: float,
-        lr: float,
-        out: Tensor,
-    ) -> None:
-        """Write GradNorm's new weights [B, T]."""
+    def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
+        """Write GradNorm's new weights [B, T] from (weights, norms, losses, initial losses)."""
 
 
 _BACKENDS: dict[str, Backend] = {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,18 +70,9 @@ class CpuBackend:
         """Write the min-norm weights."""
         _OPS.min_norm(gram, exact, max_iter, tol, out)
 
-    def gradnorm(
-        self,
-        weights: Tensor,
-        norms: Tensor,
-        losses: Tensor,
-        initial_losses: Tensor,
-        alpha: float,
-        lr: float,
-        out: Tensor,
-    ) -> None:
+    def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """Write GradNorm's new weights."""
-        _OPS.gradnorm(weights, norms, losses, initial_losses, alpha, lr, out)
+        _OPS.gradnorm(*inputs, alpha, lr, out)
 
 
 class CudaBackend(CpuBackend):

@@ -9,7 +9,7 @@ exception: on the CPU, where that costs nothing, an iteration ends early when al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -86,17 +86,9 @@ class ReferenceBackend:
         weights = _wolfe(gram) if exact else _frank_wolfe(gram, max_iter, tol)
         out.copy_(torch.where(_finite(gram), weights, torch.nan))
 
-    def gradnorm(
-        self,
-        weights: Tensor,
-        norms: Tensor,
-        losses: Tensor,
-        initial_losses: Tensor,
-        alpha: float,
-        lr: float,
-        out: Tensor,
-    ) -> None:
+    def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """GradNorm, equations 1 and 2, differentiated by hand."""
+        weights, norms, losses, initial_losses = inputs
         num_tasks = weights.shape[-1]
         ratio = losses / initial_losses
         rate = ratio / ratio.mean(-1, keepdim=True)
