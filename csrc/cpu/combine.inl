@@ -28,7 +28,7 @@ void add_rows(const Block<In>& block, int64_t row, double* sums) {
     weights[r] = block.weights[row + r] - vdouble{};
   }
   for (int64_t c = 0; c < block.columns; c += kStep) {
-    for (int r = 0; r < R; r++) __builtin_prefetch(rows[r] + c + kCombineColumns);
+    for (int r = 0; r < R; r++) __builtin_prefetch(rows[r] + c + kCombineColumns, 0, 2);
 #pragma GCC unroll 2
     for (int64_t h = c; h < c + kStep; h += kLanes) {
       vdouble sum = {};

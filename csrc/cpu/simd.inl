@@ -72,11 +72,32 @@ GS_INLINE vhalf load_floats(const float16* p) {
 #endif
 }
 
-// max(largest, |x|) by lane; a NaN is passed over.
-GS_INLINE vhalf larger_magnitude(vhalf largest, vhalf x) {
-  const vhalf magnitude = (vhalf)((vuint32)x & 0x7fffffff);
-  return magnitude > largest ? magnitude : largest;
+// kStep elements as floats. Exact.
+GS_INLINE vfloat load_wide(const float* p) { return load_as<vfloat>(p); }
+GS_INLINE vfloat load_wide(const bfloat16* p) {
+#if GS_LANES == 8
+  return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(p)), 16);
+#elif GS_LANES == 4
+  return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(p)), 16);
+#else
+  const vhalf halves[2] = {load_floats(p), load_floats(p + kLanes)};
+  return load_as<vfloat>(halves);
+#endif
 }
+GS_INLINE vfloat load_wide(const float16* p) {
+#if GS_LANES == 8
+  return (vfloat)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif GS_LANES == 4
+  return (vfloat)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+  const vhalf halves[2] = {load_floats(p), load_floats(p + kLanes)};
+  return load_as<vfloat>(halves);
+#endif
+}
+
+GS_INLINE bool is_zero_value(float x) { return x == 0; }
+GS_INLINE bool is_zero_value(bfloat16 x) { return (x.bits & 0x7fff) == 0; }
+GS_INLINE bool is_zero_value(float16 x) { return (x.bits & 0x7fff) == 0; }
 
 // kLanes elements as doubles. Exact.
 GS_INLINE vdouble load_doubles(const double* p) { return load_as<vdouble>(p); }
@@ -146,7 +167,10 @@ GS_INLINE void stream_fence() {
 #if defined(__clang__)
 #define GS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define GS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vint64){__VA_ARGS__})
+typedef int32_t vint32 __attribute__((vector_size(8 * GS_LANES)));
+template <class V>
+using vmask = std::conditional_t<std::is_same<V, vdouble>::value, vint64, vint32>;
+#define GS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vmask<std::decay_t<decltype(a)>>){__VA_ARGS__})
 #endif
 
 // The four lane sums of a, b, c, d.
@@ -167,5 +191,55 @@ GS_INLINE void lane_sums(vdouble a, vdouble b, vdouble c, vdouble d, double* sum
   sums[3] = d[0] + d[1];
 #endif
 }
+
+// The sums of a, b, c, d over each four lanes that share 16 bytes, as quads of (a, b, c, d).
+GS_INLINE vfloat quad_sums(vfloat a, vfloat b, vfloat c, vfloat d) {
+#if GS_LANES == 8
+  const __m512 ab = _mm512_unpacklo_ps((__m512)a, (__m512)b) + _mm512_unpackhi_ps((__m512)a, (__m512)b);
+  const __m512 cd = _mm512_unpacklo_ps((__m512)c, (__m512)d) + _mm512_unpackhi_ps((__m512)c, (__m512)d);
+  return (vfloat)(__m512)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd) +
+         (vfloat)(__m512)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+#elif GS_LANES == 4
+  const __m256 ab = _mm256_unpacklo_ps((__m256)a, (__m256)b) + _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  const __m256 cd = _mm256_unpacklo_ps((__m256)c, (__m256)d) + _mm256_unpackhi_ps((__m256)c, (__m256)d);
+  return (vfloat)(__m256)_mm256_unpacklo_pd((__m256d)ab, (__m256d)cd) +
+         (vfloat)(__m256)_mm256_unpackhi_pd((__m256d)ab, (__m256d)cd);
+#else
+  const vfloat ab = GS_SHUFFLE(a, b, 0, 4, 1, 5) + GS_SHUFFLE(a, b, 2, 6, 3, 7);
+  const vfloat cd = GS_SHUFFLE(c, d, 0, 4, 1, 5) + GS_SHUFFLE(c, d, 2, 6, 3, 7);
+  return GS_SHUFFLE(ab, cd, 0, 1, 4, 5) + GS_SHUFFLE(ab, cd, 2, 3, 6, 7);
+#endif
+}
+
+// Four running sums in float64, fed with quads.
+class QuadSums {
+ public:
+  GS_INLINE void add(vfloat quads) {
+    vhalf halves[2];
+    __builtin_memcpy(halves, &quads, sizeof(halves));
+#if GS_LANES >= 4
+    sum_ += widen(halves[0]) + widen(halves[1]);
+#else
+    sum_ += widen(halves[0]);
+    upper_ += widen(halves[1]);
+#endif
+  }
+  GS_INLINE void store(double* sums) const {
+#if GS_LANES == 8
+    for (int i = 0; i < 4; i++) sums[i] = sum_[i] + sum_[i + 4];
+#else
+    store_as(sums, sum_);
+#if GS_LANES == 2
+    store_as(sums + 2, upper_);
+#endif
+#endif
+  }
+
+ private:
+  vdouble sum_ = {};
+#if GS_LANES == 2
+  vdouble upper_ = {};
+#endif
+};
 
 }  // namespace gs::GS_ISA

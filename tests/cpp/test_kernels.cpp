@@ -80,10 +80,14 @@ struct Row {
   double at(int64_t i) const { return decode(data() + i * bytes_of(dtype), dtype); }
 };
 
-std::vector<Row> make_rows(int64_t k, int64_t n, gs_dtype dtype, double scale) {
+// With mixed, every third row is zero and every third one 1e-25 as large.
+std::vector<Row> make_rows(int64_t k, int64_t n, gs_dtype dtype, double scale, bool mixed = false) {
   std::mt19937 random(11);
   std::vector<Row> rows;
-  for (int64_t r = 0; r < k; r++) rows.emplace_back(n, dtype, scale, random);
+  for (int64_t r = 0; r < k; r++) {
+    const double factor = !mixed || r % 3 == 0 ? 1 : r % 3 == 1 ? 0 : 1e-25;
+    rows.emplace_back(n, dtype, factor * scale, random);
+  }
   return rows;
 }
 
@@ -93,8 +97,8 @@ std::vector<const void*> pointers_to(const std::vector<Row>& rows) {
   return pointers;
 }
 
-void test_gram(const gs::KernelTable& table, gs_dtype dtype, int64_t k, int64_t n, double scale) {
-  const std::vector<Row> rows = make_rows(k, n, dtype, scale);
+void test_gram(const gs::KernelTable& table, gs_dtype dtype, int64_t k, int64_t n, double scale, bool mixed = false) {
+  const std::vector<Row> rows = make_rows(k, n, dtype, scale, mixed);
   const std::vector<const void*> pointers = pointers_to(rows);
   const int64_t ld = 2 * k;
   std::vector<int32_t> index;
@@ -187,12 +191,17 @@ void test_table(const gs::KernelTable& table) {
       }
     }
   }
-  for (const double scale : {1e-30, 1e-20, 1e-10, 1e10, 1e18, 1e30}) {
+  for (const double scale : {1e-30, 1e-20, 3e-15, 1e-10, 1e10, 1e18, 1e30}) {
     for (const gs_dtype dtype : {GS_FLOAT32, GS_BFLOAT16}) {
-      for (const int64_t k : {8, 17}) test_gram(table, dtype, k, 700, scale);
+      for (const int64_t k : {3, 8, 17}) {
+        for (const bool mixed : {false, true}) test_gram(table, dtype, k, 700, scale, mixed);
+      }
     }
   }
-  test_gram(table, GS_FLOAT32, GS_MAX_TASKS, 300, 1);
+  for (const int64_t k : {64, 147, 200, GS_MAX_TASKS}) {
+    test_gram(table, GS_FLOAT32, k, 500, 1);
+    test_gram(table, GS_FLOAT32, k, 500, 1e-20);
+  }
   test_every_pattern(table, GS_BFLOAT16);
   test_every_pattern(table, GS_FLOAT16);
   test_rounding(table);

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: MIT
+// Register tiles of the Gram kernel: the products of up to kPanel rows with up to kPanel rows over one block of
+// columns.
+namespace gs::GS_ISA {
+
+constexpr int kPanel = GS_PANEL;
+constexpr int64_t kFold = 14;  // steps
+
+template <class V>
+constexpr int64_t kWidth = std::is_same<V, vfloat>::value ? kStep : kLanes;  // columns in a vector
+
+// Operands of a tile: vector k of row r. Rows are read in place and converted.
+template <class V, class In>
+struct Rows {
+  const In* const* row;
+  GS_INLINE V operator()(int r, int64_t k) const {
+    if constexpr (std::is_same<V, vfloat>::value) return load_wide(row[r] + k * kStep);
+    if constexpr (std::is_same<V, vdouble>::value) return load_doubles(row[r] + k * kLanes);
+  }
+};
+
+// A packed panel holds, for each k, one vector of each of its kPanel rows.
+template <class V>
+struct Panel {
+  const V* base;
+  GS_INLINE V operator()(int r, int64_t k) const { return base[k * kPanel + r]; }
+};
+
+// Rows of the next block that a tile fetches, so that memory works while the registers do. Into the level-2 cache: the
+// level-1 cache has too few outstanding misses.
+template <class In>
+struct Fetch {
+  const In* row[4];
+  int count;
+  GS_INLINE void operator()(int64_t step) const {
+    constexpr int64_t kLine = std::min<int64_t>(kStep, 64 / sizeof(In));
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+      if (r == count) break;
+      for (int64_t c = 0; c < kStep; c += kLine) __builtin_prefetch(row[r] + step * kStep + c, 0, 2);
+    }
+  }
+};
+
+// Zeroes in registers: an initialiser would go through memory.
+template <class V, int R, int C>
+GS_INLINE void clear(V (&acc)[R][C]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) acc[r][c] = V{};
+  }
+}
+
+// acc[r][c] += a_r b_c over steps begin..end; on the diagonal a is b, and only r <= c counts.
+template <bool Diagonal, class V, int R, int C, class A, class B, class F>
+GS_INLINE void add_products(const A& a, const B& b, int64_t begin, int64_t end, const F& fetch, V (&acc)[R][C]) {
+  constexpr int64_t kVectors = kStep / kWidth<V>;
+  for (int64_t step = begin; step < end; step++) {
+    fetch(step);
+#pragma GCC unroll 2
+    for (int64_t k = step * kVectors; k < (step + 1) * kVectors; k++) {
+      V x[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) x[r] = a(r, k);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) {
+        const V y = Diagonal ? x[Diagonal ? c : 0] : b(c, k);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          if (!Diagonal || r <= c) acc[r][c] += x[r] * y;
+        }
+      }
+    }
+  }
+}
+
+// sums[r][c] = a_r . b_c over steps of kStep columns, in float64.
+template <bool Diagonal, int R, int C, class A, class B, class F>
+GS_INLINE void tile(const A& a, const B& b, int64_t steps, const F& fetch, double (&sums)[kPanel][4], vdouble zero) {
+  vdouble acc[R][C];
+  clear(acc);
+  add_products<Diagonal>(a, b, 0, steps, fetch, acc);
+  const auto column = [&](int r, int c) { return c < C ? acc[r][c < C ? c : 0] : zero; };
+  for (int r = 0; r < R; r++) lane_sums(column(r, 0), column(r, 1), column(r, 2), column(r, 3), sums[r]);
+}
+
+// The same in float, up to the rounding of kFold products in a chain and of the two additions in quad_sums.
+template <bool Diagonal, int R, int C, class A, class B, class F>
+GS_INLINE void tile(const A& a, const B& b, int64_t steps, const F& fetch, double (&sums)[kPanel][4], vfloat zero) {
+  QuadSums total[R];
+  for (int64_t k = 0; k < steps; k += kFold) {
+    vfloat part[R][C];
+    clear(part);
+    add_products<Diagonal>(a, b, k, std::min(k + kFold, steps), fetch, part);
+    const auto column = [&](int r, int c) { return c < C ? part[r][c < C ? c : 0] : zero; };
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) total[r].add(quad_sums(column(r, 0), column(r, 1), column(r, 2), column(r, 3)));
+  }
+  for (int r = 0; r < R; r++) total[r].store(sums[r]);
+}
+
+}  // namespace gs::GS_ISA
