@@ -146,12 +146,13 @@ struct Problems {
   int64_t batch, num_tasks;
 };
 
+// gram [..., T, T] and weights [..., T]
 Problems check_problems(const Tensor& gram, const Tensor& weights) {
-  TORCH_CHECK_VALUE(gram.dim() == 3, "gram must be [B, T, T], got ", gram.sizes());
-  const int64_t batch = gram.size(0), num_tasks = gram.size(1);
-  check_square_data(gram, at::kDouble, {batch, num_tasks, num_tasks}, "gram");
-  check_square_data(weights, at::kDouble, {batch, num_tasks}, "weights");
-  return {batch, num_tasks};
+  TORCH_CHECK_VALUE(gram.dim() >= 2 && gram.size(-1) >= 1 && gram.size(-1) == gram.size(-2),
+                    "gram must be [..., T, T], got ", gram.sizes());
+  check_square_data(gram, at::kDouble, gram.sizes(), "gram");
+  check_square_data(weights, at::kDouble, gram.sizes().slice(0, gram.dim() - 1), "weights");
+  return {gram.numel() / (gram.size(-1) * gram.size(-1)), gram.size(-1)};
 }
 
 uint64_t step_value(const Tensor& step) {
@@ -159,9 +160,20 @@ uint64_t step_value(const Tensor& step) {
   return static_cast<uint64_t>(*step.const_data_ptr<int64_t>());
 }
 
+// The number of segments of gram [S, T, T] or weights [S, T]; without that dimension one.
+int64_t segments_of(const Tensor& tensor, int64_t dimensions, const char* name) {
+  TORCH_CHECK_VALUE(tensor.dim() == dimensions || tensor.dim() == dimensions - 1, name, " must have ", dimensions - 1,
+                    " dimensions or one more for segments, got ", tensor.sizes());
+  return tensor.dim() == dimensions ? tensor.size(0) : 1;
+}
+
 void run_gram(const Gradients& grads, Tensor& gram) {
   const gs_gradients view = grads.view();
-  check_square_data(gram, at::kDouble, {view.num_segments, view.num_tasks, view.num_tasks}, "gram");
+  if (gram.dim() == 2 && view.num_segments == 1) {
+    check_square_data(gram, at::kDouble, {view.num_tasks, view.num_tasks}, "gram");
+  } else {
+    check_square_data(gram, at::kDouble, {view.num_segments, view.num_tasks, view.num_tasks}, "gram");
+  }
   const Tensor workspace = make_workspace(gs_gram_workspace_bytes(&view));
   check_status(gs_gram_cpu(&view, gram.mutable_data_ptr<double>(), workspace.mutable_data_ptr(), workspace.numel(),
                            &kTorchThreads));
@@ -173,13 +185,16 @@ void gram(const Tensor& grads, at::IntArrayRef offsets, Tensor& gram) {
 
 void gram_list(const c10::List<std::optional<Tensor>>& grads, int64_t num_tasks, at::IntArrayRef segments,
                Tensor& gram) {
-  TORCH_CHECK_VALUE(gram.dim() == 3, "gram must be [S, T, T], got ", gram.sizes());
-  run_gram(Gradients::from_list(grads, num_tasks, segments, gram.size(0)), gram);
+  run_gram(Gradients::from_list(grads, num_tasks, segments, segments_of(gram, 3, "gram")), gram);
 }
 
 void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate, std::vector<void*>& out) {
   const gs_gradients view = grads.view();
-  check_square_data(weights, at::kDouble, {view.num_segments, view.num_tasks}, "weights");
+  if (weights.dim() == 1 && view.num_segments == 1) {
+    check_square_data(weights, at::kDouble, {view.num_tasks}, "weights");
+  } else {
+    check_square_data(weights, at::kDouble, {view.num_segments, view.num_tasks}, "weights");
+  }
   const Tensor workspace = make_workspace(gs_combine_workspace_bytes(&view));
   check_status(gs_combine_cpu(&view, weights.const_data_ptr<double>(), out.data(), accumulate,
                               workspace.mutable_data_ptr(), workspace.numel(), &kTorchThreads));
@@ -199,9 +214,9 @@ void combine(const Tensor& grads, const Tensor& weights, at::IntArrayRef offsets
 
 void combine_list(const c10::List<std::optional<Tensor>>& grads, const Tensor& weights, at::IntArrayRef segments,
                   bool accumulate, at::TensorList out) {
-  TORCH_CHECK_VALUE(weights.dim() == 2, "weights must be [S, T], got ", weights.sizes());
-  const int64_t num_tasks = weights.size(1), params = static_cast<int64_t>(out.size());
-  const Gradients g = Gradients::from_list(grads, num_tasks, segments, weights.size(0));
+  const int64_t num_segments = segments_of(weights, 2, "weights"), num_tasks = weights.size(-1);
+  const auto params = static_cast<int64_t>(out.size());
+  const Gradients g = Gradients::from_list(grads, num_tasks, segments, num_segments);
   TORCH_CHECK_VALUE(static_cast<int64_t>(g.numel.size()) == params, "out must hold one tensor per parameter, got ",
                     params, " for ", g.numel.size());
   std::vector<void*> pointers;
@@ -223,13 +238,14 @@ void task_order(int64_t num_tasks, int64_t seed, const Tensor& step, Tensor& ord
       gs_task_order_cpu(num_tasks, static_cast<uint64_t>(seed), step_value(step), order.mutable_data_ptr<int64_t>()));
 }
 
-void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed, const Tensor& step, bool mean,
+void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed, Tensor& step, bool advance, bool mean,
             Tensor& weights) {
   const auto [batch, num_tasks] = check_problems(gram, weights);
   if (order) check_square_data(*order, at::kLong, {num_tasks, num_tasks}, "order");
   check_status(gs_pcgrad_cpu(gram.const_data_ptr<double>(), batch, num_tasks,
                              order ? order->const_data_ptr<int64_t>() : nullptr, static_cast<uint64_t>(seed),
                              step_value(step), mean, weights.mutable_data_ptr<double>(), &kTorchThreads));
+  if (advance) ++*step.mutable_data_ptr<int64_t>();
 }
 
 void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tensor& weights) {
@@ -242,7 +258,7 @@ void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tens
 
 void gradnorm(const Tensor& weights, const Tensor& norms, const Tensor& losses, const Tensor& initial_losses,
               double alpha, double lr, Tensor& new_weights) {
-  TORCH_CHECK_VALUE(weights.dim() == 2, "weights must be [B, T], got ", weights.sizes());
+  TORCH_CHECK_VALUE(weights.dim() >= 1 && weights.size(-1) >= 1, "weights must be [..., T], got ", weights.sizes());
   check_square_data(weights, at::kDouble, weights.sizes(), "weights");
   check_square_data(norms, at::kDouble, weights.sizes(), "norms");
   check_square_data(losses, at::kDouble, weights.sizes(), "losses");
@@ -250,7 +266,19 @@ void gradnorm(const Tensor& weights, const Tensor& norms, const Tensor& losses, 
   check_square_data(new_weights, at::kDouble, weights.sizes(), "new_weights");
   check_status(gs_gradnorm_cpu(weights.const_data_ptr<double>(), norms.const_data_ptr<double>(),
                                losses.const_data_ptr<double>(), initial_losses.const_data_ptr<double>(),
-                               weights.size(0), weights.size(1), alpha, lr, new_weights.mutable_data_ptr<double>()));
+                               weights.numel() / weights.size(-1), weights.size(-1), alpha, lr,
+                               new_weights.mutable_data_ptr<double>()));
+}
+
+void gradnorm_step(const Tensor& gram, const Tensor& losses, double alpha, double lr, Tensor& state_weights,
+                   Tensor& initial_losses, Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  check_square_data(losses, at::kDouble, weights.sizes(), "losses");
+  check_square_data(state_weights, at::kDouble, weights.sizes(), "state_weights");
+  check_square_data(initial_losses, at::kDouble, weights.sizes(), "initial_losses");
+  check_status(gs_gradnorm_step_cpu(gram.const_data_ptr<double>(), losses.const_data_ptr<double>(), batch, num_tasks,
+                                    alpha, lr, state_weights.mutable_data_ptr<double>(),
+                                    initial_losses.mutable_data_ptr<double>(), weights.mutable_data_ptr<double>()));
 }
 
 }  // namespace
@@ -261,11 +289,16 @@ TORCH_LIBRARY(gradsurgery, m) {
   m.def("combine(Tensor grads, Tensor weights, int[] offsets, bool accumulate, Tensor(a!) out) -> ()");
   m.def("combine.list(Tensor?[] grads, Tensor weights, int[] segments, bool accumulate, Tensor(a!)[] out) -> ()");
   m.def("task_order(int num_tasks, int seed, Tensor step, Tensor(a!) order) -> ()");
-  m.def("pcgrad(Tensor gram, Tensor? order, int seed, Tensor step, bool mean, Tensor(a!) weights) -> ()");
+  m.def(
+      "pcgrad(Tensor gram, Tensor? order, int seed, Tensor(a!) step, bool advance, bool mean, Tensor(b!) weights) -> "
+      "()");
   m.def("min_norm(Tensor gram, bool exact, int max_iter, float tol, Tensor(a!) weights) -> ()");
   m.def(
       "gradnorm(Tensor weights, Tensor norms, Tensor losses, Tensor initial_losses, float alpha, float lr, "
       "Tensor(a!) new_weights) -> ()");
+  m.def(
+      "gradnorm_step(Tensor gram, Tensor losses, float alpha, float lr, Tensor(a!) state_weights, "
+      "Tensor(b!) initial_losses, Tensor(c!) weights) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(gradsurgery, CPU, m) {
@@ -277,6 +310,7 @@ TORCH_LIBRARY_IMPL(gradsurgery, CPU, m) {
   m.impl("pcgrad", &pcgrad);
   m.impl("min_norm", &min_norm);
   m.impl("gradnorm", &gradnorm);
+  m.impl("gradnorm_step", &gradnorm_step);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -71,7 +71,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
     if not isinstance(grads, Sequence) or not grads:
         raise TypeError(
             "grads must be a [T, N] tensor or a non-empty list of T lists of gradients (one list per task, None where "
-            f"a task has no gradient), got {_describe(grads)}"
+            f"a task has no gradient), got {describe(grads)}"
         )
     entries: list[Tensor | None] = []
     like: list[Tensor | None] = []
@@ -80,7 +80,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
     irregular = set()
     for t, row in enumerate(grads):
         if isinstance(row, Tensor) or not isinstance(row, Sequence):
-            raise TypeError(f"grads[{t}] must be a list of tensors or None, got {_describe(row)}")
+            raise TypeError(f"grads[{t}] must be a list of tensors or None, got {describe(row)}")
         if t == 0:
             like = [None] * len(row)
         elif len(row) != len(like):
@@ -146,7 +146,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
 
 def _check_gradient(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_describe(value)}")
+        raise TypeError(f"{name} must be a tensor, got {describe(value)}")
     if value.layout is not torch.strided:
         raise TypeError(
             f"{name} is a {value.layout} gradient, and gradients must be dense: use sparse=False in the embedding, or "
@@ -174,6 +174,13 @@ def _unify_layout(entries: list[Tensor | None], like: list[Tensor | None], p: in
     like[p] = entries[present[0]]
 
 
+def as_float64(values: Tensor) -> Tensor:
+    """Return ``values`` detached, contiguous and in float64; itself if it is so already."""
+    if values.requires_grad or values.dtype is not torch.float64:
+        values = values.detach().to(torch.float64)
+    return values if values.is_contiguous() else values.contiguous()
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory without overlap."""
     if tensor.is_contiguous():
@@ -188,11 +195,11 @@ def is_dense(tensor: Tensor) -> bool:
 
 def _integers(values: Sequence[int], wanted: str) -> list[int]:
     if isinstance(values, Tensor) or not isinstance(values, Sequence) or not all(type(v) is int for v in values):
-        raise TypeError(f"segments must be a list of int, {wanted}, got {_describe(values)}")
+        raise TypeError(f"segments must be a list of int, {wanted}, got {describe(values)}")
     return list(values)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__

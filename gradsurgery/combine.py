@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._constant import constant
-from ._gradients import Grads, TaskGradients, parse
+from ._gradients import Grads, TaskGradients, as_float64, parse
 from .backends import Backend, choose
 
 Direction = Tensor | list[Any]
@@ -58,30 +58,30 @@ def combine(
         _check_out(out, parsed)
     elif accumulate:
         raise ValueError("accumulate=True adds to out, and out is None")
-    result = combine_of(parsed, weights, out, accumulate, backend)
+    chosen = choose(backend, parsed.device, parsed.num_tasks)
+    result = combine_of(parsed, weights, out, accumulate, chosen)
     return result if out is not None else constant("combine", result, [*parsed.differentiable, weights])
 
 
 def combine_of(
-    grads: TaskGradients, weights: Tensor, out: Direction | None, accumulate: bool, backend: str | None
+    grads: TaskGradients, weights: Tensor, out: Direction | None, accumulate: bool, backend: Backend
 ) -> Direction:
     """Combine checked gradients under weights [T] or [S, T]."""
-    chosen = choose(backend, grads.device, grads.num_tasks)
-    weights = weights.detach().to(torch.float64).reshape(grads.num_segments, grads.num_tasks).contiguous()
+    weights = as_float64(weights)
     if grads.matrix is not None:
         if out is None:
             out = grads.matrix.new_empty(grads.matrix.shape[1])
-        chosen.combine(grads, weights, out, accumulate)
+        backend.combine(grads, weights, out, accumulate)
     else:
         assert grads.like is not None
         if out is None:
             out = [None if g is None else torch.empty_like(g) for g in grads.like]
-        _combine_lists(chosen, grads, weights, list(out), accumulate)
+        _combine_lists(backend, grads, weights, list(out), accumulate)
     return out
 
 
 def _combine_lists(
-    chosen: Backend, grads: TaskGradients, weights: Tensor, out: Sequence[Any], accumulate: bool
+    backend: Backend, grads: TaskGradients, weights: Tensor, out: Sequence[Any], accumulate: bool
 ) -> None:
     """Write each touched parameter's direction; by way of a temporary where ``out`` has another memory layout."""
     assert grads.like is not None
@@ -99,7 +99,7 @@ def _combine_lists(
     written = [
         target if _same_layout(target, like) else torch.empty_like(like).copy_(target) for _, like, target in touched
     ]
-    chosen.combine(grads, weights, written, accumulate)
+    backend.combine(grads, weights, written, accumulate)
     for (_, _, target), result in zip(touched, written, strict=True):
         if result is not target:
             target.copy_(result)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._constant import constant
-from ._gradients import Grads, parse
+from ._gradients import Grads, as_float64, parse
 from .backends import choose
 from .combine import Direction, _check_out, combine_of
 from .gram import gram_of
@@ -52,12 +52,12 @@ def aggregate(
         _check_out(out, parsed)
     if chosen.needs_losses and losses is None:
         raise ValueError(f"method {chosen.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
-    name = choose(backend, parsed.device, parsed.num_tasks).name
-    products = gram_of(parsed, name)
+    stages = choose(backend, parsed.device, parsed.num_tasks)
+    products = gram_of(parsed, stages)
     # A method of the user's own need not know of backends.
     named = {} if backend is None else {"backend": backend}
-    weights = chosen.weights(products if parsed.segmented else products[0], losses=losses, **named)
-    result = combine_of(parsed, weights, out, False, name)
+    weights = chosen.weights(products, losses=losses, **named)
+    result = combine_of(parsed, weights, out, False, stages)
     return result if out is not None else constant("aggregate", result, parsed.differentiable)
 
 
@@ -126,13 +126,12 @@ def pcgrad_weights(
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}')
-    problems, num_tasks = _problems(gram)
+    problems, out = _problems(gram)
     if order is not None:
-        order = _check_order(order, num_tasks, gram.device)
-    out = problems.new_empty(problems.shape[:-1])
-    chosen = choose(backend, gram.device, num_tasks)
-    chosen.pcgrad(problems, order, _check_seed(seed), _step_tensor(step, gram.device), reduction == "mean", out)
-    return constant("pcgrad_weights", out.reshape(gram.shape[:-1]), [gram])
+        order = _check_order(order, gram.shape[-1], gram.device)
+    chosen = choose(backend, gram.device, gram.shape[-1])
+    chosen.pcgrad(problems, order, _check_seed(seed), _step_tensor(step, gram.device), False, reduction == "mean", out)
+    return constant("pcgrad_weights", out, [gram])
 
 
 def min_norm_weights(
@@ -163,10 +162,9 @@ def min_norm_weights(
         raise ValueError(f'solver must be "exact" or "frank_wolfe", got {solver!r}')
     if max_iter < 1 or not tol >= 0:
         raise ValueError(f"max_iter must be >= 1 and tol >= 0, got {max_iter} and {tol}")
-    problems, num_tasks = _problems(gram)
-    out = problems.new_empty(problems.shape[:-1])
-    choose(backend, gram.device, num_tasks).min_norm(problems, solver == "exact", max_iter, tol, out)
-    return constant("min_norm_weights", out.reshape(gram.shape[:-1]), [gram])
+    problems, out = _problems(gram)
+    choose(backend, gram.device, gram.shape[-1]).min_norm(problems, solver == "exact", max_iter, tol, out)
+    return constant("min_norm_weights", out, [gram])
 
 
 def gradnorm_update(
@@ -205,22 +203,39 @@ def gradnorm_update(
             raise ValueError(f"{name} must have the shape [..., T] of weights, got {_shape(value)}")
         if value.device != weights.device:
             raise ValueError(f"{name} must be on {weights.device} like weights, got {value.device}")
-    num_tasks = weights.shape[-1]
-    flat = [v.detach().to(torch.float64).reshape(-1, num_tasks).contiguous() for v in values.values()]
-    out = torch.empty_like(flat[0])
-    choose(backend, weights.device, num_tasks).gradnorm(flat, alpha, lr, out)
-    return constant("gradnorm_update", out.reshape(weights.shape), list(values.values()))
+    inputs = [as_float64(value) for value in values.values()]
+    out = torch.empty_like(inputs[0])
+    choose(backend, weights.device, weights.shape[-1]).gradnorm(inputs, alpha, lr, out)
+    return constant("gradnorm_update", out, list(values.values()))
 
 
-def _problems(gram: Tensor) -> tuple[Tensor, int]:
-    """Return G as float64 [B, T, T], and T."""
+def pcgrad_step(gram: Tensor, step: Tensor, seed: int, reduction: str, backend: str | None) -> Tensor:
+    """Return PCGrad's weights and add 1 to the step counter, an int64 tensor [] on G's device."""
+    problems, out = _problems(gram)
+    chosen = choose(backend, gram.device, gram.shape[-1])
+    chosen.pcgrad(problems, None, seed, step, True, reduction == "mean", out)
+    return out
+
+
+def gradnorm_step(
+    gram: Tensor, losses: Tensor, state: tuple[Tensor, Tensor], alpha: float, lr: float, backend: str | None
+) -> Tensor:
+    """Return the weights [..., T] of the state, float64 tensors (weights, initial losses), and update it in place."""
+    problems, out = _problems(gram)
+    losses = as_float64(losses.to(gram.device).expand(out.shape))
+    choose(backend, gram.device, gram.shape[-1]).gradnorm_step(problems, losses, alpha, lr, state, out)
+    return out
+
+
+def _problems(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return G as contiguous float64, and weights to write."""
     if not isinstance(gram, Tensor) or not gram.is_floating_point():
         raise TypeError(f"gram must be a real floating-point tensor, got {getattr(gram, 'dtype', type(gram).__name__)}")
-    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
-        raise ValueError(f"gram must be [..., T, T] with T >= 1, got shape {tuple(gram.shape)}")
-    num_tasks = gram.shape[-1]
-    problems = gram.detach() if gram.requires_grad else gram
-    return problems.to(torch.float64).reshape(-1, num_tasks, num_tasks).contiguous(), num_tasks
+    shape = gram.shape
+    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
+        raise ValueError(f"gram must be [..., T, T] with T >= 1, got shape {tuple(shape)}")
+    gram = as_float64(gram)
+    return gram, gram.new_empty(shape[:-1])
 
 
 def _check_order(order: Tensor, num_tasks: int, device: torch.device) -> Tensor:

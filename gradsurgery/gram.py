@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._constant import constant
 from ._gradients import Grads, TaskGradients, parse
-from .backends import choose
+from .backends import Backend, choose
 
 
 def gram(grads: Grads, *, segments: Sequence[int] | None = None, backend: str | None = None) -> Tensor:
@@ -35,15 +35,14 @@ def gram(grads: Grads, *, segments: Sequence[int] | None = None, backend: str | 
     Cost: one read of the gradients, T (T + 1) / 2 multiply-adds per column. Host synchronisations: none.
     """
     parsed = parse(grads, segments)
-    result = gram_of(parsed, backend)
-    if not parsed.segmented:
-        result = result[0]
-    return constant("gram", result, parsed.differentiable)
+    chosen = choose(backend, parsed.device, parsed.num_tasks)
+    return constant("gram", gram_of(parsed, chosen), parsed.differentiable)
 
 
-def gram_of(grads: TaskGradients, backend: str | None) -> Tensor:
-    """Return the Gram matrices [S, T, T] of checked gradients."""
+def gram_of(grads: TaskGradients, backend: Backend) -> Tensor:
+    """Return the Gram matrices of checked gradients, [S, T, T] where they are segmented, else [T, T]."""
     tasks = grads.num_tasks
-    out = torch.empty(grads.num_segments, tasks, tasks, dtype=torch.float64, device=grads.device)
-    choose(backend, grads.device, tasks).gram(grads, out)
+    shape = (grads.num_segments, tasks, tasks) if grads.segmented else (tasks, tasks)
+    out = torch.empty(shape, dtype=torch.float64, device=grads.device)
+    backend.gram(grads, out)
     return out

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from . import methods
 from ._gradients import TaskGradients, is_dense, parse
-from .backends import choose
+from .backends import Backend, choose
 from .collect import Collected, Losses, collect
 from .combine import combine_of
 from .diagnostics import SurgeryInfo
 from .gram import gram_of
 
 _GRANULARITIES = ("global", "per_group", "per_tensor")
+_HOOKS = [
+    f"_optimizer_{call}_{when}_hooks" for call in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
+]
 
 
 class SurgeryOptimizer(torch.optim.Optimizer):
@@ -76,9 +79,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self._pending: Collected | None = None
         # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
         super().__setstate__({})
-        for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
-            # The wrapped optimizer reads and writes the state, so it also runs these hooks.
-            setattr(self, f"_optimizer_{kind}_hooks", getattr(optimizer, f"_optimizer_{kind}_hooks"))
+        for name in _HOOKS:
+            # The wrapped optimizer steps, reads and writes the state, so it also runs these hooks.
+            setattr(self, name, getattr(optimizer, name))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -143,7 +146,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         parameters = [collected.parameters[p] for p in read]
         accumulate = any(p.grad is not None for p in parameters)
         out = [_target(p, accumulate) for p in parameters]
-        backend = choose(self.backend, grads.device, grads.num_tasks).name
+        backend = choose(self.backend, grads.device, grads.num_tasks)
 
         gram, weights, segments = self._weigh(collected, shared, grads, backend)
         plain_weights = weights[0] if self.method.weights_losses else torch.ones_like(weights[0])
@@ -152,7 +155,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             weights_of_segments = torch.cat([weights, plain_weights[None]])
         else:
             weights_of_segments = weights
-        grads = replace(grads, segments=segments, num_segments=len(weights_of_segments))
+        grads = replace(grads, segments=segments, num_segments=len(weights_of_segments), segmented=True)
         combine_of(grads, weights_of_segments, out, accumulate, backend)
         for parameter, direction in zip(parameters, out, strict=True):
             parameter.grad = direction
@@ -166,6 +169,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer."""
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    # What Optimizer.__init__ would wrap around it, the wrapped optimizer's own step has.
+    step.hooked = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad``, and forget what was collected."""
@@ -233,7 +239,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         return [0] * len(shared)
 
     def _weigh(
-        self, collected: Collected, shared: list[int], grads: TaskGradients, backend: str
+        self, collected: Collected, shared: list[int], grads: TaskGradients, backend: Backend
     ) -> tuple[Tensor, Tensor, list[int]]:
         """Return G [S, T, T], unscaled, the weights [S, T], and the segment of each of the shared parameters.
 
@@ -258,6 +264,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 ],
                 segments=read_segments,
                 num_segments=max(read_segments, default=0) + 1,
+                segmented=True,
             ),
             backend,
         )
@@ -267,7 +274,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if self.method.gram_parameters is not None:
             read, gram = gram[1:], gram.sum(0, keepdim=True)
         # A method of the user's own need not know of backends.
-        named = {} if self.backend is None else {"backend": backend}
+        named = {} if self.backend is None else {"backend": backend.name}
         if self.granularity == "global":
             weights = self.method.weights(read[0], losses=collected.losses, **named)[None]
         else:

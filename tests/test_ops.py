@@ -32,10 +32,11 @@ SAMPLES = {
         (LISTS, torch.ones(1, 2).double(), [], True, [torch.zeros(3, 4), torch.zeros(7), torch.zeros(5)]),
     ),
     "task_order": (OPS.task_order.default, (3, 1, STEP, torch.empty(3, 3, dtype=torch.int64))),
-    "pcgrad": (OPS.pcgrad.default, (GRAM, None, 0, STEP, False, empty(1, 3))),
-    "pcgrad_order": (OPS.pcgrad.default, (GRAM, torch.arange(3).repeat(3, 1), 0, STEP, True, empty(1, 3))),
+    "pcgrad": (OPS.pcgrad.default, (GRAM, None, 0, STEP, True, False, empty(1, 3))),
+    "pcgrad_order": (OPS.pcgrad.default, (GRAM, torch.arange(3).repeat(3, 1), 0, STEP, False, True, empty(1, 3))),
     "min_norm": (OPS.min_norm.default, (GRAM, True, 250, 1e-6, empty(1, 3))),
     "gradnorm": (OPS.gradnorm.default, (ONES, ONES, ONES, ONES, 1.5, 0.025, empty(1, 3))),
+    "gradnorm_step": (OPS.gradnorm_step.default, (GRAM, ONES, 1.5, 0.025, ONES.clone(), ONES.clone(), empty(1, 3))),
 }
 
 
@@ -77,11 +78,17 @@ def test_opcheck(name):
             "num_tasks x P|one tensor per parameter|must be dense",
         ),
         ("combine_list", 4, [torch.zeros(4, 3), torch.zeros(7), torch.zeros(5)], "gradient 0 must be dense"),
-        ("pcgrad", 0, GRAM[0], r"gram must be \[B, T, T\]"),
+        ("gram", 2, empty(3, 3), r"gram must be contiguous on the CPU with shape \[2, 3, 3\]"),
+        ("gram_list", 3, empty(4), "gram must have 2 dimensions or one more"),
+        ("combine_list", 1, empty(1, 1, 2), "weights must have 1 dimensions or one more"),
+        ("pcgrad", 0, GRAM[0, 0], r"gram must be \[..., T, T\]"),
+        ("pcgrad", 0, GRAM[0], r"weights must be contiguous on the CPU with shape \[3\]"),
         ("pcgrad", 3, torch.tensor([1, 2]), "step must be contiguous"),
         ("pcgrad_order", 1, torch.tensor([[0, 1, 1]] * 3), "order row 0 must be a permutation"),
         ("min_norm", 4, empty(1, 2), "weights must be contiguous"),
         ("gradnorm", 2, torch.ones(1, 2).double(), "losses must be contiguous"),
+        ("gradnorm_step", 4, torch.ones(1, 2).double(), "state_weights must be contiguous"),
+        ("gradnorm_step", 5, torch.ones(1, 3), "initial_losses must be Double"),
     ],
 )
 def test_direct_calls_are_safe(name, position, value, message):

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gradsurgery
 from conftest import two_losses, two_task_net
@@ -57,6 +58,7 @@ def test_it_is_an_optimizer():
     assert optimizer.state is inner.state
     assert optimizer.defaults is inner.defaults
     calls = []
+    everywhere = register_optimizer_step_pre_hook(lambda *_: calls.append("everywhere"))
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
 
@@ -68,7 +70,8 @@ def test_it_is_an_optimizer():
 
     first = optimizer.step(closure)
     assert optimizer.step(closure) < first
-    assert calls == ["pre", "post"] * 2
+    everywhere.remove()
+    assert calls == ["everywhere", "pre", "post"] * 2
     extra = torch.nn.Parameter(torch.ones(1))
     optimizer.add_param_group({"params": [extra], "lr": 0.5})
     assert inner.param_groups[1]["lr"] == 0.5
@@ -167,6 +170,11 @@ def test_plain_and_wrong_checkpoints():
     before = optimizer.state_dict()
     with pytest.raises(ValueError, match="must have the keys"):
         optimizer.load_state_dict(gradsurgery.GradNorm(adam).state_dict())
+    gradnorm = gradsurgery.GradNorm(torch.optim.Adam(net.parameters()))
+    for state in (torch.ones(2), None), (torch.ones(2), torch.ones(3)), (torch.ones(()), torch.ones(())):
+        with pytest.raises(ValueError, match=r"(weights|initial_losses) must be a tensor \[..., T\]"):
+            gradnorm.method.load_state_dict(dict(zip(("weights", "initial_losses"), state, strict=True)))
+    assert gradnorm.method.state_dict() == {"weights": None, "initial_losses": None}
     with pytest.raises(ValueError, match="parameter group"):
         optimizer.load_state_dict({"state": {}, "param_groups": [], "surgery": {"seed": 5, "step": torch.tensor(9)}})
     torch.testing.assert_close(optimizer.state_dict(), before)

@@ -246,6 +246,31 @@ def test_nan_ends_every_solver(backend):
     assert gradsurgery.gradnorm_update(nan, nan, nan, nan, backend=backend).isnan().all()
 
 
+def test_gradnorm_steps_over_values_that_do_not_count(backend):
+    """A first loss of 0 does not stand for L(0); a step with NaN in G or in the losses leaves the weights as they were."""
+    generator = torch.Generator().manual_seed(3)
+    method = gradsurgery.methods.GradNorm(alpha=0.7, lr=0.1)
+    weights, initial = torch.ones(4, dtype=torch.float64), torch.full((4,), torch.nan, dtype=torch.float64)
+    for step in range(6):
+        rows = torch.randn(4, 9, generator=generator, dtype=torch.float64)
+        losses = torch.rand(4, generator=generator, dtype=torch.float64)
+        if step == 0:
+            losses[2] = 0
+        if step == 2:
+            rows[1, 3] = torch.nan
+        if step == 4:
+            losses[0] = torch.nan
+        gram = rows @ rows.T
+        got = method.weights(gram, losses=losses, backend=backend)
+        torch.testing.assert_close(got, torch.full_like(weights, torch.nan) if step == 2 else weights, equal_nan=True)
+        initial = torch.where(initial > 0, initial, losses)
+        if step not in (0, 2, 4):  # the loss of 0 makes the mean rate of step 0 NaN
+            weights = gradsurgery.gradnorm_update(weights, gram.diagonal().sqrt(), losses, initial, alpha=0.7, lr=0.1)
+        torch.testing.assert_close(method.state_dict()["weights"], weights)
+        torch.testing.assert_close(method.state_dict()["initial_losses"], initial)
+    assert not torch.equal(weights, torch.ones(4, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("tasks", [1, 2, 8, 33])
 def test_batches_equal_loops(backend, tasks):
     grams = torch.stack([rows @ rows.T for rows in list(hostile(tasks).values()) * 4]).reshape(4, -1, tasks, tasks)

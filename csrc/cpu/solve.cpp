@@ -99,3 +99,17 @@ gs_status gs_gradnorm_cpu(const double* weights, const double* norms, const doub
   }
   return GS_OK;
 }
+
+gs_status gs_gradnorm_step_cpu(const double* gram, const double* losses, int64_t batch, int64_t num_tasks, double alpha,
+                               double lr, double* state_weights, double* initial_losses, double* weights) {
+  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(batch == 0 || (gram && losses && state_weights && initial_losses && weights),
+             "gram, losses, state_weights, initial_losses and weights must not be NULL");
+  for (int64_t b = 0; b < batch; b++) {
+    double norms[GS_MAX_TASKS], updated[GS_MAX_TASKS];
+    const int64_t at = b * num_tasks;
+    gs::gradnorm_step(gram + at * num_tasks, losses + at, num_tasks, alpha, lr, state_weights + at, initial_losses + at,
+                      weights + at, norms, updated);
+  }
+  return GS_OK;
+}

@@ -15,7 +15,7 @@ gs_status gs_combine_cuda(const gs_gradients*, const double*, void* const*, int,
   return unsupported();
 }
 
-gs_status gs_pcgrad_cuda(const double*, int64_t, int64_t, const int64_t*, uint64_t, const int64_t*, int, double*,
+gs_status gs_pcgrad_cuda(const double*, int64_t, int64_t, const int64_t*, uint64_t, int64_t*, int, int, double*,
                          gs_stream) {
   return unsupported();
 }
@@ -27,5 +27,10 @@ gs_status gs_min_norm_cuda(const double*, int64_t, int64_t, gs_solver, int64_t, 
 
 gs_status gs_gradnorm_cuda(const double*, const double*, const double*, const double*, int64_t, int64_t, double, double,
                            double*, gs_stream) {
+  return unsupported();
+}
+
+gs_status gs_gradnorm_step_cuda(const double*, const double*, int64_t, int64_t, double, double, double*, double*,
+                                double*, gs_stream) {
   return unsupported();
 }

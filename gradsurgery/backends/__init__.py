@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -22,8 +23,8 @@ from . import native, reference
 class Backend(Protocol):
     """The stages that touch gradients or G, each writing into an output that the caller allocated.
 
-    Gram matrices and weights are float64 with one leading dimension: segments for ``gram`` and ``combine``, problems
-    for the solvers.
+    Gram matrices [..., T, T] and weights [..., T] are float64 and contiguous. For ``gram`` and ``combine`` the leading
+    dimension is that of the segments; one segment may go without. The solvers take any.
     """
 
     name: str
@@ -35,22 +36,29 @@ class Backend(Protocol):
         """Return one line on whether the backend can be used here."""
 
     def gram(self, grads: TaskGradients, out: Tensor) -> None:
-        """Write the Gram matrices [S, T, T]."""
+        """Write the Gram matrices [S, T, T] or [T, T]."""
 
     def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
-        """Write (or add) the directions under weights [S, T]; the list form has no parameter without gradients."""
+        """Write (or add) the directions under weights [S, T] or [T]; every parameter of the list form has one."""
 
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Write the visiting orders [T, T]."""
 
-    def pcgrad(self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, mean: bool, out: Tensor) -> None:
-        """Write PCGrad's weights [B, T]."""
+    def pcgrad(
+        self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor
+    ) -> None:
+        """Write PCGrad's weights; with ``advance`` add 1 to ``step``."""
 
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
-        """Write the min-norm weights [B, T]."""
+        """Write the min-norm weights."""
 
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
-        """Write GradNorm's new weights [B, T] from (weights, norms, losses, initial losses)."""
+        """Write GradNorm's new weights from (weights, norms, losses, initial losses)."""
+
+    def gradnorm_step(
+        self, gram: Tensor, losses: Tensor, alpha: float, lr: float, state: tuple[Tensor, Tensor], out: Tensor
+    ) -> None:
+        """Write the weights of the state (weights, initial losses), and update the state."""
 
 
 _BACKENDS: dict[str, Backend] = {
@@ -68,6 +76,11 @@ def choose(name: str | None, device: torch.device, num_tasks: int) -> Backend:
         if why:
             raise RuntimeError(f"backend {name!r} cannot serve this call: {why}")
         return _BACKENDS[name]
+    return _automatic(device, num_tasks)
+
+
+@lru_cache
+def _automatic(device: torch.device, num_tasks: int) -> Backend:
     return next(backend for backend in _BACKENDS.values() if backend.why_not(device, num_tasks) is None)
 
 

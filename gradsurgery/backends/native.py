@@ -23,6 +23,8 @@ else:
     # Overloads are resolved once: the lookup costs more than a small operator.
     _GRAM, _GRAM_LIST = _OPS.gram.default, _OPS.gram.list
     _COMBINE, _COMBINE_LIST = _OPS.combine.default, _OPS.combine.list
+    _TASK_ORDER, _PCGRAD, _MIN_NORM = _OPS.task_order.default, _OPS.pcgrad.default, _OPS.min_norm.default
+    _GRADNORM, _GRADNORM_STEP = _OPS.gradnorm.default, _OPS.gradnorm_step.default
 
 
 class CpuBackend:
@@ -45,7 +47,7 @@ class CpuBackend:
         return _NO_EXTENSION or f"available: C++ kernels, {_INFO['isa']}, {torch.get_num_threads()} threads"
 
     def gram(self, grads: TaskGradients, out: Tensor) -> None:
-        """Write the Gram matrices [S, T, T]."""
+        """Write the Gram matrices."""
         if grads.matrix is not None:
             _GRAM(grads.matrix, grads.segments, out)
         else:
@@ -60,19 +62,27 @@ class CpuBackend:
 
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Write the visiting orders."""
-        _OPS.task_order(out.shape[0], seed, step, out)
+        _TASK_ORDER(out.shape[0], seed, step, out)
 
-    def pcgrad(self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, mean: bool, out: Tensor) -> None:
+    def pcgrad(
+        self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor
+    ) -> None:
         """Write PCGrad's weights."""
-        _OPS.pcgrad(gram, order, seed, step, mean, out)
+        _PCGRAD(gram, order, seed, step, advance, mean, out)
 
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Write the min-norm weights."""
-        _OPS.min_norm(gram, exact, max_iter, tol, out)
+        _MIN_NORM(gram, exact, max_iter, tol, out)
 
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """Write GradNorm's new weights."""
-        _OPS.gradnorm(*inputs, alpha, lr, out)
+        _GRADNORM(*inputs, alpha, lr, out)
+
+    def gradnorm_step(
+        self, gram: Tensor, losses: Tensor, alpha: float, lr: float, state: tuple[Tensor, Tensor], out: Tensor
+    ) -> None:
+        """Write the state's weights, and update the state."""
+        _GRADNORM_STEP(gram, losses, alpha, lr, *state, out)
 
 
 class CudaBackend(CpuBackend):

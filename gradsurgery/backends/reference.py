@@ -37,14 +37,16 @@ class ReferenceBackend:
     def gram(self, grads: TaskGradients, out: Tensor) -> None:
         """G[s] = sum over the chunks J of segment s of J J^T."""
         out.zero_()
+        products = out.view(-1, *out.shape[-2:])
         for segment, rows, _ in _blocks(grads):
             for chunk in _chunks(rows):
-                out[segment] += chunk @ chunk.T
+                products[segment] += chunk @ chunk.T
         upper = out.triu()
         out.copy_(upper + upper.triu(1).mT)
 
     def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """d_p = sum_t w_t g_{t,p}; a gradient with weight 0 does not count, even where it is not finite."""
+        weights = weights.view(-1, weights.shape[-1])
         for segment, rows, index in _blocks(grads):
             target = out[index]
             direction = torch.zeros_like(target, dtype=torch.float64)
@@ -65,9 +67,12 @@ class ReferenceBackend:
             out[rows, other] = out[:, k]
             out[:, k] = picked
 
-    def pcgrad(self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, mean: bool, out: Tensor) -> None:
+    def pcgrad(
+        self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor
+    ) -> None:
         """PCGrad, Algorithm 1: p = sum_k c_k g_k loses its component along each conflicting original g_j in turn."""
         num_tasks = gram.shape[-1]
+        gram = gram.view(-1, num_tasks, num_tasks)
         if order is None:
             order = torch.empty(num_tasks, num_tasks, dtype=torch.int64, device=gram.device)
             self.task_order(seed, step, order)
@@ -79,12 +84,15 @@ class ReferenceBackend:
             conflict = (product < 0) & (squared_norms[:, j] > 0) & (j != rows)
             c[:, rows, j] -= torch.where(conflict, product / squared_norms[:, j], 0)
         weights = c.mean(-2) if mean else c.sum(-2)
-        out.copy_(torch.where(_finite(gram), weights, torch.nan))
+        out.copy_(torch.where(_finite(gram), weights, torch.nan).view_as(out))
+        if advance:
+            step += 1
 
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Argmin of w^T G w over the simplex."""
+        gram = gram.view(-1, *gram.shape[-2:])
         weights = _wolfe(gram) if exact else _frank_wolfe(gram, max_iter, tol)
-        out.copy_(torch.where(_finite(gram), weights, torch.nan))
+        out.copy_(torch.where(_finite(gram), weights, torch.nan).view_as(out))
 
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """GradNorm, equations 1 and 2, differentiated by hand."""
@@ -97,6 +105,22 @@ class ReferenceBackend:
         moved = (weights - lr * torch.sign(weighted_norms - target) * norms).clamp(min=0)
         total = moved.sum(-1, keepdim=True)
         out.copy_(torch.where(total == 0, weights, moved * (num_tasks / total)))
+
+    def gradnorm_step(
+        self, gram: Tensor, losses: Tensor, alpha: float, lr: float, state: tuple[Tensor, Tensor], out: Tensor
+    ) -> None:
+        """One step of GradNorm training, Algorithm 1.
+
+        Values that are not finite, as in a step that a gradient scaler will skip, do not enter the weights; nor may a
+        loss of 0, of a task without samples in the first batch, stand for L(0).
+        """
+        weights, initial = state
+        norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        out.copy_(torch.where(norms.isfinite().all(-1, keepdim=True), weights, torch.nan))
+        initial.copy_(torch.where(initial.isfinite() & (initial > 0), initial, losses))
+        updated = torch.empty_like(weights)
+        self.gradnorm([weights, norms, losses, initial], alpha, lr, updated)
+        weights.copy_(torch.where(updated.isfinite().all(-1, keepdim=True), updated, weights))
 
 
 def _blocks(grads: TaskGradients) -> Iterator[tuple[int, list[Tensor | None], Any]]:

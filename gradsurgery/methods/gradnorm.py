@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import gradnorm_update
+from .._gradients import describe
+from ..functional import gradnorm_step
 from ._base import Method
 
 
@@ -38,38 +39,37 @@ class GradNorm(Method):
         self.alpha = alpha
         self.lr = lr
         self.gram_parameters = None if norm_parameters is None else list(norm_parameters)
-        self._weights: Tensor | None = None
-        self._initial_losses: Tensor | None = None
+        self._state: tuple[Tensor, Tensor] | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the current weights [..., T] and update them."""
         if losses is None:
             raise ValueError("GradNorm needs losses, a tensor [T], got None")
-        norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        losses = losses.detach().to(norms).expand_as(norms)
-        if self._weights is None or self._initial_losses is None:
-            current, initial = torch.ones_like(norms), losses.clone()
-        elif self._weights.shape == norms.shape:
-            current, initial = self._weights.to(gram.device), self._initial_losses.to(gram.device)
-        else:
+        shape = gram.shape[:-1]
+        if self._state is None:
+            # An initial loss that is not finite gives way to the first one that is.
+            weights = torch.ones(shape, dtype=torch.float64, device=gram.device)
+            self._state = (weights, torch.full_like(weights, torch.nan))
+        weights, initial_losses = self._state
+        if weights.shape != shape:
             raise ValueError(
-                f"GradNorm's state is for weights of shape {tuple(self._weights.shape)}, got G of shape "
-                f"{tuple(gram.shape)}"
+                f"GradNorm's state is for weights of shape {tuple(weights.shape)}, got G of shape {tuple(gram.shape)}"
             )
-        # Values that are not finite, as in a step that a gradient scaler will skip, must not enter the state; nor may a
-        # loss of 0, of a task without samples in the first batch, stand for L(0).
-        initial = torch.where(initial.isfinite() & (initial > 0), initial, losses)
-        updated = gradnorm_update(current, norms, losses, initial, alpha=self.alpha, lr=self.lr, backend=backend)
-        self._weights = torch.where(updated.isfinite().all(-1, keepdim=True), updated, current)
-        self._initial_losses = initial
-        return torch.where(norms.isfinite().all(-1, keepdim=True), current, torch.nan)
+        if weights.device != gram.device:
+            self._state = (weights.to(gram.device), initial_losses.to(gram.device))
+        return gradnorm_step(gram, losses, self._state, self.alpha, self.lr, backend)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights and the initial losses; None before the first step."""
-        return {
-            "weights": None if self._weights is None else self._weights.clone(),
-            "initial_losses": None if self._initial_losses is None else self._initial_losses.clone(),
-        }
+        weights, initial_losses = (None, None) if self._state is None else [value.clone() for value in self._state]
+        return {"weights": weights, "initial_losses": initial_losses}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self._weights, self._initial_losses = state["weights"], state["initial_losses"]
+        weights, initial_losses = state["weights"], state["initial_losses"]
+        if weights is None and initial_losses is None:
+            self._state = None
+            return
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape != weights.shape:
+                raise ValueError(f"{name} must be a tensor [..., T] like the other one, got {describe(value)}")
+        self._state = (weights.to(torch.float64, copy=True), initial_losses.to(torch.float64, copy=True))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import _check_seed, pcgrad_weights
+from ..functional import _check_seed, pcgrad_step
 from ._base import Method
 
 
@@ -36,9 +36,7 @@ class PCGrad(Method):
         """Return the weights and advance the step counter."""
         if self._step.device != gram.device:
             self._step = self._step.to(gram.device)
-        weights = pcgrad_weights(gram, seed=self.seed, step=self._step, reduction=self.reduction, backend=backend)
-        self._step += 1
-        return weights
+        return pcgrad_step(gram, self._step, self.seed, self.reduction, backend)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed and the step counter."""

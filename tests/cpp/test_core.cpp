@@ -150,6 +150,11 @@ void test_solvers() {
   const double one[2] = {1, 1}, norms[2] = {1, 3}, losses[2] = {1, 1};
   CHECK(gs_gradnorm_cpu(one, norms, losses, losses, 1, 2, 1.5, 0.1, w) == GS_OK);
   CHECK(std::abs(w[0] - 2 * 1.1 / 1.8) < 1e-15 && std::abs(w[1] - 2 * 0.7 / 1.8) < 1e-15);
+  const double squares[4] = {1, 0, 0, 9};
+  double state[2] = {1, 1}, initial[2] = {NAN, NAN}, current[2];
+  CHECK(gs_gradnorm_step_cpu(squares, losses, 1, 2, 1.5, 0.1, state, initial, current) == GS_OK);
+  CHECK(current[0] == 1 && current[1] == 1 && initial[0] == 1 && initial[1] == 1);
+  CHECK(state[0] == w[0] && state[1] == w[1]);
 }
 
 void test_errors() {

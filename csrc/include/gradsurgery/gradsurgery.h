@@ -94,10 +94,11 @@ GS_API gs_status gs_combine_cuda(const gs_gradients* grads, const double* weight
 GS_API gs_status gs_task_order_cpu(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t* order);
 
 // PCGrad weights [batch, T] from Gram matrices [batch, T, T]. order is [T, T], or NULL for gs_task_order(seed, step).
+// On a GPU the step is read from device memory, and with advance != 0 incremented there afterwards.
 GS_API gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
                                uint64_t seed, uint64_t step, int mean, double* weights, const gs_parallel* parallel);
 GS_API gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
-                                uint64_t seed, const int64_t* step, int mean, double* weights, gs_stream stream);
+                                uint64_t seed, int64_t* step, int advance, int mean, double* weights, gs_stream stream);
 
 // Min-norm weights [batch, T]: argmin of w^T G w over the simplex. max_iter and tol are those of Frank-Wolfe;
 // the exact solver ends by itself, in at most 8 T + 32 linear solves.
@@ -116,6 +117,17 @@ GS_API gs_status gs_gradnorm_cpu(const double* weights, const double* norms, con
 GS_API gs_status gs_gradnorm_cuda(const double* weights, const double* norms, const double* losses,
                                   const double* initial_losses, int64_t batch, int64_t num_tasks, double alpha,
                                   double lr, double* new_weights, gs_stream stream);
+
+// One step of GradNorm training: weights [batch, T] receives the state's weights, which are then updated with the norms
+// sqrt(G_ii). An initial loss that is not positive and finite, as NaN at the start, is replaced by the loss. A step
+// whose values are not finite leaves the state's weights as they were, and weights is NaN where G's diagonal is not
+// finite.
+GS_API gs_status gs_gradnorm_step_cpu(const double* gram, const double* losses, int64_t batch, int64_t num_tasks,
+                                      double alpha, double lr, double* state_weights, double* initial_losses,
+                                      double* weights);
+GS_API gs_status gs_gradnorm_step_cuda(const double* gram, const double* losses, int64_t batch, int64_t num_tasks,
+                                       double alpha, double lr, double* state_weights, double* initial_losses,
+                                       double* weights, gs_stream stream);
 
 #ifdef __cplusplus
 }
