@@ -247,7 +247,7 @@ def test_nan_ends_every_solver(backend):
 
 
 def test_gradnorm_steps_over_values_that_do_not_count(backend):
-    """A first loss of 0 does not stand for L(0); a step with NaN in G or in the losses leaves the weights as they were."""
+    """A first loss of 0 does not stand for L(0); NaN in G or in the losses does not enter the weights."""
     generator = torch.Generator().manual_seed(3)
     method = gradsurgery.methods.GradNorm(alpha=0.7, lr=0.1)
     weights, initial = torch.ones(4, dtype=torch.float64), torch.full((4,), torch.nan, dtype=torch.float64)
