@@ -52,25 +52,46 @@ GS_INLINE void clear(V (&acc)[R][C]) {
   }
 }
 
-// acc[r][c] += a_r b_c over steps begin..end; on the diagonal a is b, and only r <= c counts.
+// acc[r][c] = a_r b_c summed over steps begin..end; on the diagonal a is b, and only r <= c counts. Small tiles sum in
+// several sets of registers, as the next product need not wait for the last one then.
 template <bool Diagonal, class V, int R, int C, class A, class B, class F>
-GS_INLINE void add_products(const A& a, const B& b, int64_t begin, int64_t end, const F& fetch, V (&acc)[R][C]) {
-  constexpr int64_t kVectors = kStep / kWidth<V>;
-  for (int64_t step = begin; step < end; step++) {
+GS_INLINE void sum_products(const A& a, const B& b, int64_t begin, int64_t end, const F& fetch, V (&acc)[R][C]) {
+  constexpr int kSets = R * C == 1 ? 8 : R * C <= 4 ? 4 : 1;
+  constexpr int kVectors = kStep / kWidth<V>, kGroup = std::max(1, kSets / kVectors);
+  V sets[kSets][R][C];
+#pragma GCC unroll 8
+  for (int set = 0; set < kSets; set++) clear(sets[set]);
+  const auto add_step = [&](int64_t step, int first_set) {
     fetch(step);
 #pragma GCC unroll 2
-    for (int64_t k = step * kVectors; k < (step + 1) * kVectors; k++) {
+    for (int v = 0; v < kVectors; v++) {
+      auto& sum = sets[(first_set + v) % kSets];
       V x[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; r++) x[r] = a(r, k);
+      for (int r = 0; r < R; r++) x[r] = a(r, step * kVectors + v);
 #pragma GCC unroll 4
       for (int c = 0; c < C; c++) {
-        const V y = Diagonal ? x[Diagonal ? c : 0] : b(c, k);
+        const V y = Diagonal ? x[Diagonal ? c : 0] : b(c, step * kVectors + v);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-          if (!Diagonal || r <= c) acc[r][c] += x[r] * y;
+          if (!Diagonal || r <= c) sum[r][c] += x[r] * y;
         }
       }
+    }
+  };
+  int64_t step = begin;
+  for (; step + kGroup <= end; step += kGroup) {
+#pragma GCC unroll 8
+    for (int s = 0; s < kGroup; s++) add_step(step + s, s * kVectors);
+  }
+  for (; kGroup > 1 && step < end; step++) add_step(step, 0);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+      acc[r][c] = sets[0][r][c];
+#pragma GCC unroll 8
+      for (int set = 1; set < kSets; set++) acc[r][c] += sets[set][r][c];
     }
   }
 }
@@ -79,8 +100,7 @@ GS_INLINE void add_products(const A& a, const B& b, int64_t begin, int64_t end, 
 template <bool Diagonal, int R, int C, class A, class B, class F>
 GS_INLINE void tile(const A& a, const B& b, int64_t steps, const F& fetch, double (&sums)[kPanel][4], vdouble zero) {
   vdouble acc[R][C];
-  clear(acc);
-  add_products<Diagonal>(a, b, 0, steps, fetch, acc);
+  sum_products<Diagonal>(a, b, 0, steps, fetch, acc);
   const auto column = [&](int r, int c) { return c < C ? acc[r][c < C ? c : 0] : zero; };
   for (int r = 0; r < R; r++) lane_sums(column(r, 0), column(r, 1), column(r, 2), column(r, 3), sums[r]);
 }
@@ -91,8 +111,7 @@ GS_INLINE void tile(const A& a, const B& b, int64_t steps, const F& fetch, doubl
   QuadSums total[R];
   for (int64_t k = 0; k < steps; k += kFold) {
     vfloat part[R][C];
-    clear(part);
-    add_products<Diagonal>(a, b, k, std::min(k + kFold, steps), fetch, part);
+    sum_products<Diagonal>(a, b, k, std::min(k + kFold, steps), fetch, part);
     const auto column = [&](int r, int c) { return c < C ? part[r][c < C ? c : 0] : zero; };
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) total[r].add(quad_sums(column(r, 0), column(r, 1), column(r, 2), column(r, 3)));
