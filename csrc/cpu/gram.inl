@@ -141,9 +141,10 @@ template <class In>
 void add_direct_columns(const void* const* rows, const int32_t* index, int64_t k, int64_t n, double* gram, int64_t ld) {
   const In* block[kDirectRows<In>];
   const int64_t whole = n / kStep * kStep;
-  for (int64_t start = 0; start < whole; start += kDirectColumns) {
+  const int64_t columns = k <= kPanel ? 4 * kDirectColumns : kDirectColumns;  // a single tile reads each value once
+  for (int64_t start = 0; start < whole; start += columns) {
     for (int64_t r = 0; r < k; r++) block[r] = static_cast<const In*>(rows[r]) + start;
-    add_direct(BlockRows<In>{block, k, std::min(kDirectColumns, whole - start), kDirectColumns}, index, gram, ld);
+    add_direct(BlockRows<In>{block, k, std::min(columns, whole - start), kDirectColumns}, index, gram, ld);
   }
   if (whole < n) {
     In tail[kDirectRows<In>][kStep];
