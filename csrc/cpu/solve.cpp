@@ -18,7 +18,7 @@ gs_status check_problems(int64_t batch, int64_t num_tasks) {
 }
 
 int64_t min_norm_bytes_per_problem(int64_t num_tasks) {
-  return (MinNorm::scratch_doubles(num_tasks) * 8 + num_tasks * 8 + 63) / 64 * 64;
+  return (min_norm_scratch_doubles(num_tasks) * 8 + num_tasks * 8 + 63) / 64 * 64;
 }
 
 // Threads pay off only beyond a few microseconds of work.
@@ -50,10 +50,18 @@ gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, co
     }
   }
   gs::parallel_for(gs::worth_threads(parallel, batch, num_tasks), batch, [&](int64_t b) {
-    double v[GS_MAX_TASKS];
-    int64_t row_order[GS_MAX_TASKS];
-    gs::pcgrad_weights(gram + b * num_tasks * num_tasks, num_tasks, order, seed, step, mean != 0,
-                       weights + b * num_tasks, v, row_order);
+    const double* problem = gram + b * num_tasks * num_tasks;
+    double* w = weights + b * num_tasks;
+    if (!gs::all_finite(problem, num_tasks * num_tasks)) return gs::fill_nan(gs::SerialTeam{}, w, num_tasks);
+    std::fill(w, w + num_tasks, 1.0);
+    for (int64_t i = 0; i < num_tasks; i++) {
+      double v[GS_MAX_TASKS];
+      int64_t drawn[GS_MAX_TASKS];
+      const int64_t* visit = order ? order + i * num_tasks : drawn;
+      if (!order) gs::task_order_row(num_tasks, seed, step, i, drawn);
+      gs::pcgrad_project(gs::SerialTeam{}, problem, num_tasks, i, [&](int64_t k) { return visit[k]; }, w, v);
+    }
+    for (int64_t j = 0; mean && j < num_tasks; j++) w[j] /= static_cast<double>(num_tasks);
   });
   return GS_OK;
 }
@@ -75,12 +83,12 @@ gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, 
     double* scratch =
         reinterpret_cast<double*>(static_cast<char*>(workspace) + b * gs::min_norm_bytes_per_problem(num_tasks));
     if (!gs::all_finite(problem, num_tasks * num_tasks)) {
-      gs::fill_nan(w, num_tasks);
+      gs::fill_nan(gs::SerialTeam{}, w, num_tasks);
     } else if (solver == GS_FRANK_WOLFE) {
-      gs::frank_wolfe(problem, num_tasks, max_iter, tol, w, scratch);
+      gs::frank_wolfe(gs::SerialTeam{}, problem, num_tasks, max_iter, tol, w, scratch);
     } else {
-      int64_t* members = reinterpret_cast<int64_t*>(scratch + gs::MinNorm::scratch_doubles(num_tasks));
-      gs::MinNorm(problem, num_tasks, w, scratch, members).solve();
+      int64_t* members = reinterpret_cast<int64_t*>(scratch + gs::min_norm_scratch_doubles(num_tasks));
+      gs::MinNorm(gs::SerialTeam{}, problem, num_tasks, w, scratch, members).solve();
     }
   });
   return GS_OK;

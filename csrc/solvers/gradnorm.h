@@ -46,7 +46,7 @@ GS_HOST_DEVICE inline void gradnorm_step(const double* gram, const double* losse
   if (all_finite(updated, num_tasks)) {
     for (int64_t i = 0; i < num_tasks; i++) weights[i] = updated[i];
   }
-  if (!all_finite(norms, num_tasks)) fill_nan(current, num_tasks);
+  if (!all_finite(norms, num_tasks)) fill_nan(SerialTeam{}, current, num_tasks);
 }
 
 }  // namespace gs
