@@ -4,7 +4,7 @@
 GRADSURGERY_BUILD chooses what is compiled:
 
     auto  (default) the best that this machine allows: C++, else nothing
-    cuda  fails: this version has no CUDA kernels
+    cuda  fails: the torch operators do not reach the CUDA kernels yet
     cpu   C++ only; fails without a C++ compiler
     none  nothing: the package runs on its PyTorch backend
 """
@@ -35,7 +35,7 @@ def choose_build() -> str:
     if wanted == "none":
         return "none"
     if wanted == "cuda":
-        sys.exit("GRADSURGERY_BUILD=cuda cannot be met: this version has no CUDA kernels")
+        sys.exit("GRADSURGERY_BUILD=cuda cannot be met: the torch operators do not reach the CUDA kernels yet")
     try:
         import torch  # noqa: F401
     except ImportError:

@@ -26,6 +26,15 @@ inline gs_status check(const gs_gradients& g) {
   return GS_OK;
 }
 
+inline gs_status check_problems(int64_t batch, int64_t num_tasks) {
+  GS_REQUIRE(batch >= 0 && num_tasks >= 1, "batch must be >= 0 and num_tasks >= 1, got %lld and %lld", (long long)batch,
+             (long long)num_tasks);
+  if (num_tasks > GS_MAX_TASKS) {
+    return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)num_tasks);
+  }
+  return GS_OK;
+}
+
 inline int64_t segment_of(const gs_gradients& g, int64_t p) { return g.segment ? g.segment[p] : 0; }
 
 inline int64_t element_bytes(int32_t dtype) { return dtype == GS_FLOAT64 ? 8 : dtype == GS_FLOAT32 ? 4 : 2; }

@@ -8,19 +8,6 @@
 namespace gs {
 namespace {
 
-gs_status check_problems(int64_t batch, int64_t num_tasks) {
-  GS_REQUIRE(batch >= 0 && num_tasks >= 1, "batch must be >= 0 and num_tasks >= 1, got %lld and %lld", (long long)batch,
-             (long long)num_tasks);
-  if (num_tasks > GS_MAX_TASKS) {
-    return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)num_tasks);
-  }
-  return GS_OK;
-}
-
-int64_t min_norm_bytes_per_problem(int64_t num_tasks) {
-  return (min_norm_scratch_doubles(num_tasks) * 8 + num_tasks * 8 + 63) / 64 * 64;
-}
-
 // Threads pay off only beyond a few microseconds of work.
 const gs_parallel* worth_threads(const gs_parallel* parallel, int64_t batch, int64_t num_tasks) {
   return batch * num_tasks * num_tasks >= 4096 ? parallel : nullptr;
@@ -67,7 +54,7 @@ gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, co
 }
 
 int64_t gs_min_norm_workspace_bytes(int64_t batch, int64_t num_tasks) {
-  return gs::check_problems(batch, num_tasks) == GS_OK ? batch * gs::min_norm_bytes_per_problem(num_tasks) : -1;
+  return gs::check_problems(batch, num_tasks) == GS_OK ? batch * gs::min_norm_scratch_bytes(num_tasks) : -1;
 }
 
 gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver, int64_t max_iter,
@@ -81,14 +68,13 @@ gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, 
     const double* problem = gram + b * num_tasks * num_tasks;
     double* w = weights + b * num_tasks;
     double* scratch =
-        reinterpret_cast<double*>(static_cast<char*>(workspace) + b * gs::min_norm_bytes_per_problem(num_tasks));
+        reinterpret_cast<double*>(static_cast<char*>(workspace) + b * gs::min_norm_scratch_bytes(num_tasks));
     if (!gs::all_finite(problem, num_tasks * num_tasks)) {
       gs::fill_nan(gs::SerialTeam{}, w, num_tasks);
     } else if (solver == GS_FRANK_WOLFE) {
       gs::frank_wolfe(gs::SerialTeam{}, problem, num_tasks, max_iter, tol, w, scratch);
     } else {
-      int64_t* members = reinterpret_cast<int64_t*>(scratch + gs::min_norm_scratch_doubles(num_tasks));
-      gs::MinNorm(gs::SerialTeam{}, problem, num_tasks, w, scratch, members).solve();
+      gs::MinNorm(gs::SerialTeam{}, problem, num_tasks, w, scratch).solve();
     }
   });
   return GS_OK;

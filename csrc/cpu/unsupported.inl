@@ -9,11 +9,13 @@ gs_status unsupported() { return gs::fail(GS_UNSUPPORTED, "this library was buil
 
 int gs_has_cuda(void) { return 0; }
 
+int64_t gs_gram_cuda_workspace_bytes(const gs_gradients*) { return -1; }
+
 gs_status gs_gram_cuda(const gs_gradients*, double*, void*, int64_t, gs_stream) { return unsupported(); }
 
-gs_status gs_combine_cuda(const gs_gradients*, const double*, void* const*, int, void*, int64_t, gs_stream) {
-  return unsupported();
-}
+gs_status gs_combine_cuda(const gs_gradients*, const double*, void* const*, int, gs_stream) { return unsupported(); }
+
+gs_status gs_task_order_cuda(int64_t, uint64_t, const int64_t*, int64_t*, gs_stream) { return unsupported(); }
 
 gs_status gs_pcgrad_cuda(const double*, int64_t, int64_t, const int64_t*, uint64_t, int64_t*, int, int, double*,
                          gs_stream) {

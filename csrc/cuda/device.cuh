@@ -10,10 +10,13 @@
 #if !defined(__CUDACC__)
 #include "emulated.h"
 #else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #define GS_KERNEL __global__ void
 #define GS_DEVICE __device__ __forceinline__
+#define GS_GRID_CONSTANT __grid_constant__  // an argument that stays in constant memory
 
 namespace gs::gpu {
 
@@ -29,6 +32,22 @@ GS_DEVICE void sync_warp() { __syncwarp(); }
 // The value of the lane whose number differs by mask.
 GS_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+GS_DEVICE bool all_of_warp(bool value) { return __all_sync(0xffffffffu, value); }
+
+// d += a b^T for 8 x 4 matrices a and b: lane 4 g + k holds a[g][k], b[g][k] and d[g][2 k], d[g][2 k + 1].
+GS_DEVICE void multiply_8x8x4(double (&d)[2], double a, double b) {
+  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+      : "+d"(d[0]), "+d"(d[1])
+      : "d"(a), "d"(b));
+}
+
+GS_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
+GS_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+
+// To nearest even.
+GS_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
+GS_DEVICE uint16_t float_to_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+
 // The block's dynamic shared memory.
 template <class T>
 GS_DEVICE T& shared() {
@@ -36,8 +55,8 @@ GS_DEVICE T& shared() {
   return *reinterpret_cast<T*>(shared_bytes);
 }
 
-// Counts the blocks that have arrived, after everything they wrote is visible to the device; true for the last one, which
-// leaves the counter at 0 for the next launch. Called by one thread between two sync_block().
+// Counts the blocks that have arrived, after everything they wrote is visible to the device; true for the last one,
+// which leaves the counter at 0 for the next launch. Called by one thread between two sync_block().
 GS_DEVICE bool is_last_arrival(uint32_t* counter, uint32_t arrivals) {
   __threadfence();
   const bool last = atomicInc(counter, arrivals - 1) == arrivals - 1;
@@ -45,10 +64,14 @@ GS_DEVICE bool is_last_arrival(uint32_t* counter, uint32_t arrivals) {
   return last;
 }
 
-// Memory that is read once: not kept in the level-1 cache. V is a type of 2 to 16 bytes, p aligned to it.
+// 16 aligned bytes of memory that is read once.
 template <class V>
 GS_DEVICE V load_once(const V* p) {
-  return __ldcs(p);
+  static_assert(sizeof(V) == 16);
+  const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(p));
+  V value;
+  memcpy(&value, &bits, 16);
+  return value;
 }
 
 // Kernels that were launched with kOverlap start before the one ahead of them in the stream has ended. The wait comes
@@ -65,13 +88,18 @@ GS_DEVICE void let_next_kernel_start() {
 }
 
 template <class... P, class... A>
-gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream, A... arguments) {
+gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
+                 A... arguments) {
   if (blocks == 0) return GS_OK;
-  if (blocks > INT32_MAX) return fail(GS_UNSUPPORTED, "a launch takes at most 2^31 - 1 blocks, got %lld", (long long)blocks);
+  if (blocks > INT32_MAX)
+    return fail(GS_UNSUPPORTED, "a launch takes at most 2^31 - 1 blocks, got %lld", (long long)blocks);
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return fail(GS_UNSUPPORTED, "shared memory of %lld bytes: %s", (long long)shared_bytes, cudaGetErrorString(error));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
+    if (error != cudaSuccess)
+      return fail(GS_UNSUPPORTED, "shared memory of %lld bytes: %s", (long long)shared_bytes,
+                  cudaGetErrorString(error));
   }
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

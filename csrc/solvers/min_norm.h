@@ -58,6 +58,8 @@ GS_HOST_DEVICE void frank_wolfe(const Team& team, const double* gram, int64_t nu
   }
 }
 
+constexpr int64_t min_norm_scratch_bytes(int64_t num_tasks) { return (num_tasks * (num_tasks + 4) * 8 + 63) / 64 * 64; }
+
 // Wolfe's algorithm (P. Wolfe, "Finding the nearest point in a polytope", Math. Programming 11, 1976) in Gram form.
 // It keeps a set S of tasks whose affine hull has its shortest point inside the simplex, adds the task that most
 // violates the optimality condition (G w)_j >= w^T G w, and drops tasks whose weight reaches zero. The shortest point
@@ -67,18 +69,17 @@ GS_HOST_DEVICE void frank_wolfe(const Team& team, const double* gram, int64_t nu
 template <class Team>
 class MinNorm {
  public:
-  // scratch holds min_norm_scratch_doubles(num_tasks) values, members num_tasks.
-  GS_HOST_DEVICE MinNorm(const Team& team, const double* gram, int64_t num_tasks, double* weights, double* scratch,
-                         int64_t* members)
+  // scratch holds min_norm_scratch_bytes(num_tasks).
+  GS_HOST_DEVICE MinNorm(const Team& team, const double* gram, int64_t num_tasks, double* weights, double* scratch)
       : team_(team),
         gram_(gram),
         tasks_(num_tasks),
         weights_(weights),
-        members_(members),
         factor_(scratch),
         gw_(scratch + num_tasks * num_tasks),
         norm_(gw_ + num_tasks),
-        u_(norm_ + num_tasks) {}
+        u_(norm_ + num_tasks),
+        members_(reinterpret_cast<int64_t*>(u_ + num_tasks)) {}
 
   GS_HOST_DEVICE void solve() {
     int64_t shortest = 0;
@@ -218,13 +219,11 @@ class MinNorm {
   const double* gram_;
   const int64_t tasks_;
   double* weights_;
-  int64_t* members_;
   double* factor_;
   double *gw_, *norm_, *u_;
+  int64_t* members_;
   double shift_ = 0;
   int64_t size_ = 0;
 };
-
-GS_HOST_DEVICE constexpr int64_t min_norm_scratch_doubles(int64_t num_tasks) { return num_tasks * (num_tasks + 3); }
 
 }  // namespace gs

@@ -5,9 +5,9 @@
 
 namespace gs {
 
-// Subtracts from weights what the projections of task i take. The running vector is p = sum_k c_k g_k, c = e_i at first.
-// For each j != i in the visiting order, v_j = p . g_j < 0 subtracts (v_j / G_jj) g_j from p; v = G c is kept up to date.
-// visit(k) is the task at position k of the order; v is scratch of num_tasks values.
+// Subtracts from weights what the projections of task i take. The running vector is p = sum_k c_k g_k, c = e_i at
+// first. For each j != i in the visiting order, v_j = p . g_j < 0 subtracts (v_j / G_jj) g_j from p; v = G c is kept up
+// to date. visit(k) is the task at position k of the order; v is scratch of num_tasks values.
 template <class Team, class Visit>
 GS_HOST_DEVICE void pcgrad_project(const Team& team, const double* gram, int64_t num_tasks, int64_t i,
                                    const Visit& visit, double* weights, double* v) {

@@ -26,9 +26,9 @@ GS_HOST_DEVICE inline PhiloxBlock philox(PhiloxBlock counter, uint64_t key) {
 // order = a random permutation of 0..num_tasks-1 by Fisher-Yates: for k = num_tasks-1 down to 1, swap positions k and
 // floor(u (k+1) / 2^32), u the next 32-bit word of Philox with key seed and counter (step, row, block). The bias is
 // below num_tasks / 2^32.
-GS_HOST_DEVICE inline void task_order_row(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t row,
-                                          int64_t* order) {
-  for (int64_t j = 0; j < num_tasks; j++) order[j] = j;
+template <class Index>
+GS_HOST_DEVICE void task_order_row(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t row, Index* order) {
+  for (int64_t j = 0; j < num_tasks; j++) order[j] = static_cast<Index>(j);
   PhiloxBlock block{};
   for (int64_t k = num_tasks - 1, draw = 0; k > 0; k--, draw++) {
     if (draw % 4 == 0) {
@@ -37,7 +37,7 @@ GS_HOST_DEVICE inline void task_order_row(int64_t num_tasks, uint64_t seed, uint
                      seed);
     }
     const int64_t other = static_cast<int64_t>((uint64_t{block.word[draw % 4]} * static_cast<uint64_t>(k + 1)) >> 32);
-    const int64_t swapped = order[k];
+    const Index swapped = order[k];
     order[k] = order[other];
     order[other] = swapped;
   }

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT
-// csrc/cuda/device.cuh on the host. One block runs at a time, each of its threads as a fiber that runs until it waits at a
-// barrier. Shared memory has its exact size, on the heap, and starts as NaN. The order of the threads and blocks is
-// chosen by the test: a missing barrier shows as a difference between orders, one that not all threads reach as a failure.
+// csrc/cuda/device.cuh on the host. One block runs at a time, each of its threads as a fiber that runs until it waits
+// at a barrier. Shared memory has its exact size, on the heap, and starts as NaN. The order of the threads and blocks
+// is chosen by the test: a missing barrier shows as a difference between orders, one that not all threads reach as a
+// failure.
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -17,8 +20,11 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#include "gradsurgery/gradsurgery.h"
+
 #define GS_KERNEL inline void
 #define GS_DEVICE inline
+#define GS_GRID_CONSTANT
 
 namespace gs::gpu {
 
@@ -66,8 +72,8 @@ class Emulator {
   void wait_block() { wait(0, threads_); }
   void wait_warp() { wait(1 + current_ / kWarp, std::min(kWarp, threads_ - current_ / kWarp * kWarp)); }
 
-  // A value per thread that the others of the warp can read between two barriers.
-  double& lane_value(int lane) { return values_[current_ / kWarp * kWarp + lane]; }
+  // Two values per thread that the others of the warp can read between two barriers.
+  double& lane_value(int lane, int which = 0) { return values_[2 * (current_ / kWarp * kWarp + lane) + which]; }
 
  private:
   struct Barrier {
@@ -75,7 +81,7 @@ class Emulator {
     int64_t generation = 0;
   };
   struct Fiber {
-    ucontext_t context;
+    void* jump[5];
     std::unique_ptr<unsigned char[]> stack;
     void* fake_stack = nullptr;
     bool done = false;
@@ -84,33 +90,20 @@ class Emulator {
 
   void run_block() {
     barriers_.assign(1 + (threads_ + kWarp - 1) / kWarp, Barrier());
-    values_.assign(threads_, 0);
-    while (static_cast<int>(fibers_.size()) < threads_) {
-      fibers_.emplace_back();
-      fibers_.back().stack = std::make_unique<unsigned char[]>(kStackBytes);
-    }
-    for (int t = 0; t < threads_; t++) {
-      Fiber& fiber = fibers_[t];
-      fiber.done = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, &Emulator::enter, 0);
-    }
+    values_.assign(2 * threads_, 0);
+    while (static_cast<int>(fibers_.size()) < threads_) add_fiber();
+    for (int t = 0; t < threads_; t++) fibers_[t]->done = false;
     for (int left = threads_; left > 0;) {
       progress_ = false;
       for (int i = 0; i < threads_; i++) {
-        const int t = order == Order::kForward    ? i
-                      : order == Order::kBackward ? threads_ - 1 - i
-                                                  : static_cast<int>(i * 37LL % threads_);
-        if (order == Order::kInterleaved && threads_ % 37 == 0) std::abort();
-        if (fibers_[t].done) continue;
+        const int t = order == Order::kForward ? i
+                      : order == Order::kBackward
+                          ? threads_ - 1 - i
+                          : i * 37 % threads_;  // a permutation: no block has a multiple of 37 threads
+        if (fibers_[t]->done) continue;
         current_ = t;
-        start_switch(&scheduler_fake_stack_, fibers_[t].stack.get(), kStackBytes);
-        swapcontext(&scheduler_, &fibers_[t].context);
-        finish_switch(scheduler_fake_stack_);
-        if (fibers_[t].done) {
+        resume();
+        if (fibers_[t]->done) {
           left--;
           progress_ = true;
         }
@@ -122,21 +115,46 @@ class Emulator {
     }
   }
 
-  static void enter() {
+  // A new fiber starts by going back at once; from then on jumps switch, which need no system call.
+  void add_fiber() {
+    current_ = static_cast<int>(fibers_.size());
+    fibers_.push_back(std::make_unique<Fiber>());
+    Fiber& fiber = *fibers_.back();
+    fiber.stack = std::make_unique<unsigned char[]>(kStackBytes);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, &Emulator::loop, 0);
+    start_switch(&scheduler_fake_stack_, fiber.stack.get(), kStackBytes);
+    if (!__builtin_setjmp(scheduler_jump_)) setcontext(&context);
+    finish_switch(scheduler_fake_stack_);
+  }
+
+  static void loop() {
     Emulator& emulator = get();
     emulator.finish_switch(nullptr);
-    emulator.kernel_();
-    emulator.fibers_[emulator.current_].done = true;
-    emulator.leave();
+    for (;;) {
+      emulator.leave();
+      emulator.kernel_();
+      emulator.fibers_[emulator.current_]->done = true;
+    }
+  }
+
+  __attribute__((noinline)) void resume() {
+    Fiber& fiber = *fibers_[current_];
+    start_switch(&scheduler_fake_stack_, fiber.stack.get(), kStackBytes);
+    if (!__builtin_setjmp(scheduler_jump_)) __builtin_longjmp(fiber.jump, 1);
+    finish_switch(scheduler_fake_stack_);
   }
 
   // From a thread back to the scheduler.
-  void leave() {
-    const int t = current_;
-    Fiber& fiber = fibers_[t];
-    start_switch(fiber.done ? nullptr : &fiber.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
-    swapcontext(&fiber.context, &scheduler_);
-    finish_switch(fiber.fake_stack);
+  __attribute__((noinline)) void leave() {
+    Fiber& fiber = *fibers_[current_];
+    start_switch(&fiber.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
+    if (!__builtin_setjmp(fiber.jump)) __builtin_longjmp(scheduler_jump_, 1);
+    finish_switch(fibers_[current_]->fake_stack);
   }
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -164,8 +182,8 @@ class Emulator {
   std::unique_ptr<unsigned char[]> shared_;
   std::vector<Barrier> barriers_;
   std::vector<double> values_;
-  std::vector<Fiber> fibers_;
-  ucontext_t scheduler_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  void* scheduler_jump_[5];
   void* scheduler_fake_stack_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
@@ -184,6 +202,53 @@ inline double shuffle_xor(double value, int mask) {
   const double other = emulator.lane_value((emulator.thread() % kWarp) ^ mask);
   emulator.wait_warp();
   return other;
+}
+
+inline bool all_of_warp(bool value) {
+  double all = value;
+  for (int mask = 1; mask < kWarp; mask *= 2) all = std::min(all, shuffle_xor(all, mask));
+  return all != 0;
+}
+
+inline void multiply_8x8x4(double (&d)[2], double a, double b) {
+  Emulator& emulator = Emulator::get();
+  const int lane = emulator.thread() % kWarp, g = lane / 4, k = lane % 4;
+  emulator.lane_value(lane, 0) = a;
+  emulator.lane_value(lane, 1) = b;
+  emulator.wait_warp();
+  for (int h = 0; h < 2; h++) {
+    for (int i = 0; i < 4; i++) d[h] += emulator.lane_value(4 * g + i, 0) * emulator.lane_value(4 * (2 * k + h) + i, 1);
+  }
+  emulator.wait_warp();
+}
+
+inline float float_from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                          : exponent     ? std::ldexp(1024.0f + mantissa, exponent - 25)
+                                         : std::ldexp(static_cast<float>(mantissa), -24);
+  return bits >> 15 ? -magnitude : magnitude;
+}
+
+inline uint16_t float_to_half(float value) {
+  const float magnitude = std::abs(value);
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isnan(value)) return 0x7e00;
+  if (magnitude >= 65520) return sign | 0x7c00;
+  const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
+  const auto mantissa = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
+  // A mantissa of 2048 carries into the exponent, as does a subnormal one of 1024.
+  return sign | static_cast<uint16_t>(((exponent + 14) << 10) + mantissa);
+}
+inline uint16_t float_to_bfloat(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 template <class T>

@@ -78,6 +78,7 @@ GS_API int gs_has_cuda(void);         // 1 if the CUDA kernels were compiled in
 GS_API int64_t gs_gram_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_gram_cpu(const gs_gradients* grads, double* gram, void* workspace, int64_t workspace_bytes,
                              const gs_parallel* parallel);
+GS_API int64_t gs_gram_cuda_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace, int64_t workspace_bytes,
                               gs_stream stream);
 
@@ -88,10 +89,13 @@ GS_API int64_t gs_combine_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
                                 void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
 GS_API gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
-                                 void* workspace, int64_t workspace_bytes, gs_stream stream);
+                                 gs_stream stream);
 
 // PCGrad visiting orders [T, T]: row i is a permutation of 0..T-1 that depends only on (seed, step, i).
+// On a GPU the step is read from device memory.
 GS_API gs_status gs_task_order_cpu(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t* order);
+GS_API gs_status gs_task_order_cuda(int64_t num_tasks, uint64_t seed, const int64_t* step, int64_t* order,
+                                    gs_stream stream);
 
 // PCGrad weights [batch, T] from Gram matrices [batch, T, T]. order is [T, T], or NULL for gs_task_order(seed, step).
 // On a GPU the step is read from device memory, and with advance != 0 incremented there afterwards.
