@@ -4,6 +4,7 @@
 // is chosen by the test: a missing barrier shows as a difference between orders, one that not all threads reach as a
 // failure.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -81,7 +82,7 @@ class Emulator {
     int64_t generation = 0;
   };
   struct Fiber {
-    void* jump[5];
+    jmp_buf jump;
     std::unique_ptr<unsigned char[]> stack;
     void* fake_stack = nullptr;
     bool done = false;
@@ -116,7 +117,7 @@ class Emulator {
   }
 
   // A new fiber starts by going back at once; from then on jumps switch, which need no system call.
-  void add_fiber() {
+  __attribute__((noinline)) void add_fiber() {
     current_ = static_cast<int>(fibers_.size());
     fibers_.push_back(std::make_unique<Fiber>());
     Fiber& fiber = *fibers_.back();
@@ -128,7 +129,7 @@ class Emulator {
     context.uc_link = nullptr;
     makecontext(&context, &Emulator::loop, 0);
     start_switch(&scheduler_fake_stack_, fiber.stack.get(), kStackBytes);
-    if (!__builtin_setjmp(scheduler_jump_)) setcontext(&context);
+    if (!_setjmp(scheduler_jump_)) setcontext(&context);
     finish_switch(scheduler_fake_stack_);
   }
 
@@ -145,7 +146,7 @@ class Emulator {
   __attribute__((noinline)) void resume() {
     Fiber& fiber = *fibers_[current_];
     start_switch(&scheduler_fake_stack_, fiber.stack.get(), kStackBytes);
-    if (!__builtin_setjmp(scheduler_jump_)) __builtin_longjmp(fiber.jump, 1);
+    if (!_setjmp(scheduler_jump_)) _longjmp(fiber.jump, 1);
     finish_switch(scheduler_fake_stack_);
   }
 
@@ -153,7 +154,7 @@ class Emulator {
   __attribute__((noinline)) void leave() {
     Fiber& fiber = *fibers_[current_];
     start_switch(&fiber.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
-    if (!__builtin_setjmp(fiber.jump)) __builtin_longjmp(scheduler_jump_, 1);
+    if (!_setjmp(fiber.jump)) _longjmp(scheduler_jump_, 1);
     finish_switch(fibers_[current_]->fake_stack);
   }
 
@@ -183,7 +184,7 @@ class Emulator {
   std::vector<Barrier> barriers_;
   std::vector<double> values_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  void* scheduler_jump_[5];
+  jmp_buf scheduler_jump_;
   void* scheduler_fake_stack_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
