@@ -33,7 +33,7 @@ lint: .venv/installed
 cpp:
 	cmake -S . -B build/cmake
 	cmake --build build/cmake --parallel
-	ctest --test-dir build/cmake --output-on-failure
+	ctest --test-dir build/cmake --output-on-failure --parallel 2
 
 clean:
 	rm -rf .venv build gradsurgery/*.so *.egg-info

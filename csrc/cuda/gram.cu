@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Stage 2 on the GPU. A block sums one slot of columns, its warps taking turns at vectors of 16 bytes; all products and
-// sums are in float64. Two kinds of tiles, both without shared memory:
+// sums are in float64. Two kinds of tiles, both in registers alone:
 //   * up to kDirectTasks rows: every lane holds all pairs for columns of its own;
-//   * more rows: 8 x 8 tiles of the float64 matrix instruction, in groups of kGroup rows. A lane's vector of row 8 r +
-//   g
-//     serves as the left and the right operand: any order of the columns gives the same products, if both use it.
+//   * more rows: 8 x 8 tiles of the float64 matrix instruction, in groups of kGroup rows. A lane's vector of row
+//     8 r + g serves as the left and the right operand: any order of the columns gives the same products, if both use
+//     it.
 // A second kernel adds the slots in order. Slots depend on the sizes alone, so the bits do not depend on the GPU.
 #include <algorithm>
 

@@ -17,13 +17,15 @@ struct Run {
   int32_t segment, params;
 };
 
+// One parameter: its columns begin at first_column of its run.
 struct Param {
   int64_t first_column, numel;
 };
 
 constexpr int kTableBytes = 32000;  // of the 32,764 that a launch takes
 
-// Followed in `bytes` by runs (from the front), and per parameter (from the back) a Param and `pointers` addresses.
+// Parameters of one dtype. `bytes` holds the runs from the front, and from the back a Param and `pointers` addresses
+// for each parameter.
 struct Table {
   int32_t params, runs, slots;
   int32_t pointers;  // per parameter: T rows, for combine the output as well

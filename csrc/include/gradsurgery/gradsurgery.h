@@ -8,7 +8,9 @@
 //   * the library never allocates: the caller passes outputs and a workspace, aligned to 64 bytes, of at least
 //     the size that the matching gs_*_workspace_bytes names (never negative, -1 for invalid arguments);
 //   * a status comes back; gs_last_error() is the message of the last failure on this thread;
-//   * the same inputs give the same bits, whatever the number of threads behind gs_parallel.
+//   * the same inputs give the same bits, whatever the number of threads behind gs_parallel;
+//   * the _cuda functions only enqueue work on the stream: gradients, outputs, T x T data and workspace are device
+//     memory, while gs_gradients with its arrays and the array of outputs are read on the host during the call.
 // A worker thread needs 512 KiB of stack.
 #ifndef GRADSURGERY_GRADSURGERY_H_
 #define GRADSURGERY_GRADSURGERY_H_
