@@ -1,5 +1,41 @@
 // SPDX-License-Identifier: MIT
 // A library built without CUDA still defines the CUDA entry points.
 #if !defined(GS_WITH_CUDA)
-#include "unsupported.inl"
+#include "status.h"
+
+namespace {
+
+gs_status unsupported() { return gs::fail(GS_UNSUPPORTED, "this library was built without CUDA kernels"); }
+
+}  // namespace
+
+int gs_has_cuda(void) { return 0; }
+
+int64_t gs_gram_cuda_workspace_bytes(const gs_gradients*) { return unsupported(), -1; }
+
+gs_status gs_gram_cuda(const gs_gradients*, double*, void*, int64_t, gs_stream) { return unsupported(); }
+
+gs_status gs_combine_cuda(const gs_gradients*, const double*, void* const*, int, gs_stream) { return unsupported(); }
+
+gs_status gs_task_order_cuda(int64_t, uint64_t, const int64_t*, int64_t*, gs_stream) { return unsupported(); }
+
+gs_status gs_pcgrad_cuda(const double*, int64_t, int64_t, const int64_t*, uint64_t, int64_t*, int, int, double*,
+                         gs_stream) {
+  return unsupported();
+}
+
+gs_status gs_min_norm_cuda(const double*, int64_t, int64_t, gs_solver, int64_t, double, double*, void*, int64_t,
+                           gs_stream) {
+  return unsupported();
+}
+
+gs_status gs_gradnorm_cuda(const double*, const double*, const double*, const double*, int64_t, int64_t, double, double,
+                           double*, gs_stream) {
+  return unsupported();
+}
+
+gs_status gs_gradnorm_step_cuda(const double*, const double*, int64_t, int64_t, double, double, double*, double*,
+                                double*, gs_stream) {
+  return unsupported();
+}
 #endif
