@@ -16,7 +16,8 @@
 
 #define GS_KERNEL __global__ void
 #define GS_DEVICE __device__ __forceinline__
-#define GS_GRID_CONSTANT __grid_constant__  // an argument that stays in constant memory
+#define GS_GRID_CONSTANT __grid_constant__                             // an argument that stays in constant memory
+#define GS_BLOCKS(threads, blocks) __launch_bounds__(threads, blocks)  // threads a block, blocks a multiprocessor
 
 namespace gs::gpu {
 
@@ -28,6 +29,8 @@ GS_DEVICE int64_t block() { return blockIdx.x; }
 
 GS_DEVICE void sync_block() { __syncthreads(); }
 GS_DEVICE void sync_warp() { __syncwarp(); }
+// sync_block(), and whether any thread brought true.
+GS_DEVICE bool any_of_block(bool value) { return __syncthreads_or(value); }
 
 // The value of the lane whose number differs by mask.
 GS_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
@@ -41,7 +44,39 @@ GS_DEVICE void multiply_8x8x4(double (&d)[2], double a, double b) {
       : "d"(a), "d"(b));
 }
 
+// d += a b for a 16 x 16 matrix a of rows, b of columns, both of 16-bit values in pairs; lane 4 g + k holds
+// a[g][2 k, 2 k + 1], a[g + 8][..], a[g][2 k + 8, 2 k + 9], a[g + 8][..]; b[2 k, 2 k + 1][g], b[2 k + 8, 2 k + 9][g];
+// d[g][2 k], d[g][2 k + 1], d[g + 8][2 k], d[g + 8][2 k + 1]. The sums may be truncated instead of rounded.
+GS_DEVICE void multiply_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+GS_DEVICE void multiply_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The same for a 16 x 8 matrix a and tf32 values: one where the others have a pair.
+GS_DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Four 8 x 8 matrices of 16-bit values from shared memory, the rows of the first one at the addresses of lanes 0 to 7,
+// of the second one at those of lanes 8 to 15, and so on: lane 4 g + k gets word k of row g of each.
+GS_DEVICE void load_matrices(uint32_t (&word)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
 GS_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
+GS_DEVICE uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 GS_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
 // To nearest even.
@@ -55,18 +90,21 @@ GS_DEVICE T& shared() {
   return *reinterpret_cast<T*>(shared_bytes);
 }
 
-// Counts the blocks that have arrived, after everything they wrote is visible to the device; true for the last one,
-// which leaves the counter at 0 for the next launch. Called by one thread between two sync_block().
-GS_DEVICE bool is_last_arrival(uint32_t* counter, uint32_t arrivals) {
-  __threadfence();
-  const bool last = atomicInc(counter, arrivals - 1) == arrivals - 1;
-  __threadfence();
-  return last;
-}
-
-// 16 aligned bytes of memory that is read once.
+// 16 aligned bytes of memory: to be read again by a later kernel, from the level-2 cache if it is still there, or for
+// the last time.
 template <class V>
-GS_DEVICE V load_once(const V* p) {
+GS_DEVICE V load_first(const V* p) {
+  static_assert(sizeof(V) == 16);
+  uint32_t bits[4];
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+               : "l"(p));
+  V value;
+  memcpy(&value, bits, 16);
+  return value;
+}
+template <class V>
+GS_DEVICE V load_last(const V* p) {
   static_assert(sizeof(V) == 16);
   const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(p));
   V value;
@@ -74,7 +112,23 @@ GS_DEVICE V load_once(const V* p) {
   return value;
 }
 
-// Kernels that were launched with kOverlap start before the one ahead of them in the stream has ended. The wait comes
+// Starts to copy 16 aligned bytes to shared memory. A thread's copies up to a close_copies() are one group, and
+// wait_for_copies<n>() waits for all groups of the thread but the last n; sync_block() shows them to the others.
+template <class V>
+GS_DEVICE void copy_to_shared(V* shared, const V* p) {
+  static_assert(sizeof(V) == 16);
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(p)
+               : "memory");
+}
+GS_DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kOpen>
+GS_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+}
+
+// From compute capability 9.0 on, kernels start before the one ahead of them in the stream has ended. The wait comes
 // before the first access to anything that an earlier kernel writes or reads.
 GS_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -87,19 +141,40 @@ GS_DEVICE void let_next_kernel_start() {
 #endif
 }
 
+// What the choice of kernels depends on, of the current device.
+struct Traits {
+  bool overlaps;     // a kernel may start before the one ahead of it has ended
+  bool fast_double;  // float64 at half of the rate of float32, not a 32nd or less
+};
+
+inline gs_status fail_cuda(const char* what, cudaError_t error) {
+  cudaGetLastError();  // or the next launch of somebody else would report it
+  return fail(GS_UNSUPPORTED, "%s: %s", what, cudaGetErrorString(error));
+}
+
+inline gs_status get_traits(Traits& traits) {
+  int device = 0, major = 0, ratio = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, device);
+  if (error != cudaSuccess) return fail_cuda("no CUDA device", error);
+  traits = {major >= 9, ratio <= 4};
+  return GS_OK;
+}
+
 template <class... P, class... A>
 gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
                  A... arguments) {
   if (blocks == 0) return GS_OK;
   if (blocks > INT32_MAX)
     return fail(GS_UNSUPPORTED, "a launch takes at most 2^31 - 1 blocks, got %lld", (long long)blocks);
+  Traits traits;
+  if (const gs_status status = get_traits(traits)) return status;
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes));
-    if (error != cudaSuccess)
-      return fail(GS_UNSUPPORTED, "shared memory of %lld bytes: %s", (long long)shared_bytes,
-                  cudaGetErrorString(error));
+    if (error != cudaSuccess) return fail_cuda("shared memory", error);
   }
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -110,9 +185,9 @@ gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shar
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   config.attrs = &overlap;
-  config.numAttrs = 1;
+  config.numAttrs = traits.overlaps ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
-  return error == cudaSuccess ? GS_OK : fail(GS_UNSUPPORTED, "launch failed: %s", cudaGetErrorString(error));
+  return error == cudaSuccess ? GS_OK : fail_cuda("launch failed", error);
 }
 
 }  // namespace gs::gpu

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: MIT
-// The pointer table that a kernel of stages 2 and 4 takes by argument, so that no copy to the device is needed. A list
-// of parameters that does not fit goes into several launches.
+// The pointer table that a kernel of stages 2 and 4 takes by argument, so that no copy to the device is needed.
+// Parameters go into a table per dtype, and into several if they do not fit.
 #pragma once
+#include <algorithm>
+
 #include "cpu/schedule.h"
-#include "cuda/device.cuh"
-#include "solvers/common.h"
+#include "cuda/rows.cuh"
 
 namespace gs::gpu {
 
-// One parameter: where its columns begin among those of its run, and its rows.
-// A run is a stretch of parameters with one segment and one dtype; it is cut into slots of `width` columns, a block
-// each.
+// A stretch of parameters with one segment, which is cut into slots, a block each.
 struct Run {
-  int64_t columns, width;
+  int64_t columns;
   int32_t first_slot, first_param;
   int32_t segment, params;
 };
@@ -20,15 +19,17 @@ struct Run {
 // One parameter: its columns begin at first_column of its run.
 struct Param {
   int64_t first_column, numel;
+  int64_t residue;  // as in Piece
 };
 
 constexpr int kTableBytes = 32000;  // of the 32,764 that a launch takes
 
-// Parameters of one dtype. `bytes` holds the runs from the front, and from the back a Param and `pointers` addresses
-// for each parameter.
+// `bytes` holds the runs from the front, and from the back a Param and `pointers` addresses for each parameter.
 struct Table {
+  int32_t dtype;
   int32_t params, runs, slots;
   int32_t pointers;  // per parameter: T rows, for combine the output as well
+  int64_t width;     // columns of a slot
   alignas(16) unsigned char bytes[kTableBytes];
 
   GS_HOST_DEVICE int64_t param_bytes() const { return static_cast<int64_t>(sizeof(Param)) + 8 * pointers; }
@@ -58,51 +59,41 @@ struct Table {
   }
 };
 
-// Cuts a gs_gradients into tables. slots_of(columns) is the number of slots of a run.
-template <class SlotsOf>
+// Cuts a gs_gradients into tables. width_of(columns) is the width of slots for so many columns in all.
+template <class WidthOf>
 class TableBuilder {
  public:
-  TableBuilder(const gs_gradients& grads, void* const* out, const SlotsOf& slots_of)
-      : grads_(grads), out_(out), slots_of_(slots_of) {}
+  TableBuilder(const gs_gradients& grads, void* const* out, const WidthOf& width_of)
+      : grads_(grads), out_(out), width_of_(width_of) {}
 
   // Fills the table with the parameters that fit, from where the last call stopped; false when there are none left.
   // Parameters without elements, gradients or (for combine) an output are left out.
   bool fill(Table& table) {
     table.params = table.runs = table.slots = 0;
     table.pointers = static_cast<int32_t>(grads_.num_tasks + (out_ ? 1 : 0));
-    for (; next_ < grads_.num_params; next_++) {
-      if (!counts(next_)) continue;
-      const bool joins = table.runs > 0 && last().segment == segment_of(grads_, next_) && dtype_ == grads_.dtype[next_];
-      const int64_t used =
-          (table.runs + !joins) * static_cast<int64_t>(sizeof(Run)) + (table.params + 1) * table.param_bytes();
-      if (used > kTableBytes || (table.runs > 0 && dtype_ != grads_.dtype[next_])) break;
-      if (!joins) {
-        dtype_ = grads_.dtype[next_];
-        run_ = reinterpret_cast<Run*>(table.bytes) + table.runs++;
-        *run_ = {0, 0, 0, table.params, static_cast<int32_t>(segment_of(grads_, next_)), 0};
+    int64_t columns = 0;
+    for (; table.params == 0 && dtype_ <= GS_FLOAT16; next_ = 0, dtype_++) {
+      for (; next_ < grads_.num_params; next_++) {
+        if (grads_.dtype[next_] != dtype_ || !counts(next_)) continue;
+        if (!add(table)) break;
+        columns += grads_.numel[next_];
       }
-      auto* param = const_cast<Param*>(&table.param(table.params));
-      *param = {last().columns, grads_.numel[next_]};
-      auto* pointers = reinterpret_cast<const void**>(param + 1);
-      std::copy(grads_.data + next_ * grads_.num_tasks, grads_.data + (next_ + 1) * grads_.num_tasks, pointers);
-      if (out_) pointers[grads_.num_tasks] = out_[next_];
-      run_->columns += grads_.numel[next_];
-      run_->params++;
-      table.params++;
+      if (next_ < grads_.num_params) break;
     }
+    table.width = round_up(width_of_(columns), kWidthAlignment);
     for (int64_t r = 0; r < table.runs; r++) {
-      Run& run = reinterpret_cast<Run*>(table.bytes)[r];
-      const int64_t slots = slots_of_(run.columns);
-      run.width = ((run.columns + slots - 1) / slots + kSlotAlignment - 1) / kSlotAlignment * kSlotAlignment;
+      Run& run = runs(table)[r];
       run.first_slot = table.slots;
-      table.slots += static_cast<int32_t>((run.columns + run.width - 1) / run.width);
+      table.slots += static_cast<int32_t>((run.columns + table.width - 1) / table.width);
     }
     return table.params > 0;
   }
-  int32_t dtype() const { return dtype_; }  // of all parameters in the table
 
  private:
-  static constexpr int64_t kSlotAlignment = 512;
+  static constexpr int64_t kWidthAlignment = 512;
+
+  static int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+  static Run* runs(Table& table) { return reinterpret_cast<Run*>(table.bytes); }
 
   bool counts(int64_t p) const {
     if (grads_.numel[p] == 0) return false;
@@ -110,107 +101,77 @@ class TableBuilder {
     const void* const* rows = grads_.data + p * grads_.num_tasks;
     return std::any_of(rows, rows + grads_.num_tasks, [](const void* row) { return row != nullptr; });
   }
-  const Run& last() const { return *run_; }
 
-  const gs_gradients& grads_;
-  void* const* out_;
-  const SlotsOf& slots_of_;
-  int64_t next_ = 0;
-  int32_t dtype_ = 0;
-  Run* run_ = nullptr;
-};
+  // Adds parameter next_; false if it does not fit.
+  bool add(Table& table) {
+    Run* run = table.runs > 0 ? runs(table) + table.runs - 1 : nullptr;
+    const auto segment = static_cast<int32_t>(segment_of(grads_, next_));
+    const bool joins = run && run->segment == segment;
+    const int64_t used =
+        (table.runs + !joins) * static_cast<int64_t>(sizeof(Run)) + (table.params + 1) * table.param_bytes();
+    if (used > kTableBytes) return false;
+    table.dtype = dtype_;
+    if (!joins) {
+      run = runs(table) + table.runs++;
+      *run = {0, 0, table.params, segment, 0};
+    }
+    auto* param = const_cast<Param*>(&table.param(table.params));
+    auto* pointers = reinterpret_cast<const void**>(param + 1);
+    std::copy(grads_.data + next_ * grads_.num_tasks, grads_.data + (next_ + 1) * grads_.num_tasks, pointers);
+    if (out_) pointers[grads_.num_tasks] = out_[next_];
+    *param = {run->columns, grads_.numel[next_], residue_of(pointers, table.pointers)};
+    run->columns += grads_.numel[next_];
+    run->params++;
+    table.params++;
+    return true;
+  }
 
-// Elements of the four dtypes, to and from float64; 16 bytes of them.
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-template <class In>
-constexpr int kVector = 16 / static_cast<int>(sizeof(In));
-
-GS_DEVICE double to_double(double x) { return x; }
-GS_DEVICE double to_double(float x) { return x; }
-GS_DEVICE double to_double(bfloat16 x) { return float_from_bits(uint32_t{x.bits} << 16); }
-GS_DEVICE double to_double(float16 x) { return half_to_float(x.bits); }
-
-GS_DEVICE void from_double(double x, double& out) { out = x; }
-GS_DEVICE void from_double(double x, float& out) { out = static_cast<float>(x); }
-GS_DEVICE void from_double(double x, bfloat16& out) { out.bits = float_to_bfloat(static_cast<float>(x)); }
-GS_DEVICE void from_double(double x, float16& out) { out.bits = float_to_half(static_cast<float>(x)); }
-
-template <class In>
-struct alignas(16) Vector {
-  In value[kVector<In>];
-};
-
-// Columns begin..end of one parameter, in steps of vectors that are aligned in every row, if one step can be.
-template <class In>
-struct Piece {
-  const void* const* rows;
-  int64_t begin, end;
-  int64_t first_vector;  // the first step begins here, at or before begin
-  bool aligned;          // whether steps within begin..end are 16-byte loads
-
-  GS_DEVICE Piece(const void* const* pointers, int64_t count, int64_t from, int64_t to)
-      : rows(pointers), begin(from), end(to), first_vector(from), aligned(true) {
+  int64_t residue_of(const void* const* pointers, int64_t count) const {
     int64_t residue = -1;
     for (int64_t t = 0; t < count; t++) {
       if (!pointers[t]) continue;
-      const auto address = reinterpret_cast<uintptr_t>(static_cast<const In*>(pointers[t]) + from);
-      const auto own = static_cast<int64_t>(address % 16);
-      aligned = aligned && (residue < 0 || residue == own);
+      const auto own = static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointers[t]) % 16);
+      if (residue >= 0 && own != residue) return -1;
       residue = own;
     }
-    if (aligned && residue > 0) first_vector = from - residue / static_cast<int64_t>(sizeof(In));
+    return residue / element_bytes(dtype_);
   }
 
-  GS_DEVICE bool is_whole(int64_t c) const { return aligned && c >= begin && c + kVector<In> <= end; }
-
-  // Row t's vector at column c, with zeros outside begin..end and where the row is absent.
-  GS_DEVICE Vector<In> load(int64_t t, int64_t c) const {
-    Vector<In> vector = {};
-    const auto* row = static_cast<const In*>(rows[t]);
-    if (!row) return vector;
-    if (is_whole(c)) return load_once(reinterpret_cast<const Vector<In>*>(row + c));
-#pragma unroll
-    for (int e = 0; e < kVector<In>; e++) {
-      if (c + e >= begin && c + e < end) vector.value[e] = row[c + e];
-    }
-    return vector;
-  }
+  const gs_gradients& grads_;
+  void* const* out_;
+  const WidthOf& width_of_;
+  int32_t dtype_ = GS_FLOAT64;
+  int64_t next_ = 0;
 };
 
-// Calls visit(piece) for each stretch of a parameter in the block's slot.
-template <class In, class Visit>
-GS_DEVICE void for_each_piece(const Table& table, int64_t slot, const Visit& visit) {
-  const Run& run = table.run_of(slot);
-  const int64_t begin = (slot - run.first_slot) * run.width;
-  const int64_t end = begin + run.width < run.columns ? begin + run.width : run.columns;
-  const int64_t last_param = run.first_param + run.params;
-  for (int64_t p = table.param_of(run, begin); p < last_param && table.param(p).first_column < end; p++) {
+// The columns of a slot, in pieces of parameters.
+struct Slot {
+  const Table& table;
+  const Run& run;
+  int64_t begin, end;
+
+  GS_DEVICE Slot(const Table& all, int64_t slot)
+      : table(all), run(all.run_of(slot)), begin((slot - run.first_slot) * all.width) {
+    end = begin + table.width < run.columns ? begin + table.width : run.columns;
+  }
+  GS_DEVICE int64_t first_param() const { return table.param_of(run, begin); }
+  GS_DEVICE bool holds(int64_t p) const {
+    return p < run.first_param + run.params && table.param(p).first_column < end;
+  }
+  template <class In, int kLanes>
+  GS_DEVICE Piece<In, kLanes> piece(int64_t p) const {
     const Param& param = table.param(p);
     const int64_t from = begin > param.first_column ? begin - param.first_column : 0;
     const int64_t to = end - param.first_column < param.numel ? end - param.first_column : param.numel;
-    visit(Piece<In>(table.row(p), table.pointers, from, to));
+    return {table.row(p), param.residue, from, to};
   }
-}
+};
 
-// Calls body<In>() with the type of a gs_dtype.
-template <class Body>
-gs_status with_dtype(int32_t dtype, const Body& body) {
-  switch (dtype) {
-    case GS_FLOAT64:
-      return body(double{});
-    case GS_FLOAT32:
-      return body(float{});
-    case GS_BFLOAT16:
-      return body(bfloat16{});
-    default:
-      return body(float16{});
-  }
+// Calls visit(piece) for each piece of a slot.
+template <class In, int kLanes, class Visit>
+GS_DEVICE void for_each_piece(const Table& table, int64_t index, const Visit& visit) {
+  const Slot slot(table, index);
+  for (int64_t p = slot.first_param(); slot.holds(p); p++) visit(slot.piece<In, kLanes>(p));
 }
 
 }  // namespace gs::gpu

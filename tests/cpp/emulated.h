@@ -26,6 +26,7 @@
 #define GS_KERNEL inline void
 #define GS_DEVICE inline
 #define GS_GRID_CONSTANT
+#define GS_BLOCKS(threads, blocks)
 
 namespace gs::gpu {
 
@@ -41,6 +42,7 @@ class Emulator {
   }
 
   Order order = Order::kForward;
+  bool fast_double = true;
 
   void run(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel) {
     kernel_ = std::move(kernel);
@@ -73,8 +75,22 @@ class Emulator {
   void wait_block() { wait(0, threads_); }
   void wait_warp() { wait(1 + current_ / kWarp, std::min(kWarp, threads_ - current_ / kWarp * kWarp)); }
 
-  // Two values per thread that the others of the warp can read between two barriers.
-  double& lane_value(int lane, int which = 0) { return values_[2 * (current_ / kWarp * kWarp + lane) + which]; }
+  bool any_of_block(bool value) {
+    votes_[current_] = value;
+    wait_block();
+    const bool any = std::find(votes_.begin(), votes_.end(), true) != votes_.end();
+    wait_block();
+    return any;
+  }
+
+  // A thread's groups of copies to shared memory.
+  std::vector<std::vector<std::function<void()>>>& copies() { return fibers_[current_]->copies; }
+
+  // Values of a thread that the others of the warp can read between two barriers.
+  static constexpr int kLaneValues = 6;
+  double& lane_value(int lane, int which = 0) {
+    return values_[kLaneValues * (current_ / kWarp * kWarp + lane) + which];
+  }
 
  private:
   struct Barrier {
@@ -85,15 +101,20 @@ class Emulator {
     jmp_buf jump;
     std::unique_ptr<unsigned char[]> stack;
     void* fake_stack = nullptr;
+    std::vector<std::vector<std::function<void()>>> copies;
     bool done = false;
   };
   static constexpr size_t kStackBytes = 256 * 1024;
 
   void run_block() {
     barriers_.assign(1 + (threads_ + kWarp - 1) / kWarp, Barrier());
-    values_.assign(2 * threads_, 0);
+    values_.assign(kLaneValues * threads_, 0);
+    votes_.assign(threads_, false);
     while (static_cast<int>(fibers_.size()) < threads_) add_fiber();
-    for (int t = 0; t < threads_; t++) fibers_[t]->done = false;
+    for (int t = 0; t < threads_; t++) {
+      fibers_[t]->copies.assign(1, {});
+      fibers_[t]->done = false;
+    }
     for (int left = threads_; left > 0;) {
       progress_ = false;
       for (int i = 0; i < threads_; i++) {
@@ -183,6 +204,7 @@ class Emulator {
   std::unique_ptr<unsigned char[]> shared_;
   std::vector<Barrier> barriers_;
   std::vector<double> values_;
+  std::vector<bool> votes_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   jmp_buf scheduler_jump_;
   void* scheduler_fake_stack_ = nullptr;
@@ -195,6 +217,7 @@ inline int threads() { return Emulator::get().threads(); }
 inline int64_t block() { return Emulator::get().block(); }
 inline void sync_block() { Emulator::get().wait_block(); }
 inline void sync_warp() { Emulator::get().wait_warp(); }
+inline bool any_of_block(bool value) { return Emulator::get().any_of_block(value); }
 
 inline double shuffle_xor(double value, int mask) {
   Emulator& emulator = Emulator::get();
@@ -223,6 +246,32 @@ inline void multiply_8x8x4(double (&d)[2], double a, double b) {
   emulator.wait_warp();
 }
 
+// d += a b of a 16 x 8 instruction whose words hold kValues values each.
+template <int kValues, class Decode>
+void multiply_16x8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Decode& decode) {
+  Emulator& emulator = Emulator::get();
+  const int lane = emulator.thread() % kWarp, g = lane / 4, k = lane % 4;
+  for (int w = 0; w < 6; w++) emulator.lane_value(lane, w) = w < 4 ? a[w] : b[w - 4];
+  emulator.wait_warp();
+  for (int r = 0; r < 2; r++) {
+    for (int h = 0; h < 2; h++) {
+      double sum = d[2 * r + h];
+      for (int i = 0; i < 4; i++) {
+        for (int half = 0; half < 2; half++) {
+          const auto x = static_cast<uint32_t>(emulator.lane_value(4 * g + i, r + 2 * half));
+          const auto y = static_cast<uint32_t>(emulator.lane_value(4 * (2 * k + h) + i, 4 + half));
+          for (int v = 0; v < kValues; v++) sum += double{decode(x, v)} * double{decode(y, v)};
+        }
+      }
+      // The hardware truncates, and flushes what is subnormal.
+      auto result = static_cast<float>(sum);
+      if (std::abs(result) > std::abs(sum)) result = std::nextafter(result, 0.0f);
+      d[2 * r + h] = std::abs(result) < 0x1p-126f ? 0 : result;
+    }
+  }
+  emulator.wait_warp();
+}
+
 inline float float_from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -236,6 +285,34 @@ inline float half_to_float(uint16_t bits) {
   return bits >> 15 ? -magnitude : magnitude;
 }
 
+inline void multiply_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_16x8<2>(d, a, b, [](uint32_t word, int v) { return float_from_bits(v ? word & 0xffff0000 : word << 16); });
+}
+inline void multiply_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_16x8<2>(d, a, b,
+                   [](uint32_t word, int v) { return half_to_float(static_cast<uint16_t>(v ? word >> 16 : word)); });
+}
+inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_16x8<1>(d, a, b, [](uint32_t word, int) { return float_from_bits(word & 0xffffe000); });
+}
+inline void load_matrices(uint32_t (&word)[4], const void* row) {
+  Emulator& emulator = Emulator::get();
+  const int lane = emulator.thread() % kWarp;
+  std::memcpy(&emulator.lane_value(lane), &row, sizeof(row));
+  emulator.wait_warp();
+  for (int m = 0; m < 4; m++) {
+    const char* other;
+    std::memcpy(&other, &emulator.lane_value(8 * m + lane / 4), sizeof(other));
+    std::memcpy(&word[m], other + lane % 4 * 4, 4);
+  }
+  emulator.wait_warp();
+}
+inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
 inline uint16_t float_to_half(float value) {
   const float magnitude = std::abs(value);
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
@@ -247,8 +324,7 @@ inline uint16_t float_to_half(float value) {
   return sign | static_cast<uint16_t>(((exponent + 14) << 10) + mantissa);
 }
 inline uint16_t float_to_bfloat(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
+  const uint32_t bits = bits_of_float(value);
   return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
@@ -257,23 +333,44 @@ T& shared() {
   return *reinterpret_cast<T*>(Emulator::get().shared());
 }
 
-inline bool is_last_arrival(uint32_t* counter, uint32_t arrivals) {
-  const bool last = *counter == arrivals - 1;
-  *counter = last ? 0 : *counter + 1;
-  return last;
-}
-
 template <class V>
-V load_once(const V* p) {
+V load_first(const V* p) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(V) != 0) {
     std::printf("misaligned load of %zu bytes\n", sizeof(V));
     std::exit(1);
   }
   return *p;
 }
+template <class V>
+V load_last(const V* p) {
+  return load_first(p);
+}
+
+// A copy takes place when its thread waits for it, as late as it can.
+template <class V>
+void copy_to_shared(V* shared, const V* p) {
+  Emulator::get().copies().back().emplace_back([=] { *shared = load_first(p); });
+}
+inline void close_copies() { Emulator::get().copies().emplace_back(); }
+template <int kOpen>
+void wait_for_copies() {
+  auto& groups = Emulator::get().copies();  // the last one is not closed
+  while (groups.size() > kOpen + 1) {
+    for (const auto& copy : groups.front()) copy();
+    groups.erase(groups.begin());
+  }
+}
 
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
+
+struct Traits {
+  bool overlaps, fast_double;
+};
+inline gs_status get_traits(Traits& traits) {
+  traits = {true, Emulator::get().fast_double};
+  return GS_OK;
+}
 
 template <class... P, class... A>
 gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream, A... arguments) {

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: MIT
+// Stage 2 on the GPU. A block sums the products of one slot of columns into partial sums, of which there is one per
+// slot and pair of tasks; a second kernel adds the slots in order. Slots depend on the sizes alone, so the bits do not
+// depend on the GPU. The kernels, by the number of tasks:
+//   * gram_direct.cu: few, every lane holds all pairs for columns of its own;
+//   * gram_tiles.cu: more, a warp holds all pairs in tiles of matrix instructions, straight from global memory;
+//   * gram_staged.cu: many, the warps of a block hold tiles each and read the rows from shared memory.
+#pragma once
+#include "cuda/table.cuh"
+
+namespace gs::gpu {
+
+constexpr int64_t kDirectTasks = 4;
+// Without fast float64, pairs cost more than tiles of matrix instructions for float32 and shorter formats.
+constexpr int64_t kSlowDirectTasks = 2;
+// What one warp can hold: float64 sums of products in float64, or float32 sums beside them.
+constexpr int64_t kDoubleTileTasks = 56;
+constexpr int64_t kFloatTileTasks = 32;
+
+GS_HOST_DEVICE constexpr int64_t pairs_of(int64_t num_tasks) { return num_tasks * (num_tasks + 1) / 2; }
+// Pair (i, j), i <= j, in a row-wise upper triangle.
+GS_HOST_DEVICE constexpr int64_t pair_index(int64_t i, int64_t j, int64_t num_tasks) {
+  return i * num_tasks - i * (i - 1) / 2 + j - i;
+}
+
+// Each writes the partial sums [slots][pairs] of a table.
+gs_status launch_direct(const Table& table, int64_t num_tasks, double* partials, gs_stream stream);
+gs_status launch_tiles(const Table& table, int64_t num_tasks, bool fast_double, double* partials, gs_stream stream);
+gs_status launch_staged(const Table& table, int64_t num_tasks, double* partials, gs_stream stream);
+
+// Float64 products and sums for these tasks and this dtype.
+inline bool in_double(int32_t dtype, int64_t num_tasks, bool fast_double) {
+  return dtype == GS_FLOAT64 || (dtype == GS_FLOAT32 && fast_double && num_tasks <= kDoubleTileTasks);
+}
+
+}  // namespace gs::gpu

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT
+// Few tasks: every lane reads columns of its own and keeps all pairs in registers, in float64.
+#include "cuda/gram.cuh"
+
+namespace gs::gpu {
+namespace {
+
+constexpr int kWarps = 8;
+
+// Steps whose loads are in flight together: few rows alone do not cover the latency of memory.
+template <int T>
+constexpr int kUnroll = T <= 2 ? 4 : 2;
+
+template <int T>
+GS_DEVICE void add_pairs(const double (&value)[T], double (&acc)[pairs_of(T)]) {
+#pragma unroll
+  for (int i = 0; i < T; i++) {
+#pragma unroll
+    for (int j = i; j < T; j++) acc[pair_index(i, j, T)] += value[i] * value[j];
+  }
+}
+
+template <class In, int T>
+GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) direct_kernel(const GS_GRID_CONSTANT Table table, double* partials) {
+  wait_for_previous_kernel();
+  using Rows = Piece<In, kWarp>;
+  constexpr int kPairs = static_cast<int>(pairs_of(T));
+  const int lane = thread() % kWarp, warp = thread() / kWarp;
+  double acc[kPairs] = {};
+  int64_t turn = warp;  // the warps' turns go on from piece to piece
+  for_each_piece<In, kWarp>(table, block(), [&](const Rows& piece) {
+    const In* row[T];
+#pragma unroll
+    for (int t = 0; t < T; t++) row[t] = piece.row(t);
+    const Steps steps(piece, kUnroll<T> * Rows::kStep, false);
+    for (; turn < steps.count; turn += kWarps) {
+      Vector<In> x[kUnroll<T>][T];
+      load_steps<kWarp>(row, steps.step(turn), piece.aligned, lane, load_first<Vector<In>>, x);
+#pragma unroll
+      for (int u = 0; u < kUnroll<T>; u++) {
+#pragma unroll
+        for (int e = 0; e < kVector<In>; e++) {
+          double value[T];
+#pragma unroll
+          for (int t = 0; t < T; t++) value[t] = to_double(x[u][t].get(e));
+          add_pairs<T>(value, acc);
+        }
+      }
+    }
+    turn -= steps.count;
+    for (int64_t i = thread(); i < steps.rest; i += threads()) {
+      double value[T];
+#pragma unroll
+      for (int t = 0; t < T; t++) value[t] = row[t] ? to_double(row[t][steps.rest_column(i)]) : 0;
+      add_pairs<T>(value, acc);
+    }
+  });
+  double* sums = &shared<double>();  // [kWarps][kPairs]
+#pragma unroll
+  for (int pair = 0; pair < kPairs; pair++) {
+    double sum = acc[pair];
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane == 0) sums[warp * kPairs + pair] = sum;
+  }
+  sync_block();
+  let_next_kernel_start();
+  for (int pair = thread(); pair < kPairs; pair += threads()) {
+    double sum = 0;
+    for (int w = 0; w < kWarps; w++) sum += sums[w * kPairs + pair];
+    partials[block() * kPairs + pair] = sum;
+  }
+}
+
+template <class In, int T>
+gs_status launch_one(const Table& table, int64_t num_tasks, double* partials, gs_stream stream) {
+  if constexpr (T < kDirectTasks) {
+    if (num_tasks > T) return launch_one<In, T + 1>(table, num_tasks, partials, stream);
+  }
+  return launch(&direct_kernel<In, T>, table.slots, kWarps * kWarp, kWarps * pairs_of(T) * 8, stream, table, partials);
+}
+
+}  // namespace
+
+gs_status launch_direct(const Table& table, int64_t num_tasks, double* partials, gs_stream stream) {
+  return with_dtype(table.dtype,
+                    [&](auto in) { return launch_one<decltype(in), 1>(table, num_tasks, partials, stream); });
+}
+
+}  // namespace gs::gpu

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: MIT
+// What the tests of the emulated CUDA kernels share.
+#pragma once
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <memory>
+
+#include "emulated.h"
+#include "rows.h"
+
+using gs::gpu::Emulator;
+using gs::gpu::Order;
+using Values = std::vector<double>;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+inline std::unique_ptr<void, Free> allocate(int64_t bytes) {
+  return std::unique_ptr<void, Free>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+}
+
+// What `run` writes to an output full of NaN; it must not depend on the order of the threads.
+inline Values in_every_order(int64_t count, const std::function<gs_status(double*)>& run) {
+  Values first;
+  for (const Order order : {Order::kForward, Order::kBackward, Order::kInterleaved}) {
+    Emulator::get().order = order;
+    Values out(count, std::numeric_limits<double>::quiet_NaN());
+    CHECK(run(out.data()) == GS_OK, "%s", gs_last_error());
+    if (order == Order::kForward) first = out;
+    CHECK(std::equal(out.begin(), out.end(), first.begin(),
+                     [](double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }),
+          "order %d gives other bits", static_cast<int>(order));
+  }
+  return first;
+}
+
+inline void check_close(const Values& got, const Values& expected, double tolerance, const char* what) {
+  for (size_t i = 0; i < got.size(); i++) {
+    const bool same = std::isnan(expected[i]) ? std::isnan(got[i]) : std::abs(got[i] - expected[i]) <= tolerance;
+    CHECK(same, "%s at %zu: %.17g, expected %.17g", what, i, got[i], expected[i]);
+  }
+}

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: MIT
+// The CUDA solvers, compiled for the host (emulated.h), against the CPU's results, in several orders of threads and
+// blocks: the same bits in each.
+#include "emulation.h"
+
+namespace {
+
+// Gram matrices of random rows: conflicting, of mixed scales, dependent, with zero rows, and one with a NaN.
+Values grams_of(int64_t num_tasks) {
+  std::mt19937 random(5);
+  Values grams;
+  for (int kind = 0; kind < 5; kind++) {
+    const int64_t columns = kind == 2 ? std::max<int64_t>(1, num_tasks / 2) : num_tasks + 3;
+    Values rows(num_tasks * columns);
+    for (int64_t i = 0; i < num_tasks * columns; i++) {
+      rows[i] = std::normal_distribution<double>(i % 3 == 0 ? -0.5 : 0.2)(random);
+      if (kind == 1) rows[i] *= std::pow(10, i / columns % 7 - 3);
+      if (kind == 3 && i / columns % 4 == 1) rows[i] = 0;
+    }
+    for (int64_t i = 0; i < num_tasks; i++) {
+      for (int64_t j = 0; j < num_tasks; j++) {
+        double sum = 0;
+        for (int64_t c = 0; c < columns; c++) sum += rows[i * columns + c] * rows[j * columns + c];
+        grams.push_back(kind == 4 && i + j == 0 ? NAN : sum);
+      }
+    }
+  }
+  return grams;
+}
+constexpr int64_t kGrams = 5;
+
+void test_task_order(int64_t num_tasks) {
+  const int64_t step = (int64_t{1} << 33) + 7;
+  std::vector<int64_t> expected(num_tasks * num_tasks), got(num_tasks * num_tasks, -1);
+  CHECK(gs_task_order_cpu(num_tasks, 42, step, expected.data()) == GS_OK, "%s", gs_last_error());
+  CHECK(gs_task_order_cuda(num_tasks, 42, &step, got.data(), nullptr) == GS_OK, "%s", gs_last_error());
+  CHECK(got == expected, "T = %ld", static_cast<long>(num_tasks));
+}
+
+void test_pcgrad(int64_t num_tasks, bool own_order) {
+  const Values grams = grams_of(num_tasks);
+  std::vector<int64_t> order(num_tasks * num_tasks);
+  CHECK(gs_task_order_cpu(num_tasks, 3, 9, order.data()) == GS_OK, "%s", gs_last_error());
+  const int64_t* given = own_order ? order.data() : nullptr;
+  for (const int64_t batch : {int64_t{1}, kGrams}) {
+    Values expected(batch * num_tasks);
+    CHECK(gs_pcgrad_cpu(grams.data(), batch, num_tasks, given, 1, 2, own_order, expected.data(), nullptr) == GS_OK,
+          "%s", gs_last_error());
+    int64_t step = 2;
+    const Values got = in_every_order(batch * num_tasks, [&](double* out) {
+      step = 2;
+      return gs_pcgrad_cuda(grams.data(), batch, num_tasks, given, 1, &step, 1, own_order, out, nullptr);
+    });
+    CHECK(step == 3, "step %ld", static_cast<long>(step));
+    for (size_t i = 0; i < got.size(); i++) {
+      const double tolerance = 1e-9 * std::max(1.0, std::abs(expected[i]));
+      check_close({got[i]}, {expected[i]}, tolerance, "pcgrad");
+    }
+  }
+}
+
+void test_min_norm(int64_t num_tasks, gs_solver solver) {
+  const Values grams = grams_of(num_tasks);
+  const int64_t bytes = gs_min_norm_workspace_bytes(kGrams, num_tasks);
+  Values expected(kGrams * num_tasks);
+  CHECK(gs_min_norm_cpu(grams.data(), kGrams, num_tasks, solver, 60, 1e-9, expected.data(), allocate(bytes).get(),
+                        bytes, nullptr) == GS_OK,
+        "%s", gs_last_error());
+  const Values got = in_every_order(kGrams * num_tasks, [&](double* out) {
+    return gs_min_norm_cuda(grams.data(), kGrams, num_tasks, solver, 60, 1e-9, out, allocate(bytes).get(), bytes,
+                            nullptr);
+  });
+  for (int64_t b = 0; b < kGrams; b++) {
+    // Dependent rows have several shortest combinations, so compare their length, relative to the longest row.
+    double got_square = 0, expected_square = 0, longest = 0, total = 0;
+    for (int64_t i = 0; i < num_tasks; i++) {
+      const double* row = &grams[(b * num_tasks + i) * num_tasks];
+      total += got[b * num_tasks + i];
+      longest = std::max(longest, row[i]);
+      for (int64_t j = 0; j < num_tasks; j++) {
+        got_square += got[b * num_tasks + i] * row[j] * got[b * num_tasks + j];
+        expected_square += expected[b * num_tasks + i] * row[j] * expected[b * num_tasks + j];
+      }
+    }
+    if (b == kGrams - 1) {
+      CHECK(std::isnan(total), "NaN in, %g out", total);
+      continue;
+    }
+    CHECK(std::abs(got_square - expected_square) <= 1e-12 * longest && std::abs(total - 1) < 1e-12,
+          "T %ld problem %ld: %g, expected %g", static_cast<long>(num_tasks), static_cast<long>(b), got_square,
+          expected_square);
+  }
+}
+
+void test_gradnorm(int64_t num_tasks) {
+  const Values grams = grams_of(num_tasks);
+  std::mt19937 random(6);
+  const auto positive = [&] {
+    Values values(kGrams * num_tasks);
+    for (double& value : values) value = std::uniform_real_distribution<double>(0.1, 2)(random);
+    return values;
+  };
+  const Values weights = positive(), norms = positive(), losses = positive(), initial = positive();
+  Values expected(weights.size());
+  CHECK(gs_gradnorm_cpu(weights.data(), norms.data(), losses.data(), initial.data(), kGrams, num_tasks, 1.5, 0.1,
+                        expected.data()) == GS_OK,
+        "%s", gs_last_error());
+  check_close(in_every_order(expected.size(),
+                             [&](double* out) {
+                               return gs_gradnorm_cuda(weights.data(), norms.data(), losses.data(), initial.data(),
+                                                       kGrams, num_tasks, 1.5, 0.1, out, nullptr);
+                             }),
+              expected, 1e-14, "gradnorm");
+  Values state = weights, first(weights.size(), NAN), current(weights.size());
+  CHECK(gs_gradnorm_step_cpu(grams.data(), losses.data(), kGrams, num_tasks, 1.5, 0.1, state.data(), first.data(),
+                             current.data()) == GS_OK,
+        "%s", gs_last_error());
+  Values gpu_state, gpu_first;
+  const Values got = in_every_order(current.size(), [&](double* out) {
+    gpu_state = weights;
+    gpu_first.assign(weights.size(), NAN);
+    return gs_gradnorm_step_cuda(grams.data(), losses.data(), kGrams, num_tasks, 1.5, 0.1, gpu_state.data(),
+                                 gpu_first.data(), out, nullptr);
+  });
+  check_close(got, current, 0, "gradnorm_step weights");
+  check_close(gpu_state, state, 1e-14, "gradnorm_step state");
+  check_close(gpu_first, first, 0, "gradnorm_step initial losses");
+}
+
+}  // namespace
+
+int main() {
+  for (const int64_t num_tasks : {1, 2, 3, 8, 17}) {
+    test_task_order(num_tasks);
+    for (const bool own_order : {false, true}) test_pcgrad(num_tasks, own_order);
+    test_min_norm(num_tasks, GS_EXACT);
+    test_min_norm(num_tasks, GS_FRANK_WOLFE);
+    test_gradnorm(num_tasks);
+  }
+  test_task_order(GS_MAX_TASKS);
+  test_pcgrad(40, false);
+  test_min_norm(80, GS_FRANK_WOLFE);  // scratch in the workspace
+  std::printf("ok\n");
+  return 0;
+}

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: MIT
+// The CUDA kernels of stages 2 and 4, compiled for the host (emulated.h), against float64 sums and the CPU's results,
+// in several orders of threads and blocks: the same bits in each.
+#include "emulation.h"
+
+namespace {
+
+// Parameters of all sizes, some empty, some without a gradient from a task or from all; rows begin at any multiple of
+// their element, the same one for all rows of even parameters.
+struct Model {
+  std::vector<Row> rows;
+  std::vector<const void*> data;
+  std::vector<int64_t> numel;
+  std::vector<int32_t> dtype, segment;
+  int64_t num_tasks, num_segments = 3;
+
+  // scale(t) is that of task t's rows.
+  Model(
+      int64_t tasks, std::vector<gs_dtype> dtypes, std::vector<int64_t> sizes,
+      const std::function<double(int64_t)>& scale = [](int64_t) { return 1; })
+      : numel(sizes), num_tasks(tasks) {
+    std::mt19937 random(8);
+    rows.reserve(sizes.size() * tasks);
+    for (size_t p = 0; p < sizes.size(); p++) {
+      dtype.push_back(dtypes[p % dtypes.size()]);
+      segment.push_back(p < 3 ? 0 : 2);
+      for (int64_t t = 0; t < tasks; t++) {
+        rows.emplace_back(sizes[p] + p % 3 + (p % 2 ? t % 4 : 0), static_cast<gs_dtype>(dtype[p]), scale(t), random);
+        const bool absent = p == 4 || (p + t) % 5 == 4;
+        // Rows end where their buffer ends.
+        data.push_back(absent ? nullptr
+                              : rows.back().storage.data() + rows.back().storage.size() -
+                                    sizes[p] * bytes_of(static_cast<gs_dtype>(dtype[p])));
+      }
+    }
+  }
+  gs_gradients view() const {
+    return {num_tasks,     static_cast<int64_t>(numel.size()), num_segments, data.data(), numel.data(), dtype.data(),
+            segment.data()};
+  }
+  // Whether sums may only have float64's error.
+  bool is_exact() const {
+    return std::all_of(dtype.begin(), dtype.end(), [](int32_t d) { return d == GS_FLOAT64; });
+  }
+  double at(size_t p, int64_t t, int64_t c) const {
+    const auto* row = static_cast<const char*>(data[p * num_tasks + t]);
+    const auto type = static_cast<gs_dtype>(dtype[p]);
+    return row ? decode(row + c * bytes_of(type), type) : 0;
+  }
+};
+
+void test_gram(const Model& model) {
+  const int64_t tasks = model.num_tasks, count = model.num_segments * tasks * tasks;
+  Values expected(count), scale(count);
+  for (size_t p = 0; p < model.numel.size(); p++) {
+    for (int64_t i = 0; i < tasks; i++) {
+      for (int64_t j = 0; j < tasks; j++) {
+        for (int64_t c = 0; c < model.numel[p]; c++) {
+          const double product = model.at(p, i, c) * model.at(p, j, c);
+          expected[(model.segment[p] * tasks + i) * tasks + j] += product;
+          scale[(model.segment[p] * tasks + i) * tasks + j] += std::abs(product);
+        }
+      }
+    }
+  }
+  const gs_gradients view = model.view();
+  const int64_t bytes = gs_gram_cuda_workspace_bytes(&view);
+  const Values got = in_every_order(count, [&](double* out) {
+    const auto space = allocate(bytes);
+    std::memset(space.get(), 0xff, bytes);
+    return gs_gram_cuda(&view, out, space.get(), bytes, nullptr);
+  });
+  for (int64_t s = 0; s < model.num_segments; s++) {
+    const double* squares = &expected[s * tasks * tasks];
+    for (int64_t i = 0; i < tasks * tasks; i++) {
+      const double norms = std::sqrt(squares[i / tasks * (tasks + 1)] * squares[i % tasks * (tasks + 1)]);
+      const int64_t at = s * tasks * tasks + i;
+      check_close({got[at]}, {expected[at]}, model.is_exact() ? 1e-13 * scale[at] : 1e-6 * norms, "gram");
+    }
+  }
+}
+
+void test_combine(const Model& model, bool accumulate, bool alias) {
+  const int64_t tasks = model.num_tasks;
+  Values weights;
+  for (int64_t i = 0; i < model.num_segments * tasks; i++) weights.push_back(i % 3 == 1 ? 0 : 0.5 * (i % 7) - 1);
+  std::vector<std::vector<char>> results[2];
+  for (const bool gpu : {false, true}) {
+    Model copy = model;  // rows that the direction may overwrite
+    std::vector<std::vector<char>> outs;
+    std::vector<void*> pointers;
+    for (size_t p = 0; p < model.numel.size(); p++) {
+      const auto type = static_cast<gs_dtype>(model.dtype[p]);
+      // One element of space before the output moves it off the rows' alignment.
+      outs.emplace_back((model.numel[p] + 1) * bytes_of(type), 1);
+      pointers.push_back(p == 5 ? nullptr : outs.back().data() + bytes_of(type));
+    }
+    if (alias) {
+      const auto type = static_cast<gs_dtype>(model.dtype[3]);
+      std::memcpy(pointers[3], model.data[3 * tasks], model.numel[3] * bytes_of(type));
+      copy.data[3 * tasks] = pointers[3];
+    }
+    const gs_gradients own = copy.view();
+    Emulator::get().order = Order::kBackward;
+    const int64_t bytes = gs_combine_workspace_bytes(&own);
+    const gs_status status =
+        gpu ? gs_combine_cuda(&own, weights.data(), pointers.data(), accumulate, nullptr)
+            : gs_combine_cpu(&own, weights.data(), pointers.data(), accumulate, allocate(bytes).get(), bytes, nullptr);
+    CHECK(status == GS_OK, "%s", gs_last_error());
+    results[gpu] = outs;
+  }
+  for (size_t p = 0; p < model.numel.size(); p++) {
+    const auto type = static_cast<gs_dtype>(model.dtype[p]);
+    for (int64_t c = 0; c < model.numel[p]; c++) {
+      const double expected = decode(&results[0][p][(c + 1) * bytes_of(type)], type);
+      const double got = decode(&results[1][p][(c + 1) * bytes_of(type)], type);
+      // Contraction to fused multiply-adds may differ, so a rounding may fall the other way.
+      const double ulp = type == GS_FLOAT32 ? 0x1p-23 : type == GS_FLOAT16 ? 0x1p-10 : type == GS_BFLOAT16 ? 0x1p-7 : 0;
+      CHECK(std::abs(got - expected) <= ulp * std::max(std::abs(expected), 1e-4) + 1e-13,
+            "combine parameter %zu at %ld: %g, expected %g", p, static_cast<long>(c), got, expected);
+    }
+  }
+}
+
+// Every kernel of stage 2 in every dtype; the cheaper sizes are longer.
+void test_kernels() {
+  for (const int64_t num_tasks : {1, 2, 3, 4, 5, 8, 9, 17, 25, 33, 57}) {
+    for (const gs_dtype dtype : kDtypes) {
+      const bool few = num_tasks < 9;
+      if (num_tasks > 20 && num_tasks != 33 && num_tasks % 2 != dtype % 2) continue;
+      const Model model(num_tasks, {dtype}, {1, 0, 7, few ? 5003 : 600, 64, few ? 33 : 3, few ? 250 : 9});
+      test_gram(model);
+      if (num_tasks == 3 || num_tasks == 17 || num_tasks == 33) {
+        Emulator::get().fast_double = false;
+        test_gram(model);
+        Emulator::get().fast_double = true;
+      }
+    }
+  }
+  test_gram(Model(72, {GS_FLOAT64}, {9, 0, 70, 1}));
+  test_gram(Model(72, {GS_FLOAT32}, {9, 0, 70, 1}));
+  test_gram(Model(113, {GS_BFLOAT16}, {70, 1}));
+  test_gram(Model(130, {GS_FLOAT16}, {40}));       // a slot takes several blocks
+  test_gram(Model(36, {GS_BFLOAT16}, {1, 1500}));  // many stages
+}
+
+// Rows whose squares float32 cannot hold, beside others, and rows of zeros.
+void test_scales() {
+  const std::function<double(int64_t)> scales[] = {[](int64_t) { return 1e-20; }, [](int64_t) { return 1e20; },
+                                                   [](int64_t t) {
+                                                     return t % 3 == 0 ? 1e-25 : t % 3 == 1 ? 1e15 : 0.0;
+                                                   }};
+  Emulator::get().fast_double = false;  // float32 goes through float32 sums as well
+  for (const auto& scale : scales) {
+    for (const int64_t num_tasks : {6, 20, 36}) {
+      for (const gs_dtype dtype : {GS_FLOAT32, GS_BFLOAT16}) {
+        if (num_tasks == 36 && dtype == GS_FLOAT32) continue;
+        test_gram(Model(num_tasks, {dtype}, {130, 0, 20}, scale));
+      }
+    }
+  }
+  Emulator::get().fast_double = true;
+  test_gram(Model(20, {GS_BFLOAT16}, {100}, [](int64_t t) { return t == 1 ? NAN : 1; }));
+}
+
+void test_streams() {
+  for (const int64_t num_tasks : {1, 2, 5, 9, 17}) {
+    for (const gs_dtype dtype : kDtypes) {
+      const Model model(num_tasks, {dtype}, {1, 0, 7, num_tasks < 9 ? 5003 : 2100, 64, 33, 250});
+      for (const bool alias : {false, true}) test_combine(model, alias, alias);
+    }
+  }
+  const Model mixed(3, {GS_FLOAT32, GS_FLOAT32, GS_BFLOAT16, GS_FLOAT64, GS_FLOAT16}, {9, 5, 9, 5, 9, 5, 9, 5});
+  test_gram(mixed);
+  test_combine(mixed, true, false);
+  const Model many(2, {GS_FLOAT32}, std::vector<int64_t>(1100, 2));  // more parameters than one table takes
+  test_gram(many);
+  test_combine(many, false, false);
+}
+
+}  // namespace
+
+int main() {
+  test_kernels();
+  test_scales();
+  test_streams();
+  std::printf("ok\n");
+  return 0;
+}
