@@ -137,7 +137,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
         num_segments=max(ids, default=0) + 1,
         segments=ids,
         segmented=segments is not None,
-        device=torch.device("cpu") if device is None else device,
+        device=torch.get_default_device() if device is None else device,
         entries=entries,
         like=like,
         differentiable=differentiable,

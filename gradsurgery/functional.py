@@ -158,10 +158,7 @@ def min_norm_weights(
     Source: P. Wolfe, "Finding the nearest point in a polytope", 1976; Sener & Koltun, "Multi-Task Learning as
     Multi-Objective Optimization", NeurIPS 2018, equation 4 and Algorithm 2. Cost: O(T^3) typically.
     """
-    if solver not in ("exact", "frank_wolfe"):
-        raise ValueError(f'solver must be "exact" or "frank_wolfe", got {solver!r}')
-    if max_iter < 1 or not tol >= 0:
-        raise ValueError(f"max_iter must be >= 1 and tol >= 0, got {max_iter} and {tol}")
+    check_solver(solver, max_iter, tol)
     problems, out = _problems(gram)
     choose(backend, gram.device, gram.shape[-1]).min_norm(problems, solver == "exact", max_iter, tol, out)
     return constant("min_norm_weights", out, [gram])
@@ -249,6 +246,14 @@ def _check_order(order: Tensor, num_tasks: int, device: torch.device) -> Tensor:
     if device.type == "cpu" and not (order.sort(dim=1).values == torch.arange(num_tasks)).all():
         raise ValueError(f"each row of order must be a permutation of 0..{num_tasks - 1}, got {order.tolist()}")
     return order.contiguous()
+
+
+def check_solver(solver: str, max_iter: int, tol: float) -> None:
+    """Raise ValueError unless these are options of :func:`min_norm_weights`."""
+    if solver not in ("exact", "frank_wolfe"):
+        raise ValueError(f'solver must be "exact" or "frank_wolfe", got {solver!r}')
+    if max_iter < 1 or not tol >= 0:
+        raise ValueError(f"max_iter must be >= 1 and tol >= 0, got {max_iter} and {tol}")
 
 
 def _check_seed(seed: int) -> int:

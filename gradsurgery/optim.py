@@ -143,6 +143,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         sparse = [p for p in plain if any(_is_sparse(row[p]) for row in collected.grads)]
         read = shared + [p for p in plain if p not in sparse]
         grads = parse([[row[p] for p in read] for row in collected.grads], None)
+        if not read:  # no gradient says where G lives
+            grads = replace(grads, device=collected.losses.device)
         parameters = [collected.parameters[p] for p in read]
         accumulate = any(p.grad is not None for p in parameters)
         out = [_target(p, accumulate) for p in parameters]

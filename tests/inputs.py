@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Task gradients that break careless code."""
+"""Task gradients that break careless code, and the device that the tests put them on."""
+
+import os
 
 import torch
 from torch import Tensor
+
+DEVICE = os.environ.get("GRADSURGERY_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 TASKS = (1, 2, 3, 5, 8, 17, 64)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -12,8 +18,10 @@ UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat1
 
 
 def normal(tasks: int, columns: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    # The same numbers on every device.
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tasks, columns, generator=generator, dtype=torch.float64).to(dtype)
+    rows = torch.randn(tasks, columns, generator=generator, dtype=torch.float64, device="cpu")
+    return rows.to(DEVICE, dtype)
 
 
 def hostile(tasks: int) -> dict[str, Tensor]:

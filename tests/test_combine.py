@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import gradsurgery
+from conftest import on_cpu
 from inputs import DTYPES, HOSTILE, TASKS, UNIT_ROUNDOFF, hostile, normal
 from test_gram import ragged_lists
 
@@ -112,6 +113,7 @@ def test_nothing_to_combine(backend):
     assert gradsurgery.combine(torch.zeros(2, 0), torch.ones(2), backend=backend).shape == (0,)
 
 
+@on_cpu
 def test_same_bits_for_any_thread_count():
     rows, weights = normal(5, 300_001, torch.float32), normal(1, 5)[0]
     threads = torch.get_num_threads()

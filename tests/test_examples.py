@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import on_cpu
+
 ROOT = Path(__file__).parent.parent
+
+pytestmark = on_cpu
 
 
 @pytest.mark.filterwarnings("default")
@@ -23,6 +27,8 @@ def test_demo(tmp_path, capsys):
 
 
 def test_peers(tmp_path):
+    for package in ("pytorch_optimizer", "rich", "torchjd"):
+        pytest.importorskip(package)
     output = tmp_path / "peers.json"
     subprocess.run(
         [sys.executable, "-m", "bench.peers", "--quick", "--output", output], cwd=ROOT, check=True, capture_output=True

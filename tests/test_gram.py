@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gradsurgery
+from conftest import on_cpu
 from inputs import DTYPES, GRAM_TOLERANCE, HOSTILE, TASKS, exact_gram, hostile, normal
 
 
@@ -159,6 +160,7 @@ def test_one_bad_value_marks_its_row_only(backend, tasks, value):
     assert torch.equal(~got.isfinite(), bad)
 
 
+@on_cpu
 @pytest.mark.parametrize("tasks", [2, 8, 17, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_thread_count(tasks, dtype):

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import on_cpu
+
 ROOT = Path(__file__).parent.parent
+
+pytestmark = on_cpu
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

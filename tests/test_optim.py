@@ -188,6 +188,7 @@ def test_a_method_of_the_users_own():
     assert torch.equal(gradsurgery.aggregate(torch.eye(2), Halves()), torch.full((2,), 0.5))
 
 
+@torch.backends.cudnn.flags(enabled=True, deterministic=True)
 def test_one_by_one_convolution_in_two_memory_formats():
     weight = torch.nn.Parameter(torch.randn(6, 3, 1, 1))
     optimizer = gradsurgery.PCGrad(torch.optim.SGD([weight], lr=0.1))

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 import gradsurgery
+from conftest import on_cpu
 from inputs import hostile, normal
 
 torchjd = pytest.importorskip("torchjd.aggregation")
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+
+pytestmark = on_cpu
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8, 17])

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import gradsurgery
 from bench import readme
+from conftest import on_cpu
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@on_cpu
 def test_python_blocks_run_in_order(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 4

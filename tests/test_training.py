@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gradsurgery
 from conftest import two_losses, two_task_net
+from inputs import DEVICE
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
 
@@ -187,7 +188,7 @@ def test_grad_scaler(method):
         torch.manual_seed(3)
         net = two_task_net(torch.float64)
         optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=scale or 1.0, enabled=scale is not None)
         for _ in range(3):
             optimizer.zero_grad()
             info = optimizer.backward(two_losses(net, X.double()), scaler=scaler)
@@ -207,7 +208,7 @@ def test_grad_scaler(method):
 def test_scaler_skips_a_step_that_overflowed(method):
     net = two_task_net()
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
     before = [p.detach().clone() for p in net.parameters()]
     for bad in (torch.inf, torch.nan, 1.0):
         optimizer.zero_grad()
@@ -253,6 +254,11 @@ def test_same_seed_same_run():
 
 def peak_bytes(function):
     """The most memory that tensors took during the call, above what they took before."""
+    if DEVICE != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -271,5 +277,5 @@ def test_no_second_copy_of_the_task_gradients(backend):
     optimizer.collect([sum((weight * target).mean() for weight in weights) for target in targets])
     peak = peak_bytes(optimizer.combine)
     direction = 4 * 4 * elements
-    # The compiled backend needs the direction and small change; the reference widens one parameter at a time.
-    assert direction <= peak <= (1.02 if backend == "cpu" else 3) * direction
+    # A compiled backend needs the direction and small change; the reference widens one parameter at a time.
+    assert direction <= peak <= (3 if backend == "reference" else 1.02) * direction

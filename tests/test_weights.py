@@ -2,16 +2,19 @@
 """The T x T stage: golden values, the papers' properties, hostile inputs, batches."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 import gradsurgery
 from gradsurgery.backends import reference
-from inputs import HOSTILE, TASKS, exact_gram, hostile, normal
+from inputs import DEVICE, HOSTILE, TASKS, exact_gram, hostile, normal
 
 # METHODS.md's golden matrix, the one that TorchJD pins its aggregators on.
 GOLDEN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+
+task_order = partial(gradsurgery.task_order, device=DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,7 @@ def test_philox_known_answers():
 @pytest.mark.parametrize("tasks", [*TASKS, 256])
 @pytest.mark.parametrize(("seed", "step"), [(0, 0), (1, 0), (0, 1), (2**63 - 1, 2**40 + 3)])
 def test_task_order(backend, tasks, seed, step):
-    order = gradsurgery.task_order(tasks, seed=seed, step=step, backend=backend)
+    order = task_order(tasks, seed=seed, step=step, backend=backend)
     assert torch.equal(order.sort(1).values, torch.arange(tasks).expand(tasks, tasks))
     assert torch.equal(order, gradsurgery.task_order(tasks, seed=seed, step=torch.tensor(step), backend="reference"))
 
@@ -44,12 +47,12 @@ def test_task_order(backend, tasks, seed, step):
 def test_task_order_is_uniform_and_independent():
     counts = torch.zeros(3, 3, 3)
     for step in range(3000):
-        order = gradsurgery.task_order(3, seed=5, step=step)
+        order = task_order(3, seed=5, step=step)
         for i in range(3):
             counts[i, torch.arange(3), order[i]] += 1
     # 1000 expected, 26 standard deviation.
     assert ((counts - 1000).abs() < 5 * 26).all()
-    first, second = (gradsurgery.task_order(64, seed=5, step=s) for s in (0, 1))
+    first, second = (task_order(64, seed=5, step=s) for s in (0, 1))
     assert (first != second).any(1).all()
     assert (first[0] != first[1]).any()
 
@@ -69,7 +72,7 @@ def explicit_pcgrad(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("case", [c for c in HOSTILE if c not in ("zero", "zero row")])
 def test_pcgrad_is_algorithm_1(backend, tasks, case):
     rows = hostile(tasks)[case]
-    order = gradsurgery.task_order(tasks, seed=3, step=4)
+    order = task_order(tasks, seed=3, step=4)
     weights = gradsurgery.pcgrad_weights(rows @ rows.T, seed=3, step=4, backend=backend)
     torch.testing.assert_close(weights, gradsurgery.pcgrad_weights(rows @ rows.T, order=order, backend=backend))
     if case in ("opposite", "rank deficient", "more tasks than parameters", "one parameter", "conflicting"):
@@ -248,7 +251,7 @@ def test_nan_ends_every_solver(backend):
 
 def test_gradnorm_steps_over_values_that_do_not_count(backend):
     """A first loss of 0 does not stand for L(0); NaN in G or in the losses does not enter the weights."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(DEVICE).manual_seed(3)
     method = gradsurgery.methods.GradNorm(alpha=0.7, lr=0.1)
     weights, initial = torch.ones(4, dtype=torch.float64), torch.full((4,), torch.nan, dtype=torch.float64)
     for step in range(6):
@@ -353,7 +356,7 @@ def test_segments_get_surgery_separately(backend):
 def test_oracle_of_the_oracle():
     # The reference's whole PCGrad chain against exact sums and the explicit algorithm.
     rows = normal(6, 50)
-    order = gradsurgery.task_order(6, seed=0, step=0)
+    order = task_order(6, seed=0, step=0)
     weights = gradsurgery.pcgrad_weights(exact_gram(rows), order=order, backend="reference")
     expected = explicit_pcgrad(rows, order).sum(0)
     assert math.isclose((weights @ rows - expected).norm(), 0, abs_tol=1e-12)

@@ -36,7 +36,7 @@ class CpuBackend:
         """Return why the extension cannot serve the call; None if it can."""
         if _NO_EXTENSION:
             return _NO_EXTENSION
-        if device.type != "cpu":
+        if device.type != self.name:
             return f"the tensors are on {device}"
         if num_tasks > _INFO["max_tasks"]:
             return f"it takes at most {_INFO['max_tasks']} tasks, got {num_tasks}"
@@ -92,12 +92,13 @@ class CudaBackend(CpuBackend):
 
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
         """Return why the extension cannot serve the call; None if it can."""
-        if _NO_EXTENSION:
-            return _NO_EXTENSION
-        if not _INFO["cuda"]:
+        if not _NO_EXTENSION and not _INFO["cuda"]:
             return "the extension was built without CUDA kernels"
-        return None if device.type == "cuda" else f"the tensors are on {device}"
+        return super().why_not(device, num_tasks)
 
     def describe(self) -> str:
         """Return one line on the extension's CUDA kernels."""
-        return self.why_not(torch.device("cuda"), 1) or "available: CUDA kernels"
+        why = self.why_not(torch.device("cuda"), 1)
+        if why is None and not torch.cuda.is_available():
+            why = "torch finds no CUDA device"
+        return why or "available: CUDA kernels"

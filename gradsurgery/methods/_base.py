@@ -6,7 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+
+
+def check_not_capturing(name: str, device: torch.device) -> None:
+    """Raise RuntimeError while a CUDA graph is captured: state made there would start anew at each replay."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"method {name!r} must run once before its steps are captured in a CUDA graph")
 
 
 class Method:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._gradients import describe
 from ..functional import gradnorm_step
-from ._base import Method
+from ._base import Method, check_not_capturing
 
 
 class GradNorm(Method):
@@ -47,6 +47,7 @@ class GradNorm(Method):
             raise ValueError("GradNorm needs losses, a tensor [T], got None")
         shape = gram.shape[:-1]
         if self._state is None:
+            check_not_capturing(self.name, gram.device)
             # An initial loss that is not finite gives way to the first one that is.
             weights = torch.ones(shape, dtype=torch.float64, device=gram.device)
             self._state = (weights, torch.full_like(weights, torch.nan))
@@ -72,4 +73,9 @@ class GradNorm(Method):
         for name, value in state.items():
             if not isinstance(value, Tensor) or value.dim() == 0 or value.shape != weights.shape:
                 raise ValueError(f"{name} must be a tensor [..., T] like the other one, got {describe(value)}")
-        self._state = (weights.to(torch.float64, copy=True), initial_losses.to(torch.float64, copy=True))
+        if self._state is not None and self._state[0].shape == weights.shape:
+            # In place: a captured graph goes on from there.
+            self._state[0].copy_(weights)
+            self._state[1].copy_(initial_losses)
+        else:
+            self._state = (weights.to(torch.float64, copy=True), initial_losses.to(torch.float64, copy=True))

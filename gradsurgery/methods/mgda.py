@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..functional import min_norm_weights
+from ..functional import check_solver, min_norm_weights
 from ._base import Method
 
 _NORMALIZATIONS = ("none", "l2", "loss", "loss+")
@@ -49,7 +49,7 @@ class MGDA(Method):
         self.solver = solver
         self.max_iter = max_iter
         self.tol = tol
-        min_norm_weights(torch.ones(1, 1), solver=solver, max_iter=max_iter, tol=tol)  # raises for wrong options
+        check_solver(solver, max_iter, tol)
 
     @property
     def needs_losses(self) -> bool:  # type: ignore[override]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..functional import _check_seed, pcgrad_step
-from ._base import Method
+from ._base import Method, check_not_capturing
 
 
 class PCGrad(Method):
@@ -30,20 +30,29 @@ class PCGrad(Method):
             raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}')
         self.reduction = reduction
         self.seed = _check_seed(seed)
-        self._step = torch.zeros((), dtype=torch.int64)
+        self._step: Tensor | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights and advance the step counter."""
-        if self._step.device != gram.device:
+        if self._step is None:
+            check_not_capturing(self.name, gram.device)
+            # Made where G lives: a copy from the host would synchronise.
+            self._step = torch.zeros((), dtype=torch.int64, device=gram.device)
+        elif self._step.device != gram.device:
             self._step = self._step.to(gram.device)
         return pcgrad_step(gram, self._step, self.seed, self.reduction, backend)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed and the step counter."""
-        return {"seed": self.seed, "step": self._step.clone()}
+        step = torch.zeros((), dtype=torch.int64) if self._step is None else self._step.clone()
+        return {"seed": self.seed, "step": step}
 
     def _restore(self, state: dict[str, Any]) -> None:
         seed, step = _check_seed(state["seed"]), state["step"]
         if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() != 0:
             raise ValueError(f"step must be an int64 tensor [], got {step!r}")
-        self.seed, self._step = seed, step.clone()
+        self.seed = seed
+        if self._step is None:
+            self._step = step.clone()
+        else:
+            self._step.copy_(step)  # in place: a captured graph goes on from there
