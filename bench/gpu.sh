@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
+# Builds, tests, sanitizes and benchmarks the cuda backend where there is a GPU. It needs nvcc, and a Python with torch,
+# pytest, hypothesis and numpy, but no network. Each part ends within 9 minutes and leaves its log in the output folder.
+set -euo pipefail
+
+usage='usage: bench/gpu.sh [--build] [--test] [--sanitize] [--bench] [--output DIR]
+
+Without a part: all of them. DIR is bench/results unless given. PYTHON names the interpreter (python3).'
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+output=$root/bench/results
+parts=()
+while (($#)); do
+  case $1 in
+    --build | --test | --sanitize | --bench) parts+=("${1#--}") ;;
+    --output)
+      (($# > 1)) || { echo "$usage" >&2; exit 2; }
+      output=$(realpath -m "$2")
+      shift
+      ;;
+    --help)
+      echo "$usage"
+      exit
+      ;;
+    *)
+      echo "$usage" >&2
+      exit 2
+      ;;
+  esac
+  shift
+done
+((${#parts[@]})) || parts=(build test sanitize bench)
+
+python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+cd "$root"
+
+# Prints the GPU's compute capability as TORCH_CUDA_ARCH_LIST wants it, or says what is missing.
+check='
+import sys
+
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"bench/gpu.sh: no torch for {sys.executable}: {error}")
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+    sys.exit(f"bench/gpu.sh: torch must be 2.10 or later, got {torch.__version__}")
+if not torch.cuda.is_available():
+    sys.exit(f"bench/gpu.sh: no GPU: torch.cuda.is_available() is False (torch {torch.__version__})")
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}{chr(97) if major >= 9 else str()}")
+'
+arch=$("$python" -c "$check")
+command -v nvcc > /dev/null || { echo "bench/gpu.sh: no nvcc on PATH or in \$CUDA_HOME/bin" >&2; exit 1; }
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}
+
+# pytest without the plugins that the project's own options need.
+pytest=("$python" -m pytest -p no:cacheprovider -o 'addopts=-q --strict-markers')
+export GRADSURGERY_REQUIRE=cuda GRADSURGERY_TEST_DEVICE=cuda
+
+within() { timeout --signal=INT --kill-after=10 "$@"; }
+
+part_build() {
+  nvcc --version | tail -n 2
+  GRADSURGERY_BUILD=cuda within 520 "$python" setup.py build_ext --inplace
+  "$python" -c 'import gradsurgery; print(gradsurgery.backends())'
+}
+
+part_test() { within 520 "${pytest[@]}" tests -rs; }
+
+part_sanitize() {
+  local tool failed=0
+  local options=(--error-exitcode 99 --launch-timeout 0 --report-api-errors no)
+  for tool in memcheck racecheck initcheck synccheck; do
+    local filter=(--kernel-name kns=gs) settings=(env)
+    # Without torch's cache each tensor is an allocation of its own, whose bounds and contents the tool knows.
+    [[ $tool != @(memcheck|initcheck) ]] || settings+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1)
+    # initcheck has to see torch's kernels write what ours read.
+    [[ $tool != initcheck ]] || filter=()
+    echo "== $tool"
+    within 120 "${settings[@]}" compute-sanitizer --tool "$tool" "${options[@]}" "${filter[@]}" \
+      "${pytest[@]}" tests/test_cuda.py -k sanitize || { echo "== $tool failed: $?"; failed=1; }
+  done
+  return "$failed"
+}
+
+part_bench() { within 520 "$python" -m bench.gpu_stages --output "$output"; }
+
+mkdir -p "$output"
+nvidia-smi -L 2> /dev/null || true
+summary=() failures=0
+for part in "${parts[@]}"; do
+  echo "=== $part"
+  begin=$SECONDS
+  # Not in a condition, which would let the part go on after an error.
+  set +e
+  (
+    set -e
+    "part_$part"
+  ) 2>&1 | tee "$output/gpu-$part.log"
+  status=${PIPESTATUS[0]}
+  set -e
+  word=ok
+  ((status == 0)) || { word="failed ($status)" failures=$((failures + 1)); }
+  summary+=("$(printf '%-9s %-13s %4d s' "$part" "$word" "$((SECONDS - begin))")")
+done
+printf '%s\n' '=== summary' "${summary[@]}"
+exit "$((failures > 0))"

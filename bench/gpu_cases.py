@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""The inputs, the contenders and the float64 results of every case of gpu_stages.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+import gradsurgery as gs
+
+from .gpu_timing import FLAT, OURS, Call, Case, Spec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STAGES = ("gram", "combine", "chain")
+COLUMNS = 128
+"""N is a multiple, so that rows are aligned."""
+TENSORS = 500
+"""Tensors per task in the list form."""
+TENSOR_ALIGNMENT = 512
+"""Bytes, that of an allocation of its own."""
+LIST_GAPS = 16 << 20
+"""Bytes that the list form's alignment may take."""
+SOLVER_INPUTS = 16
+"""Different Gram matrices that take turns."""
+BESIDE = (2, 8, 32, 128)
+"""T of the matrices whose products PyTorch computes as well."""
+
+Gradients = Tensor | list[list[Tensor]]
+Out = Tensor | list[Tensor]
+
+
+@dataclass
+class Bench:
+    """Where the cases run, and the random values that their gradients are views of, by dtype."""
+
+    device: torch.device
+    cache_bytes: int
+    """The level-2 cache's; 0 where nothing has to be kept out of it."""
+    values: dict[str, Tensor]
+
+    @classmethod
+    def create(cls, device: torch.device, cache_bytes: int, largest: int) -> Bench:
+        """Draw enough values for every set of inputs of up to ``largest`` bytes."""
+        size = 2 * max(cache_bytes, largest) + largest
+        generator = torch.Generator(device).manual_seed(0)
+        values = {
+            name: torch.empty((size + LIST_GAPS) // dtype.itemsize, dtype=dtype, device=device)
+            for name, dtype in DTYPES.items()
+        }
+        for tensor in values.values():
+            tensor.normal_(generator=generator)
+        return cls(device, cache_bytes, values)
+
+    @property
+    def backend(self) -> str:
+        """The backend under test."""
+        return self.device.type
+
+    def sets(self, spec: Spec) -> int:
+        """Return how many sets of inputs take turns."""
+        return 1 if spec.cache == "hot" else max(2, math.ceil(2 * self.cache_bytes / spec.bytes))
+
+    def matrices(self, spec: Spec, misaligned: bool = False) -> list[Tensor]:
+        """Return sets of gradients [T, N]; misaligned ones have rows that start at odd elements."""
+        stride, offset = (spec.size + 2, 1) if misaligned else (spec.size, 0)
+        span = round_up(spec.tasks * stride + offset, COLUMNS)
+        values = self.values[spec.dtype]
+        starts = range(offset, self.sets(spec) * span, span)
+        return [torch.as_strided(values, (spec.tasks, spec.size), (stride, 1), start) for start in starts]
+
+    def lists(self, spec: Spec) -> list[list[list[Tensor]]]:
+        """Return sets of T lists of tensors, of unequal sizes and N elements together."""
+        values = self.values[spec.dtype]
+        sizes = tensor_sizes(spec.size)
+        spans = [round_up(size, TENSOR_ALIGNMENT // values.itemsize) for size in sizes]
+        # One call for a row's views: a call for each would take longer than the measurement.
+        pieces = [part for size, span in zip(sizes, spans, strict=True) for part in (size, span - size)]
+        shape = self.sets(spec), spec.tasks, sum(spans)
+        rows = values[: math.prod(shape)].view(shape)
+        return [[list(row.split(pieces)[::2]) for row in matrix] for matrix in rows]
+
+
+def columns(nominal_bytes: float, tasks: int, dtype: str) -> int:
+    """Return N such that J has at least this many bytes and its rows are aligned."""
+    return round_up(math.ceil(nominal_bytes / (tasks * DTYPES[dtype].itemsize)), COLUMNS)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the next multiple."""
+    return -(-value // multiple) * multiple
+
+
+def tensor_sizes(size: int) -> list[int]:
+    """Return TENSORS unequal sizes that sum to N, the largest a hundred times the smallest."""
+    ends = list(accumulate(100 ** (p * 37 % TENSORS / TENSORS) for p in range(TENSORS)))
+    edges = [0, *(round(size * end / ends[-1]) for end in ends)]
+    return [end - begin for begin, end in pairwise(edges)]
+
+
+def prepare(bench: Bench, spec: Spec) -> Case:
+    """Return the contenders of a case."""
+    if spec.form == "solve":
+        return _solver_case(bench, spec)
+    if spec.form == "list":
+        lists = bench.lists(spec)
+        calls = {OURS: ours(bench, spec, lists), FLAT: ours(bench, spec, bench.matrices(spec))}
+        if spec.stage == "chain":
+            calls["torch.cat + mm + mv"] = [_cat_products(rows) for rows in lists]
+        return _stage_case(bench, spec, calls, lists[0], _joined(lists[0]))
+    matrices = bench.matrices(spec, spec.form == "misaligned")
+    calls = {OURS: ours(bench, spec, matrices)}
+    if spec.form == "misaligned":
+        calls[FLAT] = ours(bench, spec, bench.matrices(spec))
+    elif spec.tasks in BESIDE and spec.cache == "cold":
+        name, products = _products(spec, matrices)
+        calls[name] = products
+    return _stage_case(bench, spec, calls, matrices[0], matrices[0])
+
+
+def ours(bench: Bench, spec: Spec, sets: list[Gradients]) -> list[Call]:
+    """Return this package's call for each set of gradients."""
+    backend = bench.backend
+    if spec.stage == "gram":
+        return [partial(gs.gram, grads, backend=backend) for grads in sets]
+    if spec.stage == "combine":
+        weights = _weights(spec, torch.float64, bench.device)
+        return [partial(gs.combine, grads, weights, out=_out(grads), backend=backend) for grads in sets]
+    # An object keeps its step on the device; a name would move one there in each call.
+    method = gs.methods.PCGrad()
+    return [partial(gs.aggregate, grads, method, out=_out(grads), backend=backend) for grads in sets]
+
+
+def _products(spec: Spec, matrices: list[Tensor]) -> tuple[str, list[Call]]:
+    """Return PyTorch's name and calls: in the gradients' dtype, and without the work on T x T."""
+    weights = _weights(spec, matrices[0].dtype, matrices[0].device)
+
+    def gram(matrix: Tensor, _: Tensor) -> None:
+        torch.mm(matrix, matrix.T)
+
+    def combine(matrix: Tensor, out: Tensor) -> None:
+        torch.mv(matrix.T, weights, out=out)
+
+    def chain(matrix: Tensor, out: Tensor) -> None:
+        gram(matrix, out)
+        combine(matrix, out)
+
+    name, function = {
+        "gram": ("torch.mm", gram),
+        "combine": ("torch.mv", combine),
+        "chain": ("torch.mm + mv", chain),
+    }[spec.stage]
+    return name, [partial(function, matrix, _out(matrix)) for matrix in matrices]
+
+
+def _cat_products(rows: list[list[Tensor]]) -> Call:
+    weights = torch.linspace(0.5, 1.5, len(rows), dtype=rows[0][0].dtype, device=rows[0][0].device)
+
+    def call() -> None:
+        matrix = _joined(rows)
+        torch.mm(matrix, matrix.T)
+        torch.mv(matrix.T, weights)
+
+    return call
+
+
+def _joined(rows: list[list[Tensor]]) -> Tensor:
+    """Return the matrix [T, N] in one copy."""
+    return torch.cat([gradient for row in rows for gradient in row]).view(len(rows), -1)
+
+
+def _stage_case(bench: Bench, spec: Spec, calls: dict[str, list[Call]], first: Gradients, matrix: Tensor) -> Case:
+    """Add floors and errors; ``matrix`` holds the first set of gradients."""
+    result = ours(bench, spec, [first])[0]
+
+    def error() -> float:
+        if spec.stage == "gram":
+            exact = exact_gram(matrix)
+            norms = exact.diagonal().sqrt()
+            return ((result() - exact).abs() / norms / norms[:, None]).max().item()
+        if spec.stage == "combine":
+            weights = _weights(spec, torch.float64, bench.device)
+        else:
+            # The call is the first of its PCGrad object. The backend under test has no part in these weights.
+            weights = gs.pcgrad_weights(exact_gram(matrix).cpu(), seed=0, step=0).to(bench.device)
+        return direction_error(matrix, weights, result())
+
+    direction_bytes = spec.bytes // spec.tasks
+    return Case(
+        spec,
+        calls,
+        error,
+        read_bytes=0 if spec.stage == "combine" else spec.bytes,
+        copy_bytes=0 if spec.stage == "gram" else spec.bytes + direction_bytes,
+    )
+
+
+def _solver_case(bench: Bench, spec: Spec) -> Case:
+    """Stage 3 alone, on float64 Gram matrices [T, T], or [batch, T, T] at once."""
+    function, options = gs.min_norm_weights, {}
+    if spec.stage == "pcgrad_weights":
+        # A step that is on the device already, as in a captured training loop.
+        function, options = gs.pcgrad_weights, {"step": torch.zeros((), dtype=torch.int64, device=bench.device)}
+    if spec.batch == 1:
+        inputs = list(_random_grams(bench, spec.tasks, SOLVER_INPUTS))
+    else:
+        inputs = [_random_grams(bench, spec.tasks, spec.batch)]
+    calls: list[Call] = [partial(function, gram, backend=bench.backend, **options) for gram in inputs]
+
+    def error() -> float:
+        gram = inputs[0].cpu()
+        exact = function(gram, backend="reference")
+        off = calls[0]().cpu() - exact
+        squares = [torch.einsum("...i,...ij,...j->...", v, gram, v) for v in (off, exact)]
+        return (squares[0] / squares[1]).clamp(min=0).sqrt().max().item()
+
+    return Case(spec, {OURS: calls}, error)
+
+
+def exact_gram(matrix: Tensor) -> Tensor:
+    """Return J J^T, with float64 products and sums."""
+    # Many short products use more of a GPU than one long one.
+    blocks = (block.unflatten(1, (-1, COLUMNS)).movedim(1, 0) for block in _widened(matrix))
+    return sum((block @ block.mT).sum(0) for block in blocks)
+
+
+def direction_error(matrix: Tensor, weights: Tensor, direction: Out) -> float:
+    """Return |d - d_exact| / |d_exact| with the float64 direction of these weights."""
+    if not isinstance(direction, Tensor):
+        direction = torch.cat(direction)
+    squares = torch.zeros(2, dtype=torch.float64, device=matrix.device)
+    begin = 0
+    for block in _widened(matrix):
+        exact = weights @ block
+        off = direction[begin : begin + block.shape[1]] - exact
+        squares += torch.stack([off.square().sum(), exact.square().sum()])
+        begin += block.shape[1]
+    return (squares[0] / squares[1]).sqrt().item()
+
+
+def _widened(matrix: Tensor) -> Iterator[Tensor]:
+    """Yield float64 blocks of columns, half a gigabyte each."""
+    width = max(1, (1 << 26) // len(matrix) // COLUMNS) * COLUMNS
+    return (block.double() for block in matrix.split(width, dim=1))
+
+
+def _random_grams(bench: Bench, tasks: int, count: int) -> Tensor:
+    """Return Gram matrices of gradients, half of whose pairs conflict, with norms up to 10 times apart."""
+    random = {"generator": torch.Generator(bench.device).manual_seed(0), "device": bench.device, "dtype": torch.float64}
+    gradients = torch.randn(count, tasks, 4 * tasks, **random)
+    gradients += 0.5 * (-1.0) ** torch.arange(tasks, device=bench.device)[:, None]
+    gradients *= 10 ** (torch.rand(count, tasks, 1, **random) - 0.5)
+    return gradients @ gradients.mT
+
+
+def _weights(spec: Spec, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return weights [T], none of which is 0: such a row would not be read."""
+    return torch.linspace(0.5, 1.5, spec.tasks, dtype=dtype, device=device)
+
+
+def _out(grads: Gradients) -> Out:
+    """Return memory for one direction."""
+    return torch.empty_like(grads[0]) if isinstance(grads, Tensor) else [torch.empty_like(g) for g in grads[0]]

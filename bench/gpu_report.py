@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""Print the rows of a GPU run as plain text, and store them with what is needed to repeat it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import gradsurgery as gs
+
+from .gpu_targets import judge
+from .gpu_timing import Row
+
+HEADING = ["stage", "form", "T", "N", "dtype", "cache", "contender"]
+FIGURES = ["median us", "p20", "p80", "x floor", "x flat", "host us", "error", "rounds"]
+WIDTHS = [16, 10, 4, 11, 9, 5, 27]
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """Return the machine, the versions, the commit and the date."""
+    machine: dict[str, object] = {
+        "name": platform.processor() or platform.machine(),
+        "backend": gs.backends()[device.type],
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "processors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "cache_bytes": properties.L2_cache_size,
+            **_driver(device),
+        }
+    return {
+        "machine": machine,
+        "versions": {
+            "gradsurgery": gs.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        },
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def print_ceilings(ceilings: dict[str, float]) -> None:
+    """Print the measured ceilings, one a line."""
+    for name, value in ceilings.items():
+        print(f"{name.rsplit(' ', 1)[0]:32}{value:>12.4g} {name.rsplit(' ', 1)[1]}")
+
+
+def print_heading() -> None:
+    """Print the columns' names."""
+    print(_line(HEADING, FIGURES))
+
+
+def print_row(row: Row) -> None:
+    """Print one row, as soon as it is there: a run that is cut off has then told what it knew."""
+    size = "-" if row.size is None else str(row.size)
+    form = row.form if row.batch == 1 else f"x{row.batch}"
+    where = [row.stage, form, str(row.tasks), size, row.dtype, row.cache, row.contender]
+    figures = (row.median_us, row.p20_us, row.p80_us, row.x_floor, row.x_flat, row.host_us, row.error)
+    cells = ["-" if figure is None else f"{figure:.4g}" for figure in figures]
+    print(_line(where, [row.note] if row.note else [*cells, str(row.rounds)]), flush=True)
+
+
+def print_targets(rows: list[Row]) -> None:
+    """Print each target with the measured figure and the case it comes from."""
+    words = {True: "met", False: "missed", None: "not measured"}
+    for verdict in judge(rows):
+        figure = "-" if verdict["measured"] is None else f"{verdict['measured']:.3g}"
+        print(f"{words[verdict['met']]:13}{figure:>9}  {verdict['target']:74}{verdict['worst']}".rstrip())
+
+
+def store(folder: Path, command: str, origin: dict[str, object], ceilings: dict[str, float], rows: list[Row]) -> Path:
+    """Write the run as JSON, named after the machine."""
+    machine = origin["machine"]
+    assert isinstance(machine, dict)
+    slug = re.sub(r"[^a-z0-9]+", "-", str(machine["name"]).lower()).strip("-")
+    path = folder / f"gpu-stages-{slug}.json"
+    content = {
+        **origin,
+        "command": command,
+        "ceilings": ceilings,
+        "rows": [asdict(row) for row in rows],
+        "targets": judge(rows),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def _line(where: list[str], figures: list[str]) -> str:
+    left = " ".join(f"{cell:{width}}" for cell, width in zip(where, WIDTHS, strict=True))
+    return f"{left} {' '.join(f'{cell:>9}' for cell in figures)}"
+
+
+def _driver(device: torch.device) -> dict[str, str]:
+    """Return what nvidia-smi knows of the GPU; nothing without it."""
+    fields = "driver_version,power.limit,clocks.max.sm,clocks.max.memory"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(fields.split(","), (value.strip() for value in answer.split(",")), strict=False))
+
+
+def _commit() -> str:
+    """Return the commit, with -dirty where anything but stored results differs from it."""
+    root = Path(__file__).parent.parent
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", ":!bench/results"])
+    try:
+        head, changes = (
+            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout
+            for command in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("GIT_COMMIT", "unknown")
+    return head.strip() + ("-dirty" if changes else "")

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""The stages on a GPU, beside its measured ceilings and PyTorch's matrix products.
+
+Run ``bench/gpu.sh --bench``, or ``python -m bench.gpu_stages`` from the repository's root. The cold figures take
+inputs in turns that together exceed the level-2 cache twice; graphs exclude the host's time. Ratios to the floor
+count the bytes that a stage has to move: T N for gram at the read ceiling, (T + 1) N for combine at the copy ceiling,
+both for the chain from gradients to direction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+
+import gradsurgery as gs
+
+from .gpu_cases import DTYPES, STAGES, Bench, columns, prepare
+from .gpu_ceilings import measure as measure_ceilings
+from .gpu_report import print_ceilings, print_heading, print_row, print_targets, provenance, store
+from .gpu_timing import Row, Spec, measure
+
+RESULTS = Path(__file__).parent / "results"
+SOLVES = [(stage, tasks, 1) for stage in ("pcgrad_weights", "min_norm_weights") for tasks in (8, 64)]
+SOLVES += [("pcgrad_weights", 8, 1000), ("min_norm_weights", 8, 1000)]
+COPIES = 8
+"""Of the largest J that have to fit: three for each dtype's values, directions, float64 blocks."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which cases a run takes; sizes are bytes of J, the ones that matter most first."""
+
+    seconds: float
+    """For each contender of a case."""
+    ceiling_bytes: int
+    tasks: tuple[int, ...]
+    sizes: tuple[float, ...]
+    small: float
+    """Measured in the cache as well, and with the host's time."""
+    form_tasks: tuple[int, ...]
+    """For the list form and misaligned rows."""
+    form_sizes: tuple[float, ...]
+
+
+FULL = Plan(
+    seconds=0.1,
+    ceiling_bytes=2 << 30,
+    tasks=(2, 3, 5, 8, 12, 16, 24, 32, 48, 64, 128),
+    sizes=(300e6, 28e6, 80e6, 2e6, 1.2e9),
+    small=2e6,
+    form_tasks=(2, 8, 32),
+    form_sizes=(28e6, 300e6),
+)
+QUICK = Plan(
+    seconds=0.003,
+    ceiling_bytes=16 << 20,
+    tasks=(2, 8),
+    sizes=(4e5,),
+    small=1e5,
+    form_tasks=(2,),
+    form_sizes=(4e5,),
+)
+
+
+def main() -> int:
+    """Measure, print and store; return 1 if a case failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_stages", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few sizes and few rounds")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try this script out")
+    parser.add_argument("--budget", type=float, default=420, help="seconds after which the other cases are left out")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the JSON")
+    options = parser.parse_args()
+    if not gs.backends()[options.device].startswith("available"):
+        parser.error(f"the {options.device} backend cannot be measured: {gs.backends()[options.device]}")
+
+    deadline = time.monotonic() + options.budget
+    plan = QUICK if options.quick else FULL
+    device = torch.device(options.device)
+    command = f"python -m bench.gpu_stages --device {options.device}{' --quick' * options.quick}"
+    origin = provenance(device)
+    ceilings = measure_ceilings(device, plan.ceiling_bytes)
+    print(f"{origin['machine']}\n{origin['versions']}\ncommit {origin['commit']}\n")
+    print_ceilings(ceilings)
+    print()
+    print_heading()
+    rows: list[Row] = []
+    failures = 0
+    bench, specs = _inputs(plan, device)
+    for spec in specs:
+        unmeasured = Row(**asdict(spec))
+        if time.monotonic() > deadline:
+            unmeasured.note = "left out: the time is up"
+            rows.append(unmeasured)
+            continue
+        try:
+            measured = measure(prepare(bench, spec), device, plan.seconds, ceilings)
+            if device.type == "cuda":
+                # Memory of the case's graphs serves no other case until it is given back.
+                torch.cuda.empty_cache()
+        except (RuntimeError, ValueError, TypeError) as error:
+            failures += 1
+            unmeasured.note = f"failed: {error}"
+            measured = [unmeasured]
+        for row in measured:
+            print_row(row)
+        rows += measured
+    print()
+    print_targets(rows)
+    path = store(options.output, command, origin, ceilings, rows)
+    left_out = sum(row.note.startswith("left out") for row in rows)
+    print(f"\n{len(rows)} rows in {path}; {failures} cases failed, {left_out} left out")
+    return 1 if failures else 0
+
+
+def _inputs(plan: Plan, device: torch.device) -> tuple[Bench, Iterator[Spec]]:
+    """Return the inputs and what to measure on them, without the sizes that do not fit into memory."""
+    cache, fitting = 0, max(plan.sizes)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        fitting = torch.cuda.mem_get_info(device)[0] / COPIES
+    largest = max(size for size in plan.sizes if size <= fitting)
+    specs = (spec for spec in _specs(plan) if spec.bytes <= 1.01 * largest)
+    return Bench.create(device, cache, round(1.01 * largest)), specs
+
+
+def _specs(plan: Plan) -> Iterator[Spec]:
+    for stage, tasks, batch in SOLVES:
+        yield Spec(stage, "solve", tasks, None, "float64", "hot", batch)
+
+    def of(form: str, nominal: float, tasks: tuple[int, ...], stages: tuple[str, ...], cache: str) -> Iterator[Spec]:
+        for dtype, count, stage in product(DTYPES, tasks, stages):
+            yield Spec(stage, form, count, columns(nominal, count, dtype), dtype, cache)
+
+    for nominal in plan.form_sizes:
+        yield from of("list", nominal, plan.form_tasks, STAGES, "cold")
+        yield from of("misaligned", nominal, plan.form_tasks, ("gram", "combine"), "cold")
+    yield from of("list", plan.small, plan.form_tasks, STAGES, "hot")
+    yield from of("flat", plan.small, plan.tasks, STAGES, "hot")
+    for nominal in plan.sizes:
+        yield from of("flat", nominal, plan.tasks, STAGES, "cold")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

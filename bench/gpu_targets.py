@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""What the cuda backend is meant to reach on an H200, and whether a run reached it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .gpu_timing import OURS, Row
+
+LARGE, MEDIUM = 300e6, 28e6
+"""Bytes of J from which two passes take all of the time, and above which it does not stay on the chip."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """An upper bound on one figure of our rows, which the worst of them has to meet."""
+
+    stage: str
+    bound: float
+    figure: str = "x_floor"
+    """A field of Row: x_floor (floor by the measured ceilings), x_flat (the flat form), median_us, error."""
+    form: str = "flat"
+    tasks: tuple[int, int] = (1, 256)
+    """First and last T."""
+    dtype: str | None = None
+    sizes: tuple[float, float] = (0, math.inf)
+    """Bytes of J, from the first to below the last."""
+    batch: int = 1
+    cache: str = "cold"
+
+    def text(self) -> str:
+        """Return the target in words."""
+        unit = {"x_floor": "x the floor", "x_flat": "x flat", "median_us": "us", "error": "error"}[self.figure]
+        first, last = self.tasks
+        parts = [self.stage, self.form, self.dtype or "", "" if self.batch == 1 else f"{self.batch} problems"]
+        if self.tasks != (1, 256):
+            parts.append(f"T={first}" if first == last else f"T<={last}")
+        low, high = (f"{size / 1e6:g}" for size in self.sizes)
+        if self.sizes != (0, math.inf):
+            parts.append(f"J >= {low} MB" if math.isinf(self.sizes[1]) else f"J {low} to {high} MB")
+        return f"{' '.join(part for part in parts if part)}: at most {self.bound:g} {unit}"
+
+    def covers(self, row: Row) -> bool:
+        """Return whether the target is about this row."""
+        return (
+            (row.stage, row.contender, row.form, row.batch, row.cache)
+            == (self.stage, OURS, self.form, self.batch, self.cache)
+            and self.tasks[0] <= row.tasks <= self.tasks[1]
+            and self.dtype in (None, row.dtype)
+            and self.sizes[0] <= row.bytes < self.sizes[1]
+            and getattr(row, self.figure) is not None
+        )
+
+
+def _solver(stage: str, tasks: int, bound: float, batch: int = 1) -> Target:
+    return Target(stage, bound, "median_us", "solve", (tasks, tasks), batch=batch, cache="hot")
+
+
+LARGE_SIZES, MEDIUM_SIZES = (LARGE, math.inf), (MEDIUM, LARGE)
+TARGETS = [
+    Target("gram", 1.08, tasks=(1, 32), dtype="float32", sizes=LARGE_SIZES),
+    Target("gram", 1.08, tasks=(1, 128), dtype="bfloat16", sizes=LARGE_SIZES),
+    Target("gram", 1.15, tasks=(48, 48), dtype="float32", sizes=LARGE_SIZES),
+    Target("gram", 1.3, tasks=(64, 64), dtype="float32", sizes=LARGE_SIZES),
+    Target("gram", 1.8, tasks=(128, 128), dtype="float32", sizes=LARGE_SIZES),
+    Target("combine", 1.06, sizes=LARGE_SIZES),
+    Target("chain", 1.08, tasks=(1, 32), dtype="float32", sizes=LARGE_SIZES),
+    Target("chain", 1.08, tasks=(1, 128), dtype="bfloat16", sizes=LARGE_SIZES),
+    Target("chain", 1.05, tasks=(1, 32), dtype="float32", sizes=MEDIUM_SIZES),
+    Target("chain", 1.05, tasks=(1, 128), dtype="bfloat16", sizes=MEDIUM_SIZES),
+    *(Target(stage, 1.15, "x_flat", "list") for stage in ("gram", "combine", "chain")),
+    *(Target(stage, 1.3, "x_flat", "misaligned") for stage in ("gram", "combine")),
+    _solver("pcgrad_weights", 8, 3),
+    _solver("pcgrad_weights", 64, 8),
+    _solver("min_norm_weights", 8, 5),
+    _solver("min_norm_weights", 64, 200),
+    _solver("pcgrad_weights", 8, 60, batch=1000),
+    _solver("min_norm_weights", 8, 60, batch=1000),
+    *(Target("gram", 1e-6, "error", form) for form in ("flat", "list", "misaligned")),
+]
+
+
+def judge(rows: list[Row]) -> list[dict[str, str | float | bool | None]]:
+    """Return each target with the worst measured figure, its case, and whether it is met; None without a row."""
+    verdicts = []
+    for target in TARGETS:
+        covered = [row for row in rows if target.covers(row)]
+        # NaN is the worst of all.
+        worst = max(
+            covered,
+            key=lambda row: (math.isnan(getattr(row, target.figure)), getattr(row, target.figure)),
+            default=None,
+        )
+        measured = None if worst is None else getattr(worst, target.figure)
+        verdicts.append(
+            {
+                "target": target.text(),
+                "measured": measured,
+                "worst": "" if worst is None else _place(worst),
+                "met": None if measured is None else measured <= target.bound,
+            }
+        )
+    return verdicts
+
+
+def _place(row: Row) -> str:
+    return f"T={row.tasks} {row.dtype}" + (f" J={row.bytes / 1e6:.0f} MB" if row.bytes else "")

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: MIT
+"""Time the contenders of a case in turns: replays of CUDA graphs between events, or calls on the host's clock."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy
+import torch
+
+OURS = "gradsurgery"
+FLAT = "gradsurgery, aligned [T, N]"
+"""The same bytes as one matrix, beside a form that is harder to read."""
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+SLOW_S = 0.5
+"""A sample that takes longer is the only one."""
+MIN_GRAPH_S = 400e-6
+"""Calls are repeated within a graph up to this, which makes the start of a replay irrelevant."""
+MIN_SAMPLE_S = 1e-3
+HOST_ROUNDS, HOST_CALLS = 7, 50
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Spec:
+    """What is measured on which inputs."""
+
+    stage: str
+    form: str
+    """flat, list or misaligned gradients; solve: work on T x T alone."""
+    tasks: int
+    size: int | None
+    """N, None without gradients."""
+    dtype: str
+    cache: str
+    """cold: sets of inputs that exceed the level-2 cache twice take turns; hot: one set over and over."""
+    batch: int = 1
+    """Problems in one call."""
+
+    @property
+    def bytes(self) -> int:
+        """The size of J."""
+        return 0 if self.size is None else self.tasks * self.size * getattr(torch, self.dtype).itemsize
+
+
+@dataclass
+class Case:
+    """Contenders that compute the same thing; each has one call per set of inputs."""
+
+    spec: Spec
+    calls: dict[str, list[Call]]
+    error: Callable[[], float]
+    """Relative error of our result against a float64 one."""
+    read_bytes: int = 0
+    """What a stage that only reads has to move, and below one that writes as well."""
+    copy_bytes: int = 0
+
+
+@dataclass
+class Row(Spec):
+    """What was measured of one contender in one case; times in microseconds, None where there is nothing."""
+
+    contender: str = OURS
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    rounds: int = 0
+    host_us: float | None = None
+    """Of a call without a graph, where inputs are hot."""
+    floor_us: float | None = None
+    x_floor: float | None = None
+    x_flat: float | None = None
+    error: float | None = None
+    note: str = ""
+
+
+def measure(case: Case, device: torch.device, seconds: float, ceilings: dict[str, float]) -> list[Row]:
+    """Return one row per contender, each measured for about ``seconds``."""
+    sampler = _graph_sampler if device.type == "cuda" else _host_sampler
+    rows = {name: Row(**asdict(case.spec), contender=name) for name in case.calls}
+    samplers = {}
+    for name, calls in case.calls.items():
+        try:
+            samplers[name] = sampler(calls)
+        except RuntimeError as error:
+            if name == OURS:
+                raise
+            rows[name].note = f"failed: {error}"
+    floor_us = (case.read_bytes / ceilings["read GB/s"] + case.copy_bytes / ceilings["copy GB/s"]) / 1e3
+    for name, times in _interleave(samplers, seconds).items():
+        row = rows[name]
+        row.rounds = len(times)
+        row.p20_us, row.median_us, row.p80_us = (1e6 * numpy.quantile(times, (0.2, 0.5, 0.8))).tolist()
+        if row.cache == "hot":
+            row.host_us = 1e6 * _host_seconds(case.calls[name], device, seconds)
+        elif floor_us:
+            row.floor_us, row.x_floor = floor_us, row.median_us / floor_us
+    if FLAT in samplers:
+        rows[OURS].x_flat = rows[OURS].median_us / rows[FLAT].median_us
+    rows[OURS].error = case.error()
+    return list(rows.values())
+
+
+def _interleave(samplers: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
+    """Return seconds per call, one value per round, the contenders in a new order in each round."""
+    times: dict[str, list[float]] = {}
+    planned = {}
+    for name, sample in samplers.items():
+        begin = time.perf_counter()
+        first = sample()
+        took = time.perf_counter() - begin
+        times[name] = [first] if took > SLOW_S else []
+        planned[name] = 0 if took > SLOW_S else min(max(MIN_ROUNDS, int(seconds / took)), MAX_ROUNDS)
+    total = max(planned.values())
+    shuffle = random.Random(0).shuffle
+    gc.disable()
+    try:
+        for i in range(total):
+            # Spreads the rounds of a slow contender evenly over all rounds.
+            turn = [name for name, rounds in planned.items() if i * rounds % total < rounds]
+            shuffle(turn)
+            for name in turn:
+                times[name].append(samplers[name]())
+    finally:
+        gc.enable()
+    return times
+
+
+def _graph_sampler(calls: list[Call]) -> Callable[[], float]:
+    """Capture the calls in one graph; return a function that times one replay of it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # What calls allocate or move to the device once has to be there before the capture.
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    once = _replay_seconds(_capture(calls))
+    passes = math.ceil(MIN_GRAPH_S / once)
+    graph = _capture(calls * passes)
+    return lambda: _replay_seconds(graph) / (len(calls) * passes)
+
+
+def _capture(calls: list[Call]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    # The first replay keeps the GPU busy while the host enqueues the second.
+    graph.replay()
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _host_sampler(calls: list[Call]) -> Callable[[], float]:
+    once = min(_pass_seconds(calls, 1) for _ in range(2))
+    passes = math.ceil(MIN_SAMPLE_S / (once * len(calls)))
+    return lambda: _pass_seconds(calls, passes)
+
+
+def _pass_seconds(calls: list[Call], passes: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(passes):
+        for call in calls:
+            call()
+    return (time.perf_counter() - begin) / (passes * len(calls))
+
+
+def _host_seconds(calls: list[Call], device: torch.device, seconds: float) -> float:
+    """Return seconds per call as a program without graphs sees them: enqueued in a row, one wait at the end."""
+
+    def sample(passes: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(passes):
+            for call in calls:
+                call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / (passes * len(calls))
+
+    once = min(sample(1), sample(1))
+    passes = math.ceil(min(HOST_CALLS, seconds / HOST_ROUNDS / once) / len(calls))
+    return statistics.median(sample(passes) for _ in range(HOST_ROUNDS))
