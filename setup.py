@@ -3,14 +3,17 @@
 
 GRADSURGERY_BUILD chooses what is compiled:
 
-    auto  (default) the best that this machine allows: C++, else nothing
-    cuda  fails: the torch operators do not reach the CUDA kernels yet
+    auto  (default) the best that this machine allows: CUDA, else C++, else nothing
+    cuda  C++ and CUDA; fails without a C++ compiler, nvcc or a torch that is built with CUDA
     cpu   C++ only; fails without a C++ compiler
     none  nothing: the package runs on its PyTorch backend
+
+TORCH_CUDA_ARCH_LIST chooses the GPUs, as for any extension of torch; default: all below that nvcc knows, and PTX.
 """
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,41 +30,79 @@ If torch is installed, pip's build isolation hides it. Install torch first, then
 To install without the extension: GRADSURGERY_BUILD=none pip install ."""
 
 
+# Ampere, Ada, Hopper, Blackwell.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
+
+
 def choose_build() -> str:
-    """What to compile: "cpu" or "none"."""
+    """What to compile: "cuda", "cpu" or "none"."""
     wanted = os.environ.get("GRADSURGERY_BUILD", "auto")
     if wanted not in CHOICES:
         sys.exit(f"GRADSURGERY_BUILD must be one of {', '.join(CHOICES)}, got {wanted!r}")
     if wanted == "none":
         return "none"
-    if wanted == "cuda":
-        sys.exit("GRADSURGERY_BUILD=cuda cannot be met: the torch operators do not reach the CUDA kernels yet")
     try:
         import torch  # noqa: F401
     except ImportError:
         sys.exit(NO_TORCH)
+    why_not = {"cpu": why_not_cpu(), "cuda": why_not_cpu() or why_not_cuda()}
+    if wanted == "auto":
+        return next((build for build in ("cuda", "cpu") if not why_not[build]), "none")
+    if why_not[wanted]:
+        sys.exit(f"GRADSURGERY_BUILD={wanted} cannot be met: {why_not[wanted]}")
+    return wanted
+
+
+def why_not_cpu() -> str:
     has_compiler = shutil.which(os.environ.get("CXX", "c++").split()[0]) is not None
-    if wanted == "cpu" and not has_compiler:
-        sys.exit("GRADSURGERY_BUILD=cpu needs a C++ compiler: neither $CXX nor c++ was found")
-    return "cpu" if has_compiler else "none"
+    return "" if has_compiler else "neither $CXX nor c++ was found"
+
+
+def why_not_cuda() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if nvcc() is None:
+        return "no nvcc was found, in $CUDA_HOME or elsewhere"
+    return ""
+
+
+def nvcc() -> str | None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return shutil.which("nvcc", path=f"{CUDA_HOME}/bin") if CUDA_HOME else None
+
+
+def choose_architectures() -> None:
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        known = subprocess.run([nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+        mine = [a for a in ARCHITECTURES if f"compute_{a.rstrip('a').replace('.', '')}" in known]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(mine) + "+PTX"
 
 
 def extension_arguments(build: str) -> dict:
     if build == "none":
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sources = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
-    headers = [str(path.relative_to(ROOT)) for pattern in ("*.h", "*.inl") for path in ROOT.glob(f"csrc/**/{pattern}")]
-    flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0"]
+    folders = ["csrc/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if build == "cuda" else [])
+    sources = sorted(str(path.relative_to(ROOT)) for folder in folders for path in ROOT.glob(folder))
+    patterns = ("*.h", "*.inl", "*.cuh")
+    headers = [str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(f"csrc/**/{pattern}")]
     # at::parallel_for is OpenMP in a header: without the flag it runs on one thread. Apple's compiler has none.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    extension = CppExtension(
+    flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0", *openmp]
+    if build == "cuda":
+        choose_architectures()
+    make_extension = CUDAExtension if build == "cuda" else CppExtension
+    extension = make_extension(
         name="gradsurgery._C",
         sources=sources,
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc" / "include")],
         depends=headers,
-        extra_compile_args=flags + openmp,
+        define_macros=[("GS_WITH_CUDA", None)] if build == "cuda" else [],
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]},
         extra_link_args=openmp,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}

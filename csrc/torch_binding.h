@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: MIT
+// What the operators make of torch's tensors: the structs of the C boundary, the device and stream to run on, and the
+// checks that keep a direct call of an operator memory-safe.
+#pragma once
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/extension.h>
+
+#include <algorithm>
+#include <vector>
+
+#if defined(GS_WITH_CUDA)
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include "gradsurgery/gradsurgery.h"
+
+namespace gs::binding {
+
+using at::Tensor;
+
+inline void check_status(gs_status status) {
+  TORCH_CHECK_VALUE(status != GS_INVALID_ARGUMENT, gs_last_error());
+  TORCH_CHECK(status == GS_OK, gs_last_error());
+}
+
+const gs_parallel kTorchThreads = {[](void*, int64_t count, void (*body)(void*, int64_t), void* arg) {
+                                     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+                                       for (int64_t i = begin; i < end; i++) body(arg, i);
+                                     });
+                                   },
+                                   nullptr};
+
+// Where a call runs: its device is current as long as this lives, and CUDA kernels go to its current stream.
+class Target {
+ public:
+  explicit Target(const at::Device& device) : device_(device), guard_(device) {
+    TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "tensors must be on the CPU or on a CUDA device, got ",
+                      device);
+  }
+  bool is_cuda() const { return device_.is_cuda(); }
+  gs_stream stream() const {
+#if defined(GS_WITH_CUDA)
+    return reinterpret_cast<gs_stream>(c10::cuda::getCurrentCUDAStream(device_.index()).stream());
+#else
+    return nullptr;  // the library answers that it has no CUDA kernels
+#endif
+  }
+  Tensor make_workspace(int64_t bytes) const {
+    TORCH_CHECK_VALUE(bytes >= 0, gs_last_error());
+    return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device_));
+  }
+
+ private:
+  at::Device device_;
+  c10::DeviceGuard guard_;
+};
+
+inline int32_t dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return GS_FLOAT64;
+    case at::kFloat:
+      return GS_FLOAT32;
+    case at::kBFloat16:
+      return GS_BFLOAT16;
+    case at::kHalf:
+      return GS_FLOAT16;
+    default:
+      TORCH_CHECK_TYPE(false, "gradients must be float64, float32, bfloat16 or float16, got ", tensor.dtype());
+  }
+}
+
+// Backs a gs_gradients with vectors.
+struct Gradients {
+  std::vector<const void*> data;
+  std::vector<int64_t> numel;
+  std::vector<int32_t> dtype;
+  std::vector<int32_t> segment;
+  int64_t num_tasks = 0;
+  int64_t num_segments = 1;
+  std::optional<at::Device> device;  // none where no task has a gradient
+
+  gs_gradients view() const {
+    return {num_tasks,    static_cast<int64_t>(numel.size()),        num_segments, data.data(), numel.data(),
+            dtype.data(), segment.empty() ? nullptr : segment.data()};
+  }
+
+  void add(int64_t elements, int32_t element_type, int64_t segment_id) {
+    numel.push_back(elements);
+    dtype.push_back(element_type);
+    segment.push_back(static_cast<int32_t>(segment_id));
+  }
+
+  // The rows of a [T, N] matrix, cut at the offsets (none: one segment).
+  static Gradients from_matrix(const Tensor& grads, at::IntArrayRef offsets) {
+    TORCH_CHECK_VALUE(grads.dim() == 2 && (grads.size(1) <= 1 || grads.stride(1) == 1),
+                      "grads must be [T, N] with a contiguous last dimension, got shape ", grads.sizes(),
+                      " with strides ", grads.strides());
+    const int64_t whole[] = {0, grads.size(1)};
+    if (offsets.empty()) offsets = whole;
+    TORCH_CHECK_VALUE(offsets.size() >= 2 && offsets.front() == 0 && offsets.back() == grads.size(1) &&
+                          std::is_sorted(offsets.begin(), offsets.end()),
+                      "segments must ascend from 0 to ", grads.size(1), ", got ", offsets);
+    Gradients g;
+    g.device = grads.device();
+    g.num_tasks = grads.size(0);
+    g.num_segments = static_cast<int64_t>(offsets.size()) - 1;
+    const auto* base = static_cast<const char*>(grads.const_data_ptr());
+    const int64_t bytes = grads.element_size();
+    for (int64_t s = 0; s < g.num_segments; s++) {
+      g.add(offsets[s + 1] - offsets[s], dtype_of(grads), s);
+      for (int64_t t = 0; t < g.num_tasks; t++) {
+        g.data.push_back(base + (t * grads.stride(0) + offsets[s]) * bytes);
+      }
+    }
+    return g;
+  }
+
+  // A task-major list of num_tasks x P tensors.
+  static Gradients from_list(const c10::List<std::optional<Tensor>>& grads, int64_t num_tasks, at::IntArrayRef segments,
+                             int64_t num_segments) {
+    const auto count = static_cast<int64_t>(grads.size());
+    TORCH_CHECK_VALUE(num_tasks >= 1 && count % num_tasks == 0, "grads must hold num_tasks x P entries, got ", count,
+                      " entries for ", num_tasks, " tasks");
+    const int64_t params = count / num_tasks;
+    TORCH_CHECK_VALUE(segments.empty() || static_cast<int64_t>(segments.size()) == params,
+                      "segments must name one segment per parameter, got ", segments.size(), " for ", params);
+    Gradients g;
+    g.num_tasks = num_tasks;
+    g.num_segments = num_segments;
+    g.data.resize(count);
+    std::vector<Tensor> first(params);
+    for (int64_t t = 0; t < num_tasks; t++) {
+      for (int64_t p = 0; p < params; p++) {
+        const std::optional<Tensor> entry = grads.get(t * params + p);
+        if (!entry || !entry->defined()) continue;
+        if (!g.device) g.device = entry->device();
+        if (!first[p].defined()) first[p] = *entry;
+        TORCH_CHECK_VALUE(entry->device() == *g.device, "gradient ", p, " must be on ", *g.device, ", got ",
+                          entry->device());
+        check_same_layout(*entry, first[p], p);
+        g.data[p * num_tasks + t] = entry->const_data_ptr();
+      }
+    }
+    for (int64_t p = 0; p < params; p++) {
+      const bool any = first[p].defined();
+      g.add(any ? first[p].numel() : 0, any ? dtype_of(first[p]) : GS_FLOAT32, segments.empty() ? 0 : segments[p]);
+    }
+    return g;
+  }
+
+  static void check_same_layout(const Tensor& tensor, const Tensor& first, int64_t param) {
+    TORCH_CHECK_VALUE(tensor.device() == first.device(), "gradient ", param, " must be on ", first.device(), ", got ",
+                      tensor.device());
+    TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && tensor.scalar_type() == first.scalar_type(), "gradient ", param,
+                     " must be strided ", first.dtype(), ", got ", tensor.layout(), " ", tensor.dtype());
+    // Strides of dimensions of size 1 say nothing, so contiguous tensors may differ there.
+    const bool same = tensor.is_contiguous() ? first.is_contiguous() : tensor.strides() == first.strides();
+    TORCH_CHECK_VALUE(tensor.sizes() == first.sizes() && same && tensor.is_non_overlapping_and_dense(), "gradient ",
+                      param, " must be dense with shape ", first.sizes(), " and strides ", first.strides(), ", got ",
+                      tensor.sizes(), " and ", tensor.strides());
+  }
+};
+
+// T x T data: contiguous, of one dtype and shape, on the device of the call.
+inline void check_square_data(const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape,
+                              const at::Device& device, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.dtype());
+  TORCH_CHECK_VALUE(tensor.device() == device && tensor.is_contiguous() && tensor.sizes() == shape, name,
+                    " must be contiguous on ", device, " with shape ", shape, ", got ", tensor.device(), " ",
+                    tensor.sizes(), " with strides ", tensor.strides());
+}
+
+struct Problems {
+  int64_t batch, num_tasks;
+};
+
+// gram [..., T, T] and weights [..., T], on one device
+inline Problems check_problems(const Tensor& gram, const Tensor& weights) {
+  TORCH_CHECK_VALUE(gram.dim() >= 2 && gram.size(-1) >= 1 && gram.size(-1) == gram.size(-2),
+                    "gram must be [..., T, T], got ", gram.sizes());
+  check_square_data(gram, at::kDouble, gram.sizes(), gram.device(), "gram");
+  check_square_data(weights, at::kDouble, gram.sizes().slice(0, gram.dim() - 1), gram.device(), "weights");
+  return {gram.numel() / (gram.size(-1) * gram.size(-1)), gram.size(-1)};
+}
+
+// The number of segments of gram [S, T, T] or weights [S, T]; without that dimension one.
+inline int64_t segments_of(const Tensor& tensor, int64_t dimensions, const char* name) {
+  TORCH_CHECK_VALUE(tensor.dim() == dimensions || tensor.dim() == dimensions - 1, name, " must have ", dimensions - 1,
+                    " dimensions or one more for segments, got ", tensor.sizes());
+  return tensor.dim() == dimensions ? tensor.size(0) : 1;
+}
+
+}  // namespace gs::binding
