@@ -47,17 +47,22 @@ SETUP = (
 )
 
 
+NO_COMPILER = "import shutil; shutil.which = lambda name, path=None: None"
+WITH_CUDA = (
+    "import torch, torch.utils.cpp_extension as extension; torch.version.cuda = {version!r}; "
+    "extension.CUDA_HOME = {home!r}"
+)
+
+
 @pytest.mark.parametrize(
     ("before", "choice", "message"),
     [
         ("pass", "fast", "GRADSURGERY_BUILD must be one of auto, cuda, cpu, none, got 'fast'"),
         ("sys.modules['torch'] = None", "auto", "pip install --no-build-isolation ."),
-        (
-            "pass",
-            "cuda",
-            "GRADSURGERY_BUILD=cuda cannot be met: the torch operators do not reach the CUDA kernels yet",
-        ),
-        ("import shutil; shutil.which = lambda name: None", "cpu", "GRADSURGERY_BUILD=cpu needs a C++ compiler"),
+        (WITH_CUDA.format(version=None, home=None), "cuda", "is built without CUDA"),
+        (WITH_CUDA.format(version="13.0", home="/nowhere"), "cuda", "GRADSURGERY_BUILD=cuda cannot be met: no nvcc"),
+        (NO_COMPILER, "cpu", "GRADSURGERY_BUILD=cpu cannot be met: neither $CXX nor c++ was found"),
+        (NO_COMPILER, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: neither $CXX nor c++ was found"),
     ],
 )
 def test_a_build_that_cannot_be(before, choice, message):
@@ -70,14 +75,32 @@ def test_a_build_that_cannot_be(before, choice, message):
     ("before", "choice", "compiled"),
     [
         ("sys.modules['torch'] = None", "none", "none"),
-        ("import shutil; shutil.which = lambda name: None", "auto", "none"),
+        (NO_COMPILER, "auto", "none"),
         ("pass", "cpu", "cpu"),
+        (WITH_CUDA.format(version=None, home=None), "auto", "cpu"),
     ],
 )
 def test_what_gets_compiled(before, choice, compiled):
     result = run(SETUP.format(before=before), GRADSURGERY_BUILD=choice)
     assert result.returncode == 0, result.stderr
     assert f"gradsurgery: compiling {compiled}" in result.stderr
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_cuda_gets_compiled_for_what_nvcc_knows(tmp_path, choice):
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho compute_75 compute_80 compute_90")
+    compiler.chmod(0o755)
+    code = SETUP.format(before=WITH_CUDA.format(version="13.0", home=str(tmp_path)))
+    result = run(
+        f"{code}; import os; print(os.environ['TORCH_CUDA_ARCH_LIST'])",
+        GRADSURGERY_BUILD=choice,
+        CUDA_HOME=str(tmp_path),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "gradsurgery: compiling cuda" in result.stderr
+    assert result.stdout.splitlines()[-1] == "8.0;9.0a+PTX"
 
 
 def test_versions_agree():
