@@ -28,7 +28,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.inl %.cpp %.cu,$(SOURCES)) tests/cpp/*.c tests/cpp/*.cpp
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES)) bench/*.cu \
+		tests/cpp/*.c tests/cpp/*.cpp tests/cpp/*.h
 
 cpp:
 	cmake -S . -B build/cmake

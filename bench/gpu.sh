@@ -74,14 +74,14 @@ part_sanitize() {
   local tool failed=0
   local options=(--error-exitcode 99 --launch-timeout 0 --report-api-errors no)
   for tool in memcheck racecheck initcheck synccheck; do
-    local filter=(--kernel-name kns=gs) settings=(env)
+    local filter=(--kernel-name kns=gs3gpu) settings=(env)
     # Without torch's cache each tensor is an allocation of its own, whose bounds and contents the tool knows.
     [[ $tool != @(memcheck|initcheck) ]] || settings+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1)
     # initcheck has to see torch's kernels write what ours read.
     [[ $tool != initcheck ]] || filter=()
     echo "== $tool"
     within 120 "${settings[@]}" compute-sanitizer --tool "$tool" "${options[@]}" "${filter[@]}" \
-      "${pytest[@]}" tests/test_cuda.py -k sanitize || { echo "== $tool failed: $?"; failed=1; }
+      "${pytest[@]}" tests/test_cuda_kernels.py -k sanitize || { echo "== $tool failed: $?"; failed=1; }
   done
   return "$failed"
 }

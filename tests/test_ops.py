@@ -12,7 +12,7 @@ if DEVICE not in USABLE:
     pytest.skip(gradsurgery.backends()[DEVICE], allow_module_level=True)
 
 OPS = torch.ops.gradsurgery
-PLACE = "the CPU" if DEVICE == "cpu" else ".*"
+PLACE = "cpu" if DEVICE == "cpu" else ".*"
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 

@@ -137,10 +137,10 @@ void test_kernels() {
       }
     }
   }
-  test_gram(Model(72, {GS_FLOAT64}, {9, 0, 70, 1}));
-  test_gram(Model(72, {GS_FLOAT32}, {9, 0, 70, 1}));
-  test_gram(Model(113, {GS_BFLOAT16}, {70, 1}));
-  test_gram(Model(130, {GS_FLOAT16}, {40}));       // a slot takes several blocks
+  // All shapes of the circle of row blocks, and a slot for several blocks.
+  const std::pair<int64_t, gs_dtype> many[] = {{49, GS_BFLOAT16}, {64, GS_FLOAT16},  {72, GS_FLOAT64}, {81, GS_FLOAT32},
+                                               {97, GS_BFLOAT16}, {128, GS_FLOAT32}, {130, GS_FLOAT16}};
+  for (const auto& [num_tasks, dtype] : many) test_gram(Model(num_tasks, {dtype}, {9, 0, 40}));
   test_gram(Model(36, {GS_BFLOAT16}, {1, 1500}));  // many stages
 }
 
