@@ -8,7 +8,8 @@ GRADSURGERY_BUILD chooses what is compiled:
     cpu   C++ only; fails without a C++ compiler
     none  nothing: the package runs on its PyTorch backend
 
-TORCH_CUDA_ARCH_LIST chooses the GPUs, as for any extension of torch; default: all below that nvcc knows, and PTX.
+TORCH_CUDA_ARCH_LIST chooses the GPUs, as for any extension of torch, from compute capability 8.0 on; default: all below
+that nvcc knows, and PTX.
 """
 
 import os
@@ -75,7 +76,14 @@ def nvcc() -> str | None:
 
 
 def choose_architectures() -> None:
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    # Names of architectures are left to torch; older ones have no float64 matrix instruction.
+    served = [a for a in wanted if a and (not a[0].isdigit() or int(a.split(".")[0]) >= 8)]
+    if any(wanted) and not served:
+        sys.exit(f"TORCH_CUDA_ARCH_LIST must hold 8.0 or later, got {';'.join(wanted)}")
+    if served:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(served)
+    else:
         known = subprocess.run([nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
         mine = [a for a in ARCHITECTURES if f"compute_{a.rstrip('a').replace('.', '')}" in known]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(mine) + "+PTX"

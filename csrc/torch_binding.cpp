@@ -45,9 +45,9 @@ void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate,
   }
   const Target target(device);
   const auto* w = weights.const_data_ptr<double>();
-  if (target.is_cuda()) return check_status(gs_combine_cuda(&view, w, out.data(), accumulate, target.stream()));
+  if (target.is_cuda()) return check_status(gs_combine_cuda(&view, w, 1, out.data(), accumulate, target.stream()));
   const Tensor workspace = target.make_workspace(gs_combine_workspace_bytes(&view));
-  check_status(gs_combine_cpu(&view, w, out.data(), accumulate, workspace.mutable_data_ptr(), workspace.numel(),
+  check_status(gs_combine_cpu(&view, w, 1, out.data(), accumulate, workspace.mutable_data_ptr(), workspace.numel(),
                               &kTorchThreads));
 }
 

@@ -50,11 +50,17 @@ def test_constant_rows_have_no_bias(backend):
     assert_gram(gradsurgery.gram(rows, backend=backend), rows, torch.float32)
 
 
-def test_worst_rounding_of_a_float32_chain(backend):
-    # Behind a 1 in the same accumulator, each product of 1.01 * 2^-24 is rounded up to 2^-23.
-    rows = torch.full((17, 512), (1.01 * 2.0**-24) ** 0.5)
-    rows[:, :16] = 1
-    assert_gram(gradsurgery.gram(rows, backend=backend), rows, torch.float32)
+@pytest.mark.parametrize(
+    ("tasks", "dtype"),
+    [(17, torch.float32), (100, torch.float32), (17, torch.bfloat16), (100, torch.bfloat16), (17, torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("ones", [slice(16), slice(0, None, 16)], ids=["at first", "in each step"])
+def test_worst_rounding_of_a_float32_chain(backend, tasks, dtype, ones):
+    # Behind a 1 in the same accumulator, each product of 1.01 * 2^-24 is rounded up to 2^-23, or truncated to 0.
+    rows = torch.full((tasks, 512), (1.01 * 2.0**-24) ** 0.5, dtype=dtype)
+    rows[:, ones] = 1
+    assert_gram(gradsurgery.gram(rows, backend=backend), rows, dtype)
 
 
 @pytest.mark.parametrize("tasks", [3, 17])

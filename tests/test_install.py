@@ -103,6 +103,26 @@ def test_cuda_gets_compiled_for_what_nvcc_knows(tmp_path, choice):
     assert result.stdout.splitlines()[-1] == "8.0;9.0a+PTX"
 
 
+@pytest.mark.parametrize(
+    ("wanted", "compiled"), [("7.5 8.6;9.0+PTX", "8.6;9.0+PTX"), ("Hopper", "Hopper"), ("7.0", None)]
+)
+def test_gpus_before_ampere_are_left_out(tmp_path, wanted, compiled):
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.touch(0o755)
+    code = SETUP.format(before=WITH_CUDA.format(version="13.0", home=str(tmp_path)))
+    result = run(
+        f"{code}; import os; print(os.environ['TORCH_CUDA_ARCH_LIST'])",
+        GRADSURGERY_BUILD="cuda",
+        CUDA_HOME=str(tmp_path),
+        TORCH_CUDA_ARCH_LIST=wanted,
+    )
+    if compiled is None:
+        assert "TORCH_CUDA_ARCH_LIST must hold 8.0 or later, got 7.0" in result.stderr
+    else:
+        assert result.stdout.splitlines()[-1] == compiled, result.stderr
+
+
 def test_versions_agree():
     import gradsurgery
 

@@ -10,8 +10,8 @@ constexpr int64_t kChunk = 16384;           // columns per call of the loop body
 constexpr int64_t kSerialElements = 65536;  // less than this is not worth a second thread
 constexpr int64_t kStreamBytes = 8 << 20;   // an output above this would push the gradients out of the cache
 
-void combine_chunk(const gs_gradients& g, const double* weights, void* const* out, bool accumulate, bool stream,
-                   int64_t p, int64_t begin, int64_t end) {
+void combine_chunk(const gs_gradients& g, const double* weights, void* out, bool accumulate, bool stream, int64_t p,
+                   int64_t begin, int64_t end) {
   const void* rows[GS_MAX_TASKS];
   double present_weights[GS_MAX_TASKS];
   const double* w = weights + segment_of(g, p) * g.num_tasks;
@@ -23,7 +23,7 @@ void combine_chunk(const gs_gradients& g, const double* weights, void* const* ou
     present_weights[present++] = w[t];
   }
   if (present == 0 && accumulate) return;
-  void* destination = const_cast<char*>(offset(out[p], g.dtype[p], begin));
+  void* destination = const_cast<char*>(offset(out, g.dtype[p], begin));
   kernels().combine(rows, present_weights, present, static_cast<gs_dtype>(g.dtype[p]), end - begin, destination,
                     accumulate, stream);
 }
@@ -35,10 +35,11 @@ int64_t gs_combine_workspace_bytes(const gs_gradients* grads) {
   return grads && gs::check(*grads) == GS_OK ? (grads->num_params + 1) * static_cast<int64_t>(sizeof(int64_t)) : -1;
 }
 
-gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
-                         void* workspace, int64_t workspace_bytes, const gs_parallel* parallel) {
+gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, int64_t num_directions, void* const* out,
+                         int accumulate, void* workspace, int64_t workspace_bytes, const gs_parallel* parallel) {
   using namespace gs;
   GS_REQUIRE(grads && weights && out, "grads, weights and out must not be NULL");
+  GS_REQUIRE(num_directions >= 1, "num_directions must be at least 1, got %lld", (long long)num_directions);
   if (const gs_status status = check(*grads)) return status;
   const gs_gradients& g = *grads;
   GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_combine_workspace_bytes(grads));
@@ -47,18 +48,23 @@ gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void*
   int64_t elements = 0, out_bytes = 0;
   first_chunk[0] = 0;
   for (int64_t p = 0; p < g.num_params; p++) {
-    first_chunk[p + 1] = first_chunk[p] + (out[p] ? (g.numel[p] + kChunk - 1) / kChunk : 0);
+    first_chunk[p + 1] = first_chunk[p] + (g.numel[p] + kChunk - 1) / kChunk;
     elements += g.numel[p] * g.num_tasks;
-    out_bytes += out[p] ? g.numel[p] * element_bytes(g.dtype[p]) : 0;
+    out_bytes += g.numel[p] * element_bytes(g.dtype[p]) * num_directions;
   }
   const int64_t chunks = first_chunk[g.num_params];
   const bool stream = !accumulate && out_bytes > kStreamBytes;
-  // In reverse: the Gram pass read the last columns last, so they may still be in the cache.
+  // In reverse: the Gram pass read the last columns last, so they may still be in the cache. All directions of a chunk
+  // at once, for the same reason.
   parallel_for(elements < kSerialElements ? nullptr : parallel, chunks, [&](int64_t i) {
     const int64_t chunk = chunks - 1 - i;
     const int64_t p = std::upper_bound(first_chunk, first_chunk + g.num_params + 1, chunk) - first_chunk - 1;
-    const int64_t begin = (chunk - first_chunk[p]) * kChunk;
-    combine_chunk(g, weights, out, accumulate != 0, stream, p, begin, std::min(begin + kChunk, g.numel[p]));
+    const int64_t begin = (chunk - first_chunk[p]) * kChunk, end = std::min(begin + kChunk, g.numel[p]);
+    for (int64_t k = 0; k < num_directions; k++) {
+      void* target = out[k * g.num_params + p];
+      const double* own = weights + k * g.num_segments * g.num_tasks;
+      if (target) combine_chunk(g, own, target, accumulate != 0, stream, p, begin, end);
+    }
   });
   return GS_OK;
 }

@@ -15,7 +15,9 @@ int64_t gs_gram_cuda_workspace_bytes(const gs_gradients*) { return unsupported()
 
 gs_status gs_gram_cuda(const gs_gradients*, double*, void*, int64_t, gs_stream) { return unsupported(); }
 
-gs_status gs_combine_cuda(const gs_gradients*, const double*, void* const*, int, gs_stream) { return unsupported(); }
+gs_status gs_combine_cuda(const gs_gradients*, const double*, int64_t, void* const*, int, gs_stream) {
+  return unsupported();
+}
 
 gs_status gs_task_order_cuda(int64_t, uint64_t, const int64_t*, int64_t*, gs_stream) { return unsupported(); }
 

@@ -4,6 +4,7 @@
 // compile with a C++ compiler and run under its sanitizers.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/status.h"
 
@@ -22,6 +23,7 @@
 namespace gs::gpu {
 
 constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;  // of a block
 
 GS_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 GS_DEVICE int threads() { return static_cast<int>(blockDim.x); }
@@ -128,8 +130,9 @@ GS_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
-// From compute capability 9.0 on, kernels start before the one ahead of them in the stream has ended. The wait comes
-// before the first access to anything that an earlier kernel writes or reads.
+// From compute capability 9.0 on, kernels start before the one ahead of them in the stream has ended. In every thread
+// of every kernel the wait comes before the first access to memory, and before the next one is let go, so that all
+// kernels ahead have ended after it, not only the last one.
 GS_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
@@ -152,19 +155,11 @@ inline gs_status fail_cuda(const char* what, cudaError_t error) {
   return fail(GS_UNSUPPORTED, "%s: %s", what, cudaGetErrorString(error));
 }
 
-inline gs_status get_traits(Traits& traits) {
-  int device = 0, major = 0, ratio = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, device);
-  if (error != cudaSuccess) return fail_cuda("no CUDA device", error);
-  traits = {major >= 9, ratio <= 4};
-  return GS_OK;
-}
+gs_status get_traits(Traits& traits);  // in entry.cu
 
-template <class... P, class... A>
+template <class... P>
 gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
-                 A... arguments) {
+                 const std::type_identity_t<P>&... arguments) {
   if (blocks == 0) return GS_OK;
   if (blocks > INT32_MAX)
     return fail(GS_UNSUPPORTED, "a launch takes at most 2^31 - 1 blocks, got %lld", (long long)blocks);
@@ -186,7 +181,9 @@ gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shar
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   config.attrs = &overlap;
   config.numAttrs = traits.overlaps ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+  const void* pointers[] = {&arguments...};  // a table is not copied once more
+  const cudaError_t error =
+      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), const_cast<void**>(pointers));
   return error == cudaSuccess ? GS_OK : fail_cuda("launch failed", error);
 }
 

@@ -5,12 +5,12 @@
 namespace gs::gpu {
 namespace {
 
-constexpr int64_t kMaxParts = 32;
+constexpr int64_t kMaxParts = kMaxThreads / kWarp;
 
 // Sets gram, or adds to it, from the slots of each segment: block = (segment, kWarp pairs). Each warp sums a part of
 // the slots, and the parts are added in order.
-GS_KERNEL sum_slots_kernel(const GS_GRID_CONSTANT Table table, int64_t num_tasks, const double* partials,
-                           bool accumulate, double* gram) {
+GS_KERNEL GS_BLOCKS(kMaxThreads, 1) sum_slots_kernel(const GS_GRID_CONSTANT Table table, int64_t num_tasks,
+                                                     const double* partials, bool accumulate, double* gram) {
   wait_for_previous_kernel();
   const int64_t pairs = pairs_of(num_tasks), blocks = (pairs + kWarp - 1) / kWarp;
   const int64_t segment = block() / blocks, pair = block() % blocks * kWarp + thread() % kWarp;
@@ -54,7 +54,7 @@ gs_status launch_products(const Table& table, int64_t num_tasks, bool fast_doubl
 // The width of slots for so many columns in all.
 struct SlotWidth {
   static constexpr int64_t kMaxSlots = 528;      // four for each of the 132 multiprocessors of an H200
-  static constexpr int64_t kSlotColumns = 2048;  // a slot smaller than this is not worth a block
+  static constexpr int64_t kSlotColumns = 1024;  // a slot smaller than this is not worth a block
   static constexpr int64_t kPartialBytes = 16 << 20;
   int64_t max_slots;
 
@@ -69,12 +69,15 @@ struct SlotWidth {
 int64_t gs_gram_cuda_workspace_bytes(const gs_gradients* grads) {
   using namespace gs::gpu;
   if (!grads || gs::check(*grads) != GS_OK) return -1;
-  const SlotWidth width(grads->num_tasks);
-  TableBuilder tables(*grads, nullptr, width);
-  Table table;
-  int64_t most = 0;
-  while (tables.fill(table)) most = std::max<int64_t>(most, table.slots);
-  return most * pairs_of(grads->num_tasks) * 8;
+  // A run adds at most one slot to those of its columns. No table has more columns or runs than all parameters do.
+  int64_t columns = 0, runs = 0, last_segment[GS_FLOAT16 + 1] = {-1, -1, -1, -1};
+  for (int64_t p = 0; p < grads->num_params; p++) {
+    if (grads->numel[p] == 0) continue;
+    columns += grads->numel[p];
+    runs += last_segment[grads->dtype[p]] != gs::segment_of(*grads, p);
+    last_segment[grads->dtype[p]] = gs::segment_of(*grads, p);
+  }
+  return (columns / SlotWidth(grads->num_tasks)(columns) + runs) * pairs_of(grads->num_tasks) * 8;
 }
 
 gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace, int64_t workspace_bytes,
@@ -89,7 +92,7 @@ gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace,
   const int64_t blocks = grads->num_segments * ((pairs_of(tasks) + kWarp - 1) / kWarp);
   auto* partials = static_cast<double*>(workspace);
   const SlotWidth width(tasks);
-  TableBuilder tables(*grads, nullptr, width);
+  TableBuilder tables(*grads, nullptr, 0, width);
   Table table;
   // Without any column, the sums over no slot are 0.
   for (bool accumulate = false; tables.fill(table) || !accumulate; accumulate = true) {

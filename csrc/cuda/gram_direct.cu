@@ -32,7 +32,7 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) direct_kernel(const GS_GRID_CONSTANT Table
     const In* row[T];
 #pragma unroll
     for (int t = 0; t < T; t++) row[t] = piece.row(t);
-    const Steps steps(piece, kUnroll<T> * Rows::kStep, false);
+    const Steps steps(piece, kUnroll<T> * Rows::kStep);
     for (; turn < steps.count; turn += kWarps) {
       Vector<In> x[kUnroll<T>][T];
       load_steps<kWarp>(row, steps.step(turn), piece.aligned, lane, load_first<Vector<In>>, x);

@@ -36,6 +36,9 @@ struct Split {
   GS_DEVICE int tiles_of(int share) const { return circle % 2 ? circle + 1 : share < circle / 2 ? circle + 2 : circle; }
 };
 
+// In a row of a stage, vector c is at c ^ swizzle_of(row), so that 8 rows of one vector meet all banks.
+GS_DEVICE int swizzle_of(int row) { return row / 2 % kRowLanes; }
+
 // Copies the stages of a slot, through all of its pieces: whole steps, then the rest. A stage holds [halves][rows]
 // [kRowLanes] vectors, of which a thread always copies the same ones.
 template <class In>
@@ -56,18 +59,26 @@ class Copier {
   GS_DEVICE bool done() const { return stages_ == 0; }
 
   GS_DEVICE void fill(Vector<In>* stage) {
-    if (index_ < whole_) {
+    if (index_ >= whole_) {
+      fill_rest(stage);
+    } else if (aligned_) {
 #pragma unroll
       for (int c = 0; c < kCopies; c++) {
         if (source_[c]) {
-          copy_to_shared(stage + place(c), source_[c]);
-          source_[c] += halves_ * kRowLanes;
+          copy_to_shared(stage + place(c), reinterpret_cast<const Vector<In>*>(source_[c]));
+          source_[c] += halves_ * Rows::kStep;
         } else if (is_mine(c)) {
           stage[place(c)] = {};
         }
       }
     } else {
-      fill_rest(stage);
+#pragma unroll
+      for (int c = 0; c < kCopies; c++) {
+        Vector<In> vector = {};
+        for (int e = 0; e < kVector<In> && source_[c]; e++) vector.set(e, source_[c][e * kRowLanes]);
+        if (is_mine(c)) stage[place(c)] = vector;
+        if (source_[c]) source_[c] += halves_ * Rows::kStep;
+      }
     }
     if (++index_ < stages_) return;
     param_++;
@@ -80,7 +91,7 @@ class Copier {
   GS_DEVICE int vector(int c) const { return thread() + c * threads(); }
   GS_DEVICE bool is_mine(int c) const { return vector(c) < num_tasks_ * kRowLanes * halves_; }
   GS_DEVICE int half(int c) const { return vector(c) >= num_tasks_ * kRowLanes; }
-  GS_DEVICE int place(int c) const { return vector(c) + half(c) * padding_; }
+  GS_DEVICE int place(int c) const { return (vector(c) ^ swizzle_of(row(c))) + half(c) * padding_; }
   GS_DEVICE int row(int c) const { return vector(c) / kRowLanes - half(c) * num_tasks_; }
   GS_DEVICE int64_t column(int c) const { return half(c) * Rows::kStep; }
 
@@ -88,18 +99,20 @@ class Copier {
     index_ = stages_ = 0;
     if (!slot.holds(param_)) return;
     const Rows piece = slot.piece<In, kRowLanes>(param_);
-    const Steps steps(piece, halves_ * Rows::kStep, true);
+    const Steps steps(piece, halves_ * Rows::kStep);
+    aligned_ = piece.aligned;
     whole_ = static_cast<int>(steps.count);
     stages_ = whole_ + static_cast<int>((steps.rest + halves_ * Rows::kStep - 1) / (halves_ * Rows::kStep));
 #pragma unroll
     for (int c = 0; c < kCopies; c++) {
       const In* from = is_mine(c) ? piece.row(row(c)) : nullptr;
-      source_[c] = from ? reinterpret_cast<const Vector<In>*>(from + steps.step(0) + column(c)) + row_lane() : nullptr;
+      const int64_t first = steps.step(0) + column(c) + row_lane() * (aligned_ ? kVector<In> : 1);
+      source_[c] = from ? from + first : nullptr;
     }
   }
   GS_DEVICE void fill_rest(Vector<In>* stage) const {
     const Rows piece = Slot(table_, slot_).piece<In, kRowLanes>(param_);
-    const Steps steps(piece, halves_ * Rows::kStep, true);
+    const Steps steps(piece, halves_ * Rows::kStep);
 #pragma unroll 1
     for (int c = 0; c < kCopies && is_mine(c); c++) {
       const int64_t i = (index_ - whole_) * halves_ * Rows::kStep + column(c);
@@ -110,7 +123,8 @@ class Copier {
   const Table& table_;
   const int slot_, num_tasks_, halves_, padding_;
   int param_, index_, whole_, stages_;
-  const Vector<In>* source_[kCopies];
+  bool aligned_;
+  const In* source_[kCopies];  // the lane's first element, in steps as load_steps has them
 };
 
 // Where a lane reads in half a stage, in vectors from the first one of a block of 8 rows: for float64 tiles a vector of
@@ -118,11 +132,11 @@ class Copier {
 constexpr int kBlockVectors = 8 * kRowLanes;
 template <class In, int kTiles>
 GS_DEVICE int lane_offset(const DoubleTiles<In, 2, kTiles>&) {
-  return row_in_block() * kRowLanes + row_lane();
+  return row_in_block() * kRowLanes + (row_lane() ^ swizzle_of(row_in_block()));
 }
 template <class In, int kTiles>
 GS_DEVICE int lane_offset(const FloatTiles<In, 2, kTiles>&) {
-  return thread() % 8 * kRowLanes + thread() % kWarp / 8;
+  return thread() % 8 * kRowLanes + (thread() % kWarp / 8 ^ swizzle_of(thread() % 8));
 }
 
 // Adds the products of the two blocks at `left` with those at right(j).
@@ -136,11 +150,12 @@ template <class In, int kTiles, class Right, class Needed>
 GS_DEVICE void add_tiles(FloatTiles<In, 2, kTiles>& tiles, const Vector<In>* left, const Right& right,
                          const Needed& needed) {
   // Lanes 8 to 15 and 24 to 31 name rows of the second block, lanes from 16 on the other vector of the step.
-  const int matrix = thread() % kWarp / 8;
-  const Vector<In>* row = left - matrix + matrix % 2 * kBlockVectors + matrix / 2;
+  const int matrix = thread() % kWarp / 8, row = thread() % 8;
+  const Vector<In>* start = left - lane_offset(tiles) + row * kRowLanes + matrix % 2 * kBlockVectors;
+  const int place = matrix / 2 ^ swizzle_of(row);
   LeftWords words[1];
-  load_matrices(words[0].step[0], row);
-  load_matrices(words[0].step[1], row + 2);
+  load_matrices(words[0].step[0], start + place);
+  load_matrices(words[0].step[1], start + (place ^ 2));
   const auto load = [&](int j) {
     Vector<In> vector;
     load_matrices(vector.word, right(j));
@@ -199,11 +214,13 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, 1)
       }
     }
     tiles.finish();
+    let_next_kernel_start();
     write_tiles<2, kTiles>(tiles, share, split.shares, own_split, split.splits, place, sums, partial);
   };
   if constexpr (!kDouble) {
     FloatTiles<In, 2, kTiles> tiles;
     sum_and_write(tiles);
+    if constexpr (std::is_same_v<In, float16>) return;  // always fits
     if (!any_misfit(tiles, row_block * kRows, num_tasks, table.width, partial)) return;
   }
   DoubleTiles<In, 2, kTiles> tiles;

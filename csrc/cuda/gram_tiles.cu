@@ -12,6 +12,10 @@ template <int kTiles>
 constexpr int kUnroll = kTiles == 1   ? 4
                         : kTiles <= 3 ? 2
                                       : 1;
+// Whether the next step is loaded while this one is multiplied: where the sums leave a multiprocessor one block, and
+// registers for it.
+template <class In, int kTiles>
+constexpr bool kAhead = kTiles == 5 || kTiles == 6 || (kTiles == 4 && sizeof(In) == 2);
 
 template <class In, int kTiles, class... Functions>
 GS_DEVICE void add_group(DoubleTiles<In, kTiles, kTiles>& tiles, const Vector<In> (&x)[kTiles],
@@ -41,12 +45,24 @@ GS_DEVICE void sum_slot(const Table& table, int64_t num_tasks, Tiles& tiles) {
     const In* row[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; i++) row[i] = row_of(i);
-    const Steps steps(piece, kUnroll<kTiles> * Rows::kStep, true);
+    const Steps steps(piece, kUnroll<kTiles> * Rows::kStep);
+    const auto load = [&](int64_t i, Vector<In>(&x)[kUnroll<kTiles>][kTiles]) {
+      load_steps<kRowLanes>(row, steps.step(i), piece.aligned, row_lane(), load_first<Vector<In>>, x);
+    };
+    Vector<In> x[kUnroll<kTiles>][kTiles];
+    if (kAhead<In, kTiles> && turn < steps.count) load(turn, x);
     for (; turn < steps.count; turn += kWarps) {
-      Vector<In> x[kUnroll<kTiles>][kTiles];
-      load_steps<kRowLanes>(row, steps.step(turn), true, row_lane(), load_first<Vector<In>>, x);
+      if constexpr (kAhead<In, kTiles>) {
+        Vector<In> next[1][kTiles] = {};
+        if (turn + kWarps < steps.count) load(turn + kWarps, next);
+        add(x[0]);
 #pragma unroll
-      for (int u = 0; u < kUnroll<kTiles>; u++) add(x[u]);
+        for (int i = 0; i < kTiles; i++) x[0][i] = next[0][i];
+      } else {
+        load(turn, x);
+#pragma unroll
+        for (int u = 0; u < kUnroll<kTiles>; u++) add(x[u]);
+      }
     }
     turn -= steps.count;
     for (int64_t i = thread() / kWarp * Rows::kStep; i < steps.rest; i += kWarps * Rows::kStep) {
@@ -60,7 +76,8 @@ GS_DEVICE void sum_slot(const Table& table, int64_t num_tasks, Tiles& tiles) {
 }
 
 template <class In, int kTiles, bool kDouble>
-GS_KERNEL tiles_kernel(const GS_GRID_CONSTANT Table table, int64_t num_tasks, double* partials) {
+GS_KERNEL GS_BLOCKS(kWarps* kWarp, kDouble&& kTiles == 4 ? 2 : 1)
+    tiles_kernel(const GS_GRID_CONSTANT Table table, int64_t num_tasks, double* partials) {
   wait_for_previous_kernel();
   double* sums = &shared<double>();  // [kWarps][64]
   double* partial = partials + block() * pairs_of(num_tasks);
@@ -70,11 +87,13 @@ GS_KERNEL tiles_kernel(const GS_GRID_CONSTANT Table table, int64_t num_tasks, do
   };
   const auto sum_and_write = [&](auto& tiles) {
     sum_slot<std::decay_t<decltype(tiles)>, In, kTiles>(table, num_tasks, tiles);
+    let_next_kernel_start();
     write_tiles<kTiles, kTiles>(tiles, 0, 1, thread() / kWarp, kWarps, place, sums, partial);
   };
   if constexpr (!kDouble) {
     FloatTiles<In, kTiles, kTiles> tiles;
     sum_and_write(tiles);
+    if constexpr (std::is_same_v<In, float16>) return;  // always fits
     if (!any_misfit(tiles, 0, num_tasks, table.width, partial)) return;
   }
   DoubleTiles<In, kTiles, kTiles> tiles;

@@ -96,9 +96,9 @@ struct Steps {
   int64_t count, rest;
 
   template <class Piece>
-  GS_DEVICE Steps(const Piece& piece, int64_t columns, bool if_aligned) : begin_(piece.begin), columns_(columns) {
+  GS_DEVICE Steps(const Piece& piece, int64_t columns) : begin_(piece.begin), columns_(columns) {
     const int64_t length = piece.end - piece.begin;
-    count = (piece.aligned || !if_aligned) && length > piece.lead ? (length - piece.lead) / columns : 0;
+    count = length > piece.lead ? (length - piece.lead) / columns : 0;
     lead_ = count > 0 ? piece.lead : 0;
     rest = length - count * columns;
   }

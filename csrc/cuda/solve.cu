@@ -32,19 +32,25 @@ GS_KERNEL task_order_kernel(int64_t num_tasks, uint64_t seed, const int64_t* ste
   if (row < num_tasks) task_order_row(num_tasks, seed, static_cast<uint64_t>(*step), row, order + row * num_tasks);
 }
 
+// Rows whose orders a warp draws at once, a lane each: a draw is one long chain of dependent steps.
+constexpr int64_t kDrawnRows = 4;
+
 // What a warp of the PCGrad kernel keeps in shared memory: the running products, its part of the weights and, in a byte
-// each, the order of the row at hand.
+// each, the orders of the rows at hand.
 GS_HOST_DEVICE constexpr int64_t pcgrad_warp_bytes(int64_t num_tasks) {
-  return num_tasks * 16 + (num_tasks + 7) / 8 * 8;
+  return num_tasks * 16 + (kDrawnRows * num_tasks + 7) / 8 * 8;
 }
 
 // One block per problem. Each warp projects its share of the tasks; the parts are added in the order of the warps.
-GS_KERNEL pcgrad_kernel(const double* gram, int64_t num_tasks, const int64_t* order, uint64_t seed, int64_t* step,
-                        bool advance, bool mean, double* weights) {
+GS_KERNEL GS_BLOCKS(kMaxThreads, 1)
+    pcgrad_kernel(const double* gram, int64_t num_tasks, const int64_t* order, uint64_t seed, int64_t* step,
+                  bool advance, bool mean, double* weights) {
   wait_for_previous_kernel();
   const double* problem = gram + block() * num_tasks * num_tasks;
   double* result = weights + block() * num_tasks;
-  if (!warp_finite(problem, num_tasks * num_tasks)) {
+  bool finite = true;
+  for (int64_t i = thread(); i < num_tasks * num_tasks; i += threads()) finite = finite && std::isfinite(problem[i]);
+  if (any_of_block(!finite)) {
     if (thread() < kWarp) fill_nan(WarpTeam{}, result, num_tasks);
   } else {
     const WarpTeam team;
@@ -55,16 +61,22 @@ GS_KERNEL pcgrad_kernel(const double* gram, int64_t num_tasks, const int64_t* or
     double *part = part_of(warp), *v = part + num_tasks;
     auto* drawn = reinterpret_cast<uint8_t*>(v + num_tasks);
     for (int64_t j = team.rank(); j < num_tasks; j += kWarp) part[j] = 0;
-    for (int64_t i = warp; i < num_tasks; i += warps) {
-      if (!order && team.rank() == 0) task_order_row(num_tasks, seed, static_cast<uint64_t>(*step), i, drawn);
+    for (int64_t first = warp; first < num_tasks; first += kDrawnRows * warps) {
+      const int64_t own = first + team.rank() * warps;
+      if (!order && team.rank() < kDrawnRows && own < num_tasks) {
+        task_order_row(num_tasks, seed, static_cast<uint64_t>(*step), own, drawn + team.rank() * num_tasks);
+      }
       team.sync();
-      const auto visit = [&](int64_t k) {
-        if (!order) return static_cast<int64_t>(drawn[k]);
-        const int64_t j = order[i * num_tasks + k];
-        return j >= 0 && j < num_tasks ? j : i;  // never outside G, whatever order holds
-      };
-      pcgrad_project(team, problem, num_tasks, i, visit, part, v);
-      team.sync();
+      for (int64_t row = 0; row < kDrawnRows && first + row * warps < num_tasks; row++) {
+        const int64_t i = first + row * warps;
+        const auto visit = [&](int64_t k) {
+          if (!order) return static_cast<int64_t>(drawn[row * num_tasks + k]);
+          const int64_t j = order[i * num_tasks + k];
+          return j >= 0 && j < num_tasks ? j : i;  // never outside G, whatever order holds
+        };
+        pcgrad_project(team, problem, num_tasks, i, visit, part, v);
+        team.sync();
+      }
     }
     sync_block();
     for (int64_t j = thread(); j < num_tasks; j += threads()) {
@@ -91,7 +103,9 @@ GS_KERNEL min_norm_kernel(const double* gram, int64_t num_tasks, bool exact, int
   const double* problem = gram + block() * num_tasks * num_tasks;
   double* w = weights + block() * num_tasks;
   double* scratch = workspace ? workspace + block() * (scratch_bytes / 8) : &shared<double>();
-  if (!warp_finite(problem, num_tasks * num_tasks)) {
+  const bool finite = warp_finite(problem, num_tasks * num_tasks);
+  let_next_kernel_start();
+  if (!finite) {
     fill_nan(team, w, num_tasks);
   } else if (exact) {
     MinNorm(team, problem, num_tasks, w, scratch).solve();
@@ -141,7 +155,7 @@ gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_tasks, c
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights && step), "gram, weights and step must not be NULL");
   const int64_t fitting = kSharedBytes / pcgrad_warp_bytes(num_tasks);
-  const int64_t warps = std::clamp<int64_t>(num_tasks, 1, std::min<int64_t>(32, fitting));
+  const int64_t warps = std::clamp<int64_t>(num_tasks, 1, std::min<int64_t>(kMaxThreads / kWarp, fitting));
   const gs_status status =
       launch(pcgrad_kernel, batch, static_cast<int>(warps * kWarp), warps * pcgrad_warp_bytes(num_tasks), stream, gram,
              num_tasks, order, seed, step, advance != 0 && batch == 1, mean != 0, weights);

@@ -28,7 +28,7 @@ constexpr int kTableBytes = 32000;  // of the 32,764 that a launch takes
 struct Table {
   int32_t dtype;
   int32_t params, runs, slots;
-  int32_t pointers;  // per parameter: T rows, for combine the output as well
+  int32_t pointers;  // per parameter: T rows, for combine the outputs as well
   int64_t width;     // columns of a slot
   alignas(16) unsigned char bytes[kTableBytes];
 
@@ -63,14 +63,15 @@ struct Table {
 template <class WidthOf>
 class TableBuilder {
  public:
-  TableBuilder(const gs_gradients& grads, void* const* out, const WidthOf& width_of)
-      : grads_(grads), out_(out), width_of_(width_of) {}
+  // out: [outputs][P] of combine's directions; gram has none.
+  TableBuilder(const gs_gradients& grads, void* const* out, int64_t outputs, const WidthOf& width_of)
+      : grads_(grads), out_(out), outputs_(outputs), width_of_(width_of) {}
 
   // Fills the table with the parameters that fit, from where the last call stopped; false when there are none left.
   // Parameters without elements, gradients or (for combine) an output are left out.
   bool fill(Table& table) {
     table.params = table.runs = table.slots = 0;
-    table.pointers = static_cast<int32_t>(grads_.num_tasks + (out_ ? 1 : 0));
+    table.pointers = static_cast<int32_t>(grads_.num_tasks + outputs_);
     int64_t columns = 0;
     for (; table.params == 0 && dtype_ <= GS_FLOAT16; next_ = 0, dtype_++) {
       for (; next_ < grads_.num_params; next_++) {
@@ -97,10 +98,15 @@ class TableBuilder {
 
   bool counts(int64_t p) const {
     if (grads_.numel[p] == 0) return false;
-    if (out_) return out_[p] != nullptr;
+    for (int64_t k = 0; k < outputs_; k++) {
+      if (output(k, p)) return true;
+    }
+    if (outputs_ > 0) return false;
     const void* const* rows = grads_.data + p * grads_.num_tasks;
     return std::any_of(rows, rows + grads_.num_tasks, [](const void* row) { return row != nullptr; });
   }
+
+  void* output(int64_t k, int64_t p) const { return out_[k * grads_.num_params + p]; }
 
   // Adds parameter next_; false if it does not fit.
   bool add(Table& table) {
@@ -118,7 +124,7 @@ class TableBuilder {
     auto* param = const_cast<Param*>(&table.param(table.params));
     auto* pointers = reinterpret_cast<const void**>(param + 1);
     std::copy(grads_.data + next_ * grads_.num_tasks, grads_.data + (next_ + 1) * grads_.num_tasks, pointers);
-    if (out_) pointers[grads_.num_tasks] = out_[next_];
+    for (int64_t k = 0; k < outputs_; k++) pointers[grads_.num_tasks + k] = output(k, next_);
     *param = {run->columns, grads_.numel[next_], residue_of(pointers, table.pointers)};
     run->columns += grads_.numel[next_];
     run->params++;
@@ -139,6 +145,7 @@ class TableBuilder {
 
   const gs_gradients& grads_;
   void* const* out_;
+  const int64_t outputs_;
   const WidthOf& width_of_;
   int32_t dtype_ = GS_FLOAT64;
   int64_t next_ = 0;

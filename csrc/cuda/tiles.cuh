@@ -65,10 +65,9 @@ struct Parts<float, kWords> {
   GS_DEVICE explicit Parts(const uint32_t (&bits)[kWords]) {
 #pragma unroll
     for (int w = 0; w < kWords; w++) {
-      // Dekker's split: 11 bits rounded to nearest, and the rest. What overflows comes out as NaN.
-      const float value = float_from_bits(bits[w]), scaled = value * 8193.0f, rounded = scaled - (scaled - value);
-      word[w] = bits_of_float(rounded);
-      rest[w] = bits_of_float(value - rounded) & 0xffffe000;
+      // 11 bits of mantissa, rounded to nearest, and the rest, which is NaN where the value is not finite.
+      word[w] = (bits[w] + 0x1000) & 0xffffe000;
+      rest[w] = bits_of_float(float_from_bits(bits[w]) - float_from_bits(word[w])) & 0xffffe000;
     }
   }
 };
@@ -155,10 +154,8 @@ struct FloatTiles {
 };
 
 // Whether float32 could hold the sums of a row's squares over so many columns: no overflow, and what underflow took
-// away is below the precision. Products of float16 values always fit, as does a sum of infinities.
-template <class In>
+// away is below the precision. Products of float16 values always fit.
 GS_DEVICE bool fits_float(double square, int64_t columns) {
-  if constexpr (std::is_same_v<In, float16>) return true;
   return square >= 0x1p-100 * static_cast<double>(columns) && square <= 0x1p120;
 }
 
@@ -203,7 +200,7 @@ GS_DEVICE bool any_misfit(const FloatTiles<In, kLeft, kRight>& tiles, int64_t fi
   for (int i = 0; i < kLeft; i++) {
     const int64_t row = first_row + 8 * i + row_in_block();
     if (row < num_tasks && tiles.seen[i] != 0) {
-      misfit = misfit || !fits_float<In>(partial[pair_index(row, row, num_tasks)], columns);
+      misfit = misfit || !fits_float(partial[pair_index(row, row, num_tasks)], columns);
     }
   }
   return any_of_block(misfit);

@@ -115,15 +115,17 @@ class MinNorm {
       spread += weights_[i] * norm_[i];
       value += weights_[i] * gw_[i];
     }
+    for (int64_t j = team_.rank(); j < tasks_; j += team_.size()) u_[j] = (value - gw_[j]) / norm_[j];
+    team_.sync();
     double worst = kTolerance * spread;
     int64_t worst_task = -1;
     for (int64_t j = 0; j < tasks_; j++) {
-      const double violation = (value - gw_[j]) / norm_[j];
-      if (weights_[j] == 0 && violation > worst) {
-        worst = violation;
+      if (weights_[j] == 0 && u_[j] > worst) {
+        worst = u_[j];
         worst_task = j;
       }
     }
+    team_.sync();
     return worst_task;
   }
 

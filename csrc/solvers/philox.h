@@ -29,17 +29,16 @@ GS_HOST_DEVICE inline PhiloxBlock philox(PhiloxBlock counter, uint64_t key) {
 template <class Index>
 GS_HOST_DEVICE void task_order_row(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t row, Index* order) {
   for (int64_t j = 0; j < num_tasks; j++) order[j] = static_cast<Index>(j);
-  PhiloxBlock block{};
-  for (int64_t k = num_tasks - 1, draw = 0; k > 0; k--, draw++) {
-    if (draw % 4 == 0) {
-      block = philox({{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), static_cast<uint32_t>(row),
-                       static_cast<uint32_t>(draw / 4)}},
-                     seed);
+  int64_t k = num_tasks - 1;
+  for (uint32_t block = 0; k > 0; block++) {
+    const PhiloxBlock draws = philox(
+        {{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), static_cast<uint32_t>(row), block}}, seed);
+    for (int i = 0; i < 4 && k > 0; i++, k--) {
+      const int64_t other = static_cast<int64_t>((uint64_t{draws.word[i]} * static_cast<uint64_t>(k + 1)) >> 32);
+      const Index swapped = order[k];
+      order[k] = order[other];
+      order[other] = swapped;
     }
-    const int64_t other = static_cast<int64_t>((uint64_t{block.word[draw % 4]} * static_cast<uint64_t>(k + 1)) >> 32);
-    const Index swapped = order[k];
-    order[k] = order[other];
-    order[other] = swapped;
   }
 }
 

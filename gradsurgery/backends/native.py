@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,11 +95,16 @@ class CudaBackend(CpuBackend):
         """Return why the extension cannot serve the call; None if it can."""
         if not _NO_EXTENSION and not _INFO["cuda"]:
             return "the extension was built without CUDA kernels"
-        return super().why_not(device, num_tasks)
+        return super().why_not(device, num_tasks) or _why_not_gpu(device.index)
 
     def describe(self) -> str:
         """Return one line on the extension's CUDA kernels."""
-        why = self.why_not(torch.device("cuda"), 1)
-        if why is None and not torch.cuda.is_available():
-            why = "torch finds no CUDA device"
-        return why or "available: CUDA kernels"
+        return self.why_not(torch.device("cuda"), 1) or "available: CUDA kernels"
+
+
+@lru_cache
+def _why_not_gpu(index: int | None) -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    capability = torch.cuda.get_device_capability(index)
+    return None if capability >= (8, 0) else f"the GPU must have compute capability 8.0 or later, got {capability}"

@@ -31,6 +31,7 @@
 namespace gs::gpu {
 
 constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
 
 enum class Order { kForward, kBackward, kInterleaved };
 
@@ -372,8 +373,9 @@ inline gs_status get_traits(Traits& traits) {
   return GS_OK;
 }
 
-template <class... P, class... A>
-gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream, A... arguments) {
+template <class... P>
+gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream,
+                 const std::type_identity_t<P>&... arguments) {
   Emulator::get().run(blocks, threads, shared_bytes, [=] { kernel(arguments...); });
   return GS_OK;
 }

@@ -6,7 +6,7 @@
 namespace {
 
 // Parameters of all sizes, some empty, some without a gradient from a task or from all; rows begin at any multiple of
-// their element, the same one for all rows of even parameters.
+// their element. Those of even parameters begin alike, so that they are read by vectors.
 struct Model {
   std::vector<Row> rows;
   std::vector<const void*> data;
@@ -80,20 +80,22 @@ void test_gram(const Model& model) {
   }
 }
 
-void test_combine(const Model& model, bool accumulate, bool alias) {
-  const int64_t tasks = model.num_tasks;
+// All directions at once on the GPU, one by one on the CPU.
+void test_combine(const Model& model, int64_t directions, bool accumulate, bool alias) {
+  const auto params = static_cast<int64_t>(model.numel.size()), tasks = model.num_tasks;
+  const int64_t stride = model.num_segments * tasks;
   Values weights;
-  for (int64_t i = 0; i < model.num_segments * tasks; i++) weights.push_back(i % 3 == 1 ? 0 : 0.5 * (i % 7) - 1);
+  for (int64_t i = 0; i < directions * stride; i++) weights.push_back(i % 3 == 1 ? 0 : 0.5 * (i % 7) - 1);
   std::vector<std::vector<char>> results[2];
   for (const bool gpu : {false, true}) {
     Model copy = model;  // rows that the direction may overwrite
     std::vector<std::vector<char>> outs;
     std::vector<void*> pointers;
-    for (size_t p = 0; p < model.numel.size(); p++) {
-      const auto type = static_cast<gs_dtype>(model.dtype[p]);
+    for (int64_t i = 0; i < directions * params; i++) {
+      const auto type = static_cast<gs_dtype>(model.dtype[i % params]);
       // One element of space before the output moves it off the rows' alignment.
-      outs.emplace_back((model.numel[p] + 1) * bytes_of(type), 1);
-      pointers.push_back(p == 5 ? nullptr : outs.back().data() + bytes_of(type));
+      outs.emplace_back((model.numel[i % params] + 1) * bytes_of(type), 1);
+      pointers.push_back(i == 5 ? nullptr : outs.back().data() + bytes_of(type));
     }
     if (alias) {
       const auto type = static_cast<gs_dtype>(model.dtype[3]);
@@ -103,21 +105,24 @@ void test_combine(const Model& model, bool accumulate, bool alias) {
     const gs_gradients own = copy.view();
     Emulator::get().order = Order::kBackward;
     const int64_t bytes = gs_combine_workspace_bytes(&own);
-    const gs_status status =
-        gpu ? gs_combine_cuda(&own, weights.data(), pointers.data(), accumulate, nullptr)
-            : gs_combine_cpu(&own, weights.data(), pointers.data(), accumulate, allocate(bytes).get(), bytes, nullptr);
+    gs_status status = GS_OK;
+    if (gpu) status = gs_combine_cuda(&own, weights.data(), directions, pointers.data(), accumulate, nullptr);
+    for (int64_t k = 0; k < directions && !gpu; k++) {
+      status = gs_combine_cpu(&own, &weights[k * stride], 1, &pointers[k * params], accumulate, allocate(bytes).get(),
+                              bytes, nullptr);
+    }
     CHECK(status == GS_OK, "%s", gs_last_error());
     results[gpu] = outs;
   }
-  for (size_t p = 0; p < model.numel.size(); p++) {
-    const auto type = static_cast<gs_dtype>(model.dtype[p]);
-    for (int64_t c = 0; c < model.numel[p]; c++) {
-      const double expected = decode(&results[0][p][(c + 1) * bytes_of(type)], type);
-      const double got = decode(&results[1][p][(c + 1) * bytes_of(type)], type);
+  for (int64_t i = 0; i < directions * params; i++) {
+    const auto type = static_cast<gs_dtype>(model.dtype[i % params]);
+    for (int64_t c = 0; c < model.numel[i % params]; c++) {
+      const double expected = decode(&results[0][i][(c + 1) * bytes_of(type)], type);
+      const double got = decode(&results[1][i][(c + 1) * bytes_of(type)], type);
       // Contraction to fused multiply-adds may differ, so a rounding may fall the other way.
       const double ulp = type == GS_FLOAT32 ? 0x1p-23 : type == GS_FLOAT16 ? 0x1p-10 : type == GS_BFLOAT16 ? 0x1p-7 : 0;
       CHECK(std::abs(got - expected) <= ulp * std::max(std::abs(expected), 1e-4) + 1e-13,
-            "combine parameter %zu at %ld: %g, expected %g", p, static_cast<long>(c), got, expected);
+            "combine output %ld at %ld: %g, expected %g", static_cast<long>(i), static_cast<long>(c), got, expected);
     }
   }
 }
@@ -128,7 +133,7 @@ void test_kernels() {
     for (const gs_dtype dtype : kDtypes) {
       const bool few = num_tasks < 9;
       if (num_tasks > 20 && num_tasks != 33 && num_tasks % 2 != dtype % 2) continue;
-      const Model model(num_tasks, {dtype}, {1, 0, 7, few ? 5003 : 600, 64, few ? 33 : 3, few ? 250 : 9});
+      const Model model(num_tasks, {dtype}, {1, 0, 7, few ? 2500 : 90, 64, 3, few ? 5003 : 600, 33, few ? 900 : 300});
       test_gram(model);
       if (num_tasks == 3 || num_tasks == 17 || num_tasks == 33) {
         Emulator::get().fast_double = false;
@@ -140,8 +145,8 @@ void test_kernels() {
   // All shapes of the circle of row blocks, and a slot for several blocks.
   const std::pair<int64_t, gs_dtype> many[] = {{49, GS_BFLOAT16}, {64, GS_FLOAT16},  {72, GS_FLOAT64}, {81, GS_FLOAT32},
                                                {97, GS_BFLOAT16}, {128, GS_FLOAT32}, {130, GS_FLOAT16}};
-  for (const auto& [num_tasks, dtype] : many) test_gram(Model(num_tasks, {dtype}, {9, 0, 40}));
-  test_gram(Model(36, {GS_BFLOAT16}, {1, 1500}));  // many stages
+  for (const auto& [num_tasks, dtype] : many) test_gram(Model(num_tasks, {dtype}, {170, 20, 150}));
+  test_gram(Model(36, {GS_BFLOAT16}, {1500, 1, 700}));  // many stages
 }
 
 // Rows whose squares float32 cannot hold, beside others, and rows of zeros.
@@ -163,19 +168,32 @@ void test_scales() {
   test_gram(Model(20, {GS_BFLOAT16}, {100}, [](int64_t t) { return t == 1 ? NAN : 1; }));
 }
 
+// A row does not count in the directions that give it the weight 0.
+void test_hidden_row() {
+  const Model model(2, {GS_FLOAT32}, {900}, [](int64_t t) { return t == 1 ? NAN : 1; });
+  const gs_gradients view = model.view();
+  const double weights[2][3][2] = {{{1, 0}, {1, 0}, {1, 0}}, {{1, 1}, {1, 1}, {1, 1}}};
+  std::vector<float> out[2] = {std::vector<float>(900, NAN), std::vector<float>(900, 0)};
+  void* pointers[2] = {out[0].data(), out[1].data()};
+  CHECK(gs_combine_cuda(&view, &weights[0][0][0], 2, pointers, 0, nullptr) == GS_OK, "%s", gs_last_error());
+  CHECK(std::none_of(out[0].begin(), out[0].end(), [](float x) { return std::isnan(x); }), "a weight of 0 counts");
+  CHECK(std::all_of(out[1].begin(), out[1].end(), [](float x) { return std::isnan(x); }), "a weight of 1 does not");
+}
+
 void test_streams() {
   for (const int64_t num_tasks : {1, 2, 5, 9, 17}) {
     for (const gs_dtype dtype : kDtypes) {
-      const Model model(num_tasks, {dtype}, {1, 0, 7, num_tasks < 9 ? 5003 : 2100, 64, 33, 250});
-      for (const bool alias : {false, true}) test_combine(model, alias, alias);
+      const Model model(num_tasks, {dtype}, {1, 0, 7, 250, 64, 33, num_tasks < 9 ? 5003 : 2100});
+      for (const bool alias : {false, true}) test_combine(model, 1, alias, alias);
+      test_combine(model, 2 + num_tasks % 5, num_tasks % 2, false);
     }
   }
   const Model mixed(3, {GS_FLOAT32, GS_FLOAT32, GS_BFLOAT16, GS_FLOAT64, GS_FLOAT16}, {9, 5, 9, 5, 9, 5, 9, 5});
   test_gram(mixed);
-  test_combine(mixed, true, false);
+  test_combine(mixed, 5, true, false);
   const Model many(2, {GS_FLOAT32}, std::vector<int64_t>(1100, 2));  // more parameters than one table takes
   test_gram(many);
-  test_combine(many, false, false);
+  test_combine(many, 1, false, false);
 }
 
 }  // namespace
@@ -184,6 +202,7 @@ int main() {
   test_kernels();
   test_scales();
   test_streams();
+  test_hidden_row();
   std::printf("ok\n");
   return 0;
 }

@@ -8,7 +8,8 @@
 //   * the library never allocates: the caller passes outputs and a workspace, aligned to 64 bytes, of at least
 //     the size that the matching gs_*_workspace_bytes names (never negative, -1 for invalid arguments);
 //   * a status comes back; gs_last_error() is the message of the last failure on this thread;
-//   * the same inputs give the same bits, whatever the number of threads behind gs_parallel;
+//   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or the GPU's size; on a GPU
+//     inputs at other addresses modulo 16 bytes may be summed in another order;
 //   * the _cuda functions only enqueue work on the stream: gradients, outputs, T x T data and workspace are device
 //     memory, while gs_gradients with its arrays and the array of outputs are read on the host during the call.
 // A worker thread needs 512 KiB of stack.
@@ -84,14 +85,16 @@ GS_API int64_t gs_gram_cuda_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace, int64_t workspace_bytes,
                               gs_stream stream);
 
-// Directions d_p = sum_t weights[segment(p), t] g_{t,p}, summed in float64 in ascending t and rounded once to the
-// parameter's dtype. weights is [S, T]. A gradient whose weight is 0 is not read. out[p] may be NULL (skipped) or
-// equal one of the gradients; with accumulate != 0 the direction is added to what out[p] holds.
+// K directions d_kp = sum_t weights[k, segment(p), t] g_{t,p}, summed in float64 in ascending t and rounded once to the
+// parameter's dtype. weights is [K, S, T], out [K][P]. A gradient whose weight is 0 does not count, whatever it holds;
+// one whose weights are all 0 is not read. out[k][p] may be NULL (skipped) or, with K = 1, equal one of the gradients;
+// with accumulate != 0 the direction is added to what out[k][p] holds.
 GS_API int64_t gs_combine_workspace_bytes(const gs_gradients* grads);
-GS_API gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
-                                void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
-GS_API gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
-                                 gs_stream stream);
+GS_API gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, int64_t num_directions,
+                                void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
+                                const gs_parallel* parallel);
+GS_API gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, int64_t num_directions,
+                                 void* const* out, int accumulate, gs_stream stream);
 
 // PCGrad visiting orders [T, T]: row i is a permutation of 0..T-1 that depends only on (seed, step, i).
 // On a GPU the step is read from device memory.
