@@ -157,6 +157,12 @@ inline gs_status fail_cuda(const char* what, cudaError_t error) {
 
 gs_status get_traits(Traits& traits);  // in entry.cu
 
+inline gs_status clear(double* values, int64_t count, gs_stream stream) {
+  const cudaError_t error =
+      cudaMemsetAsync(values, 0, static_cast<size_t>(count) * sizeof(double), reinterpret_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? GS_OK : fail_cuda("clear failed", error);
+}
+
 template <class... P>
 gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
                  const std::type_identity_t<P>&... arguments) {

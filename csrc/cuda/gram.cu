@@ -7,20 +7,29 @@ namespace {
 
 constexpr int64_t kMaxParts = kMaxThreads / kWarp;
 
-// Sets gram, or adds to it, from the slots of each segment: block = (segment, kWarp pairs). Each warp sums a part of
-// the slots, and the parts are added in order.
-GS_KERNEL GS_BLOCKS(kMaxThreads, 1) sum_slots_kernel(const GS_GRID_CONSTANT Table table, int64_t num_tasks,
+// The table of one run, as most are: an argument of 32 KB takes time.
+struct OneRun {
+  int32_t runs, slots;
+  Run only;
+  GS_HOST_DEVICE const Run& run(int64_t) const { return only; }
+};
+
+// Sets the Gram matrices of a table's segments, or adds to them: block = (run, kWarp pairs), of which those of a
+// segment's first run do the work. Each warp sums a part of the slots, and the parts are added in order.
+template <class Runs>
+GS_KERNEL GS_BLOCKS(kMaxThreads, 1) sum_slots_kernel(const GS_GRID_CONSTANT Runs table, int64_t num_tasks,
                                                      const double* partials, bool accumulate, double* gram) {
   wait_for_previous_kernel();
   const int64_t pairs = pairs_of(num_tasks), blocks = (pairs + kWarp - 1) / kWarp;
-  const int64_t segment = block() / blocks, pair = block() % blocks * kWarp + thread() % kWarp;
+  const int64_t pair = block() % blocks * kWarp + thread() % kWarp, first = block() / blocks;
   const int part = thread() / kWarp, parts = threads() / kWarp;
+  if (!table.run(first).is_first) return;
   double sum = 0;
-  for (int64_t r = 0; r < table.runs && pair < pairs; r++) {
-    const Run& run = table.run(r);
-    if (run.segment != segment) continue;
+  for (int64_t r = first; r >= 0 && pair < pairs; r = table.run(r).next) {
     const int64_t next = r + 1 < table.runs ? table.run(r + 1).first_slot : table.slots;
-    for (int64_t slot = run.first_slot + part; slot < next; slot += parts) sum += partials[slot * pairs + pair];
+    for (int64_t slot = table.run(r).first_slot + part; slot < next; slot += parts) {
+      sum += partials[slot * pairs + pair];
+    }
   }
   double* sums = &shared<double>();  // [parts][kWarp]
   sums[thread()] = sum;
@@ -31,10 +40,28 @@ GS_KERNEL GS_BLOCKS(kMaxThreads, 1) sum_slots_kernel(const GS_GRID_CONSTANT Tabl
   int64_t i = 0;
   while (pair_index(i + 1, i + 1, num_tasks) <= pair) i++;
   const int64_t j = i + pair - pair_index(i, i, num_tasks);
-  double* out = gram + segment * num_tasks * num_tasks;
+  double* out = gram + table.run(first).segment * num_tasks * num_tasks;
   const double value = accumulate ? out[i * num_tasks + j] + sum : sum;
   out[i * num_tasks + j] = value;
   out[j * num_tasks + i] = value;
+}
+
+gs_status sum_slots(const Table& table, int64_t num_tasks, const double* partials, bool accumulate, double* gram,
+                    gs_stream stream) {
+  const int64_t blocks = table.runs * ((pairs_of(num_tasks) + kWarp - 1) / kWarp);
+  int64_t parts = 1;  // as many as the longest run has slots
+  for (int64_t r = 0; r < table.runs; r++) {
+    parts = std::max(
+        parts, (r + 1 < table.runs ? table.run(r + 1).first_slot : table.slots) - int64_t{table.run(r).first_slot});
+  }
+  const int threads = kWarp * static_cast<int>(std::min(parts, kMaxParts));
+  if (table.runs > 1) {
+    return launch(&sum_slots_kernel<Table>, blocks, threads, threads * 8, stream, table, num_tasks, partials,
+                  accumulate, gram);
+  }
+  const OneRun one = {1, table.slots, table.run(0)};
+  return launch(&sum_slots_kernel<OneRun>, blocks, threads, threads * 8, stream, one, num_tasks, partials, accumulate,
+                gram);
 }
 
 // float32 and shorter formats in fewer tasks than this are cheaper pair by pair.
@@ -69,7 +96,7 @@ struct SlotWidth {
 int64_t gs_gram_cuda_workspace_bytes(const gs_gradients* grads) {
   using namespace gs::gpu;
   if (!grads || gs::check(*grads) != GS_OK) return -1;
-  // A run adds at most one slot to those of its columns. No table has more columns or runs than all parameters do.
+  // No table has more columns or runs than all parameters do, and a run adds at most one slot to those of its columns.
   int64_t columns = 0, runs = 0, last_segment[GS_FLOAT16 + 1] = {-1, -1, -1, -1};
   for (int64_t p = 0; p < grads->num_params; p++) {
     if (grads->numel[p] == 0) continue;
@@ -77,7 +104,8 @@ int64_t gs_gram_cuda_workspace_bytes(const gs_gradients* grads) {
     runs += last_segment[grads->dtype[p]] != gs::segment_of(*grads, p);
     last_segment[grads->dtype[p]] = gs::segment_of(*grads, p);
   }
-  return (columns / SlotWidth(grads->num_tasks)(columns) + runs) * pairs_of(grads->num_tasks) * 8;
+  const SlotWidth width(grads->num_tasks);
+  return (std::min(columns / SlotWidth::kSlotColumns, width.max_slots) + runs) * pairs_of(grads->num_tasks) * 8;
 }
 
 gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace, int64_t workspace_bytes,
@@ -89,18 +117,19 @@ gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace,
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
   const int64_t tasks = grads->num_tasks;
-  const int64_t blocks = grads->num_segments * ((pairs_of(tasks) + kWarp - 1) / kWarp);
   auto* partials = static_cast<double*>(workspace);
   const SlotWidth width(tasks);
   TableBuilder tables(*grads, nullptr, 0, width);
   Table table;
-  // Without any column, the sums over no slot are 0.
-  for (bool accumulate = false; tables.fill(table) || !accumulate; accumulate = true) {
-    gs_status status = GS_OK;
-    if (table.params > 0) status = launch_products(table, tasks, traits.fast_double, partials, stream);
+  // Where the first table has all segments it sets G, else all tables add to 0.
+  bool more = tables.fill(table), accumulate = table.segments < grads->num_segments;
+  if (accumulate) {
+    const gs_status status = clear(gram, grads->num_segments * tasks * tasks, stream);
     if (status != GS_OK) return status;
-    const int threads = kWarp * static_cast<int>(std::clamp<int64_t>(table.slots, 1, kMaxParts));
-    status = launch(&sum_slots_kernel, blocks, threads, threads * 8, stream, table, tasks, partials, accumulate, gram);
+  }
+  for (; more; more = tables.fill(table), accumulate = true) {
+    gs_status status = launch_products(table, tasks, traits.fast_double, partials, stream);
+    if (status == GS_OK) status = sum_slots(table, tasks, partials, accumulate, gram, stream);
     if (status != GS_OK) return status;
   }
   return GS_OK;

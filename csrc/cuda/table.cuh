@@ -14,6 +14,8 @@ struct Run {
   int64_t columns;
   int32_t first_slot, first_param;
   int32_t segment, params;
+  int32_t next;   // the next run of the segment, or -1
+  bool is_first;  // of its segment
 };
 
 // One parameter: its columns begin at first_column of its run.
@@ -27,7 +29,7 @@ constexpr int kTableBytes = 32000;  // of the 32,764 that a launch takes
 // `bytes` holds the runs from the front, and from the back a Param and `pointers` addresses for each parameter.
 struct Table {
   int32_t dtype;
-  int32_t params, runs, slots;
+  int32_t params, runs, segments, slots;
   int32_t pointers;  // per parameter: T rows, for combine the outputs as well
   int64_t width;     // columns of a slot
   alignas(16) unsigned char bytes[kTableBytes];
@@ -70,8 +72,9 @@ class TableBuilder {
   // Fills the table with the parameters that fit, from where the last call stopped; false when there are none left.
   // Parameters without elements, gradients or (for combine) an output are left out.
   bool fill(Table& table) {
-    table.params = table.runs = table.slots = 0;
+    table.params = table.runs = table.segments = table.slots = 0;
     table.pointers = static_cast<int32_t>(grads_.num_tasks + outputs_);
+    highest_segment_ = -1;
     int64_t columns = 0;
     for (; table.params == 0 && dtype_ <= GS_FLOAT16; next_ = 0, dtype_++) {
       for (; next_ < grads_.num_params; next_++) {
@@ -118,8 +121,7 @@ class TableBuilder {
     if (used > kTableBytes) return false;
     table.dtype = dtype_;
     if (!joins) {
-      run = runs(table) + table.runs++;
-      *run = {0, 0, table.params, segment, 0};
+      run = add_run(table, segment);
     }
     auto* param = const_cast<Param*>(&table.param(table.params));
     auto* pointers = reinterpret_cast<const void**>(param + 1);
@@ -130,6 +132,18 @@ class TableBuilder {
     run->params++;
     table.params++;
     return true;
+  }
+
+  Run* add_run(Table& table, int32_t segment) {
+    // The last run of the segment; there is none of a segment above all before it.
+    int32_t before = segment > highest_segment_ ? -1 : table.runs - 1;
+    while (before >= 0 && runs(table)[before].segment != segment) before--;
+    highest_segment_ = std::max(highest_segment_, segment);
+    if (before >= 0) runs(table)[before].next = table.runs;
+    Run* run = runs(table) + table.runs++;
+    *run = {0, 0, table.params, segment, 0, -1, before < 0};
+    table.segments += before < 0;
+    return run;
   }
 
   int64_t residue_of(const void* const* pointers, int64_t count) const {
@@ -149,6 +163,7 @@ class TableBuilder {
   const WidthOf& width_of_;
   int32_t dtype_ = GS_FLOAT64;
   int64_t next_ = 0;
+  int32_t highest_segment_ = -1;  // in the table
 };
 
 // The columns of a slot, in pieces of parameters.

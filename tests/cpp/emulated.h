@@ -373,6 +373,11 @@ inline gs_status get_traits(Traits& traits) {
   return GS_OK;
 }
 
+inline gs_status clear(double* values, int64_t count, gs_stream) {
+  std::fill(values, values + count, 0.0);
+  return GS_OK;
+}
+
 template <class... P>
 gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream,
                  const std::type_identity_t<P>&... arguments) {

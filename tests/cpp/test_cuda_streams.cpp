@@ -175,6 +175,8 @@ void test_hidden_row() {
   const double weights[2][3][2] = {{{1, 0}, {1, 0}, {1, 0}}, {{1, 1}, {1, 1}, {1, 1}}};
   std::vector<float> out[2] = {std::vector<float>(900, NAN), std::vector<float>(900, 0)};
   void* pointers[2] = {out[0].data(), out[1].data()};
+  CHECK(gs_combine_cuda(&view, &weights[0][0][0], 1, pointers, 0, nullptr) == GS_OK, "%s", gs_last_error());
+  CHECK(std::none_of(out[0].begin(), out[0].end(), [](float x) { return std::isnan(x); }), "a weight of 0 is read");
   CHECK(gs_combine_cuda(&view, &weights[0][0][0], 2, pointers, 0, nullptr) == GS_OK, "%s", gs_last_error());
   CHECK(std::none_of(out[0].begin(), out[0].end(), [](float x) { return std::isnan(x); }), "a weight of 0 counts");
   CHECK(std::all_of(out[1].begin(), out[1].end(), [](float x) { return std::isnan(x); }), "a weight of 1 does not");
@@ -194,6 +196,13 @@ void test_streams() {
   const Model many(2, {GS_FLOAT32}, std::vector<int64_t>(1100, 2));  // more parameters than one table takes
   test_gram(many);
   test_combine(many, 1, false, false);
+  // Segments that come back, in the same table and in the next one; that fill several; that descend.
+  Model segmented(40, {GS_BFLOAT16}, std::vector<int64_t>(100, 2));
+  for (const int32_t segments : {7, 100, -100}) {
+    for (int32_t p = 0; p < 100; p++) segmented.segment[p] = segments > 0 ? p % segments : 99 - p;
+    segmented.num_segments = std::abs(segments);
+    test_gram(segmented);
+  }
 }
 
 }  // namespace
