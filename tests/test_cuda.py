@@ -195,6 +195,24 @@ def test_replays_draw_new_orders():
         seen.append(direction.clone())
 
 
+def test_a_replay_goes_on_from_a_loaded_state():
+    rows, method = conflicting(17, 5000), gradsurgery.methods.PCGrad(seed=5)
+    products = gradsurgery.gram(rows)
+    graph, direction = capture(lambda: gradsurgery.aggregate(rows, method))
+    method.load_state_dict({"seed": 5, "step": torch.tensor(40)})
+    graph.replay()
+    weights = gradsurgery.pcgrad_weights(products, seed=5, step=40)
+    torch.testing.assert_close(direction, gradsurgery.combine(rows, weights))
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm"])
+def test_a_first_step_is_not_captured(method):
+    rows, losses = conflicting(9, 5000), torch.linspace(1, 2, 9, device="cuda")
+    fresh = gradsurgery.methods.get(method)
+    with pytest.raises(RuntimeError, match="must run once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        gradsurgery.aggregate(rows, fresh, losses=losses)
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_captured_training_step_equals_eager_training(method, kind):

@@ -57,8 +57,8 @@ GS_DEVICE void add_term(const Terms<K>& terms, int task, double x, double (&sum)
 }
 
 template <class In, int K>
-GS_KERNEL GS_BLOCKS(kThreads, 1) combine_kernel(const GS_GRID_CONSTANT Table table, int num_tasks,
-                                                const double* weights, int64_t stride, bool accumulate) {
+GS_KERNEL GS_BLOCKS(kThreads, K == 1 ? 4 : 1) combine_kernel(const GS_GRID_CONSTANT Table table, int num_tasks,
+                                                             const double* weights, int64_t stride, bool accumulate) {
   wait_for_previous_kernel();
   auto& terms = shared<Terms<K>>();
   const int64_t slot = table.slots - 1 - block();
