@@ -10,10 +10,9 @@
 //   * a status comes back; gs_last_error() is the message of the last failure on this thread;
 //   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or the GPU's size; on a GPU
 //     inputs at other addresses modulo 16 bytes may be summed in another order;
-//   * the _cuda functions only enqueue work on the stream, which belongs to the current device: gradients, outputs, T x
-//   T
-//     data and workspace are memory of that device, while gs_gradients with its arrays and the array of outputs are
-//     read on the host during the call.
+//   * the _cuda functions only enqueue work, on a stream of the current device: gradients, outputs, T x T data and
+//     workspace are memory of that device, while gs_gradients with its arrays and the array of outputs are read on the
+//     host during the call.
 // A worker thread needs 512 KiB of stack.
 #ifndef GRADSURGERY_GRADSURGERY_H_
 #define GRADSURGERY_GRADSURGERY_H_
