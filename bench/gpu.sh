@@ -71,10 +71,14 @@ part_build() {
 part_test() { within 520 "${pytest[@]}" tests -rs; }
 
 part_sanitize() {
-  local tool failed=0
+  local tool option failed=0 ours=()
+  # Our kernels alone, by whichever option this version has; else all.
+  for option in --kernel-regex --kernel-name --filter; do
+    ! compute-sanitizer "$option" kns=gs3gpu true > /dev/null 2>&1 || { ours=("$option" kns=gs3gpu); break; }
+  done
   local options=(--error-exitcode 99 --launch-timeout 0 --report-api-errors no)
   for tool in memcheck racecheck initcheck synccheck; do
-    local filter=(--kernel-name kns=gs3gpu) settings=(env)
+    local filter=("${ours[@]}") settings=(env)
     # Without torch's cache each tensor is an allocation of its own, whose bounds and contents the tool knows.
     [[ $tool != @(memcheck|initcheck) ]] || settings+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1)
     # initcheck has to see torch's kernels write what ours read.
