@@ -196,13 +196,17 @@ void test_streams() {
   const Model many(2, {GS_FLOAT32}, std::vector<int64_t>(1100, 2));  // more parameters than one table takes
   test_gram(many);
   test_combine(many, 1, false, false);
-  // Segments that come back, in the same table and in the next one; that fill several; that descend.
-  Model segmented(40, {GS_BFLOAT16}, std::vector<int64_t>(100, 2));
-  for (const int32_t segments : {7, 100, -100}) {
-    for (int32_t p = 0; p < 100; p++) segmented.segment[p] = segments > 0 ? p % segments : 99 - p;
-    segmented.num_segments = std::abs(segments);
+  // Segments that come back and that descend; more than one table takes.
+  for (const bool descends : {false, true}) {
+    Model segmented(2, {GS_FLOAT32}, std::vector<int64_t>(20, 2));
+    for (int32_t p = 0; p < 20; p++) segmented.segment[p] = descends ? 19 - p : p % 3;
+    segmented.num_segments = 20;
     test_gram(segmented);
   }
+  Model segmented(40, {GS_BFLOAT16}, std::vector<int64_t>(90, 2));
+  for (int32_t p = 0; p < 90; p++) segmented.segment[p] = p % 50;
+  segmented.num_segments = 50;
+  test_gram(segmented);
 }
 
 }  // namespace
