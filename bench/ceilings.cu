@@ -110,7 +110,8 @@ struct Dfma {
 
 // words holds kLeft + kRight operands per lane, sink one sum per thread.
 template <class Instruction>
-__global__ void rate_kernel(const typename Instruction::Word* words, int iterations, typename Instruction::Sum* sink) {
+__global__ void __launch_bounds__(512)
+    rate_kernel(const typename Instruction::Word* words, int iterations, typename Instruction::Sum* sink) {
   typename Instruction::Word left[Instruction::kLeft], right[Instruction::kRight];
   const typename Instruction::Word* own = words + threadIdx.x % 32 * (Instruction::kLeft + Instruction::kRight);
 #pragma unroll
