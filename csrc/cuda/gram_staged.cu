@@ -24,7 +24,7 @@ struct Split {
   GS_HOST_DEVICE explicit Split(int num_tasks) {
     circle = (num_tasks + kRows - 1) / kRows;
     row_parts = (circle + kWarps - 1) / kWarps;
-    parts = row_parts * ((circle + 2 + kMostTiles - 1) / kMostTiles);
+    parts = row_parts * ((tiles_of(0) + kMostTiles - 1) / kMostTiles);
     shares = (circle + row_parts - 1) / row_parts;
     halves = num_tasks <= kMaxTasks ? 2 : 1;
     splits = 2 * shares <= kWarps ? halves : 1;
@@ -33,7 +33,9 @@ struct Split {
   GS_HOST_DEVICE int half_vectors() const { return circle * kRows * kRowLanes; }
   // The tiles of a row block: its own two, and two for each of the row blocks up to the one opposite, whose products
   // with this one go to the first of the two.
-  GS_DEVICE int tiles_of(int share) const { return circle % 2 ? circle + 1 : share < circle / 2 ? circle + 2 : circle; }
+  GS_HOST_DEVICE int tiles_of(int share) const {
+    return circle % 2 ? circle + 1 : share < circle / 2 ? circle + 2 : circle;
+  }
 };
 
 // In a row of a stage, vector c is at c ^ swizzle_of(row), so that 8 rows of one vector meet all banks.
