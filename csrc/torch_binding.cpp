@@ -68,16 +68,17 @@ void combine_list(const c10::List<std::optional<Tensor>>& grads, const Tensor& w
   const int64_t num_segments = segments_of(weights, 2, "weights"), num_tasks = weights.size(-1);
   const auto params = static_cast<int64_t>(out.size());
   const Gradients g = Gradients::from_list(grads, num_tasks, segments, num_segments);
-  TORCH_CHECK_VALUE(static_cast<int64_t>(g.numel.size()) == params, "out must hold one tensor per parameter, got ",
-                    params, " for ", g.numel.size());
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(g.numel.size()) == params,
+      message("out must hold one tensor per parameter, got ", params, " for ", static_cast<int64_t>(g.numel.size())));
   std::vector<void*> pointers;
   for (int64_t p = 0; p < params; p++) {
     for (int64_t t = 0; t < num_tasks; t++) {
       const std::optional<Tensor> entry = grads.get(t * params + p);
       if (entry && entry->defined()) Gradients::check_same_layout(out[p], *entry, p);
     }
-    TORCH_CHECK_VALUE(out[p].numel() == g.numel[p], "out ", p, " must hold ", g.numel[p], " elements, got ",
-                      out[p].numel());
+    TORCH_CHECK_VALUE(out[p].numel() == g.numel[p],
+                      message("out ", p, " must hold ", g.numel[p], " elements, got ", out[p].numel()));
     pointers.push_back(out[p].mutable_data_ptr());
   }
   run_combine(g, weights, accumulate, pointers);
@@ -128,7 +129,8 @@ void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tens
 
 void gradnorm(const Tensor& weights, const Tensor& norms, const Tensor& losses, const Tensor& initial_losses,
               double alpha, double lr, Tensor& new_weights) {
-  TORCH_CHECK_VALUE(weights.dim() >= 1 && weights.size(-1) >= 1, "weights must be [..., T], got ", weights.sizes());
+  TORCH_CHECK_VALUE(weights.dim() >= 1 && weights.size(-1) >= 1,
+                    message("weights must be [..., T], got ", weights.sizes()));
   const at::Device device = weights.device();
   check_square_data(weights, at::kDouble, weights.sizes(), device, "weights");
   check_square_data(norms, at::kDouble, weights.sizes(), device, "norms");

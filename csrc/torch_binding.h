@@ -16,6 +16,7 @@
 #endif
 
 #include "gradsurgery/gradsurgery.h"
+#include "torch_message.h"
 
 namespace gs::binding {
 
@@ -37,8 +38,8 @@ const gs_parallel kTorchThreads = {[](void*, int64_t count, void (*body)(void*, 
 class Target {
  public:
   explicit Target(const at::Device& device) : device_(device), guard_(device) {
-    TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "tensors must be on the CPU or on a CUDA device, got ",
-                      device);
+    TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(),
+                      message("tensors must be on the CPU or on a CUDA device, got ", device));
   }
   bool is_cuda() const { return device_.is_cuda(); }
   gs_stream stream() const {
@@ -69,7 +70,8 @@ inline int32_t dtype_of(const Tensor& tensor) {
     case at::kHalf:
       return GS_FLOAT16;
     default:
-      TORCH_CHECK_TYPE(false, "gradients must be float64, float32, bfloat16 or float16, got ", tensor.dtype());
+      TORCH_CHECK_TYPE(false,
+                       message("gradients must be float64, float32, bfloat16 or float16, got ", tensor.scalar_type()));
   }
 }
 
@@ -97,13 +99,13 @@ struct Gradients {
   // The rows of a [T, N] matrix, cut at the offsets (none: one segment).
   static Gradients from_matrix(const Tensor& grads, at::IntArrayRef offsets) {
     TORCH_CHECK_VALUE(grads.dim() == 2 && (grads.size(1) <= 1 || grads.stride(1) == 1),
-                      "grads must be [T, N] with a contiguous last dimension, got shape ", grads.sizes(),
-                      " with strides ", grads.strides());
+                      message("grads must be [T, N] with a contiguous last dimension, got shape ", grads.sizes(),
+                              " with strides ", grads.strides()));
     const int64_t whole[] = {0, grads.size(1)};
     if (offsets.empty()) offsets = whole;
     TORCH_CHECK_VALUE(offsets.size() >= 2 && offsets.front() == 0 && offsets.back() == grads.size(1) &&
                           std::is_sorted(offsets.begin(), offsets.end()),
-                      "segments must ascend from 0 to ", grads.size(1), ", got ", offsets);
+                      message("segments must ascend from 0 to ", grads.size(1), ", got ", offsets));
     Gradients g;
     g.device = grads.device();
     g.num_tasks = grads.size(0);
@@ -123,11 +125,12 @@ struct Gradients {
   static Gradients from_list(const c10::List<std::optional<Tensor>>& grads, int64_t num_tasks, at::IntArrayRef segments,
                              int64_t num_segments) {
     const auto count = static_cast<int64_t>(grads.size());
-    TORCH_CHECK_VALUE(num_tasks >= 1 && count % num_tasks == 0, "grads must hold num_tasks x P entries, got ", count,
-                      " entries for ", num_tasks, " tasks");
+    TORCH_CHECK_VALUE(num_tasks >= 1 && count % num_tasks == 0, message("grads must hold num_tasks x P entries, got ",
+                                                                        count, " entries for ", num_tasks, " tasks"));
     const int64_t params = count / num_tasks;
     TORCH_CHECK_VALUE(segments.empty() || static_cast<int64_t>(segments.size()) == params,
-                      "segments must name one segment per parameter, got ", segments.size(), " for ", params);
+                      message("segments must name one segment per parameter, got ",
+                              static_cast<int64_t>(segments.size()), " for ", params));
     Gradients g;
     g.num_tasks = num_tasks;
     g.num_segments = num_segments;
@@ -139,8 +142,8 @@ struct Gradients {
         if (!entry || !entry->defined()) continue;
         if (!g.device) g.device = entry->device();
         if (!first[p].defined()) first[p] = *entry;
-        TORCH_CHECK_VALUE(entry->device() == *g.device, "gradient ", p, " must be on ", *g.device, ", got ",
-                          entry->device());
+        TORCH_CHECK_VALUE(entry->device() == *g.device,
+                          message("gradient ", p, " must be on ", *g.device, ", got ", entry->device()));
         check_same_layout(*entry, first[p], p);
         g.data[p * num_tasks + t] = entry->const_data_ptr();
       }
@@ -153,25 +156,26 @@ struct Gradients {
   }
 
   static void check_same_layout(const Tensor& tensor, const Tensor& first, int64_t param) {
-    TORCH_CHECK_VALUE(tensor.device() == first.device(), "gradient ", param, " must be on ", first.device(), ", got ",
-                      tensor.device());
-    TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && tensor.scalar_type() == first.scalar_type(), "gradient ", param,
-                     " must be strided ", first.dtype(), ", got ", tensor.layout(), " ", tensor.dtype());
+    TORCH_CHECK_VALUE(tensor.device() == first.device(),
+                      message("gradient ", param, " must be on ", first.device(), ", got ", tensor.device()));
+    TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && tensor.scalar_type() == first.scalar_type(),
+                     message("gradient ", param, " must be strided ", first.scalar_type(), ", got ",
+                             tensor.layout() == at::kStrided ? "" : "not strided ", tensor.scalar_type()));
     // Strides of dimensions of size 1 say nothing, so contiguous tensors may differ there.
     const bool same = tensor.is_contiguous() ? first.is_contiguous() : tensor.strides() == first.strides();
-    TORCH_CHECK_VALUE(tensor.sizes() == first.sizes() && same && tensor.is_non_overlapping_and_dense(), "gradient ",
-                      param, " must be dense with shape ", first.sizes(), " and strides ", first.strides(), ", got ",
-                      tensor.sizes(), " and ", tensor.strides());
+    TORCH_CHECK_VALUE(tensor.sizes() == first.sizes() && same && tensor.is_non_overlapping_and_dense(),
+                      message("gradient ", param, " must be dense with shape ", first.sizes(), " and strides ",
+                              first.strides(), ", got ", tensor.sizes(), " and ", tensor.strides()));
   }
 };
 
 // T x T data: contiguous, of one dtype and shape, on the device of the call.
 inline void check_square_data(const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape,
                               const at::Device& device, const char* name) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.dtype());
-  TORCH_CHECK_VALUE(tensor.device() == device && tensor.is_contiguous() && tensor.sizes() == shape, name,
-                    " must be contiguous on ", device, " with shape ", shape, ", got ", tensor.device(), " ",
-                    tensor.sizes(), " with strides ", tensor.strides());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, message(name, " must be ", dtype, ", got ", tensor.scalar_type()));
+  TORCH_CHECK_VALUE(tensor.device() == device && tensor.is_contiguous() && tensor.sizes() == shape,
+                    message(name, " must be contiguous on ", device, " with shape ", shape, ", got ", tensor.device(),
+                            " ", tensor.sizes(), " with strides ", tensor.strides()));
 }
 
 struct Problems {
@@ -181,7 +185,7 @@ struct Problems {
 // gram [..., T, T] and weights [..., T], on one device
 inline Problems check_problems(const Tensor& gram, const Tensor& weights) {
   TORCH_CHECK_VALUE(gram.dim() >= 2 && gram.size(-1) >= 1 && gram.size(-1) == gram.size(-2),
-                    "gram must be [..., T, T], got ", gram.sizes());
+                    message("gram must be [..., T, T], got ", gram.sizes()));
   check_square_data(gram, at::kDouble, gram.sizes(), gram.device(), "gram");
   check_square_data(weights, at::kDouble, gram.sizes().slice(0, gram.dim() - 1), gram.device(), "weights");
   return {gram.numel() / (gram.size(-1) * gram.size(-1)), gram.size(-1)};
@@ -189,8 +193,9 @@ inline Problems check_problems(const Tensor& gram, const Tensor& weights) {
 
 // The number of segments of gram [S, T, T] or weights [S, T]; without that dimension one.
 inline int64_t segments_of(const Tensor& tensor, int64_t dimensions, const char* name) {
-  TORCH_CHECK_VALUE(tensor.dim() == dimensions || tensor.dim() == dimensions - 1, name, " must have ", dimensions - 1,
-                    " dimensions or one more for segments, got ", tensor.sizes());
+  TORCH_CHECK_VALUE(
+      tensor.dim() == dimensions || tensor.dim() == dimensions - 1,
+      message(name, " must have ", dimensions - 1, " dimensions or one more for segments, got ", tensor.sizes()));
   return tensor.dim() == dimensions ? tensor.size(0) : 1;
 }
 

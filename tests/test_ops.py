@@ -64,7 +64,7 @@ def test_opcheck(name):
         ("gram", 1, [0, 41], "segments must ascend from 0 to 40"),
         ("gram", 1, [0, 30, 20, 40], "segments must ascend from 0 to 40"),
         ("gram", 2, empty(1, 3, 3), rf"gram must be contiguous on {PLACE} with shape \[2, 3, 3\]"),
-        ("gram", 2, torch.empty(2, 3, 3), "gram must be Double"),
+        ("gram", 2, torch.empty(2, 3, 3), "gram must be double"),
         ("gram_list", 1, 4, "num_tasks x P entries, got 6 entries for 4 tasks"),
         ("gram_list", 2, [0, 1], "one segment per parameter, got 2 for 3"),
         ("gram_list", 2, [0, 7, 0], r"segment\[1\] must be in 0..1, got 7"),
@@ -92,7 +92,7 @@ def test_opcheck(name):
         ("min_norm", 4, empty(1, 2), "weights must be contiguous"),
         ("gradnorm", 2, torch.ones(1, 2).double(), "losses must be contiguous"),
         ("gradnorm_step", 4, torch.ones(1, 2).double(), "state_weights must be contiguous"),
-        ("gradnorm_step", 5, torch.ones(1, 3), "initial_losses must be Double"),
+        ("gradnorm_step", 5, torch.ones(1, 3), "initial_losses must be double"),
     ],
 )
 def test_direct_calls_are_safe(name, position, value, message):
