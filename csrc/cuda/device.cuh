@@ -17,7 +17,8 @@
 
 #define GS_KERNEL __global__ void
 #define GS_DEVICE __device__ __forceinline__
-#define GS_GRID_CONSTANT __grid_constant__                             // an argument that stays in constant memory
+#define GS_RARE __device__ __noinline__     // called rarely: its registers do not count in the caller
+#define GS_GRID_CONSTANT __grid_constant__  // an argument that stays in constant memory
 #define GS_BLOCKS(threads, blocks) __launch_bounds__(threads, blocks)  // threads a block, blocks a multiprocessor
 
 namespace gs::gpu {
@@ -39,34 +40,46 @@ GS_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0x
 
 GS_DEVICE bool all_of_warp(bool value) { return __all_sync(0xffffffffu, value); }
 
-// d += a b^T for 8 x 4 matrices a and b: lane 4 g + k holds a[g][k], b[g][k] and d[g][2 k], d[g][2 k + 1].
-GS_DEVICE void multiply_8x8x4(double (&d)[2], double a, double b) {
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-      : "+d"(d[0]), "+d"(d[1])
-      : "d"(a), "d"(b));
+// d += a b for a 16 x 8 matrix a and an 8 x 8 matrix b: lane 4 g + k holds a[g][k], a[g + 8][k], a[g][k + 4],
+// a[g + 8][k + 4]; b[k][g], b[k + 4][g]; d[g][2 k], d[g][2 k + 1], d[g + 8][2 k], d[g + 8][2 k + 1].
+GS_DEVICE void multiply_double(double (&d)[4], const double (&a)[4], const double (&b)[2]) {
+#if __CUDA_ARCH__ >= 900
+  asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
+      : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
+#else
+#pragma unroll
+  for (int part = 0; part < 4; part++) {
+    const int row = part % 2, k = part / 2;
+    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+d"(d[2 * row]), "+d"(d[2 * row + 1])
+        : "d"(a[2 * k + row]), "d"(b[k]));
+  }
+#endif
 }
 
-// d += a b for a 16 x 16 matrix a of rows, b of columns, both of 16-bit values in pairs; lane 4 g + k holds
+// d = a b + c for a 16 x 16 matrix a of rows, b of columns, both of 16-bit values in pairs; lane 4 g + k holds
 // a[g][2 k, 2 k + 1], a[g + 8][..], a[g][2 k + 8, 2 k + 9], a[g + 8][..]; b[2 k, 2 k + 1][g], b[2 k + 8, 2 k + 9][g];
-// d[g][2 k], d[g][2 k + 1], d[g + 8][2 k], d[g + 8][2 k + 1]. The sums may be truncated instead of rounded.
-GS_DEVICE void multiply_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// c and d[g][2 k], d[g][2 k + 1], d[g + 8][2 k], d[g + 8][2 k + 1]. The sums may be truncated instead of rounded.
+GS_DEVICE void multiply_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
-GS_DEVICE void multiply_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+GS_DEVICE void multiply_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 // The same for a 16 x 8 matrix a and tf32 values: one where the others have a pair.
-GS_DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+GS_DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 // Four 8 x 8 matrices of 16-bit values from shared memory, the rows of the first one at the addresses of lanes 0 to 7,
 // of the second one at those of lanes 8 to 15, and so on: lane 4 g + k gets word k of row g of each.
@@ -114,15 +127,19 @@ GS_DEVICE V load_last(const V* p) {
   return value;
 }
 
-// Starts to copy 16 aligned bytes to shared memory. A thread's copies up to a close_copies() are one group, and
-// wait_for_copies<n>() waits for all groups of the thread but the last n; sync_block() shows them to the others.
+// Starts to copy an aligned value of 4, 8 or 16 bytes to shared memory; zeros where p is null. A thread's copies up to
+// a close_copies() are one group, and wait_for_copies<n>() waits for all groups of the thread but the last n;
+// sync_block() shows them to the others.
 template <class V>
 GS_DEVICE void copy_to_shared(V* shared, const V* p) {
-  static_assert(sizeof(V) == 16);
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(p)
-               : "memory");
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int bytes = p ? sizeof(V) : 0;
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(p), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %3, %2;" ::"r"(to), "l"(p), "r"(bytes), "n"(sizeof(V))
+                 : "memory");
+  }
 }
 GS_DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kOpen>

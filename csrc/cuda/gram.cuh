@@ -13,7 +13,7 @@ namespace gs::gpu {
 constexpr int64_t kDirectTasks = 4;
 // Without fast float64, pairs cost more than tiles of matrix instructions for float32 and shorter formats.
 constexpr int64_t kSlowDirectTasks = 2;
-// What one warp can hold: float64 sums of products in float64, or float32 sums beside them.
+// What one warp can hold: float64 sums, or float32 sums beside them.
 constexpr int64_t kDoubleTileTasks = 56;
 constexpr int64_t kFloatTileTasks = 32;
 
@@ -26,11 +26,11 @@ GS_HOST_DEVICE constexpr int64_t pair_index(int64_t i, int64_t j, int64_t num_ta
 // Each writes the partial sums [slots][pairs] of a table.
 gs_status launch_direct(const Table& table, int64_t num_tasks, double* partials, gs_stream stream);
 gs_status launch_tiles(const Table& table, int64_t num_tasks, bool fast_double, double* partials, gs_stream stream);
-gs_status launch_staged(const Table& table, int64_t num_tasks, double* partials, gs_stream stream);
+gs_status launch_staged(const Table& table, int64_t num_tasks, bool fast_double, double* partials, gs_stream stream);
 
-// Float64 products and sums for these tasks and this dtype.
-inline bool in_double(int32_t dtype, int64_t num_tasks, bool fast_double) {
-  return dtype == GS_FLOAT64 || (dtype == GS_FLOAT32 && fast_double && num_tasks <= kDoubleTileTasks);
+// Float64 products and sums for these tasks and this dtype: always exact, but for 16-bit formats slower.
+inline bool in_double(int32_t dtype, bool fast_double) {
+  return dtype == GS_FLOAT64 || (dtype == GS_FLOAT32 && fast_double);
 }
 
 }  // namespace gs::gpu

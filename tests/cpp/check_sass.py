@@ -3,8 +3,8 @@
 
     python tests/cpp/check_sass.py OBJECT...
 
-A hot loop is an innermost loop with the kernel's arithmetic in it. It must hold the matrix instruction that is planned
-for the kernel, read 16 bytes at a time, and never touch local memory, which is where registers spill to.
+The hot loop is the shortest way round that reads 16 bytes of a row and meets the arithmetic planned for the kernel. It
+must exist and not touch local memory, which is where registers spill to, but for one counter and a few constants.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 KERNEL = re.compile(
@@ -25,12 +27,7 @@ HMMA = {
     "NS0_8bfloat16E": r"HMMA\.16816\.F32\.BF16",
     "NS0_7float16E": r"HMMA\.16816\.F32 ",
 }
-LOADS = {
-    "direct": r"LDG\.E\S*\.128",
-    "tiles": r"LDG\.E\S*\.128",
-    "staged": r"LDSM\.16\.M88\.4|LDS\.128",
-    "combine": r"LDG\.E\S*\.128",
-}
+READ = r"\b(LDG\.E\S*\.128|LDGSTS\.E\S*\.128)"
 
 
 @dataclass
@@ -40,15 +37,55 @@ class Kernel:
     name: str
     code: list[tuple[int, str]]
 
-    def loops(self) -> list[list[str]]:
-        """Return the innermost loops: the stretches of code before a jump back that hold no other one."""
-        spans = []
-        for address, text in self.code:
-            target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
-            if target and int(target[1], 16) < address:
-                spans.append((int(target[1], 16), address))
-        inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-        return [[text for address, text in self.code if begin <= address <= end] for begin, end in inner]
+    def successors(self) -> dict[int, set[int]]:
+        """Return the addresses that may follow each address. Threads that part at a BSSY meet where it says."""
+        after = {address: following for (address, _), (following, _) in pairwise(self.code)}
+        text = dict(self.code)
+        follow: dict[int, set[int]] = {}
+        meeting: dict[int, frozenset[tuple[str, int]]] = {}  # barriers that are set, and where their threads meet
+        queue = deque([(self.code[0][0], frozenset[tuple[str, int]]())])
+        while queue:
+            at, barriers = queue.popleft()
+            if at in meeting and barriers <= meeting[at]:
+                continue
+            meeting[at] = barriers = barriers | meeting.get(at, frozenset())
+            operation = re.match(r"(@\S+ )?(\w+)\S*(.*?)(B\d+)?,? ?(?:0x([0-9a-f]+))?$", text[at])
+            guarded, name, condition, barrier, target = operation.groups() if operation else (None, "", "", None, None)
+            follow[at] = {after[at]} if at in after else set()
+            if name in ("BRA", "EXIT", "RET", "BSYNC") and not guarded and "P" not in condition:
+                follow[at] = set()
+            if name in ("BRA", "CALL") and target:
+                follow[at].add(int(target, 16))
+            elif name == "BSYNC":
+                follow[at] |= {place for other, place in barriers if other == barrier}
+            elif name == "BSSY":
+                barriers = frozenset(b for b in barriers if b[0] != barrier) | {(str(barrier), int(target, 16))}
+            queue += [(to, barriers) for to in follow[at]]
+        return follow
+
+    def hot_loop(self, patterns: list[str]) -> list[str]:
+        """Return the shortest way round that meets an instruction of each pattern; nothing if there is none."""
+        follow, goal = self.successors(), (1 << len(patterns)) - 1
+        text = dict(self.code)
+        marks = {at: sum(1 << k for k, p in enumerate(patterns) if re.search(p, text[at])) for at in follow}
+        best: list[str] = []
+        for start in (at for at, mark in marks.items() if mark & 1):
+            before: dict[tuple[int, int], tuple[int, int] | None] = {(start, marks[start]): None}
+            queue = deque(before)
+            while queue:
+                at, met = queue.popleft()
+                if start in follow[at] and met == goal:
+                    way = [text[at]]
+                    while previous := before[at, met]:
+                        at, met = previous
+                        way.append(text[at])
+                    best = way[::-1] if not best or len(way) < len(best) else best
+                    break
+                for to in follow[at]:
+                    if (to, met | marks[to]) not in before:
+                        before[to, met | marks[to]] = (at, met)
+                        queue.append((to, met | marks[to]))
+        return best
 
 
 def kernels_of(path: Path, cuobjdump: str) -> list[Kernel]:
@@ -57,7 +94,7 @@ def kernels_of(path: Path, cuobjdump: str) -> list[Kernel]:
     kernels = []
     for part in listing.split("Function : ")[1:]:
         name, body = part.split("\n", 1)
-        code = [(int(m[1], 16), m[2]) for m in map(INSTRUCTION.match, body.split("\n")) if m]
+        code = [(int(m[1], 16), m[2].strip()) for m in map(INSTRUCTION.match, body.split("\n")) if m]
         kernels.append(Kernel(name.strip(), code))
     return kernels
 
@@ -67,19 +104,13 @@ def faults_of(kernel: Kernel) -> list[str]:
     match = KERNEL.search(kernel.name)
     if not match:
         return []
-    kind, dtype, _, is_double = match.groups()
-    arithmetic = r"DMMA\.(884|8x8x4)" if is_double == "1" else HMMA[dtype] if is_double == "0" else "DFMA"
-    hot = [loop for loop in kernel.loops() if any(re.search(arithmetic, text) for text in loop)]
-    faults = []
+    _, dtype, _, is_double = match.groups()
+    arithmetic = r"DMMA" if is_double == "1" else HMMA[dtype] if is_double == "0" else "DFMA"
+    hot = kernel.hot_loop([READ, arithmetic])
     if not hot:
-        faults.append(f"no loop with {arithmetic}")
-    elif not any(re.search(LOADS[kind], text) for loop in hot for text in loop):
-        faults.append(f"no hot loop reads by {LOADS[kind]}")
-    if kind == "staged" and not any(re.search(r"LDGSTS\.E\S*\.128", text) for _, text in kernel.code):
-        faults.append("no copy of 16 bytes to shared memory")
-    if any(re.search(r"\b(LDL|STL)\b", text) for loop in hot for text in loop):
-        faults.append("a hot loop spills registers")
-    return faults
+        return [f"no loop with {arithmetic} and reads of 16 bytes"]
+    spills = [sum(f"{name} " in text or f"{name}." in text for text in hot) for name in ("STL", "LDL")]
+    return [f"the hot loop spills: {spills[0]} stores, {spills[1]} loads"] if spills[0] > 1 or spills[1] > 5 else []
 
 
 def main() -> int:

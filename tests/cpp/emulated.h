@@ -25,6 +25,7 @@
 
 #define GS_KERNEL inline void
 #define GS_DEVICE inline
+#define GS_RARE inline
 #define GS_GRID_CONSTANT
 #define GS_BLOCKS(threads, blocks)
 
@@ -235,28 +236,33 @@ inline bool all_of_warp(bool value) {
   return all != 0;
 }
 
-inline void multiply_8x8x4(double (&d)[2], double a, double b) {
+inline void multiply_double(double (&d)[4], const double (&a)[4], const double (&b)[2]) {
   Emulator& emulator = Emulator::get();
   const int lane = emulator.thread() % kWarp, g = lane / 4, k = lane % 4;
-  emulator.lane_value(lane, 0) = a;
-  emulator.lane_value(lane, 1) = b;
+  for (int w = 0; w < 6; w++) emulator.lane_value(lane, w) = w < 4 ? a[w] : b[w - 4];
   emulator.wait_warp();
-  for (int h = 0; h < 2; h++) {
-    for (int i = 0; i < 4; i++) d[h] += emulator.lane_value(4 * g + i, 0) * emulator.lane_value(4 * (2 * k + h) + i, 1);
+  for (int v = 0; v < 4; v++) {
+    for (int half = 0; half < 2; half++) {
+      for (int i = 0; i < 4; i++) {
+        d[v] +=
+            emulator.lane_value(4 * g + i, v / 2 + 2 * half) * emulator.lane_value(4 * (2 * k + v % 2) + i, 4 + half);
+      }
+    }
   }
   emulator.wait_warp();
 }
 
-// d += a b of a 16 x 8 instruction whose words hold kValues values each.
+// d = a b + c of a 16 x 8 instruction whose words hold kValues values each.
 template <int kValues, class Decode>
-void multiply_16x8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Decode& decode) {
+void multiply_16x8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                   const Decode& decode) {
   Emulator& emulator = Emulator::get();
   const int lane = emulator.thread() % kWarp, g = lane / 4, k = lane % 4;
   for (int w = 0; w < 6; w++) emulator.lane_value(lane, w) = w < 4 ? a[w] : b[w - 4];
   emulator.wait_warp();
   for (int r = 0; r < 2; r++) {
     for (int h = 0; h < 2; h++) {
-      double sum = d[2 * r + h];
+      double sum = c[2 * r + h];
       for (int i = 0; i < 4; i++) {
         for (int half = 0; half < 2; half++) {
           const auto x = static_cast<uint32_t>(emulator.lane_value(4 * g + i, r + 2 * half));
@@ -286,15 +292,16 @@ inline float half_to_float(uint16_t bits) {
   return bits >> 15 ? -magnitude : magnitude;
 }
 
-inline void multiply_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply_16x8<2>(d, a, b, [](uint32_t word, int v) { return float_from_bits(v ? word & 0xffff0000 : word << 16); });
+inline void multiply_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  multiply_16x8<2>(d, a, b, c,
+                   [](uint32_t word, int v) { return float_from_bits(v ? word & 0xffff0000 : word << 16); });
 }
-inline void multiply_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply_16x8<2>(d, a, b,
+inline void multiply_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  multiply_16x8<2>(d, a, b, c,
                    [](uint32_t word, int v) { return half_to_float(static_cast<uint16_t>(v ? word >> 16 : word)); });
 }
-inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply_16x8<1>(d, a, b, [](uint32_t word, int) { return float_from_bits(word & 0xffffe000); });
+inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  multiply_16x8<1>(d, a, b, c, [](uint32_t word, int) { return float_from_bits(word & 0xffffe000); });
 }
 inline void load_matrices(uint32_t (&word)[4], const void* row) {
   Emulator& emulator = Emulator::get();
@@ -350,7 +357,7 @@ V load_last(const V* p) {
 // A copy takes place when its thread waits for it, as late as it can.
 template <class V>
 void copy_to_shared(V* shared, const V* p) {
-  Emulator::get().copies().back().emplace_back([=] { *shared = load_first(p); });
+  Emulator::get().copies().back().emplace_back([=] { *shared = p ? load_first(p) : V{}; });
 }
 inline void close_copies() { Emulator::get().copies().emplace_back(); }
 template <int kOpen>
