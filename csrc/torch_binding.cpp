@@ -45,10 +45,12 @@ void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate,
   }
   const Target target(device);
   const auto* w = weights.const_data_ptr<double>();
-  if (target.is_cuda()) return check_status(gs_combine_cuda(&view, w, 1, out.data(), accumulate, target.stream()));
-  const Tensor workspace = target.make_workspace(gs_combine_workspace_bytes(&view));
-  check_status(gs_combine_cpu(&view, w, 1, out.data(), accumulate, workspace.mutable_data_ptr(), workspace.numel(),
-                              &kTorchThreads));
+  const Tensor workspace = target.make_workspace(target.is_cuda() ? gs_combine_cuda_workspace_bytes(&view, 1)
+                                                                  : gs_combine_workspace_bytes(&view));
+  void* space = workspace.mutable_data_ptr();
+  check_status(target.is_cuda()
+                   ? gs_combine_cuda(&view, w, 1, out.data(), accumulate, space, workspace.numel(), target.stream())
+                   : gs_combine_cpu(&view, w, 1, out.data(), accumulate, space, workspace.numel(), &kTorchThreads));
 }
 
 void combine(const Tensor& grads, const Tensor& weights, at::IntArrayRef offsets, bool accumulate, Tensor& out) {

@@ -6,52 +6,48 @@
 
 namespace gs::gpu {
 
-// A thread's part of the stages of a slot, through all of its pieces: whole steps, then the rest. A stage holds, for
-// each row, kHalves neighbouring vectors of each of its kRowLanes lanes. Layout says where:
+// A thread's part of the stages of a slot, of which each is a turn. A stage holds, for each row, kHalves neighbouring
+// vectors of each of its kRowLanes lanes. Layout says where:
 //   * kRows, kHalves: the rows of a thread at most, the vectors of each;
 //   * row(r), holds(r): the task of the thread's r-th row, and whether the stage has one;
 //   * place(r, half): of its vector in a stage.
 // What a stage has of tasks beyond the last one is not written, nor are their products.
 template <class In, class Layout>
 class Copier {
-  using Rows = Piece<In, kRowLanes>;
-  static constexpr int64_t kColumns = Layout::kHalves * Rows::kStep;
-
  public:
-  // Of the slot's stages, those number first, first + stride, ...
-  GS_DEVICE Copier(const Table& table, int slot, int num_tasks, const Layout& layout, int first, int stride)
-      : table_(table), slot_(slot), num_tasks_(num_tasks), stride_(stride), layout_(layout) {
-    param_ = static_cast<int>(Slot(table, slot).first_param());
-    open(first);
+  GS_DEVICE Copier(const Table& table, int64_t slot, int num_tasks, const Layout& layout, int first, int stride)
+      : turns_(table, slot, first, stride), num_tasks_(num_tasks), layout_(layout) {
+    open();
   }
-  GS_DEVICE bool done() const { return left_ == 0; }
+  GS_DEVICE bool done() const { return turns_.done(); }
 
   GS_DEVICE void fill(Vector<In>* stage) {
-    if (left_ <= rest_) {
-      fill_rest(stage);
-    } else if (aligned_) {
+    if (!turns_.is_whole()) {
+      const Steps steps = turns_.rest_steps();
+      each_vector(
+          [&](int r, int half, int place) { stage[place] = turns_.load_rest(rows_[r], steps, row_lane(), half); });
+    } else if (turns_.aligned()) {
+      const int64_t column = turns_.column() + row_lane() * kVector<In>;
       each_vector([&](int r, int half, int place) {
-        const In* from = rows_[r] ? rows_[r] + column_ + half * Rows::kStep : nullptr;
+        const In* from = rows_[r] ? rows_[r] + column + half * kStep : nullptr;
         copy_to_shared(stage + place, reinterpret_cast<const Vector<In>*>(from));
       });
     } else {
 #pragma unroll 1
       for (int e = 0; e < kVector<In>; e++) {
-        const int64_t column = column_ + e * kRowLanes;
+        const int64_t column = turns_.column() + row_lane() + e * kRowLanes;
         each_vector([&](int r, int half, int place) {
-          const In* from = rows_[r] ? rows_[r] + column + half * Rows::kStep : nullptr;
+          const In* from = rows_[r] ? rows_[r] + column + half * kStep : nullptr;
           copy_element(reinterpret_cast<In*>(stage + place) + e, from);
         });
       }
     }
-    column_ += stride_ * kColumns;
-    left_ -= stride_;
-    if (left_ > 0) return;
-    param_++;
-    open(-left_);
+    if (turns_.next()) open();
   }
 
  private:
+  static constexpr int64_t kStep = Piece<In, kRowLanes>::kStep;
+
   template <class Visit>
   GS_DEVICE void each_vector(const Visit& visit) const {
 #pragma unroll
@@ -61,10 +57,6 @@ class Copier {
       for (int half = 0; half < Layout::kHalves; half++) visit(r, half, layout_.place(r, half));
     }
   }
-  GS_DEVICE const In* row_of(const Rows& piece, int r) const {
-    return layout_.holds(r) && layout_.row(r) < num_tasks_ ? piece.row(layout_.row(r)) : nullptr;
-  }
-
   GS_DEVICE static void copy_element(In* to, const In* from) {
     if constexpr (sizeof(In) >= 4) {
       copy_to_shared(to, from);
@@ -72,41 +64,19 @@ class Copier {
       *to = from ? *from : In{};  // copies have at least 4 bytes
     }
   }
-
-  // The first piece from param_ on that has a stage number `turn`, counted through the pieces.
-  GS_DEVICE void open(int turn) {
-    const Slot slot(table_, slot_);
-    for (left_ = 0; slot.holds(param_); param_++) {
-      const Rows piece = slot.piece<In, kRowLanes>(param_);
-      const Steps steps(piece, kColumns);
-      rest_ = static_cast<int>((steps.rest + kColumns - 1) / kColumns);
-      left_ = static_cast<int>(steps.count) + rest_ - turn;
-      if (left_ > 0) {
-        aligned_ = piece.aligned;
-        column_ = steps.step(turn) + row_lane() * (aligned_ ? kVector<In> : 1);
+  GS_DEVICE void open() {
+    if (done()) return;
+    int task[Layout::kRows];
 #pragma unroll
-        for (int r = 0; r < Layout::kRows; r++) rows_[r] = row_of(piece, r);
-        return;
-      }
-      turn = -left_;
-      left_ = 0;
+    for (int r = 0; r < Layout::kRows; r++) {
+      task[r] = layout_.holds(r) && layout_.row(r) < num_tasks_ ? layout_.row(r) : -1;
     }
-  }
-  GS_DEVICE void fill_rest(Vector<In>* stage) const {
-    const Rows piece = Slot(table_, slot_).piece<In, kRowLanes>(param_);
-    const Steps steps(piece, kColumns);
-    each_vector([&](int r, int half, int place) {
-      const int64_t i = (rest_ - left_) * kColumns + half * Rows::kStep;
-      stage[place] = load_rest<kRowLanes>(row_of(piece, r), steps, i, row_lane());
-    });
+    turns_.get_rows(task, rows_);
   }
 
-  const Table& table_;
-  const int slot_, num_tasks_, stride_;
+  Turns<In, kRowLanes, Layout::kHalves> turns_;
+  const int num_tasks_;
   const Layout layout_;
-  int param_, left_, rest_;  // stages of the piece, and how many of them are not whole steps
-  bool aligned_;
-  int64_t column_;  // of the lane's first element, in steps as load_steps has them
   const In* rows_[Layout::kRows];
 };
 

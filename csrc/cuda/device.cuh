@@ -17,8 +17,8 @@
 
 #define GS_KERNEL __global__ void
 #define GS_DEVICE __device__ __forceinline__
-#define GS_RARE __device__ __noinline__     // called rarely: its registers do not count in the caller
-#define GS_GRID_CONSTANT __grid_constant__  // an argument that stays in constant memory
+#define GS_RARE __device__ __noinline__                 // called rarely: its registers do not count in the caller
+#define GS_ARGUMENT(type) const __grid_constant__ type  // that stays in constant memory
 #define GS_BLOCKS(threads, blocks) __launch_bounds__(threads, blocks)  // threads a block, blocks a multiprocessor
 
 namespace gs::gpu {
@@ -39,6 +39,9 @@ GS_DEVICE bool any_of_block(bool value) { return __syncthreads_or(value); }
 GS_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 GS_DEVICE bool all_of_warp(bool value) { return __all_sync(0xffffffffu, value); }
+// Bit i: whether lane i brought true.
+GS_DEVICE uint32_t ballot_of_warp(bool value) { return __ballot_sync(0xffffffffu, value); }
+GS_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
 // d += a b for a 16 x 8 matrix a and an 8 x 8 matrix b: lane 4 g + k holds a[g][k], a[g + 8][k], a[g][k + 4],
 // a[g + 8][k + 4]; b[k][g], b[k + 4][g]; d[g][2 k], d[g][2 k + 1], d[g + 8][2 k], d[g + 8][2 k + 1].
@@ -125,6 +128,13 @@ GS_DEVICE V load_last(const V* p) {
   V value;
   memcpy(&value, &bits, 16);
   return value;
+}
+
+// 8 bytes of memory that an earlier kernel wrote.
+GS_DEVICE uint64_t load_word(const void* p) {
+  uint64_t word;
+  asm volatile("ld.global.b64 %0, [%1];" : "=l"(word) : "l"(p));
+  return word;
 }
 
 // Starts to copy an aligned value of 4, 8 or 16 bytes to shared memory; zeros where p is null. A thread's copies up to

@@ -1,7 +1,28 @@
 // SPDX-License-Identifier: MIT
-#include "cuda/device.cuh"
+#include "cuda/table.cuh"
 
 int gs_has_cuda(void) { return 1; }
+
+namespace gs::gpu {
+namespace {
+
+GS_KERNEL write_table_kernel(GS_ARGUMENT(TableChunk) chunk, int64_t words, uint64_t* to) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int64_t i = block() * threads() + thread();
+  if (i < words) to[i] = reinterpret_cast<const uint64_t*>(chunk.bytes)[i];
+}
+
+}  // namespace
+
+gs_status write_table(const TableChunk& chunk, int64_t bytes, unsigned char* to, gs_stream stream) {
+  constexpr int kThreads = 256;
+  const int64_t words = bytes / 8;
+  return launch(&write_table_kernel, (words + kThreads - 1) / kThreads, kThreads, 0, stream, chunk, words,
+                reinterpret_cast<uint64_t*>(to));
+}
+
+}  // namespace gs::gpu
 
 #if defined(__CUDACC__)
 #include <atomic>

@@ -5,62 +5,71 @@
 namespace gs::gpu {
 namespace {
 
-constexpr int64_t kMaxParts = kMaxThreads / kWarp;
+constexpr int kPartWarps = kMaxThreads / kWarp;
 
 // The table of one run, as most are: an argument of 32 KB takes time.
 struct OneRun {
   int32_t runs, slots;
   Run only;
-  GS_HOST_DEVICE const Run& run(int64_t) const { return only; }
+  GS_DEVICE const Run& run(int64_t) const { return only; }
 };
 
 // Sets the Gram matrices of a table's segments, or adds to them: block = (run, kWarp pairs), of which those of a
-// segment's first run do the work. Each warp sums a part of the slots, and the parts are added in order.
+// segment's first run do the work. Each warp sums a part of the slots, kAtOnce at a time, and then the parts of a pair.
 template <class Runs>
-GS_KERNEL GS_BLOCKS(kMaxThreads, 1) sum_slots_kernel(const GS_GRID_CONSTANT Runs table, int64_t num_tasks,
-                                                     const double* partials, bool accumulate, double* gram) {
+GS_KERNEL GS_BLOCKS(kMaxThreads, 1)
+    sum_slots_kernel(GS_ARGUMENT(Runs) table, int num_tasks, const double* partials, bool accumulate, double* gram) {
+  constexpr int kAtOnce = 4;
   wait_for_previous_kernel();
-  const int64_t pairs = pairs_of(num_tasks), blocks = (pairs + kWarp - 1) / kWarp;
-  const int64_t pair = block() % blocks * kWarp + thread() % kWarp, first = block() / blocks;
-  const int part = thread() / kWarp, parts = threads() / kWarp;
+  const int pairs = static_cast<int>(pairs_of(num_tasks)), blocks = (pairs + kWarp - 1) / kWarp;
+  const int64_t first = block() / blocks;
+  const int lane = thread() % kWarp, warp = thread() / kWarp, warps = threads() / kWarp;
+  const int first_pair = static_cast<int>(block() % blocks) * kWarp;
   if (!table.run(first).is_first) return;
   double sum = 0;
-  for (int64_t r = first; r >= 0 && pair < pairs; r = table.run(r).next) {
-    const int64_t next = r + 1 < table.runs ? table.run(r + 1).first_slot : table.slots;
-    for (int64_t slot = table.run(r).first_slot + part; slot < next; slot += parts) {
-      sum += partials[slot * pairs + pair];
+  for (int64_t r = first; r >= 0; r = table.run(r).next) {
+    const int64_t end = r + 1 < table.runs ? table.run(r + 1).first_slot : table.slots;
+    for (int64_t slot = table.run(r).first_slot + warp; slot < end; slot += kAtOnce * warps) {
+      double part[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++) {
+        const bool exists = slot + k * warps < end && first_pair + lane < pairs;
+        part[k] = exists ? partials[(slot + k * warps) * pairs + first_pair + lane] : 0;
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++) sum += part[k];
     }
   }
-  double* sums = &shared<double>();  // [parts][kWarp]
-  sums[thread()] = sum;
+  double* sums = &shared<double>();  // [kWarp pairs][parts], one double apart from a multiple of the banks
+  sums[lane * (kPartWarps + 1) + warp] = sum;
   sync_block();
   let_next_kernel_start();
-  if (part > 0 || pair >= pairs) return;
-  for (int p = 1; p < parts; p++) sum += sums[p * kWarp + thread()];
-  int64_t i = 0;
-  while (pair_index(i + 1, i + 1, num_tasks) <= pair) i++;
-  const int64_t j = i + pair - pair_index(i, i, num_tasks);
-  double* out = gram + table.run(first).segment * num_tasks * num_tasks;
-  const double value = accumulate ? out[i * num_tasks + j] + sum : sum;
-  out[i * num_tasks + j] = value;
-  out[j * num_tasks + i] = value;
+  for (int own = warp; own < kWarp && first_pair + own < pairs; own += warps) {
+    double total = lane < warps ? sums[own * (kPartWarps + 1) + lane] : 0;
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
+    if (lane > 0) continue;
+    int i = 0, row = 0;  // where the row begins
+    while (row + num_tasks - i <= first_pair + own) row += num_tasks - i++;
+    const int j = i + first_pair + own - row;
+    double* out = gram + table.run(first).segment * int64_t{num_tasks} * num_tasks;
+    const double value = accumulate ? out[i * num_tasks + j] + total : total;
+    out[i * num_tasks + j] = value;
+    out[j * num_tasks + i] = value;
+  }
 }
 
-gs_status sum_slots(const Table& table, int64_t num_tasks, const double* partials, bool accumulate, double* gram,
+gs_status sum_slots(const Table& table, int num_tasks, const double* partials, bool accumulate, double* gram,
                     gs_stream stream) {
   const int64_t blocks = table.runs * ((pairs_of(num_tasks) + kWarp - 1) / kWarp);
-  int64_t parts = 1;  // as many as the longest run has slots
-  for (int64_t r = 0; r < table.runs; r++) {
-    parts = std::max(
-        parts, (r + 1 < table.runs ? table.run(r + 1).first_slot : table.slots) - int64_t{table.run(r).first_slot});
-  }
-  const int threads = kWarp * static_cast<int>(std::min(parts, kMaxParts));
+  const int warps = static_cast<int>(std::min<int64_t>(table.slots, kPartWarps));
+  constexpr int64_t kBytes = kWarp * (kPartWarps + 1) * 8;
   if (table.runs > 1) {
-    return launch(&sum_slots_kernel<Table>, blocks, threads, threads * 8, stream, table, num_tasks, partials,
+    return launch(&sum_slots_kernel<Table>, blocks, warps * kWarp, kBytes, stream, table, num_tasks, partials,
                   accumulate, gram);
   }
-  const OneRun one = {1, table.slots, table.run(0)};
-  return launch(&sum_slots_kernel<OneRun>, blocks, threads, threads * 8, stream, one, num_tasks, partials, accumulate,
+  const OneRun one = {1, table.slots, {0, 0, 0, table.first_segment, 0, -1, true}};
+  return launch(&sum_slots_kernel<OneRun>, blocks, warps * kWarp, kBytes, stream, one, num_tasks, partials, accumulate,
                 gram);
 }
 
@@ -78,16 +87,24 @@ gs_status launch_products(const Table& table, int64_t num_tasks, bool fast_doubl
   return launch_staged(table, num_tasks, fast_double, partials, stream);
 }
 
-// The width of slots for so many columns in all.
+// The width of slots for so many columns in all: what makes four blocks for each of the 132 multiprocessors of an H200,
+// or fewer where the partial sums would weigh beside the rows.
 struct SlotWidth {
-  static constexpr int64_t kMaxSlots = 528;      // four for each of the 132 multiprocessors of an H200
-  static constexpr int64_t kSlotColumns = 1024;  // a slot smaller than this is not worth a block
+  static constexpr int64_t kBlocks = 132, kMaxWaves = 4;
   static constexpr int64_t kPartialBytes = 16 << 20;
-  int64_t max_slots;
+  int64_t num_tasks;
 
-  explicit SlotWidth(int64_t num_tasks)
-      : max_slots(std::clamp<int64_t>(kPartialBytes / (pairs_of(num_tasks) * 8), kMaxSlots / 4, kMaxSlots)) {}
-  int64_t operator()(int64_t columns) const { return std::max(kSlotColumns, (columns + max_slots - 1) / max_slots); }
+  int64_t max_slots() const {
+    return kBlocks * std::clamp<int64_t>(kPartialBytes / (kBlocks * pairs_of(num_tasks) * 8), 1, kMaxWaves);
+  }
+  // A slot smaller than this is not worth a block.
+  int64_t min_columns() const { return num_tasks <= kDirectTasks ? 1024 : 256; }
+  int64_t operator()(int64_t columns, int32_t dtype) const {
+    const auto share = [&](int64_t slots) { return (columns + slots - 1) / slots; };
+    // Partial sums of a 16th of the rows' bytes, as long as there is a block for each multiprocessor.
+    const int64_t light = std::min(64 * num_tasks / gs::element_bytes(dtype), share(kBlocks));
+    return std::max({min_columns(), share(max_slots()), light});
+  }
 };
 
 }  // namespace
@@ -104,8 +121,11 @@ int64_t gs_gram_cuda_workspace_bytes(const gs_gradients* grads) {
     runs += last_segment[grads->dtype[p]] != gs::segment_of(*grads, p);
     last_segment[grads->dtype[p]] = gs::segment_of(*grads, p);
   }
-  const SlotWidth width(grads->num_tasks);
-  return (std::min(columns / SlotWidth::kSlotColumns, width.max_slots) + runs) * pairs_of(grads->num_tasks) * 8;
+  const SlotWidth width{grads->num_tasks};
+  const int64_t slots = std::min(columns / width.min_columns(), width.max_slots()) + runs;
+  gs::Workspace space(nullptr);
+  space.take<double>(slots * pairs_of(grads->num_tasks));
+  return space.bytes() + table_workspace_bytes(grads->num_params, grads->num_tasks);
 }
 
 gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace, int64_t workspace_bytes,
@@ -117,19 +137,23 @@ gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace,
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
   const int64_t tasks = grads->num_tasks;
-  auto* partials = static_cast<double*>(workspace);
-  const SlotWidth width(tasks);
-  TableBuilder tables(*grads, nullptr, 0, width);
+  auto* space = static_cast<unsigned char*>(workspace);
+  auto* partials = reinterpret_cast<double*>(space + table_workspace_bytes(grads->num_params, tasks));
+  const SlotWidth width{tasks};
+  Tables tables(*grads, nullptr, 0, width);
   Table table;
   // Where the first table has all segments it sets G, else all tables add to 0.
-  bool more = tables.fill(table), accumulate = table.segments < grads->num_segments;
+  bool more = tables.next(table), accumulate = table.segments < grads->num_segments;
   if (accumulate) {
     const gs_status status = clear(gram, grads->num_segments * tasks * tasks, stream);
     if (status != GS_OK) return status;
   }
-  for (; more; more = tables.fill(table), accumulate = true) {
-    gs_status status = launch_products(table, tasks, traits.fast_double, partials, stream);
-    if (status == GS_OK) status = sum_slots(table, tasks, partials, accumulate, gram, stream);
+  for (; more; more = tables.next(table), accumulate = true) {
+    gs_status status = tables.fill(table, space, stream);
+    if (status == GS_OK) status = launch_products(table, tasks, traits.fast_double, partials, stream);
+    if (status == GS_OK) {
+      status = sum_slots(table, static_cast<int>(tasks), partials, accumulate, gram, stream);
+    }
     if (status != GS_OK) return status;
   }
   return GS_OK;

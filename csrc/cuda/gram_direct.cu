@@ -21,40 +21,31 @@ GS_DEVICE void add_pairs(const double (&value)[T], double (&acc)[pairs_of(T)]) {
 }
 
 template <class In, int T>
-GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) direct_kernel(const GS_GRID_CONSTANT Table table, double* partials) {
+GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) direct_kernel(GS_ARGUMENT(Table) table, double* partials) {
   wait_for_previous_kernel();
-  using Rows = Piece<In, kWarp>;
   constexpr int kPairs = static_cast<int>(pairs_of(T));
   const int lane = thread() % kWarp, warp = thread() / kWarp;
   double acc[kPairs] = {};
-  int64_t turn = warp;  // the warps' turns go on from piece to piece
-  for_each_piece<In, kWarp>(table, block(), [&](const Rows& piece) {
-    const In* row[T];
+  Turns<In, kWarp, kUnroll<T>> turns(table, block(), warp, kWarps);
+  int task[T];
 #pragma unroll
-    for (int t = 0; t < T; t++) row[t] = piece.row(t);
-    const Steps steps(piece, kUnroll<T> * Rows::kStep);
-    for (; turn < steps.count; turn += kWarps) {
-      Vector<In> x[kUnroll<T>][T];
-      load_steps<kWarp>(row, steps.step(turn), piece.aligned, lane, load_first<Vector<In>>, x);
+  for (int t = 0; t < T; t++) task[t] = t;
+  const In* row[T];
+  for (bool other = true; !turns.done(); other = turns.next()) {
+    if (other) turns.get_rows(task, row);
+    Vector<In> x[kUnroll<T>][T];
+    turns.load(row, lane, load_first<Vector<In>>, x);
 #pragma unroll
-      for (int u = 0; u < kUnroll<T>; u++) {
+    for (int u = 0; u < kUnroll<T>; u++) {
 #pragma unroll
-        for (int e = 0; e < kVector<In>; e++) {
-          double value[T];
+      for (int e = 0; e < kVector<In>; e++) {
+        double value[T];
 #pragma unroll
-          for (int t = 0; t < T; t++) value[t] = to_double(x[u][t].get(e));
-          add_pairs<T>(value, acc);
-        }
+        for (int t = 0; t < T; t++) value[t] = to_double(x[u][t].get(e));
+        add_pairs<T>(value, acc);
       }
     }
-    turn -= steps.count;
-    for (int64_t i = thread(); i < steps.rest; i += threads()) {
-      double value[T];
-#pragma unroll
-      for (int t = 0; t < T; t++) value[t] = row[t] ? to_double(row[t][steps.rest_column(i)]) : 0;
-      add_pairs<T>(value, acc);
-    }
-  });
+  }
   double* sums = &shared<double>();  // [kWarps][kPairs]
 #pragma unroll
   for (int pair = 0; pair < kPairs; pair++) {

@@ -169,7 +169,7 @@ GS_RARE void sum_and_write_in_double(const Table& table, int num_tasks, const Sp
 
 template <class In, int kTiles, bool kDouble, bool kMany>
 GS_KERNEL GS_BLOCKS(most_warps(kMany) * kWarp, 1)
-    staged_kernel(const GS_GRID_CONSTANT Table table, int num_tasks, double* partials) {
+    staged_kernel(GS_ARGUMENT(Table) table, int num_tasks, double* partials) {
   wait_for_previous_kernel();
   const Split split(num_tasks);
   // Neighbouring warps share a unit of the multiprocessor, so the second half of them begins half way round.

@@ -60,7 +60,7 @@ GS_DEVICE void sum_slot(const Table& table, int num_tasks, Vector<In>* ring, Til
   using Layout = LaneLayout<kTiles>;
   const Layout layout;
   const int warp = thread() / kWarp;
-  Copier<In, Layout> ahead(table, static_cast<int>(block()), num_tasks, layout, warp, kWarps);
+  Copier<In, Layout> ahead(table, block(), num_tasks, layout, warp, kWarps);
   for_each_stage<Layout::kStages>(
       ahead, ring + warp * Layout::kStages * Layout::kVectors, Layout::kVectors, [] {},
       [&](const Vector<In>* stage) {
@@ -91,7 +91,7 @@ GS_RARE void sum_and_write_in_double(const Table& table, int num_tasks, double* 
 
 template <class In, int kTiles, bool kDouble>
 GS_KERNEL GS_BLOCKS(kWarps* kWarp, kTiles <= (kDouble ? 4 : 2) ? 2 : 1)
-    tiles_kernel(const GS_GRID_CONSTANT Table table, int num_tasks, double* partials) {
+    tiles_kernel(GS_ARGUMENT(Table) table, int num_tasks, double* partials) {
   wait_for_previous_kernel();
   double* partial = partials + block() * pairs_of(num_tasks);
   if constexpr (kDouble) {

@@ -78,17 +78,14 @@ template <class In, int kLanes>
 struct Piece {
   static constexpr int64_t kStep = kLanes * kVector<In>;
 
-  const void* const* rows;
   int64_t begin, end;
   int64_t lead;  // columns before the first boundary of 16 bytes
   bool aligned;
 
   // residue: of every row, in elements from a boundary of 16 bytes, or -1 if the rows differ.
-  GS_DEVICE Piece(const void* const* pointers, int64_t residue, int64_t from, int64_t to)
-      : rows(pointers), begin(from), end(to), aligned(residue >= 0) {
+  GS_DEVICE Piece(int64_t residue, int64_t from, int64_t to) : begin(from), end(to), aligned(residue >= 0) {
     lead = aligned ? (kVector<In> - (residue + from) % kVector<In>) % kVector<In> : 0;
   }
-  GS_DEVICE const In* row(int64_t t) const { return static_cast<const In*>(rows[t]); }
 };
 
 // The steps of a piece that are whole, of so many columns each, and the rest of the columns.

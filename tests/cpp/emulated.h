@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -26,7 +27,7 @@
 #define GS_KERNEL inline void
 #define GS_DEVICE inline
 #define GS_RARE inline
-#define GS_GRID_CONSTANT
+#define GS_ARGUMENT(type) const type&
 #define GS_BLOCKS(threads, blocks)
 
 namespace gs::gpu {
@@ -236,6 +237,17 @@ inline bool all_of_warp(bool value) {
   return all != 0;
 }
 
+inline uint32_t ballot_of_warp(bool value) {
+  Emulator& emulator = Emulator::get();
+  emulator.lane_value(emulator.thread() % kWarp) = value;
+  emulator.wait_warp();
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kWarp; lane++) bits |= uint32_t{emulator.lane_value(lane) != 0} << lane;
+  emulator.wait_warp();
+  return bits;
+}
+inline int count_bits(uint32_t bits) { return std::popcount(bits); }
+
 inline void multiply_double(double (&d)[4], const double (&a)[4], const double (&b)[2]) {
   Emulator& emulator = Emulator::get();
   const int lane = emulator.thread() % kWarp, g = lane / 4, k = lane % 4;
@@ -352,6 +364,12 @@ V load_first(const V* p) {
 template <class V>
 V load_last(const V* p) {
   return load_first(p);
+}
+
+inline uint64_t load_word(const void* p) {
+  uint64_t word;
+  std::memcpy(&word, p, 8);
+  return word;
 }
 
 // A copy takes place when its thread waits for it, as late as it can.

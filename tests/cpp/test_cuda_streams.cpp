@@ -80,6 +80,14 @@ void test_gram(const Model& model) {
   }
 }
 
+gs_status combine(const gs_gradients& grads, const double* weights, int64_t directions, void* const* out,
+                  bool accumulate) {
+  const int64_t bytes = gs_combine_cuda_workspace_bytes(&grads, directions);
+  const auto space = allocate(bytes);
+  std::memset(space.get(), 0xff, bytes);
+  return gs_combine_cuda(&grads, weights, directions, out, accumulate, space.get(), bytes, nullptr);
+}
+
 // All directions at once on the GPU, one by one on the CPU.
 void test_combine(const Model& model, int64_t directions, bool accumulate, bool alias) {
   const auto params = static_cast<int64_t>(model.numel.size()), tasks = model.num_tasks;
@@ -106,7 +114,7 @@ void test_combine(const Model& model, int64_t directions, bool accumulate, bool 
     Emulator::get().order = Order::kBackward;
     const int64_t bytes = gs_combine_workspace_bytes(&own);
     gs_status status = GS_OK;
-    if (gpu) status = gs_combine_cuda(&own, weights.data(), directions, pointers.data(), accumulate, nullptr);
+    if (gpu) status = combine(own, weights.data(), directions, pointers.data(), accumulate);
     for (int64_t k = 0; k < directions && !gpu; k++) {
       status = gs_combine_cpu(&own, &weights[k * stride], 1, &pointers[k * params], accumulate, allocate(bytes).get(),
                               bytes, nullptr);
@@ -175,9 +183,9 @@ void test_hidden_row() {
   const double weights[2][3][2] = {{{1, 0}, {1, 0}, {1, 0}}, {{1, 1}, {1, 1}, {1, 1}}};
   std::vector<float> out[2] = {std::vector<float>(900, NAN), std::vector<float>(900, 0)};
   void* pointers[2] = {out[0].data(), out[1].data()};
-  CHECK(gs_combine_cuda(&view, &weights[0][0][0], 1, pointers, 0, nullptr) == GS_OK, "%s", gs_last_error());
+  CHECK(combine(view, &weights[0][0][0], 1, pointers, false) == GS_OK, "%s", gs_last_error());
   CHECK(std::none_of(out[0].begin(), out[0].end(), [](float x) { return std::isnan(x); }), "a weight of 0 is read");
-  CHECK(gs_combine_cuda(&view, &weights[0][0][0], 2, pointers, 0, nullptr) == GS_OK, "%s", gs_last_error());
+  CHECK(combine(view, &weights[0][0][0], 2, pointers, false) == GS_OK, "%s", gs_last_error());
   CHECK(std::none_of(out[0].begin(), out[0].end(), [](float x) { return std::isnan(x); }), "a weight of 0 counts");
   CHECK(std::all_of(out[1].begin(), out[1].end(), [](float x) { return std::isnan(x); }), "a weight of 1 does not");
 }

@@ -94,8 +94,10 @@ GS_API int64_t gs_combine_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, int64_t num_directions,
                                 void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
                                 const gs_parallel* parallel);
+GS_API int64_t gs_combine_cuda_workspace_bytes(const gs_gradients* grads, int64_t num_directions);
 GS_API gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, int64_t num_directions,
-                                 void* const* out, int accumulate, gs_stream stream);
+                                 void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
+                                 gs_stream stream);
 
 // PCGrad visiting orders [T, T]: row i is a permutation of 0..T-1 that depends only on (seed, step, i).
 // On a GPU the step is read from device memory.
