@@ -62,7 +62,7 @@ GS_KERNEL GS_BLOCKS(kMaxThreads, 1)
 gs_status sum_slots(const Table& table, int num_tasks, const double* partials, bool accumulate, double* gram,
                     gs_stream stream) {
   const int64_t blocks = table.runs * ((pairs_of(num_tasks) + kWarp - 1) / kWarp);
-  const int warps = static_cast<int>(std::min<int64_t>(table.slots, kPartWarps));
+  const int warps = static_cast<int>(std::min<int64_t>(table.most_slots, kPartWarps));
   constexpr int64_t kBytes = kWarp * (kPartWarps + 1) * 8;
   if (table.runs > 1) {
     return launch(&sum_slots_kernel<Table>, blocks, warps * kWarp, kBytes, stream, table, num_tasks, partials,

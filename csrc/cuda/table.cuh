@@ -34,6 +34,7 @@ struct Table {
   int32_t params, runs, segments, slots;
   int32_t pointers;       // per parameter: T rows, for combine the outputs as well
   int32_t first_segment;  // of the first run
+  int32_t most_slots;     // of a run
   int64_t width;          // columns of a slot
   const unsigned char* elsewhere;
   alignas(16) unsigned char here[kTableBytes];
@@ -127,7 +128,7 @@ class Tables {
     table.pointers = static_cast<int32_t>(grads_.num_tasks + outputs_);
     for (table.params = 0; table.params == 0;) {
       if (++dtype_ > GS_FLOAT16) return false;
-      table.runs = table.segments = table.slots = 0;
+      table.runs = table.segments = table.slots = table.most_slots = 0;
       int64_t columns = 0;
       each_param([&](int64_t p) { columns += grads_.numel[p]; });
       table.dtype = dtype_;
@@ -139,6 +140,7 @@ class Tables {
             table.runs++;
             table.segments += run.is_first;
             table.slots = run.first_slot + slots_of(run, table.width);
+            table.most_slots = std::max(table.most_slots, slots_of(run, table.width));
           },
           table.width);
     }
