@@ -4,6 +4,7 @@
 #include "solvers/gradnorm.h"
 #include "solvers/min_norm.h"
 #include "solvers/pcgrad.h"
+#include "solvers/philox.h"
 
 namespace gs {
 namespace {
@@ -46,7 +47,7 @@ gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, co
       int64_t drawn[GS_MAX_TASKS];
       const int64_t* visit = order ? order + i * num_tasks : drawn;
       if (!order) gs::task_order_row(num_tasks, seed, step, i, drawn);
-      gs::pcgrad_project(gs::SerialTeam{}, problem, num_tasks, i, [&](int64_t k) { return visit[k]; }, w, v);
+      gs::pcgrad_project(problem, num_tasks, i, visit, w, v);
     }
     for (int64_t j = 0; mean && j < num_tasks; j++) w[j] /= static_cast<double>(num_tasks);
   });

@@ -37,6 +37,9 @@ GS_DEVICE bool any_of_block(bool value) { return __syncthreads_or(value); }
 
 // The value of the lane whose number differs by mask.
 GS_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+// The value of one lane.
+GS_DEVICE double shuffle(double value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+GS_DEVICE uint32_t min_of_warp(uint32_t value) { return __reduce_min_sync(0xffffffffu, value); }
 
 GS_DEVICE bool all_of_warp(bool value) { return __all_sync(0xffffffffu, value); }
 // Bit i: whether lane i brought true.

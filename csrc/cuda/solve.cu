@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: MIT
-// Stage 3 on the GPU: the solvers of csrc/solvers on warps. G and the weights stay on the device; the step counter is
-// read there, and advanced there, so that a captured graph draws new orders at each replay.
-#include <algorithm>
-
+// Stage 3 on the GPU but for PCGrad: the solvers of csrc/solvers on warps. G and the weights stay on the device.
 #include "cpu/schedule.h"
 #include "cuda/device.cuh"
 #include "solvers/gradnorm.h"
 #include "solvers/min_norm.h"
-#include "solvers/pcgrad.h"
 
 namespace gs::gpu {
 namespace {
@@ -24,75 +20,6 @@ GS_DEVICE bool warp_finite(const double* values, int64_t count) {
   bool finite = true;
   for (int64_t i = thread() % kWarp; i < count; i += kWarp) finite = finite && std::isfinite(values[i]);
   return all_of_warp(finite);
-}
-
-GS_KERNEL task_order_kernel(int64_t num_tasks, uint64_t seed, const int64_t* step, int64_t* order) {
-  wait_for_previous_kernel();
-  const int64_t row = block() * threads() + thread();
-  if (row < num_tasks) task_order_row(num_tasks, seed, static_cast<uint64_t>(*step), row, order + row * num_tasks);
-}
-
-// Rows whose orders a warp draws at once, a lane each: a draw is one long chain of dependent steps.
-constexpr int64_t kDrawnRows = 4;
-
-// What a warp of the PCGrad kernel keeps in shared memory: the running products, its part of the weights and, in a byte
-// each, the orders of the rows at hand.
-GS_HOST_DEVICE constexpr int64_t pcgrad_warp_bytes(int64_t num_tasks) {
-  return num_tasks * 16 + (kDrawnRows * num_tasks + 7) / 8 * 8;
-}
-
-// One block per problem. Each warp projects its share of the tasks; the parts are added in the order of the warps.
-GS_KERNEL GS_BLOCKS(kMaxThreads, 1)
-    pcgrad_kernel(const double* gram, int64_t num_tasks, const int64_t* order, uint64_t seed, int64_t* step,
-                  bool advance, bool mean, double* weights) {
-  wait_for_previous_kernel();
-  const double* problem = gram + block() * num_tasks * num_tasks;
-  double* result = weights + block() * num_tasks;
-  bool finite = true;
-  for (int64_t i = thread(); i < num_tasks * num_tasks; i += threads()) finite = finite && std::isfinite(problem[i]);
-  if (any_of_block(!finite)) {
-    if (thread() < kWarp) fill_nan(WarpTeam{}, result, num_tasks);
-  } else {
-    const WarpTeam team;
-    const int64_t warps = threads() / kWarp, warp = thread() / kWarp;
-    const auto part_of = [&](int64_t w) {
-      return reinterpret_cast<double*>(&shared<unsigned char>() + w * pcgrad_warp_bytes(num_tasks));
-    };
-    double *part = part_of(warp), *v = part + num_tasks;
-    auto* drawn = reinterpret_cast<uint8_t*>(v + num_tasks);
-    for (int64_t j = team.rank(); j < num_tasks; j += kWarp) part[j] = 0;
-    for (int64_t first = warp; first < num_tasks; first += kDrawnRows * warps) {
-      const int64_t own = first + team.rank() * warps;
-      if (!order && team.rank() < kDrawnRows && own < num_tasks) {
-        task_order_row(num_tasks, seed, static_cast<uint64_t>(*step), own, drawn + team.rank() * num_tasks);
-      }
-      team.sync();
-      for (int64_t row = 0; row < kDrawnRows && first + row * warps < num_tasks; row++) {
-        const int64_t i = first + row * warps;
-        const auto visit = [&](int64_t k) {
-          if (!order) return static_cast<int64_t>(drawn[row * num_tasks + k]);
-          const int64_t j = order[i * num_tasks + k];
-          return j >= 0 && j < num_tasks ? j : i;  // never outside G, whatever order holds
-        };
-        pcgrad_project(team, problem, num_tasks, i, visit, part, v);
-        team.sync();
-      }
-    }
-    sync_block();
-    for (int64_t j = thread(); j < num_tasks; j += threads()) {
-      double weight = 1;
-      for (int64_t w = 0; w < warps; w++) weight += part_of(w)[j];
-      result[j] = mean ? weight / static_cast<double>(num_tasks) : weight;
-    }
-  }
-  let_next_kernel_start();
-  sync_block();
-  if (advance && thread() == 0) ++*step;
-}
-
-GS_KERNEL advance_kernel(int64_t* step) {
-  wait_for_previous_kernel();
-  ++*step;
 }
 
 // One warp per problem.
@@ -141,27 +68,6 @@ constexpr int64_t kSharedBytes = 48 * 1024;
 
 }  // namespace
 }  // namespace gs::gpu
-
-gs_status gs_task_order_cuda(int64_t num_tasks, uint64_t seed, const int64_t* step, int64_t* order, gs_stream stream) {
-  if (const gs_status status = gs::check_problems(1, num_tasks)) return status;
-  GS_REQUIRE(step && order, "step and order must not be NULL");
-  return gs::gpu::launch(gs::gpu::task_order_kernel, (num_tasks + 31) / 32, 32, 0, stream, num_tasks, seed, step,
-                         order);
-}
-
-gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, uint64_t seed,
-                         int64_t* step, int advance, int mean, double* weights, gs_stream stream) {
-  using namespace gs::gpu;
-  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
-  GS_REQUIRE(batch == 0 || (gram && weights && step), "gram, weights and step must not be NULL");
-  const int64_t fitting = kSharedBytes / pcgrad_warp_bytes(num_tasks);
-  const int64_t warps = std::clamp<int64_t>(num_tasks, 1, std::min<int64_t>(kMaxThreads / kWarp, fitting));
-  const gs_status status =
-      launch(pcgrad_kernel, batch, static_cast<int>(warps * kWarp), warps * pcgrad_warp_bytes(num_tasks), stream, gram,
-             num_tasks, order, seed, step, advance != 0 && batch == 1, mean != 0, weights);
-  if (status != GS_OK || !advance || batch == 1) return status;
-  return launch(advance_kernel, 1, 1, 0, stream, step);  // after every block has read the counter
-}
 
 gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver, int64_t max_iter,
                            double tol, double* weights, void* workspace, int64_t workspace_bytes, gs_stream stream) {

@@ -23,19 +23,28 @@ GS_HOST_DEVICE inline PhiloxBlock philox(PhiloxBlock counter, uint64_t key) {
   return counter;
 }
 
+// The words of a row's order for the swaps at positions num_tasks-1 - 4 block and the three below it.
+GS_HOST_DEVICE inline PhiloxBlock order_draws(uint64_t seed, uint64_t step, int64_t row, uint32_t block) {
+  return philox({{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), static_cast<uint32_t>(row), block}},
+                seed);
+}
+
+// The position in 0..k that position k is swapped with.
+GS_HOST_DEVICE inline int64_t swap_position(uint32_t word, int64_t k) {
+  return static_cast<int64_t>((uint64_t{word} * static_cast<uint64_t>(k + 1)) >> 32);
+}
+
 // order = a random permutation of 0..num_tasks-1 by Fisher-Yates: for k = num_tasks-1 down to 1, swap positions k and
 // floor(u (k+1) / 2^32), u the next 32-bit word of Philox with key seed and counter (step, row, block). The bias is
 // below num_tasks / 2^32.
-template <class Index>
-GS_HOST_DEVICE void task_order_row(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t row, Index* order) {
-  for (int64_t j = 0; j < num_tasks; j++) order[j] = static_cast<Index>(j);
+GS_HOST_DEVICE inline void task_order_row(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t row,
+                                          int64_t* order) {
+  for (int64_t j = 0; j < num_tasks; j++) order[j] = j;
   int64_t k = num_tasks - 1;
   for (uint32_t block = 0; k > 0; block++) {
-    const PhiloxBlock draws = philox(
-        {{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), static_cast<uint32_t>(row), block}}, seed);
+    const PhiloxBlock draws = order_draws(seed, step, row, block);
     for (int i = 0; i < 4 && k > 0; i++, k--) {
-      const int64_t other = static_cast<int64_t>((uint64_t{draws.word[i]} * static_cast<uint64_t>(k + 1)) >> 32);
-      const Index swapped = order[k];
+      const int64_t other = swap_position(draws.word[i], k), swapped = order[k];
       order[k] = order[other];
       order[other] = swapped;
     }

@@ -231,6 +231,21 @@ inline double shuffle_xor(double value, int mask) {
   return other;
 }
 
+inline double shuffle(double value, int lane) {
+  Emulator& emulator = Emulator::get();
+  return shuffle_xor(value, (emulator.thread() % kWarp) ^ lane);
+}
+
+inline uint32_t min_of_warp(uint32_t value) {
+  Emulator& emulator = Emulator::get();
+  emulator.lane_value(emulator.thread() % kWarp) = value;
+  emulator.wait_warp();
+  double least = value;
+  for (int lane = 0; lane < kWarp; lane++) least = std::min(least, emulator.lane_value(lane));
+  emulator.wait_warp();
+  return static_cast<uint32_t>(least);
+}
+
 inline bool all_of_warp(bool value) {
   double all = value;
   for (int mask = 1; mask < kWarp; mask *= 2) all = std::min(all, shuffle_xor(all, mask));
