@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Stage 3 on the GPU but for PCGrad: the solvers of csrc/solvers on warps. G and the weights stay on the device.
+#include <algorithm>
+
 #include "cpu/schedule.h"
 #include "cuda/device.cuh"
+#include "solvers/faces.h"
 #include "solvers/gradnorm.h"
 #include "solvers/min_norm.h"
 
@@ -9,10 +12,25 @@ namespace gs::gpu {
 namespace {
 
 struct WarpTeam {
-  static constexpr int kColumns = 1;
+  static constexpr int kColumns = 2;
   GS_DEVICE int64_t rank() const { return thread() % kWarp; }
   GS_DEVICE int64_t size() const { return kWarp; }
   GS_DEVICE void sync() const { sync_warp(); }
+  GS_DEVICE double sum(double value) const {
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    return value;
+  }
+  GS_DEVICE void least(double& value, int64_t& index) const {
+    auto position = static_cast<double>(index);
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+      const double other = shuffle_xor(value, mask), other_position = shuffle_xor(position, mask);
+      if (other < value || (other == value && other_position < position)) {
+        value = other;
+        position = other_position;
+      }
+    }
+    index = static_cast<int64_t>(position);
+  }
 };
 
 // The same answer for every lane.
@@ -23,13 +41,14 @@ GS_DEVICE bool warp_finite(const double* values, int64_t count) {
 }
 
 // One warp per problem.
+template <bool kInShared>
 GS_KERNEL min_norm_kernel(const double* gram, int64_t num_tasks, bool exact, int64_t max_iter, double tol,
                           double* weights, double* workspace, int64_t scratch_bytes) {
   wait_for_previous_kernel();
   const WarpTeam team;
   const double* problem = gram + block() * num_tasks * num_tasks;
   double* w = weights + block() * num_tasks;
-  double* scratch = workspace ? workspace + block() * (scratch_bytes / 8) : &shared<double>();
+  double* scratch = kInShared ? &shared<double>() : workspace + block() * (scratch_bytes / 8);
   const bool finite = warp_finite(problem, num_tasks * num_tasks);
   let_next_kernel_start();
   if (!finite) {
@@ -39,6 +58,63 @@ GS_KERNEL min_norm_kernel(const double* gram, int64_t num_tasks, bool exact, int
   } else {
     frank_wolfe(team, problem, num_tasks, max_iter, tol, w, scratch);
   }
+}
+
+constexpr int kFaceTasks = 8;  // at most as many have all their faces solved at once
+
+// The exact solution for up to kTasks tasks, one block per problem, one thread per face. Of equal minima the first
+// face's counts.
+template <int kTasks>
+GS_KERNEL min_norm_faces_kernel(const double* gram, int num_tasks, double* weights) {
+  struct Memory {
+    double gram[kTasks * kTasks];
+    double value[(1 << kTasks) / kWarp + 1];
+    int64_t face[(1 << kTasks) / kWarp + 1];
+  };
+  wait_for_previous_kernel();
+  auto& memory = shared<Memory>();
+  const double* problem = gram + block() * num_tasks * num_tasks;
+  double* result = weights + block() * num_tasks;
+  bool finite = true;
+  for (int e = thread(); e < kTasks * kTasks; e += threads()) {
+    const int i = e / kTasks, j = e % kTasks;
+    memory.gram[e] = i < num_tasks && j < num_tasks ? problem[i * num_tasks + j] : 0;
+    finite = finite && std::isfinite(memory.gram[e]);
+  }
+  const bool broken = any_of_block(!finite);
+  let_next_kernel_start();
+  if (broken) {
+    if (thread() < kWarp) fill_nan(WarpTeam{}, result, num_tasks);
+    return;
+  }
+  double shift = memory.gram[0], w[kTasks], value = INFINITY;
+  for (int i = 1; i < num_tasks; i++) shift = std::fmin(shift, memory.gram[i * (kTasks + 1)]);
+  int64_t face = thread();
+  if (face > 0 && face < 1 << num_tasks) {
+    value = face_min_norm<kTasks>(memory.gram, shift, static_cast<uint32_t>(face), w);
+  }
+  WarpTeam{}.least(value, face);
+  if (thread() % kWarp == 0) {
+    memory.value[thread() / kWarp] = value;
+    memory.face[thread() / kWarp] = face;
+  }
+  sync_block();
+  int best = 0;
+  for (int warp = 1; warp < threads() / kWarp; warp++) {
+    if (memory.value[warp] < memory.value[best]) best = warp;
+  }
+  if (thread() == memory.face[best]) {
+    for (int i = 0; i < kTasks; i++) {
+      if (i < num_tasks) result[i] = w[i];
+    }
+  }
+}
+
+template <int kTasks>
+gs_status launch_faces(const double* gram, int64_t batch, int num_tasks, double* weights, gs_stream stream) {
+  constexpr int64_t kBytes = kTasks * kTasks * 8 + ((1 << kTasks) / kWarp + 1) * 16;
+  return launch(min_norm_faces_kernel<kTasks>, batch, std::max(kWarp, 1 << num_tasks), kBytes, stream, gram, num_tasks,
+                weights);
 }
 
 // One problem per block, by its first thread: the work is linear in T.
@@ -76,10 +152,16 @@ gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks,
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
   GS_REQUIRE(solver == GS_EXACT || solver == GS_FRANK_WOLFE, "solver is %d, which no gs_solver is", (int)solver);
   GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_min_norm_workspace_bytes(batch, num_tasks));
+  if (solver == GS_EXACT && num_tasks <= kFaceTasks) {
+    const auto launch_kernel = num_tasks <= 2   ? launch_faces<2>
+                               : num_tasks <= 4 ? launch_faces<4>
+                                                : launch_faces<kFaceTasks>;
+    return launch_kernel(gram, batch, static_cast<int>(num_tasks), weights, stream);
+  }
   const int64_t bytes = gs::min_norm_scratch_bytes(num_tasks);
   const bool fits = bytes <= kSharedBytes;
-  return launch(min_norm_kernel, batch, kWarp, fits ? bytes : 0, stream, gram, num_tasks, solver == GS_EXACT, max_iter,
-                tol, weights, fits ? nullptr : static_cast<double*>(workspace), bytes);
+  return launch(fits ? min_norm_kernel<true> : min_norm_kernel<false>, batch, kWarp, fits ? bytes : 0, stream, gram,
+                num_tasks, solver == GS_EXACT, max_iter, tol, weights, static_cast<double*>(workspace), bytes);
 }
 
 gs_status gs_gradnorm_cuda(const double* weights, const double* norms, const double* losses,

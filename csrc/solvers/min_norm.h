@@ -12,23 +12,30 @@ GS_HOST_DEVICE inline double two_point_min_norm(double aa, double ab, double bb)
   return (bb - ab) / (aa + bb - 2 * ab);
 }
 
-// gw_i = (G w)_i. G is symmetric: its rows are read as columns, which neighbouring members do together.
-template <class Team>
-GS_HOST_DEVICE void multiply(const Team& team, const double* gram, int64_t num_tasks, const double* weights,
-                             double* gw) {
+// out_i = sum_k weight(k) G_{row(k), i} over k = 0..count-1, several columns i of a member at a time.
+template <class Team, class Row, class Weight>
+GS_HOST_DEVICE void combine_rows(const Team& team, const double* gram, int64_t num_tasks, int64_t count, const Row& row,
+                                 const Weight& weight, double* out) {
   constexpr int64_t kColumns = Team::kColumns;
-  for (int64_t first = team.rank() * kColumns; first < num_tasks; first += team.size() * kColumns) {
+  const int64_t step = team.size();
+  for (int64_t base = 0; base < num_tasks; base += kColumns * step) {
+    const int64_t first = base + team.rank();
+    const bool whole = base + kColumns * step <= num_tasks;
     double sum[kColumns] = {};
-    const int64_t count = num_tasks - first < kColumns ? num_tasks - first : kColumns;
-    for (int64_t k = 0; k < num_tasks; k++) {
-      const double* row = gram + k * num_tasks + first;
-      if (count == kColumns) {
-        for (int64_t c = 0; c < kColumns; c++) sum[c] += row[c] * weights[k];
+    for (int64_t k = 0; k < count; k++) {
+      const double* entries = gram + row(k) * num_tasks + first;
+      const double factor = weight(k);
+      if (whole) {
+        for (int64_t c = 0; c < kColumns; c++) sum[c] += entries[c * step] * factor;
       } else {
-        for (int64_t c = 0; c < count; c++) sum[c] += row[c] * weights[k];
+        for (int64_t c = 0; c < kColumns; c++) {
+          if (first + c * step < num_tasks) sum[c] += entries[c * step] * factor;
+        }
       }
     }
-    for (int64_t c = 0; c < count; c++) gw[first + c] = sum[c];
+    for (int64_t c = 0; c < kColumns; c++) {
+      if (first + c * step < num_tasks) out[first + c * step] = sum[c];
+    }
   }
   team.sync();
 }
@@ -41,15 +48,20 @@ GS_HOST_DEVICE void frank_wolfe(const Team& team, const double* gram, int64_t nu
   for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = 1.0 / static_cast<double>(num_tasks);
   team.sync();
   for (int64_t iter = 0; iter < max_iter; iter++) {
-    multiply(team, gram, num_tasks, weights, gw);
+    combine_rows(
+        team, gram, num_tasks, num_tasks, [](int64_t k) { return k; }, [&](int64_t k) { return weights[k]; }, gw);
+    double value = 0, least = INFINITY;
     int64_t vertex = 0;
-    double value = 0;
-    for (int64_t i = 0; i < num_tasks; i++) {
+    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
       value += weights[i] * gw[i];
-      if (gw[i] < gw[vertex]) vertex = i;
+      if (gw[i] < least) {
+        least = gw[i];
+        vertex = i;
+      }
     }
-    const double keep = two_point_min_norm(value, gw[vertex], gram[vertex * num_tasks + vertex]);
-    team.sync();
+    value = team.sum(value);
+    team.least(least, vertex);
+    const double keep = two_point_min_norm(value, least, gram[vertex * num_tasks + vertex]);
     for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
       weights[i] = weights[i] * keep + (i == vertex ? 1 - keep : 0);
     }
@@ -58,14 +70,18 @@ GS_HOST_DEVICE void frank_wolfe(const Team& team, const double* gram, int64_t nu
   }
 }
 
-constexpr int64_t min_norm_scratch_bytes(int64_t num_tasks) { return (num_tasks * (num_tasks + 4) * 8 + 63) / 64 * 64; }
+constexpr int64_t min_norm_scratch_bytes(int64_t num_tasks) {
+  return (num_tasks * (num_tasks + 1) / 2 + 8 * num_tasks + 7) / 8 * 64;
+}
 
 // Wolfe's algorithm (P. Wolfe, "Finding the nearest point in a polytope", Math. Programming 11, 1976) in Gram form.
 // It keeps a set S of tasks whose affine hull has its shortest point inside the simplex, adds the task that most
 // violates the optimality condition (G w)_j >= w^T G w, and drops tasks whose weight reaches zero. The shortest point
-// of the hull solves (G_S + c 1 1^T) u = 1, w = u / sum(u), for any c > 0; c = min_i G_ii keeps rows of every scale in
-// range. The Cholesky factor L of that matrix is extended by a row when a task enters and repaired by Givens rotations
-// when one leaves. L is stored by columns, so that members work on neighbouring rows.
+// of the hull solves M u = 1, M = G_S + c 1 1^T, w = u / sum(u), for any c > 0; c = min_i G_ii keeps rows of every
+// scale in range. With L the Cholesky factor of M and R = L^-1, u = R^T z, z = R 1: products with R are sums that
+// members take side by side, where substitutions with L are chains of divisions. R grows by a row when a task enters
+// and is repaired by Givens rotations when one leaves. Its rows lie packed, one after the other, which on a GPU also
+// spreads a column over the banks of shared memory.
 template <class Team>
 class MinNorm {
  public:
@@ -75,139 +91,234 @@ class MinNorm {
         gram_(gram),
         tasks_(num_tasks),
         weights_(weights),
-        factor_(scratch),
-        gw_(scratch + num_tasks * num_tasks),
-        norm_(gw_ + num_tasks),
-        u_(norm_ + num_tasks),
-        members_(reinterpret_cast<int64_t*>(u_ + num_tasks)) {}
+        norm_(scratch),
+        w_(norm_ + num_tasks),
+        u_(w_ + num_tasks),
+        z_(u_ + num_tasks),
+        a_(z_ + num_tasks),
+        b_(a_ + num_tasks),
+        c_(b_ + num_tasks),
+        members_(reinterpret_cast<int64_t*>(c_ + num_tasks)),
+        inverse_(c_ + 2 * num_tasks) {}
 
   GS_HOST_DEVICE void solve() {
+    double least = INFINITY;
     int64_t shortest = 0;
-    for (int64_t i = 0; i < tasks_; i++) {
-      if (at(i, i) < at(shortest, shortest)) shortest = i;
-    }
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-      weights_[i] = i == shortest ? 1 : 0;
       norm_[i] = std::sqrt(at(i, i));
+      if (at(i, i) < least) {
+        least = at(i, i);
+        shortest = i;
+      }
     }
+    team_.least(least, shortest);
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = i == shortest ? 1 : 0;
     team_.sync();
-    shift_ = at(shortest, shortest);
-    if (!(shift_ > 0)) return;  // a zero gradient is the shortest point itself
+    shift_ = least;
+    if (shift_ > 0) descend(shortest);  // a zero gradient is the shortest point itself
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
+  }
+
+ private:
+  GS_HOST_DEVICE double at(int64_t i, int64_t j) const { return gram_[i * tasks_ + j]; }
+  GS_HOST_DEVICE double* row(int64_t r) const { return inverse_ + r * (r + 1) / 2; }
+
+  GS_HOST_DEVICE void descend(int64_t shortest) {
     enter(shortest);
+    total_ = u_[0];
     int64_t solves = 8 * tasks_ + 32;
     for (int64_t j = most_violating(); j >= 0 && solves > 0; j = most_violating()) {
-      enter(j);
+      if (uncertain_) {
+        refine();
+      } else {
+        enter(j);
+      }
       while (solves-- > 0 && !move_to_face_minimum()) {
       }
     }
   }
 
- private:
-  GS_HOST_DEVICE double at(int64_t i, int64_t j) const { return gram_[i * tasks_ + j]; }
-  GS_HOST_DEVICE double& factor(int64_t row, int64_t column) { return factor_[column * tasks_ + row]; }
-
   // The task j outside S with the largest (w^T G w - (G w)_j) relative to the rounding error of (G w)_j; -1 if none is
-  // above it.
+  // above it. If it is not above the rounding error of w either, w is uncertain, and to be refined first.
   GS_HOST_DEVICE int64_t most_violating() {
-    multiply(team_, gram_, tasks_, weights_, gw_);
-    double spread = 0, value = 0;
-    for (int64_t i = 0; i < tasks_; i++) {
-      spread += weights_[i] * norm_[i];
-      value += weights_[i] * gw_[i];
+    double* gw = a_;
+    combine_rows(
+        team_, gram_, tasks_, size_, [&](int64_t k) { return members_[k]; }, [&](int64_t k) { return w_[members_[k]]; },
+        gw);
+    double spread = 0, value = 0, error = 0;
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      spread += w_[i] * norm_[i];
+      value += w_[i] * gw[i];
+      if (w_[i] > 0) {  // (G w)_i + c is the same for all of S
+        const double deviation = (gw[i] + shift_ - 1 / total_) / norm_[i];
+        error += deviation * deviation;
+      }
     }
-    for (int64_t j = team_.rank(); j < tasks_; j += team_.size()) u_[j] = (value - gw_[j]) / norm_[j];
-    team_.sync();
-    double worst = kTolerance * spread;
+    spread = team_.sum(spread);
+    value = team_.sum(value);
+    error = std::sqrt(team_.sum(error));
+    double worst = -kTolerance * spread;
     int64_t worst_task = -1;
-    for (int64_t j = 0; j < tasks_; j++) {
-      if (weights_[j] == 0 && u_[j] > worst) {
-        worst = u_[j];
+    for (int64_t j = team_.rank(); j < tasks_; j += team_.size()) {
+      const double excess = (gw[j] - value) / norm_[j];
+      if (w_[j] == 0 && excess < worst) {
+        worst = excess;
         worst_task = j;
       }
     }
+    team_.least(worst, worst_task);
+    uncertain_ = !refined_ && worst > -4 * error;
     team_.sync();
     return worst_task;
   }
 
-  // u = L^-1 u. Returns |u|^2.
-  GS_HOST_DEVICE double solve_lower() {
-    double squares = 0;
-    for (int64_t k = 0; k < size_; k++) {
-      const double value = u_[k] / factor(k, k);
-      squares += value * value;
-      team_.sync();
-      if (team_.rank() == 0) u_[k] = value;
-      for (int64_t r = k + 1 + team_.rank(); r < size_; r += team_.size()) u_[r] -= value * factor(r, k);
-      team_.sync();
+  // Adds to u what is missing in M u = 1, from the G w that most_violating() left.
+  GS_HOST_DEVICE void refine() {
+    double *gw = a_, *missing = b_, *product = c_;
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
+      missing[k] = 1 - total_ * (gw[members_[k]] + shift_);
     }
-    return squares;
+    team_.sync();
+    for (int64_t r = team_.rank(); r < size_; r += team_.size()) product[r] = dot(row(r), missing, r + 1);
+    team_.sync();
+    multiply_transposed(product, missing);
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) u_[k] += missing[k];
+    refined_ = true;
   }
 
-  // Appends the row of task j to the Cholesky factor.
-  GS_HOST_DEVICE void enter(int64_t j) {
-    for (int64_t k = team_.rank(); k < size_; k += team_.size()) u_[k] = at(j, members_[k]) + shift_;
+  // out = R^T x.
+  GS_HOST_DEVICE void multiply_transposed(const double* x, double* out) {
+    constexpr int64_t kColumns = Team::kColumns;
+    const int64_t step = team_.size();
+    for (int64_t base = 0; base < size_; base += kColumns * step) {
+      const int64_t first = base + team_.rank();
+      const int64_t whole = base + kColumns * step < size_ ? base + kColumns * step : size_;
+      double sum[kColumns] = {};
+      for (int64_t r = base; r < whole; r++) {
+        for (int64_t c = 0; c < kColumns; c++) {
+          if (first + c * step <= r) sum[c] += row(r)[first + c * step] * x[r];
+        }
+      }
+      for (int64_t r = whole; r < size_; r++) {
+        for (int64_t c = 0; c < kColumns; c++) sum[c] += row(r)[first + c * step] * x[r];
+      }
+      for (int64_t c = 0; c < kColumns; c++) {
+        if (first + c * step < size_) out[first + c * step] = sum[c];
+      }
+    }
     team_.sync();
-    const double diagonal = at(j, j) + shift_, pivot = diagonal - solve_lower();
+  }
+
+  // x^T y in interleaved sums.
+  GS_HOST_DEVICE static double dot(const double* x, const double* y, int64_t count) {
+    double sum[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+      for (int64_t k = 0; k < 4; k++) sum[k] += x[i + k] * y[i + k];
+    }
+    for (; i < count; i++) sum[0] += x[i] * y[i];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+
+  // Appends the row of task j to R and its part to u. With g its column of M and l = R g the row is (-l^T R, 1) / p,
+  // p^2 = M_jj - |l|^2.
+  GS_HOST_DEVICE void enter(int64_t j) {
+    double *g = a_, *l = b_, *added = row(size_);
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) g[k] = at(j, members_[k]) + shift_;
+    team_.sync();
+    double squares = 0;
+    for (int64_t r = team_.rank(); r < size_; r += team_.size()) {
+      l[r] = dot(row(r), g, r + 1);
+      squares += l[r] * l[r];
+    }
+    const double diagonal = at(j, j) + shift_, pivot = diagonal - team_.sum(squares);
     const double floor = 1e-14 * diagonal;  // below it, j is affinely dependent on S to working precision
-    for (int64_t k = team_.rank(); k < size_; k += team_.size()) factor(size_, k) = u_[k];
+    const double scale = 1 / std::sqrt(pivot > floor ? pivot : floor);
+    team_.sync();
+    multiply_transposed(l, added);
+    double sum = 0;
+    for (int64_t c = team_.rank(); c < size_; c += team_.size()) {
+      added[c] *= -scale;
+      sum += added[c];
+    }
+    const double z = team_.sum(sum) + scale;
+    for (int64_t c = team_.rank(); c < size_; c += team_.size()) u_[c] += z * added[c];
     if (team_.rank() == 0) {
-      factor(size_, size_) = std::sqrt(pivot > floor ? pivot : floor);
+      added[size_] = scale;
+      z_[size_] = z;
+      u_[size_] = z * scale;
       members_[size_] = j;
     }
     size_++;
+    refined_ = false;
     team_.sync();
   }
 
-  // Removes row k: the rows below it shift up, and rotations make them lower triangular again.
+  // Removes member k. Rotations of row k with k+1, k+2, ... leave zeros in column k but in the row that was carried
+  // along. Without that row and the column, R^T R is the inverse of the rest of M (a Schur complement).
   GS_HOST_DEVICE void leave(int64_t k) {
+    double *carried = a_, *cosine = b_, *sine = u_, *squares = c_;
     size_--;
-    for (int64_t c = team_.rank(); c <= size_; c += team_.size()) {
-      for (int64_t r = c > k + 1 ? c - 1 : k; r < size_; r++) factor(r, c) = factor(r + 1, c);
+    double total = 0;
+    for (int64_t r = k; r <= size_; r++) {
+      total += row(r)[k] * row(r)[k];
+      if (r % team_.size() == team_.rank()) squares[r] = total;
     }
-    if (team_.rank() == 0) {
-      weights_[members_[k]] = 0;
-      for (int64_t r = k; r < size_; r++) members_[r] = members_[r + 1];
+    for (int64_t c = team_.rank(); c <= k; c += team_.size()) carried[c] = row(k)[c];
+    if (team_.rank() == 0) w_[members_[k]] = 0;
+    team_.sync();
+    for (int64_t r = k + team_.rank(); r < size_; r += team_.size()) {
+      cosine[r] = row(r + 1)[k] / std::sqrt(squares[r + 1]);
+      sine[r] = std::sqrt(squares[r] / squares[r + 1]);
+    }
+    double carried_z = z_[k];
+    for (int64_t r = k; r < size_; r++) {
+      team_.sync();
+      const double a = cosine[r], b = sine[r], z = z_[r + 1];
+      const double* from = row(r + 1);
+      double* to = row(r);
+      const auto rotate = [&](int64_t begin, int64_t end, double* target) {
+        for (int64_t c = begin + team_.rank(); c < end; c += team_.size()) {
+          const double value = from[c], other = carried[c];
+          target[c] = b * value - a * other;
+          carried[c] = a * value + b * other;
+        }
+      };
+      rotate(0, k, to);
+      rotate(k + 1, r + 1, to - 1);
+      if (team_.rank() == 0) {
+        to[r] = b * from[r + 1];
+        carried[r + 1] = a * from[r + 1];
+        z_[r] = b * z - a * carried_z;
+        members_[r] = members_[r + 1];
+      }
+      carried_z = a * z + b * carried_z;
     }
     team_.sync();
-    for (int64_t c = k; c < size_; c++) {
-      const double a = factor(c, c), b = factor(c, c + 1);
-      const double radius = std::sqrt(a * a + b * b), cosine = a / radius, sine = b / radius;
-      team_.sync();
-      for (int64_t r = c + team_.rank(); r < size_; r += team_.size()) {
-        const double left = factor(r, c), right = factor(r, c + 1);
-        factor(r, c) = cosine * left + sine * right;
-        factor(r, c + 1) = cosine * right - sine * left;
-      }
-      team_.sync();
-    }
+    multiply_transposed(z_, u_);
+    refined_ = false;
   }
 
   // Moves w towards the shortest point of S's affine hull. True if it got there, false if a task left S on the way.
   GS_HOST_DEVICE bool move_to_face_minimum() {
-    for (int64_t i = team_.rank(); i < size_; i += team_.size()) u_[i] = 1;
-    team_.sync();
-    solve_lower();
     double total = 0;
-    for (int64_t k = size_ - 1; k >= 0; k--) {
-      const double value = u_[k] / factor(k, k);
-      total += value;
-      team_.sync();
-      if (team_.rank() == 0) u_[k] = value;
-      for (int64_t i = team_.rank(); i < k; i += team_.size()) u_[i] -= value * factor(k, i);
-      team_.sync();
-    }
-    double reach = 1;
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) total += u_[k];
+    total_ = team_.sum(total);
+    double reach = INFINITY;
     int64_t blocking = -1;
-    for (int64_t i = 0; i < size_; i++) {
-      const double w = weights_[members_[i]], target = u_[i] / total;
-      if (target <= 0 && w <= reach * (w - target)) {
-        reach = w > 0 ? w / (w - target) : 0;
-        blocking = i;
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
+      const double w = w_[members_[k]], target = u_[k] / total_;
+      const double ratio = w > 0 ? w / (w - target) : 0;
+      if (target <= 0 && ratio < reach) {
+        reach = ratio;
+        blocking = k;
       }
     }
-    team_.sync();
-    for (int64_t i = team_.rank(); i < size_; i += team_.size()) {
-      weights_[members_[i]] += reach * (u_[i] / total - weights_[members_[i]]);
+    team_.least(reach, blocking);
+    if (blocking < 0) reach = 1;
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
+      double& w = w_[members_[k]];
+      w += reach * (u_[k] / total_ - w);
     }
     team_.sync();
     if (blocking < 0) return true;
@@ -221,11 +332,14 @@ class MinNorm {
   const double* gram_;
   const int64_t tasks_;
   double* weights_;
-  double* factor_;
-  double *gw_, *norm_, *u_;
+  double *norm_, *w_;    // by task: |g_i|, the weights
+  double *u_, *z_;       // by member
+  double *a_, *b_, *c_;  // scratch of one function at a time
   int64_t* members_;
-  double shift_ = 0;
+  double* inverse_;               // R
+  double shift_ = 0, total_ = 0;  // c; sum(u)
   int64_t size_ = 0;
+  bool refined_ = false, uncertain_ = false;
 };
 
 }  // namespace gs

@@ -180,6 +180,39 @@ void test_solvers() {
   CHECK(state[0] == w[0] && state[1] == w[1]);
 }
 
+// The optimality condition (G w)_j >= w^T G w, to rounding, of rows that conflict, have several scales, or are pairs of
+// near opposites in half as many dimensions, so that the shortest combination is all but 0.
+void test_min_norm(int64_t tasks) {
+  std::mt19937 random(11);
+  std::normal_distribution<double> normal;
+  const int64_t bytes = gs_min_norm_workspace_bytes(1, tasks);
+  auto space = workspace(bytes);
+  for (int kind = 0; kind < 3; kind++) {
+    const int64_t columns = kind == 2 ? tasks / 2 + 1 : tasks + 3;
+    std::vector<double> rows(tasks * columns), gram(tasks * tasks), w(tasks);
+    for (int64_t i = 0; i < tasks * columns; i++) {
+      const bool opposite = kind == 2 && i / columns % 2 == 1;
+      rows[i] = opposite ? (i % columns == 1 ? 1e-5 : 0) - rows[i - columns] : normal(random);
+      if (kind == 1) rows[i] *= std::pow(10, i / columns % 7 - 3);
+    }
+    for (int64_t i = 0; i < tasks * tasks; i++) {
+      for (int64_t c = 0; c < columns; c++) gram[i] += rows[i / tasks * columns + c] * rows[i % tasks * columns + c];
+    }
+    CHECK(gs_min_norm_cpu(gram.data(), 1, tasks, GS_EXACT, 1, 0, w.data(), space.get(), bytes, nullptr) == GS_OK);
+    double total = 0, value = 0, spread = 0;
+    std::vector<double> gw(tasks);
+    for (int64_t i = 0; i < tasks; i++) {
+      CHECK(w[i] >= 0);
+      for (int64_t j = 0; j < tasks; j++) gw[i] += gram[i * tasks + j] * w[j];
+      total += w[i];
+      value += w[i] * gw[i];
+      spread += w[i] * std::sqrt(gram[i * tasks + i]);
+    }
+    CHECK(std::abs(total - 1) < 1e-14);
+    for (int64_t j = 0; j < tasks; j++) CHECK(value - gw[j] <= 2e-14 * spread * std::sqrt(gram[j * tasks + j]));
+  }
+}
+
 void test_errors() {
   Problem problem(2, {4});
   gs_gradients view = problem.view();
@@ -204,6 +237,7 @@ int main() {
     test_combine(tasks);
     test_several_directions(tasks);
   }
+  for (const int64_t tasks : {1, 2, 5, 16, 64, 128, 256}) test_min_norm(tasks);
   test_solvers();
   test_errors();
   std::printf("core: ok on %s\n", gs_cpu_isa());

@@ -42,7 +42,7 @@ void test_pcgrad(int64_t num_tasks, bool own_order) {
   std::vector<int64_t> order(num_tasks * num_tasks);
   CHECK(gs_task_order_cpu(num_tasks, 3, 9, order.data()) == GS_OK, "%s", gs_last_error());
   const int64_t* given = own_order ? order.data() : nullptr;
-  for (const int64_t batch : {int64_t{1}, kGrams}) {
+  for (int64_t batch = 1; batch <= (num_tasks < 64 ? kGrams : 1); batch += kGrams - 1) {
     Values expected(batch * num_tasks);
     CHECK(gs_pcgrad_cpu(grams.data(), batch, num_tasks, given, 1, 2, own_order, expected.data(), nullptr) == GS_OK,
           "%s", gs_last_error());
@@ -57,6 +57,22 @@ void test_pcgrad(int64_t num_tasks, bool own_order) {
       check_close({got[i]}, {expected[i]}, tolerance, "pcgrad");
     }
   }
+}
+
+// Entries outside of G are no visits; a subnormal G_jj has an infinite inverse, but a quotient.
+void test_odd_pcgrad() {
+  const double gram[9] = {1, -0.5, -0.5, -0.5, 1, -0.5, -0.5, -0.5, 1};
+  const std::vector<int64_t> order = {-1, 1, int64_t{1} << 40, 0, 1, 3, 3, 4, -7};
+  int64_t step = 0;
+  const Values got = in_every_order(
+      3, [&](double* out) { return gs_pcgrad_cuda(gram, 1, 3, order.data(), 0, &step, 0, 0, out, nullptr); });
+  check_close(got, {1.5, 1.5, 1}, 1e-15, "pcgrad");
+  const double tiny[4] = {1, -1e-155, -1e-155, 1e-310};
+  Values expected(2);
+  CHECK(gs_pcgrad_cpu(tiny, 1, 2, nullptr, 0, 0, 0, expected.data(), nullptr) == GS_OK, "%s", gs_last_error());
+  const Values quotients =
+      in_every_order(2, [&](double* out) { return gs_pcgrad_cuda(tiny, 1, 2, nullptr, 0, &step, 0, 0, out, nullptr); });
+  check_close(quotients, expected, 1e-14 * expected[1], "pcgrad");
 }
 
 void test_min_norm(int64_t num_tasks, gs_solver solver) {
@@ -89,6 +105,58 @@ void test_min_norm(int64_t num_tasks, gs_solver solver) {
     CHECK(std::abs(got_square - expected_square) <= 1e-12 * longest && std::abs(total - 1) < 1e-12,
           "T %ld problem %ld: %g, expected %g", static_cast<long>(num_tasks), static_cast<long>(b), got_square,
           expected_square);
+  }
+}
+
+// Zero, duplicate, opposite and dependent rows, and rows of other scales, against the CPU's answer.
+void test_faces(int64_t num_tasks) {
+  std::mt19937 random(num_tasks);
+  constexpr int64_t kProblems = 40;
+  Values grams;
+  for (int64_t b = 0; b < kProblems; b++) {
+    const int64_t columns = b % 2 ? num_tasks : num_tasks / 2 + 1;
+    const double scale = std::pow(10, b % 5 * 6 - 12);
+    Values rows(num_tasks * columns);
+    for (int64_t i = 0; i < num_tasks; i++) {
+      const double likeness = i == 0 || b % 4 == 0 ? 0 : i % 4 == 1 ? 1 : i % 4 == 2 ? -1 : 0;
+      const double size = b % 8 == 7 && i == 1 ? 0 : scale * std::pow(10, b % 3 == 0 ? i % 3 * 2 : 0);
+      for (int64_t c = 0; c < columns; c++) {
+        rows[i * columns + c] =
+            likeness != 0 ? likeness * rows[c] : size * std::normal_distribution<double>(0.3)(random);
+      }
+    }
+    for (int64_t i = 0; i < num_tasks * num_tasks; i++) {
+      double sum = 0;
+      for (int64_t c = 0; c < columns; c++) {
+        sum += rows[i / num_tasks * columns + c] * rows[i % num_tasks * columns + c];
+      }
+      grams.push_back(sum);
+    }
+  }
+  const int64_t bytes = gs_min_norm_workspace_bytes(kProblems, num_tasks);
+  const auto space = allocate(bytes);
+  Values expected(kProblems * num_tasks);
+  CHECK(gs_min_norm_cpu(grams.data(), kProblems, num_tasks, GS_EXACT, 1, 0, expected.data(), space.get(), bytes,
+                        nullptr) == GS_OK,
+        "%s", gs_last_error());
+  const Values got = in_every_order(expected.size(), [&](double* out) {
+    return gs_min_norm_cuda(grams.data(), kProblems, num_tasks, GS_EXACT, 1, 0, out, space.get(), bytes, nullptr);
+  });
+  for (int64_t b = 0; b < kProblems; b++) {
+    const double* gram = &grams[b * num_tasks * num_tasks];
+    double difference = 0, magnitude = 0, total = 0;
+    for (int64_t i = 0; i < num_tasks; i++) {
+      const double w = got[b * num_tasks + i], other = expected[b * num_tasks + i];
+      CHECK(w >= 0, "T %ld problem %ld: %g", static_cast<long>(num_tasks), static_cast<long>(b), w);
+      total += w;
+      magnitude += std::max(w, other) * std::sqrt(gram[i * num_tasks + i]);
+      for (int64_t j = 0; j < num_tasks; j++) {
+        difference += gram[i * num_tasks + j] * (w * got[b * num_tasks + j] - other * expected[b * num_tasks + j]);
+      }
+    }
+    CHECK(std::abs(difference) <= 2e-14 * magnitude * magnitude && std::abs(total - 1) < 1e-14,
+          "T %ld problem %ld: %g of %g", static_cast<long>(num_tasks), static_cast<long>(b), difference,
+          magnitude * magnitude);
   }
 }
 
@@ -130,16 +198,19 @@ void test_gradnorm(int64_t num_tasks) {
 }  // namespace
 
 int main() {
-  for (const int64_t num_tasks : {1, 2, 3, 8, 17}) {
+  test_odd_pcgrad();
+  for (const int64_t num_tasks : {1, 2, 3, 5, 8, 9, 17}) {
     test_task_order(num_tasks);
     for (const bool own_order : {false, true}) test_pcgrad(num_tasks, own_order);
     test_min_norm(num_tasks, GS_EXACT);
     test_min_norm(num_tasks, GS_FRANK_WOLFE);
     test_gradnorm(num_tasks);
   }
+  for (int64_t num_tasks = 1; num_tasks <= 8; num_tasks++) test_faces(num_tasks);
   test_task_order(GS_MAX_TASKS);
-  test_pcgrad(40, false);
-  test_min_norm(80, GS_FRANK_WOLFE);  // scratch in the workspace
+  for (const int64_t num_tasks : {33, 70, 130}) test_pcgrad(num_tasks, num_tasks == 70);
+  test_min_norm(33, GS_EXACT);
+  for (const gs_solver solver : {GS_EXACT, GS_FRANK_WOLFE}) test_min_norm(110, solver);  // scratch in the workspace
   std::printf("ok\n");
   return 0;
 }
