@@ -74,9 +74,13 @@ GS_DEVICE void project(const double* gram, int num_tasks, int i, const uint16_t*
   const int lane = thread() % kWarp;
   double v[kPerLane];
   uint32_t visit[kPerLane];  // 256 rank + task
+  int column[kPerLane];      // of G; beyond the last task, which has no visit there, its values once more
+  bool infinite = false;     // an inverse, that of a subnormal G_jj
   for (int r = 0; r < kPerLane; r++) {
     const int j = lane + r * kWarp;
-    v[r] = j < num_tasks ? gram[i * num_tasks + j] : 0;
+    column[r] = j < num_tasks ? j : num_tasks - 1;
+    v[r] = gram[i * num_tasks + column[r]];
+    infinite = infinite || tasks.inverse[r] > DBL_MAX;
     visit[r] = tasks.inverse[r] > 0 && j != i ? 256u * rank[j] + static_cast<uint32_t>(j) : 0;
   }
   for (uint32_t last = 255;;) {
@@ -89,16 +93,15 @@ GS_DEVICE void project(const double* gram, int num_tasks, int i, const uint16_t*
         inverse = tasks.inverse[r];
       }
     }
-    double coefficient = product * inverse;
-    if (inverse > DBL_MAX) coefficient = product / gram[next % 256 * (num_tasks + 1)];  // of a subnormal G_jj
     last = min_of_warp(next);
     if (last == kNoTask) return;
     const int j = last % 256;
+    double coefficient = product * inverse;
+    if (infinite && inverse > DBL_MAX) coefficient = product / gram[next % 256 * (num_tasks + 1)];
     coefficient = shuffle(coefficient, j % kWarp);
     for (int r = 0; r < kPerLane; r++) {
-      const int l = lane + r * kWarp;
       if (visit[r] == last) tasks.weight[r] -= coefficient;
-      if (l < num_tasks) v[r] -= coefficient * gram[j * num_tasks + l];
+      v[r] -= coefficient * gram[j * num_tasks + column[r]];
     }
   }
 }
