@@ -59,20 +59,27 @@ void test_pcgrad(int64_t num_tasks, bool own_order) {
   }
 }
 
-// Entries outside of G are no visits; a subnormal G_jj has an infinite inverse, but a quotient.
+// Entries outside of G are no visits; what is left of g_0 may oppose g_0, which it still is not projected on; a
+// subnormal G_jj has an infinite inverse, but a quotient.
 void test_odd_pcgrad() {
-  const double gram[9] = {1, -0.5, -0.5, -0.5, 1, -0.5, -0.5, -0.5, 1};
-  const std::vector<int64_t> order = {-1, 1, int64_t{1} << 40, 0, 1, 3, 3, 4, -7};
   int64_t step = 0;
-  const Values got = in_every_order(
-      3, [&](double* out) { return gs_pcgrad_cuda(gram, 1, 3, order.data(), 0, &step, 0, 0, out, nullptr); });
-  check_close(got, {1.5, 1.5, 1}, 1e-15, "pcgrad");
+  const auto solve = [&](const double* gram, int64_t num_tasks, const int64_t* order) {
+    return in_every_order(num_tasks, [&](double* out) {
+      return gs_pcgrad_cuda(gram, 1, num_tasks, order, 0, &step, 0, 0, out, nullptr);
+    });
+  };
+  const double gram[9] = {1, -0.5, -0.5, -0.5, 1, -0.5, -0.5, -0.5, 1};
+  const int64_t outside[9] = {-1, 1, int64_t{1} << 40, 0, 1, 3, 3, 4, -7};
+  check_close(solve(gram, 3, outside), {1.5, 1.5, 1}, 1e-15, "pcgrad");
+  const double turned = -std::sqrt(0.75), turning[9] = {1, turned, turned, turned, 1, 0.5, turned, 0.5, 1};
+  const int64_t order[9] = {1, 2, 0, 1, 2, 0, 2, 1, 0};
+  Values expected(3);
+  CHECK(gs_pcgrad_cpu(turning, 1, 3, order, 0, 0, 0, expected.data(), nullptr) == GS_OK, "%s", gs_last_error());
+  check_close(solve(turning, 3, order), expected, 1e-15, "pcgrad");
   const double tiny[4] = {1, -1e-155, -1e-155, 1e-310};
-  Values expected(2);
+  expected.resize(2);
   CHECK(gs_pcgrad_cpu(tiny, 1, 2, nullptr, 0, 0, 0, expected.data(), nullptr) == GS_OK, "%s", gs_last_error());
-  const Values quotients =
-      in_every_order(2, [&](double* out) { return gs_pcgrad_cuda(tiny, 1, 2, nullptr, 0, &step, 0, 0, out, nullptr); });
-  check_close(quotients, expected, 1e-14 * expected[1], "pcgrad");
+  check_close(solve(tiny, 2, nullptr), expected, 1e-14 * expected[1], "pcgrad");
 }
 
 void test_min_norm(int64_t num_tasks, gs_solver solver) {
@@ -108,7 +115,7 @@ void test_min_norm(int64_t num_tasks, gs_solver solver) {
   }
 }
 
-// Zero, duplicate, opposite and dependent rows, and rows of other scales, against the CPU's answer.
+// Zero, duplicate, opposite, nearly parallel and dependent rows, and rows of other scales, against the CPU's answer.
 void test_faces(int64_t num_tasks) {
   std::mt19937 random(num_tasks);
   constexpr int64_t kProblems = 40;
@@ -121,8 +128,9 @@ void test_faces(int64_t num_tasks) {
       const double likeness = i == 0 || b % 4 == 0 ? 0 : i % 4 == 1 ? 1 : i % 4 == 2 ? -1 : 0;
       const double size = b % 8 == 7 && i == 1 ? 0 : scale * std::pow(10, b % 3 == 0 ? i % 3 * 2 : 0);
       for (int64_t c = 0; c < columns; c++) {
-        rows[i * columns + c] =
-            likeness != 0 ? likeness * rows[c] : size * std::normal_distribution<double>(0.3)(random);
+        const double noise = std::normal_distribution<double>(0.3)(random);
+        const double own = likeness == 0 ? size : b % 4 == 2 ? 1e-3 * scale : 0;
+        rows[i * columns + c] = likeness * rows[c] + own * noise;
       }
     }
     for (int64_t i = 0; i < num_tasks * num_tasks; i++) {
