@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Stage 3 on the CPU: one T x T problem per loop body, the solvers are those of csrc/solvers.
 #include "schedule.h"
+#include "solvers/frank_wolfe.h"
 #include "solvers/gradnorm.h"
 #include "solvers/min_norm.h"
 #include "solvers/pcgrad.h"

@@ -5,6 +5,7 @@
 #include "cpu/schedule.h"
 #include "cuda/device.cuh"
 #include "solvers/faces.h"
+#include "solvers/frank_wolfe.h"
 #include "solvers/gradnorm.h"
 #include "solvers/min_norm.h"
 

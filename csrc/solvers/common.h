@@ -37,4 +37,32 @@ struct SerialTeam {
   GS_HOST_DEVICE void least(double&, int64_t&) const {}
 };
 
+// out_i = sum_k weight(k) G_{row(k), i} over k = 0..count-1, several columns i of a member at a time.
+template <class Team, class Row, class Weight>
+GS_HOST_DEVICE void combine_rows(const Team& team, const double* gram, int64_t num_tasks, int64_t count, const Row& row,
+                                 const Weight& weight, double* out) {
+  constexpr int64_t kColumns = Team::kColumns;
+  const int64_t step = team.size();
+  for (int64_t base = 0; base < num_tasks; base += kColumns * step) {
+    const int64_t first = base + team.rank();
+    const bool whole = base + kColumns * step <= num_tasks;
+    double sum[kColumns] = {};
+    for (int64_t k = 0; k < count; k++) {
+      const double* entries = gram + row(k) * num_tasks + first;
+      const double factor = weight(k);
+      if (whole) {
+        for (int64_t c = 0; c < kColumns; c++) sum[c] += entries[c * step] * factor;
+      } else {
+        for (int64_t c = 0; c < kColumns; c++) {
+          if (first + c * step < num_tasks) sum[c] += entries[c * step] * factor;
+        }
+      }
+    }
+    for (int64_t c = 0; c < kColumns; c++) {
+      if (first + c * step < num_tasks) out[first + c * step] = sum[c];
+    }
+  }
+  team.sync();
+}
+
 }  // namespace gs

@@ -1,74 +1,9 @@
 // SPDX-License-Identifier: MIT
-// argmin w^T G w over the simplex: the shortest convex combination of the task gradients (MGDA).
+// argmin w^T G w over the simplex: the shortest convex combination of the task gradients (MGDA), exactly.
 #pragma once
 #include "common.h"
 
 namespace gs {
-
-// argmin over c in [0, 1] of |c a + (1 - c) b|^2, from inner products (Sener & Koltun 2018, Algorithm 1).
-GS_HOST_DEVICE inline double two_point_min_norm(double aa, double ab, double bb) {
-  if (ab >= aa) return 1;
-  if (ab >= bb) return 0;
-  return (bb - ab) / (aa + bb - 2 * ab);
-}
-
-// out_i = sum_k weight(k) G_{row(k), i} over k = 0..count-1, several columns i of a member at a time.
-template <class Team, class Row, class Weight>
-GS_HOST_DEVICE void combine_rows(const Team& team, const double* gram, int64_t num_tasks, int64_t count, const Row& row,
-                                 const Weight& weight, double* out) {
-  constexpr int64_t kColumns = Team::kColumns;
-  const int64_t step = team.size();
-  for (int64_t base = 0; base < num_tasks; base += kColumns * step) {
-    const int64_t first = base + team.rank();
-    const bool whole = base + kColumns * step <= num_tasks;
-    double sum[kColumns] = {};
-    for (int64_t k = 0; k < count; k++) {
-      const double* entries = gram + row(k) * num_tasks + first;
-      const double factor = weight(k);
-      if (whole) {
-        for (int64_t c = 0; c < kColumns; c++) sum[c] += entries[c * step] * factor;
-      } else {
-        for (int64_t c = 0; c < kColumns; c++) {
-          if (first + c * step < num_tasks) sum[c] += entries[c * step] * factor;
-        }
-      }
-    }
-    for (int64_t c = 0; c < kColumns; c++) {
-      if (first + c * step < num_tasks) out[first + c * step] = sum[c];
-    }
-  }
-  team.sync();
-}
-
-// Frank-Wolfe (Sener & Koltun 2018, Algorithm 2) from the uniform weights, until the step is below tol or for max_iter
-// iterations. gw is scratch of num_tasks values.
-template <class Team>
-GS_HOST_DEVICE void frank_wolfe(const Team& team, const double* gram, int64_t num_tasks, int64_t max_iter, double tol,
-                                double* weights, double* gw) {
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = 1.0 / static_cast<double>(num_tasks);
-  team.sync();
-  for (int64_t iter = 0; iter < max_iter; iter++) {
-    combine_rows(
-        team, gram, num_tasks, num_tasks, [](int64_t k) { return k; }, [&](int64_t k) { return weights[k]; }, gw);
-    double value = 0, least = INFINITY;
-    int64_t vertex = 0;
-    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
-      value += weights[i] * gw[i];
-      if (gw[i] < least) {
-        least = gw[i];
-        vertex = i;
-      }
-    }
-    value = team.sum(value);
-    team.least(least, vertex);
-    const double keep = two_point_min_norm(value, least, gram[vertex * num_tasks + vertex]);
-    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
-      weights[i] = weights[i] * keep + (i == vertex ? 1 - keep : 0);
-    }
-    team.sync();
-    if (1 - keep < tol) return;
-  }
-}
 
 constexpr int64_t min_norm_scratch_bytes(int64_t num_tasks) {
   return (num_tasks * (num_tasks + 1) / 2 + 8 * num_tasks + 7) / 8 * 64;
