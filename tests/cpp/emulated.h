@@ -4,8 +4,9 @@
 // is chosen by the test: a missing barrier shows as a difference between orders, one that not all threads reach as a
 // failure.
 #pragma once
-#include <setjmp.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <bit>
@@ -34,6 +35,48 @@ namespace gs::gpu {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
+
+// The place where a stack goes on. A jump by the C library would make the sanitizer clear the whole stack each time.
+#if defined(__x86_64__)
+using Context = void*;
+// Saves what a call must preserve, and goes on where `to` was saved.
+extern "C" void gs_switch(Context* from, Context to);
+asm(R"(
+  .text
+gs_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+inline void switch_context(Context& from, Context& to) { gs_switch(&from, to); }
+inline void make_context(Context& context, unsigned char* stack, size_t bytes, void (*start)()) {
+  // As gs_switch left it, called from an aligned stack.
+  auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) / 16 * 16) - 2;
+  *top = reinterpret_cast<void*>(start);
+  context = top - 6;
+}
+#else
+using Context = ucontext_t;
+inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
+inline void make_context(Context& context, unsigned char* stack, size_t bytes, void (*start)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = bytes;
+  makecontext(&context, start, 0);
+}
+#endif
 
 enum class Order { kForward, kBackward, kInterleaved };
 
@@ -73,7 +116,10 @@ class Emulator {
       barrier.generation++;
       progress_ = true;
     }
-    while (barrier.generation == generation) leave();
+    if (barrier.generation != generation) return;
+    fibers_[current_]->barrier = index;
+    fibers_[current_]->generation = generation;
+    leave();  // until the barrier lets go
   }
   void wait_block() { wait(0, threads_); }
   void wait_warp() { wait(1 + current_ / kWarp, std::min(kWarp, threads_ - current_ / kWarp * kWarp)); }
@@ -101,10 +147,12 @@ class Emulator {
     int64_t generation = 0;
   };
   struct Fiber {
-    jmp_buf jump;
+    Context context{};
     std::unique_ptr<unsigned char[]> stack;
     void* fake_stack = nullptr;
     std::vector<std::vector<std::function<void()>>> copies;
+    size_t barrier = 0;       // that the thread waits at,
+    int64_t generation = -1;  // as long as this is the barrier's
     bool done = false;
   };
   static constexpr size_t kStackBytes = 256 * 1024;
@@ -116,6 +164,8 @@ class Emulator {
     while (static_cast<int>(fibers_.size()) < threads_) add_fiber();
     for (int t = 0; t < threads_; t++) {
       fibers_[t]->copies.assign(1, {});
+      fibers_[t]->barrier = 0;
+      fibers_[t]->generation = -1;
       fibers_[t]->done = false;
     }
     for (int left = threads_; left > 0;) {
@@ -125,10 +175,11 @@ class Emulator {
                       : order == Order::kBackward
                           ? threads_ - 1 - i
                           : i * 37 % threads_;  // a permutation: no block has a multiple of 37 threads
-        if (fibers_[t]->done) continue;
+        const Fiber& fiber = *fibers_[t];
+        if (fiber.done || barriers_[fiber.barrier].generation == fiber.generation) continue;
         current_ = t;
         resume();
-        if (fibers_[t]->done) {
+        if (fiber.done) {
           left--;
           progress_ = true;
         }
@@ -140,37 +191,27 @@ class Emulator {
     }
   }
 
-  // A new fiber starts by going back at once; from then on jumps switch, which need no system call.
-  __attribute__((noinline)) void add_fiber() {
-    current_ = static_cast<int>(fibers_.size());
+  void add_fiber() {
     fibers_.push_back(std::make_unique<Fiber>());
     Fiber& fiber = *fibers_.back();
     fiber.stack = std::make_unique<unsigned char[]>(kStackBytes);
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = fiber.stack.get();
-    context.uc_stack.ss_size = kStackBytes;
-    context.uc_link = nullptr;
-    makecontext(&context, &Emulator::loop, 0);
-    start_switch(&scheduler_fake_stack_, fiber.stack.get(), kStackBytes);
-    if (!_setjmp(scheduler_jump_)) setcontext(&context);
-    finish_switch(scheduler_fake_stack_);
+    make_context(fiber.context, fiber.stack.get(), kStackBytes, &Emulator::loop);
   }
 
   static void loop() {
     Emulator& emulator = get();
     emulator.finish_switch(nullptr);
     for (;;) {
-      emulator.leave();
       emulator.kernel_();
       emulator.fibers_[emulator.current_]->done = true;
+      emulator.leave();
     }
   }
 
   __attribute__((noinline)) void resume() {
     Fiber& fiber = *fibers_[current_];
     start_switch(&scheduler_fake_stack_, fiber.stack.get(), kStackBytes);
-    if (!_setjmp(scheduler_jump_)) _longjmp(fiber.jump, 1);
+    switch_context(scheduler_, fiber.context);
     finish_switch(scheduler_fake_stack_);
   }
 
@@ -178,7 +219,7 @@ class Emulator {
   __attribute__((noinline)) void leave() {
     Fiber& fiber = *fibers_[current_];
     start_switch(&fiber.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
-    if (!_setjmp(fiber.jump)) _longjmp(scheduler_jump_, 1);
+    switch_context(fiber.context, scheduler_);
     finish_switch(fibers_[current_]->fake_stack);
   }
 
@@ -209,7 +250,7 @@ class Emulator {
   std::vector<double> values_;
   std::vector<bool> votes_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  jmp_buf scheduler_jump_;
+  Context scheduler_{};
   void* scheduler_fake_stack_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
