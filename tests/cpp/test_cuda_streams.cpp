@@ -151,10 +151,12 @@ void test_kernels() {
     }
   }
   // All shapes of the circle of row blocks, and a slot for several blocks.
-  const std::pair<int64_t, gs_dtype> many[] = {{49, GS_BFLOAT16}, {64, GS_FLOAT16},  {72, GS_FLOAT64}, {81, GS_FLOAT32},
-                                               {97, GS_BFLOAT16}, {128, GS_FLOAT32}, {130, GS_FLOAT16}};
+  const std::pair<int64_t, gs_dtype> many[] = {{49, GS_BFLOAT16}, {64, GS_FLOAT16},  {72, GS_FLOAT64},
+                                               {81, GS_FLOAT32},  {97, GS_BFLOAT16}, {128, GS_FLOAT32},
+                                               {130, GS_FLOAT16}, {190, GS_FLOAT32}};
   for (const auto& [num_tasks, dtype] : many) test_gram(Model(num_tasks, {dtype}, {170, 20, 150}));
   test_gram(Model(36, {GS_BFLOAT16}, {1500, 1, 700}));  // many stages
+  test_gram(Model(1, {GS_FLOAT32}, {150 << 10}));       // many slots
 }
 
 // Rows whose squares float32 cannot hold, beside others, and rows of zeros.
@@ -198,16 +200,17 @@ void test_streams() {
       test_combine(model, 2 + num_tasks % 5, num_tasks % 2, false);
     }
   }
+  test_combine(Model(70, {GS_BFLOAT16}, {700, 3, 40}), 1, false, false);
   const Model mixed(3, {GS_FLOAT32, GS_FLOAT32, GS_BFLOAT16, GS_FLOAT64, GS_FLOAT16}, {9, 5, 9, 5, 9, 5, 9, 5});
   test_gram(mixed);
   test_combine(mixed, 5, true, false);
-  const Model many(2, {GS_FLOAT32}, std::vector<int64_t>(1100, 2));  // more parameters than one table takes
+  const Model many(2, {GS_FLOAT32}, std::vector<int64_t>(1100, 2));  // more parameters than arguments take
   test_gram(many);
   test_combine(many, 1, false, false);
-  // Segments that come back and that descend; more than one table takes.
+  // Segments that come back and that descend; more than arguments take.
   for (const bool descends : {false, true}) {
     Model segmented(2, {GS_FLOAT32}, std::vector<int64_t>(20, 2));
-    for (int32_t p = 0; p < 20; p++) segmented.segment[p] = descends ? 19 - p : p % 3;
+    for (int32_t p = 0; p < 20; p++) segmented.segment[p] = descends ? 19 - p : p / 2 % 3;
     segmented.num_segments = 20;
     test_gram(segmented);
   }
