@@ -117,7 +117,9 @@ def _driver(device: torch.device) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Return the commit, with -dirty where anything but stored results differs from it."""
+    """Return $GIT_COMMIT, else the checkout's commit, with -dirty where anything but stored results differs from it."""
+    if commit := os.environ.get("GIT_COMMIT"):
+        return commit
     root = Path(__file__).parent.parent
     commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", ":!bench/results"])
     try:
@@ -126,5 +128,5 @@ def _commit() -> str:
             for command in commands
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT", "unknown")
+        return "unknown"
     return head.strip() + ("-dirty" if changes else "")

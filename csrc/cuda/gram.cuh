@@ -3,8 +3,8 @@
 // slot and pair of tasks; a second kernel adds the slots in order. Slots depend on the sizes alone, so the bits do not
 // depend on the GPU. The kernels, by the number of tasks:
 //   * gram_direct.cu: few, every lane holds all pairs for columns of its own;
-//   * gram_tiles.cu: more, a warp holds all pairs in tiles of matrix instructions, straight from global memory;
-//   * gram_staged.cu: many, the warps of a block hold tiles each and read the rows from shared memory.
+//   * gram_tiles.cu: more, a warp holds all pairs in tiles of matrix instructions, for columns of its own;
+//   * gram_staged.cu: many, the warps of a block hold tiles each, and share the columns.
 #pragma once
 #include "cuda/table.cuh"
 

@@ -13,8 +13,8 @@ template <int kTiles>
 struct LaneLayout {
   static constexpr int kRows = kTiles, kHalves = kTiles <= 3 ? 2 : 1;
   static constexpr int kVectors = kTiles * kHalves * kWarp;  // of a stage
-  // As many as 12 KB hold.
-  static constexpr int kStages = std::clamp(768 / kVectors, 3, 8);
+  // As many as 12 KB hold; no more than let 4 blocks on a multiprocessor where the registers do.
+  static constexpr int kStages = std::clamp(768 / kVectors, 3, 6);
 
   GS_DEVICE int row(int r) const { return 8 * r + row_in_block(); }
   GS_DEVICE bool holds(int) const { return true; }
