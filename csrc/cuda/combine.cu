@@ -2,7 +2,8 @@
 // Stage 4 on the GPU: rows are summed in float64, in ascending order, and rounded once. Rows of weight 0 are not read.
 // The blocks go from the last column to the first, so that what the Gram kernel read last is still in the level-2
 // cache.
-#include "cuda/table.cuh"
+#include "cuda/tables.cuh"
+#include "cuda/turns.cuh"
 
 namespace gs::gpu {
 namespace {

@@ -3,6 +3,7 @@
 // registers hold.
 #pragma once
 #include "cuda/tiles.cuh"
+#include "cuda/turns.cuh"
 
 namespace gs::gpu {
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Few tasks: every lane reads columns of its own and keeps all pairs in registers, in float64.
 #include "cuda/gram.cuh"
+#include "cuda/turns.cuh"
 
 namespace gs::gpu {
 namespace {

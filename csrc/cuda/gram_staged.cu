@@ -2,6 +2,8 @@
 // Many tasks: the rows go once from global to shared memory, some stages of columns ahead. Each warp keeps products of
 // a strip of 16 rows with itself and the blocks after it in a circle, half way round: every pair of tasks once, and all
 // warps have as much to do.
+#include <algorithm>
+
 #include "cuda/copier.cuh"
 
 namespace gs::gpu {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // More tasks: a warp keeps the tiles of all pairs in registers. Its lanes read vectors of their own, through stages in
 // shared memory that no other lane sees.
+#include <algorithm>
+
 #include "cuda/copier.cuh"
 
 namespace gs::gpu {

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: MIT
+// How the host fills pointer tables.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/schedule.h"
+#include "cuda/table.cuh"
+
+namespace gs::gpu {
+
+// The tables of a gs_gradients. width_of(columns, dtype) is the width of slots for so many columns in all.
+template <class WidthOf>
+class Tables {
+ public:
+  // out: [outputs][P] of combine's directions; gram has none.
+  Tables(const gs_gradients& grads, void* const* out, int64_t outputs, const WidthOf& width_of)
+      : grads_(grads), out_(out), outputs_(outputs), width_of_(width_of) {}
+
+  // Turns to the next dtype and describes its table, without its contents; false when there is none left. Parameters
+  // without elements, gradients or (for combine) an output are left out.
+  bool next(Table& table) {
+    table.elsewhere = nullptr;
+    table.pointers = static_cast<int32_t>(grads_.num_tasks + outputs_);
+    for (table.params = 0; table.params == 0;) {
+      if (++dtype_ > GS_FLOAT16) return false;
+      table.runs = table.segments = table.slots = table.most_slots = 0;
+      int64_t columns = 0;
+      each_param([&](int64_t p) { columns += grads_.numel[p]; });
+      table.dtype = dtype_;
+      table.width = (width_of_(columns, dtype_) + kWidthAlignment - 1) / kWidthAlignment * kWidthAlignment;
+      each_run(
+          [&](const Run& run) {
+            if (table.runs == 0) table.first_segment = run.segment;
+            table.params += run.params;
+            table.runs++;
+            table.segments += run.is_first;
+            table.slots = run.first_slot + slots_of(run, table.width);
+            table.most_slots = std::max(table.most_slots, slots_of(run, table.width));
+          },
+          table.width);
+    }
+    return true;
+  }
+
+  // Writes the contents, into the table or to `space` on the device.
+  gs_status fill(Table& table, void* space, gs_stream stream) const {
+    auto* const elsewhere = table.bytes() > kTableBytes ? static_cast<unsigned char*>(space) : nullptr;
+    table.elsewhere = elsewhere;
+    TableChunk chunk;
+    unsigned char* const to = elsewhere ? chunk.bytes : table.here;
+    int64_t used = 0, written = 0;
+    gs_status status = GS_OK;
+    const auto flush = [&] {
+      if (elsewhere && status == GS_OK) status = write_table(chunk, used, elsewhere + written, stream);
+      written += used;
+      used = 0;
+    };
+    const auto append = [&](const auto& value) {
+      if (used + int64_t{sizeof(value)} > kTableBytes) flush();
+      std::memcpy(to + used, &value, sizeof(value));
+      used += int64_t{sizeof(value)};
+    };
+    each_run(append, table.width);
+    int64_t columns = 0, segment = -1;
+    each_param([&](int64_t p) {
+      if (segment != segment_of(grads_, p)) columns = 0;
+      segment = segment_of(grads_, p);
+      append(Param{columns, grads_.numel[p], residue_of(p)});
+      columns += grads_.numel[p];
+    });
+    each_param([&](int64_t p) { each_pointer(p, append); });
+    flush();
+    return status;
+  }
+
+ private:
+  static constexpr int64_t kWidthAlignment = 64;
+
+  static int32_t slots_of(const Run& run, int64_t width) {
+    return static_cast<int32_t>((run.columns + width - 1) / width);
+  }
+
+  template <class Visit>
+  void each_pointer(int64_t p, const Visit& visit) const {
+    for (int64_t t = 0; t < grads_.num_tasks; t++) visit(grads_.data[p * grads_.num_tasks + t]);
+    for (int64_t k = 0; k < outputs_; k++) visit(static_cast<const void*>(out_[k * grads_.num_params + p]));
+  }
+
+  bool counts(int64_t p) const {
+    if (grads_.dtype[p] != dtype_ || grads_.numel[p] == 0) return false;
+    const auto exists = [](const void* pointer) { return pointer != nullptr; };
+    if (outputs_ == 0) {
+      const void* const* rows = grads_.data + p * grads_.num_tasks;
+      return std::any_of(rows, rows + grads_.num_tasks, exists);
+    }
+    for (int64_t k = 0; k < outputs_; k++) {
+      if (exists(out_[k * grads_.num_params + p])) return true;
+    }
+    return false;
+  }
+  template <class Visit>
+  void each_param(const Visit& visit) const {
+    for (int64_t p = 0; p < grads_.num_params; p++) {
+      if (counts(p)) visit(p);
+    }
+  }
+
+  template <class Visit>
+  void each_run(const Visit& visit, int64_t width) const {
+    Run run = {};
+    int64_t number = -1, highest = -1;
+    const auto close = [&](int64_t end) {
+      if (number < 0) return;
+      run.next = static_cast<int32_t>(next_run(run.segment, number, end));
+      visit(run);
+    };
+    each_param([&](int64_t p) {
+      const int64_t segment = segment_of(grads_, p);
+      if (number < 0 || segment != run.segment) {
+        close(p);
+        const bool is_first = segment > highest || !is_before(segment, p);
+        run = {0,
+               number < 0 ? 0 : run.first_slot + slots_of(run, width),
+               run.first_param + run.params,
+               static_cast<int32_t>(segment),
+               0,
+               -1,
+               is_first};
+        highest = std::max(highest, segment);
+        number++;
+      }
+      run.columns += grads_.numel[p];
+      run.params++;
+    });
+    close(grads_.num_params);
+  }
+  // Whether a parameter before p has the segment.
+  bool is_before(int64_t segment, int64_t p) const {
+    while (--p >= 0) {
+      if (segment_of(grads_, p) == segment && counts(p)) return true;
+    }
+    return false;
+  }
+  // The number of the segment's next run from parameter p on, which begins run number + 1; -1 if there is none.
+  int64_t next_run(int64_t segment, int64_t number, int64_t p) const {
+    if (is_sorted_) return -1;
+    int64_t last = segment;
+    for (; p < grads_.num_params; p++) {
+      if (!counts(p)) continue;
+      number += segment_of(grads_, p) != last;
+      last = segment_of(grads_, p);
+      if (last == segment) return number;
+    }
+    return -1;
+  }
+
+  // Of a parameter's pointers, in elements from a boundary of 16 bytes, or -1 if they differ.
+  int64_t residue_of(int64_t p) const {
+    int64_t residue = -1;
+    bool same = true;
+    each_pointer(p, [&](const void* pointer) {
+      if (!pointer) return;
+      const auto own = static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer) % 16);
+      same = same && (residue < 0 || own == residue);
+      residue = own;
+    });
+    return same ? residue / element_bytes(dtype_) : -1;
+  }
+
+  const gs_gradients& grads_;
+  void* const* out_;
+  const int64_t outputs_;
+  const WidthOf& width_of_;
+  int32_t dtype_ = GS_FLOAT64 - 1;
+  const bool is_sorted_ = !grads_.segment || std::is_sorted(grads_.segment, grads_.segment + grads_.num_params);
+};
+
+}  // namespace gs::gpu

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: MIT
+// How groups of lanes share the columns of a slot.
+#pragma once
+#include "cuda/table.cuh"
+
+namespace gs::gpu {
+
+// The columns of a slot, in pieces of parameters.
+struct Slot {
+  const Table& table;
+  Run run;
+  int64_t begin, end;
+
+  GS_DEVICE Slot(const Table& all, int64_t slot)
+      : table(all), run(all.run_of(slot)), begin((slot - run.first_slot) * all.width) {
+    end = begin + table.width < run.columns ? begin + table.width : run.columns;
+  }
+  GS_DEVICE int64_t first_param() const { return table.param_of(run, begin); }
+  GS_DEVICE bool holds(int64_t p) const { return p < run.first_param + run.params && table.first_column(p) < end; }
+  template <class In, int kLanes>
+  GS_DEVICE Piece<In, kLanes> piece(int64_t p) const {
+    const Param param = table.param(p);
+    const int64_t from = begin > param.first_column ? begin - param.first_column : 0;
+    const int64_t to = end - param.first_column < param.numel ? end - param.first_column : param.numel;
+    return {param.residue, from, to};
+  }
+};
+
+// The turns of a group of lanes in a slot: of each piece the whole steps, kSteps at a time, then the rest in as many
+// columns. Several groups share a slot, and their turns go on from piece to piece.
+template <class In, int kLanes, int kSteps>
+class Turns {
+  using Rows = Piece<In, kLanes>;
+  static constexpr int64_t kColumns = kSteps * Rows::kStep;
+
+ public:
+  // Those number first, first + stride, ...
+  GS_DEVICE Turns(const Table& table, int64_t slot, int first, int stride)
+      : table_(table), slot_(static_cast<int>(slot)), stride_(stride) {
+    param_ = static_cast<int>(Slot(table, slot_).first_param());
+    open(first);
+  }
+  GS_DEVICE bool done() const { return left_ == 0; }
+  GS_DEVICE bool is_whole() const { return left_ > rest_; }
+  GS_DEVICE bool aligned() const { return aligned_; }
+  GS_DEVICE int64_t column() const { return column_; }  // the first one of a whole turn
+  // Rows number t[0], t[1], ... of the piece's parameter; null where t is negative.
+  template <class Row, int kCount>
+  GS_DEVICE void get_rows(const int (&t)[kCount], Row* (&row)[kCount]) const {
+    table_.get_pointers(param_, t, row);
+  }
+
+  // Goes on; true if that led to another piece.
+  GS_DEVICE bool next() {
+    column_ += stride_ * kColumns;
+    left_ -= stride_;
+    if (left_ > 0) return false;
+    param_++;
+    open(-left_);
+    return true;
+  }
+
+  // A lane's vectors, zeros in rows that are absent and beyond the rest.
+  template <int kRows, class Load>
+  GS_DEVICE void load(const In* const (&row)[kRows], int lane, const Load& load_vector,
+                      Vector<In> (&x)[kSteps][kRows]) const {
+    if (is_whole()) return load_steps<kLanes>(row, column_, aligned_, lane, load_vector, x);
+    const Steps steps = rest_steps();
+#pragma unroll
+    for (int s = 0; s < kSteps; s++) {
+#pragma unroll
+      for (int r = 0; r < kRows; r++) x[s][r] = load_rest(row[r], steps, lane, s);
+    }
+  }
+  GS_DEVICE Steps rest_steps() const { return Steps(Slot(table_, slot_).piece<In, kLanes>(param_), kColumns); }
+  // Of step s of a turn in the rest.
+  GS_DEVICE Vector<In> load_rest(const In* row, const Steps& steps, int lane, int s) const {
+    return gpu::load_rest<kLanes>(row, steps, rest_index() + s * Rows::kStep, lane);
+  }
+  GS_DEVICE int64_t rest_index() const { return (rest_ - left_) * kColumns; }
+
+ private:
+  // The first piece from param_ on that has a turn number `turn`, counted through the pieces.
+  GS_DEVICE void open(int turn) {
+    const Slot slot(table_, slot_);
+    for (left_ = 0; slot.holds(param_); param_++) {
+      const Rows piece = slot.piece<In, kLanes>(param_);
+      const Steps steps(piece, kColumns);
+      rest_ = static_cast<int>((steps.rest + kColumns - 1) / kColumns);
+      left_ = static_cast<int>(steps.count) + rest_ - turn;
+      if (left_ > 0) {
+        aligned_ = piece.aligned;
+        column_ = steps.step(turn);
+        return;
+      }
+      turn = -left_;
+      left_ = 0;
+    }
+  }
+
+  const Table& table_;
+  const int slot_, stride_;
+  int param_, left_, rest_;  // turns of the piece, and how many of them are of its rest
+  bool aligned_;
+  int64_t column_;
+};
+
+}  // namespace gs::gpu

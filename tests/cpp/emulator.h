@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: MIT
+// The threads of a GPU on the host. One block runs at a time, each of its threads as a fiber that runs until it waits
+// at a barrier. Shared memory has its exact size, on the heap, and starts as NaN. The order of the threads and blocks
+// is chosen by the test: a missing barrier shows as a difference between orders, one that not all threads reach as a
+// failure.
+#pragma once
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#include "gradsurgery/gradsurgery.h"
+
+namespace gs::gpu {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+
+// The place where a stack goes on. A jump by the C library would make the sanitizer clear the whole stack each time.
+#if defined(__x86_64__)
+using Context = void*;
+// Saves what a call must preserve, and goes on where `to` was saved.
+extern "C" void gs_switch(Context* from, Context to);
+asm(R"(
+  .text
+gs_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+inline void switch_context(Context& from, Context& to) { gs_switch(&from, to); }
+inline void make_context(Context& context, unsigned char* stack, size_t bytes, void (*start)()) {
+  // As gs_switch left it, called from an aligned stack.
+  auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) / 16 * 16) - 2;
+  *top = reinterpret_cast<void*>(start);
+  context = top - 6;
+}
+#else
+using Context = ucontext_t;
+inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
+inline void make_context(Context& context, unsigned char* stack, size_t bytes, void (*start)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = bytes;
+  makecontext(&context, start, 0);
+}
+#endif
+
+enum class Order { kForward, kBackward, kInterleaved };
+
+class Emulator {
+ public:
+  static Emulator& get() {
+    static Emulator emulator;
+    return emulator;
+  }
+
+  Order order = Order::kForward;
+  bool fast_double = true;
+
+  void run(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel) {
+    kernel_ = std::move(kernel);
+    threads_ = threads;
+    for (int64_t i = 0; i < blocks; i++) {
+      block_ = order == Order::kForward ? i : blocks - 1 - i;
+      shared_ = std::make_unique<unsigned char[]>(shared_bytes);
+      std::memset(shared_.get(), 0xff, shared_bytes);
+      run_block();
+      shared_.reset();
+    }
+  }
+
+  int thread() const { return current_; }
+  int threads() const { return threads_; }
+  int64_t block() const { return block_; }
+  unsigned char* shared() { return shared_.get(); }
+
+  // Waits for `count` threads at barrier number `index`.
+  void wait(size_t index, int count) {
+    Barrier& barrier = barriers_[index];
+    const int64_t generation = barrier.generation;
+    if (++barrier.arrived == count) {
+      barrier.arrived = 0;
+      barrier.generation++;
+      progress_ = true;
+    }
+    if (barrier.generation != generation) return;
+    fibers_[current_]->barrier = index;
+    fibers_[current_]->generation = generation;
+    leave();  // until the barrier lets go
+  }
+  void wait_block() { wait(0, threads_); }
+  void wait_warp() { wait(1 + current_ / kWarp, std::min(kWarp, threads_ - current_ / kWarp * kWarp)); }
+
+  bool any_of_block(bool value) {
+    votes_[current_] = value;
+    wait_block();
+    const bool any = std::find(votes_.begin(), votes_.end(), true) != votes_.end();
+    wait_block();
+    return any;
+  }
+
+  // A thread's groups of copies to shared memory.
+  std::vector<std::vector<std::function<void()>>>& copies() { return fibers_[current_]->copies; }
+
+  // Values of a thread that the others of the warp can read between two barriers.
+  static constexpr int kLaneValues = 6;
+  double& lane_value(int lane, int which = 0) {
+    return values_[kLaneValues * (current_ / kWarp * kWarp + lane) + which];
+  }
+
+ private:
+  struct Barrier {
+    int arrived = 0;
+    int64_t generation = 0;
+  };
+  struct Fiber {
+    Context context{};
+    std::unique_ptr<unsigned char[]> stack;
+    void* fake_stack = nullptr;
+    std::vector<std::vector<std::function<void()>>> copies;
+    size_t barrier = 0;       // that the thread waits at,
+    int64_t generation = -1;  // as long as this is the barrier's
+    bool done = false;
+  };
+  static constexpr size_t kStackBytes = 256 * 1024;
+
+  void run_block() {
+    barriers_.assign(1 + (threads_ + kWarp - 1) / kWarp, Barrier());
+    values_.assign(kLaneValues * threads_, 0);
+    votes_.assign(threads_, false);
+    while (static_cast<int>(fibers_.size()) < threads_) add_fiber();
+    for (int t = 0; t < threads_; t++) {
+      fibers_[t]->copies.assign(1, {});
+      fibers_[t]->barrier = 0;
+      fibers_[t]->generation = -1;
+      fibers_[t]->done = false;
+    }
+    for (int left = threads_; left > 0;) {
+      progress_ = false;
+      for (int i = 0; i < threads_; i++) {
+        const int t = order == Order::kForward ? i
+                      : order == Order::kBackward
+                          ? threads_ - 1 - i
+                          : i * 37 % threads_;  // a permutation: no block has a multiple of 37 threads
+        const Fiber& fiber = *fibers_[t];
+        if (fiber.done || barriers_[fiber.barrier].generation == fiber.generation) continue;
+        current_ = t;
+        resume();
+        if (fiber.done) {
+          left--;
+          progress_ = true;
+        }
+      }
+      if (left > 0 && !progress_) {
+        std::printf("emulated block %lld: a barrier that not all threads reach\n", static_cast<long long>(block_));
+        std::exit(1);
+      }
+    }
+  }
+
+  void add_fiber() {
+    fibers_.push_back(std::make_unique<Fiber>());
+    Fiber& fiber = *fibers_.back();
+    fiber.stack = std::make_unique<unsigned char[]>(kStackBytes);
+    make_context(fiber.context, fiber.stack.get(), kStackBytes, &Emulator::loop);
+  }
+
+  static void loop() {
+    Emulator& emulator = get();
+    emulator.finish_switch(nullptr);
+    for (;;) {
+      emulator.kernel_();
+      emulator.fibers_[emulator.current_]->done = true;
+      emulator.leave();
+    }
+  }
+
+  __attribute__((noinline)) void resume() {
+    Fiber& fiber = *fibers_[current_];
+    start_switch(&scheduler_fake_stack_, fiber.stack.get(), kStackBytes);
+    switch_context(scheduler_, fiber.context);
+    finish_switch(scheduler_fake_stack_);
+  }
+
+  // From a thread back to the scheduler.
+  __attribute__((noinline)) void leave() {
+    Fiber& fiber = *fibers_[current_];
+    start_switch(&fiber.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
+    switch_context(fiber.context, scheduler_);
+    finish_switch(fibers_[current_]->fake_stack);
+  }
+
+#if defined(__SANITIZE_ADDRESS__)
+  void start_switch(void** fake_stack, const void* stack, size_t bytes) {
+    __sanitizer_start_switch_fiber(fake_stack, stack, bytes);
+  }
+  void finish_switch(void* fake_stack) {
+    const void* from = nullptr;
+    size_t bytes = 0;
+    __sanitizer_finish_switch_fiber(fake_stack, &from, &bytes);
+    if (!fake_stack && !scheduler_stack_) {
+      scheduler_stack_ = from;
+      scheduler_stack_bytes_ = bytes;
+    }
+  }
+#else
+  void start_switch(void**, const void*, size_t) {}
+  void finish_switch(void*) {}
+#endif
+
+  std::function<void()> kernel_;
+  int threads_ = 0, current_ = 0;
+  int64_t block_ = 0;
+  bool progress_ = false;
+  std::unique_ptr<unsigned char[]> shared_;
+  std::vector<Barrier> barriers_;
+  std::vector<double> values_;
+  std::vector<bool> votes_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  Context scheduler_{};
+  void* scheduler_fake_stack_ = nullptr;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_bytes_ = 0;
+};
+
+}  // namespace gs::gpu
