@@ -202,9 +202,14 @@ gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shar
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    // So that as many blocks fit a multiprocessor as it has memory for.
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
+    }
     if (error != cudaSuccess) return fail_cuda("shared memory", error);
   }
   cudaLaunchAttribute overlap;
