@@ -9,13 +9,14 @@ namespace gs::gpu {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kUnroll = 8;                                // rows whose loads are in flight together
-constexpr int64_t kMinColumns = 512, kMaxColumns = 8192;  // of a slot
-constexpr int64_t kMaxSlots = 1056;
+constexpr int kUnroll = 8;           // rows whose loads are in flight together
+constexpr int64_t kMaxTurns = 8;     // of a warp in a slot
+constexpr int64_t kMaxSlots = 1056;  // as long as they have a turn for each warp
 
 // Small problems are spread over more blocks.
-int64_t width_of(int64_t columns, int32_t) {
-  return std::clamp<int64_t>(columns / kMaxSlots, kMinColumns, kMaxColumns);
+int64_t width_of(int64_t columns, int32_t dtype) {
+  const int64_t turn = kThreads * 16 / gs::element_bytes(dtype);
+  return turn * std::clamp<int64_t>(columns / kMaxSlots / turn, 1, kMaxTurns);
 }
 
 // The rows that count in a block's segment: those with a weight other than 0 in one of the directions.
