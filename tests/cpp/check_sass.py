@@ -28,6 +28,7 @@ HMMA = {
     "NS0_8bfloat16E": r"HMMA\.16816\.F32\.BF16",
     "NS0_7float16E": r"HMMA\.16816\.F32 ",
 }
+SHARED_READ = r"LDSM\.16\.M88\.4|LDS\.128"  # where rows pass through there
 READ = r"\b(LDG\.E\S*\.128|LDGSTS\.E\S*\.128)"
 
 
@@ -105,11 +106,13 @@ def faults_of(kernel: Kernel) -> list[str]:
     match = KERNEL.search(kernel.name)
     if not match:
         return []
-    _, dtype, _, is_double = match.groups()
+    kind, dtype, _, is_double = match.groups()
     arithmetic = r"DMMA" if is_double == "1" else HMMA[dtype] if is_double == "0" else "DFMA"
     hot = kernel.hot_loop([READ, arithmetic])
     if not hot:
         return [f"no loop with {arithmetic} and reads of 16 bytes"]
+    if kind in ("staged", "tiles") and not any(re.search(SHARED_READ, text) for text in hot):
+        return ["the hot loop does not read 16 bytes of shared memory at a time"]
     spills = [i for i, text in enumerate(hot) if re.search(r"\b(LDL|STL)\b", text)]
     busy = [i for i, text in enumerate(hot) if re.search(arithmetic, text)]
     if any(busy[0] < i < busy[-1] for i in spills):
