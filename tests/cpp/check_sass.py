@@ -5,7 +5,7 @@
 
 The hot loop is the shortest way round that reads 16 bytes of a row and meets the arithmetic planned for the kernel. It
 must exist and not touch local memory, which is where registers spill to, but for one counter and a few constants, and
-not even those from the first to the last instruction of the arithmetic.
+not even those from the first to the last instruction of the arithmetic, nor in an innermost loop of it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ HMMA = {
     "NS0_7float16E": r"HMMA\.16816\.F32 ",
 }
 SHARED_READ = r"LDSM\.16\.M88\.4|LDS\.128"  # where rows pass through there
+SPILL = r"\b(LDL|STL)\b"
 READ = r"\b(LDG\.E\S*\.128|LDGSTS\.E\S*\.128)"
 
 
@@ -64,6 +65,16 @@ class Kernel:
                 barriers = frozenset(b for b in barriers if b[0] != barrier) | {(str(barrier), int(target, 16))}
             queue += [(to, barriers) for to in follow[at]]
         return follow
+
+    def inner_loops(self) -> list[list[str]]:
+        """Return the stretches of code before a jump back that hold no other one."""
+        spans = []
+        for address, text in self.code:
+            target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+            if target and int(target[1], 16) < address:
+                spans.append((int(target[1], 16), address))
+        inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+        return [[text for address, text in self.code if begin <= address <= end] for begin, end in inner]
 
     def hot_loop(self, patterns: list[str]) -> list[str]:
         """Return the shortest way round that meets an instruction of each pattern; nothing if there is none."""
@@ -113,9 +124,10 @@ def faults_of(kernel: Kernel) -> list[str]:
         return [f"no loop with {arithmetic} and reads of 16 bytes"]
     if kind in ("staged", "tiles") and not any(re.search(SHARED_READ, text) for text in hot):
         return ["the hot loop does not read 16 bytes of shared memory at a time"]
-    spills = [i for i, text in enumerate(hot) if re.search(r"\b(LDL|STL)\b", text)]
+    spills = [i for i, text in enumerate(hot) if re.search(SPILL, text)]
     busy = [i for i, text in enumerate(hot) if re.search(arithmetic, text)]
-    if any(busy[0] < i < busy[-1] for i in spills):
+    inner = [loop for loop in kernel.inner_loops() if any(re.search(arithmetic, text) for text in loop)]
+    if any(busy[0] < i < busy[-1] for i in spills) or any(re.search(SPILL, text) for loop in inner for text in loop):
         return ["registers spill amid the arithmetic"]
     stores = sum("STL" in hot[i] for i in spills)
     few = stores <= 1 and len(spills) - stores <= 6
