@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._gradients import TaskGradients
 from . import native, reference
+from .triton import TritonBackend
 
 
 class Backend(Protocol):
@@ -62,7 +63,8 @@ class Backend(Protocol):
 
 
 _BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (native.CudaBackend(), native.CpuBackend(), reference.ReferenceBackend())
+    backend.name: backend
+    for backend in (native.CudaBackend(), native.CpuBackend(), TritonBackend(), reference.ReferenceBackend())
 }
 
 

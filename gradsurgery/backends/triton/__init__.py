@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""The Triton backend: kernels compiled at first use, for GPUs of any vendor and without a C++ or CUDA compiler.
+
+In Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported) it serves tensors in host memory, slowly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..._gradients import TaskGradients
+
+MAX_TASKS = 128
+_OLDEST = (3, 6)
+
+
+class TritonBackend:
+    """Kernels in Triton."""
+
+    name = "triton"
+
+    def why_not(self, device: torch.device, num_tasks: int) -> str | None:
+        """Return why Triton cannot serve the call; None if it can."""
+        if num_tasks > MAX_TASKS:
+            return f"it takes at most {MAX_TASKS} tasks, got {num_tasks}"
+        return _why_not_device(device)
+
+    def describe(self) -> str:
+        """Return one line on Triton."""
+        device = torch.device("cpu" if _interpreted() else "cuda")
+        return _why_not_device(device) or f"available: Triton kernels{', interpreted' if _interpreted() else ''}"
+
+    def gram(self, grads: TaskGradients, out: Tensor) -> None:
+        """Write the Gram matrices."""
+        _launch().gram(grads, out)
+
+    def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
+        """Write the directions."""
+        _launch().combine(grads, weights, out, accumulate)
+
+    def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
+        """Write the visiting orders."""
+        _launch().task_order(seed, step, out)
+
+    def pcgrad(
+        self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor
+    ) -> None:
+        """Write PCGrad's weights."""
+        _launch().pcgrad(gram, order, seed, step, advance, mean, out)
+
+    def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
+        """Write the min-norm weights."""
+        _launch().min_norm(gram, exact, max_iter, tol, out)
+
+    def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
+        """Write GradNorm's new weights."""
+        _launch().gradnorm(inputs, alpha, lr, out)
+
+    def gradnorm_step(
+        self, gram: Tensor, losses: Tensor, alpha: float, lr: float, state: tuple[Tensor, Tensor], out: Tensor
+    ) -> None:
+        """Write the state's weights, and advance the state."""
+        _launch().gradnorm_step(gram, losses, alpha, lr, state, out)
+
+
+@lru_cache
+def _launch() -> ModuleType:
+    # Importing Triton takes longer than the rest of the package together.
+    from . import launch
+
+    return launch
+
+
+@lru_cache
+def _why_not_device(device: torch.device) -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton is not there ({error})"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
+        return f"Triton must be {'.'.join(map(str, _OLDEST))} or later, got {triton.__version__}"
+    if _interpreted():
+        return None if device.type == "cpu" else f"Triton interprets on the CPU only, and the tensors are on {device}"
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < (8, 0):
+        return f"the GPU must have compute capability 8.0 or later, got {capability}"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: MIT
+"""Launches of the kernels: grids, tables and workspaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._gradients import TaskGradients
+from . import combine as combine_kernels
+from . import gradnorm as gradnorm_kernels
+from . import gram as gram_kernels
+from . import min_norm as min_norm_kernels
+from . import pcgrad as pcgrad_kernels
+from . import products
+from .table import Pieces, cut, pieces_of, to_device
+from .tuning import Config, combine_config, gram_config, measured
+
+_DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_MODES = {"rows": products.ROWS, "float64": products.FLOAT64, "float32": products.FLOAT32}
+# Programs of a streaming kernel: a multiple of many GPUs' multiprocessors, and enough warps to fill them.
+_GRAM_SLOTS = {"rows": 1056, 16: 1056, 32: 1056, 64: 528, 128: 264}
+_COMBINE_SLOTS = 1056
+_ROWS_AT_MOST = 8
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make ``device`` current, where Triton launches."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@lru_cache
+def fast_float64(device: torch.device) -> bool:
+    """Whether the device adds float64 at no less than a quarter of float32's rate; the interpreter may as well."""
+    if device.type == "cpu":
+        return True
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return name.startswith(("gfx90a", "gfx94", "gfx950"))
+    return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
+
+
+def arithmetic_of(dtype: torch.dtype, num_tasks: int, device: torch.device) -> tuple[str, int]:
+    """Return how the Gram kernel takes products, and the number of tasks that it is compiled for."""
+    fast = fast_float64(device)
+    if num_tasks * 4 <= _ROWS_AT_MOST * min(dtype.itemsize, 4) and (fast or dtype is torch.float64):
+        return "rows", num_tasks
+    tasks = max(16, triton.next_power_of_2(num_tasks))
+    wide = dtype is torch.float64 or (fast and dtype is torch.float32 and tasks == 16)
+    return "float64" if wide else "float32", tasks
+
+
+class _Launch(NamedTuple):
+    pieces: Pieces
+    arithmetic: str
+    tasks: int
+    config: Config
+    slots: np.ndarray
+    segments: np.ndarray
+
+
+def gram(grads: TaskGradients, out: Tensor, config: Config | None = None) -> None:
+    """Write the Gram matrices; ``config`` overrides the table's."""
+    num_tasks, device = grads.num_tasks, grads.device
+    num_segments = out.numel() // num_tasks**2
+    listed = grads.matrix is None or num_segments > 1
+    launches = [_plan(pieces, num_tasks, device, config) for pieces in pieces_of(grads)]
+    first = _place(launches, num_segments)
+    first_slots, tables = out, [out] * (2 * len(launches))  # not read
+    if listed:
+        arrays = [first, *(array for launch in launches for array in (launch.pieces.rows, launch.slots))]
+        first_slots, *tables = to_device(arrays, device)
+    num_slots = int(first[-1])
+    partials = torch.empty(num_slots * num_tasks**2, dtype=torch.float64, device=device)
+    mirrored = any(launch.arithmetic == "float32" and launch.pieces.dtype is torch.float32 for launch in launches)
+    with on(device):
+        for k, launch in enumerate(launches):
+            gram_kernels.slot_sums[(len(launch.slots), 1 if launch.tasks <= products.SIDE.value else 3)](
+                partials,
+                *_flat(grads, listed),
+                num_tasks,
+                tables[2 * k],
+                tables[2 * k + 1],
+                int(launch.slots[0, 2]),
+                LISTED=listed,
+                TASKS=launch.tasks,
+                DTYPE=_DTYPES[launch.pieces.dtype],
+                MODE=_MODES[launch.arithmetic],
+                MIRRORED=mirrored,
+                ALIGNED=launch.pieces.aligned,
+                BLOCK=launch.config.block,
+                STAGES=launch.config.num_stages,
+                num_warps=launch.config.num_warps,
+                num_stages=1,
+            )
+        entries = 4 if num_tasks <= _ROWS_AT_MOST else 16
+        gram_kernels.sum_slots[(triton.cdiv(num_tasks**2, entries), num_segments)](
+            out,
+            partials,
+            first_slots,
+            num_slots,
+            num_tasks,
+            SEGMENTED=listed,
+            MIRRORED=mirrored,
+            SLOTS=2048 // entries,
+            ENTRIES=entries,
+            num_warps=8,
+        )
+
+
+def _plan(pieces: Pieces, num_tasks: int, device: torch.device, config: Config | None) -> _Launch:
+    arithmetic, tasks = arithmetic_of(pieces.dtype, num_tasks, device)
+    if config is None:
+        key = ("gram", arithmetic, tasks, pieces.dtype)
+        fixed = gram_config(arithmetic, tasks, pieces.dtype)
+        config = measured(key, device, fixed, partial(_try_gram, num_tasks, pieces.dtype, device))
+    # Fewer columns than 8 T cost less than the slot's own sums.
+    least = triton.cdiv(8 * num_tasks, config.block)
+    slots, segments = cut(pieces, config.block, _GRAM_SLOTS["rows" if arithmetic == "rows" else tasks], least)
+    return _Launch(pieces, arithmetic, tasks, config, slots, segments)
+
+
+def _place(launches: list[_Launch], num_segments: int) -> np.ndarray:
+    """Give every slot its place, a segment's together whatever their dtypes; return each segment's first place."""
+    owners = np.concatenate([np.zeros(0, np.int64), *(launch.segments for launch in launches)])
+    places = np.argsort(np.argsort(owners, kind="stable"))
+    for launch in launches:
+        launch.slots[:, 3], places = places[: len(launch.slots)], places[len(launch.slots) :]
+    return np.searchsorted(np.sort(owners), np.arange(num_segments + 1))
+
+
+def combine(
+    grads: TaskGradients,
+    weights: Tensor,
+    out: Tensor | list[Tensor],
+    accumulate: bool,
+    config: Config | None = None,
+) -> None:
+    """Write the directions; ``config`` overrides the table's."""
+    num_tasks, device = grads.num_tasks, grads.device
+    listed = grads.matrix is None or weights.dim() > 1
+    launches = []
+    for pieces in pieces_of(grads, out):
+        fixed = combine_config(pieces.dtype)
+        chosen = config or measured(
+            ("combine", num_tasks, pieces.dtype), device, fixed, partial(_try_combine, num_tasks, pieces.dtype, device)
+        )
+        launches.append((pieces, chosen, cut(pieces, chosen.block, _COMBINE_SLOTS)[0]))
+    tables = [weights] * (2 * len(launches))  # not read
+    if listed and launches:
+        tables = to_device([array for pieces, _, slots in launches for array in (pieces.rows, slots)], device)
+    with on(device):
+        for k, (pieces, chosen, slots) in enumerate(launches):
+            combine_kernels.weighted_sums[(len(slots),)](
+                weights,
+                out.data_ptr() if isinstance(out, Tensor) else 0,
+                *_flat(grads, listed),
+                num_tasks,
+                tables[2 * k],
+                tables[2 * k + 1],
+                int(slots[0, 2]),
+                LISTED=listed,
+                ACCUMULATE=accumulate,
+                DTYPE=_DTYPES[pieces.dtype],
+                ALIGNED=pieces.aligned,
+                UNROLL=4,
+                BLOCK=chosen.block,
+                num_warps=chosen.num_warps,
+                num_stages=chosen.num_stages,
+            )
+
+
+def _flat(grads: TaskGradients, listed: bool) -> tuple[int, int, int]:
+    """Return the address, the bytes between rows and the columns of the flat form; 0 where a table says so."""
+    if listed or grads.matrix is None:
+        return 0, 0, 0
+    return grads.matrix.data_ptr(), grads.matrix.stride(0) * grads.matrix.element_size(), grads.matrix.shape[1]
+
+
+def _sample(num_tasks: int, dtype: torch.dtype, device: torch.device) -> TaskGradients:
+    """Return random gradients for measurements, of more bytes than a cache holds."""
+    matrix = torch.randn(num_tasks, (1 << 28) // (16 * num_tasks) * 16 // dtype.itemsize, device=device).to(dtype)
+    return TaskGradients(num_tasks, 1, [], False, device, matrix)
+
+
+def _try_gram(num_tasks: int, dtype: torch.dtype, device: torch.device) -> Callable[[Config], None]:
+    grads = _sample(num_tasks, dtype, device)
+    out = torch.empty(num_tasks, num_tasks, dtype=torch.float64, device=device)
+    return lambda config: gram(grads, out, config)
+
+
+def _try_combine(num_tasks: int, dtype: torch.dtype, device: torch.device) -> Callable[[Config], None]:
+    grads = _sample(num_tasks, dtype, device)
+    assert grads.matrix is not None
+    out = torch.empty_like(grads.matrix[0])
+    weights = torch.ones(num_tasks, dtype=torch.float64, device=device)
+    return lambda config: combine(grads, weights, out, False, config)
+
+
+def task_order(seed: int, step: Tensor, out: Tensor) -> None:
+    """Write the visiting orders [T, T]."""
+    num_tasks = out.shape[0]
+    tasks, rows, num_warps = _tile(num_tasks)
+    with on(out.device):
+        pcgrad_kernels.write_orders[(triton.cdiv(num_tasks, rows),)](
+            out, seed, step, num_tasks, TASKS=tasks, ROWS=rows, num_warps=num_warps
+        )
+
+
+def pcgrad(gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor) -> None:
+    """Write PCGrad's weights; with ``advance`` add 1 to ``step``."""
+    num_tasks = gram.shape[-1]
+    problems = out.numel() // num_tasks
+    tasks, rows, num_warps = _tile(num_tasks)
+    programs = triton.cdiv(num_tasks, rows)
+    parts = out if programs == 1 else out.new_empty(problems, programs, num_tasks)
+    if problems:
+        with on(gram.device):
+            pcgrad_kernels.project[(programs, problems)](
+                parts,
+                gram,
+                gram if order is None else order,
+                seed,
+                step,
+                num_tasks,
+                MEAN=mean,
+                GIVEN=order is not None,
+                TASKS=tasks,
+                ROWS=rows,
+                num_warps=num_warps,
+            )
+    if programs > 1:
+        torch.sum(parts, 1, out=out.view(problems, num_tasks))
+    if advance:
+        step.add_(1)
+
+
+def min_norm(gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
+    """Write the min-norm weights."""
+    num_tasks = gram.shape[-1]
+    problems = out.numel() // num_tasks
+    tasks = triton.next_power_of_2(num_tasks)
+    num_warps = min(max(1, tasks * tasks // 256), 32)
+    if problems == 0:
+        return
+    with on(gram.device):
+        if exact:
+            min_norm_kernels.exact[(problems,)](out, gram, num_tasks, TASKS=tasks, num_warps=num_warps)
+        else:
+            min_norm_kernels.frank_wolfe[(problems,)](
+                out, gram, num_tasks, max_iter, tol, TASKS=tasks, num_warps=num_warps
+            )
+
+
+def gradnorm(inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
+    """Write GradNorm's new weights from (weights, norms, losses, initial losses)."""
+    num_tasks = out.shape[-1]
+    if out.numel():
+        with on(out.device):
+            gradnorm_kernels.update[(out.numel() // num_tasks,)](
+                out, *inputs, alpha, lr, num_tasks, TASKS=triton.next_power_of_2(num_tasks), num_warps=1
+            )
+
+
+def gradnorm_step(
+    gram: Tensor, losses: Tensor, alpha: float, lr: float, state: tuple[Tensor, Tensor], out: Tensor
+) -> None:
+    """Write the weights of the state (weights, initial losses), and advance the state."""
+    num_tasks = out.shape[-1]
+    if out.numel():
+        with on(out.device):
+            gradnorm_kernels.step[(out.numel() // num_tasks,)](
+                out, gram, losses, *state, alpha, lr, num_tasks, TASKS=triton.next_power_of_2(num_tasks), num_warps=1
+            )
+
+
+def _tile(num_tasks: int) -> tuple[int, int, int]:
+    """Return the padded number of tasks, the rows that a program of PCGrad takes, and its warps."""
+    tasks = triton.next_power_of_2(num_tasks)
+    rows = min(tasks, 2048 // tasks)
+    return tasks, rows, max(1, tasks * rows // 256)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: MIT
+"""The shortest convex combination of the task gradients, exactly and by Frank-Wolfe."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def all_finite(gram, num_tasks, TASKS: tl.constexpr):
+    """Return whether G is finite."""
+    task = tl.arange(0, TASKS)
+    inside = (task < num_tasks)[:, None] & (task < num_tasks)[None, :]
+    g = tl.load(gram + task[:, None] * num_tasks + task[None, :], mask=inside, other=0.0)
+    return tl.min(tl.min((g - g == 0).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def pick(values, index, TASKS: tl.constexpr):
+    """Return values[index]."""
+    return tl.sum(tl.where(tl.arange(0, TASKS) == index, values, 0.0), 0)
+
+
+@triton.jit
+def sweep(table, k, entering, TASKS: tl.constexpr):
+    """Exchange k in a symmetric table: A -> A - a a^T / p off row and column k, which become a / p; p -> -1 / p.
+
+    Returns the table and the pivot p.
+    """
+    task = tl.arange(0, TASKS)
+    at_row = task[:, None] == k
+    at_column = task[None, :] == k
+    row = tl.sum(tl.where(at_row, table, 0.0), 0)
+    column = tl.sum(tl.where(at_column, table, 0.0), 1)
+    pivot = pick(row, k, TASKS)
+    # Below it, k is affinely dependent on the active set to working precision.
+    pivot = tl.where(entering, tl.maximum(pivot, 1e-14), pivot)
+    sign = tl.where(entering, 1.0, -1.0)
+    changed = table - (column / pivot)[:, None] * row[None, :]
+    changed = tl.where(at_row, (sign * row / pivot)[None, :], changed)
+    changed = tl.where(at_column, (sign * column / pivot)[:, None], changed)
+    return tl.where(at_row & at_column, -1.0 / pivot, changed), pivot
+
+
+@triton.jit
+def matrix(gram, b, inverse_norm, num_tasks, TASKS: tl.constexpr):
+    """Return M = C + b b^T, C = G with rows and columns divided by the norms; 0 beyond T."""
+    task = tl.arange(0, TASKS)
+    inside = (task < num_tasks)[:, None] & (task < num_tasks)[None, :]
+    g = tl.load(gram + task[:, None] * num_tasks + task[None, :], mask=inside, other=0.0)
+    return g * inverse_norm[:, None] * inverse_norm[None, :] + b[:, None] * b[None, :]
+
+
+@triton.jit(do_not_specialize=["num_tasks"])
+def exact(out, gram, num_tasks, TASKS: tl.constexpr):
+    """Write argmin w^T G w over the simplex; program: problem.
+
+    With v_i = |g_i| w_i, up to scale, it is the non-negative least squares problem M v >= b, v >= 0,
+    v^T (M v - b) = 0 of b_i = min |g| / |g_i| and M = C + b b^T, where C_ij is the cosine of g_i and g_j. The
+    active-set method of Lawson & Hanson (1974, chapter 23) takes the steps of Wolfe's algorithm on it. The table holds
+    -M_SS^-1 for the active set S, and one exchange brings a task in or out.
+    """
+    problem = tl.program_id(0).to(tl.int64)
+    gram += problem * num_tasks * num_tasks
+    out += problem * num_tasks
+    task = tl.arange(0, TASKS)
+    inside = task < num_tasks
+    square = tl.load(gram + task * (num_tasks + 1), mask=inside, other=float("inf"))
+    norm = tl.sqrt(square)
+    least = tl.min(norm, 0)
+    shortest = tl.min(tl.where(norm == least, task, TASKS), 0)
+    weights = tl.where(task == shortest, 1.0, 0.0).to(tl.float64)
+    if all_finite(gram, num_tasks, TASKS):
+        if least > 0:
+            inverse_norm = tl.where(inside, 1.0 / norm, 0.0)
+            b = tl.where(inside, least / norm, 0.0)
+            v = descend(gram, b, inverse_norm, num_tasks, TASKS)
+            weights = v * inverse_norm * least
+            weights = weights / tl.sum(weights, 0)
+    else:
+        weights = tl.full([TASKS], float("nan"), tl.float64)
+    tl.store(out + task, weights, mask=inside)
+
+
+@triton.jit
+def descend(gram, b, inverse_norm, num_tasks, TASKS: tl.constexpr):
+    """Return the solution v of the non-negative least squares problem."""
+    task = tl.arange(0, TASKS)
+    table = matrix(gram, b, inverse_norm, num_tasks, TASKS)
+    v = tl.zeros([TASKS], tl.float64)
+    active = task < 0
+    barred = task >= num_tasks
+    joined = TASKS
+    smallest = tl.full([], 1.0, tl.float64)
+    running = 1
+    for _ in range(8 * num_tasks + 32):
+        if running > 0:
+            m = matrix(gram, b, inverse_norm, num_tasks, TASKS)
+            z = solve(table, active, b)
+            missing = b - tl.sum(m * z[None, :], 1)
+            refined = z + solve(table, active, missing)
+            rest = b - tl.sum(m * refined[None, :], 1)
+            # Where rounding made M indefinite, the table is that of a matrix nearby, and refinement leads astray.
+            better = largest(rest, active) < largest(missing, active)
+            z = tl.where(better, refined, z)
+            missing = tl.where(better, rest, missing)
+            blocked = active & (z <= 0)
+            ratio = tl.where(blocked & (v > z), v / tl.where(blocked & (v > z), v - z, 1.0), 0.0)
+            ratio = tl.where(blocked, ratio, float("inf"))
+            reach = tl.min(ratio, 0)
+            leaving = tl.max(blocked.to(tl.int32), 0) > 0
+            v = tl.where(active, tl.maximum(v + tl.where(leaving, reach, 1.0) * (z - v), 0.0), 0.0)
+            excess = tl.where(active | barred, float("-inf"), missing)
+            worst = tl.max(excess, 0)
+            found = tl.where(leaving, tl.where(ratio == reach, task, TASKS), tl.where(excess == worst, task, TASKS))
+            k = tl.min(found, 0)
+            if leaving | (worst > 1e-14 * tl.sum(v, 0)):
+                # What joins and leaves at once would join again.
+                barred = barred | (leaving & (task == k) & (k == joined))
+                joined = tl.where(leaving, joined, k)
+                active = tl.where(task == k, ~leaving, active)
+                v = tl.where(task == k, 0.0, v)
+                # An exchange back loses what a small pivot has blown up: the table is then made anew.
+                anew = leaving & (smallest < 1e-8)
+                smallest = tl.where(anew, 1.0, smallest)
+                table = tl.where(anew, m, table)
+                for t in range(tl.where(anew, 0, k), tl.where(anew, num_tasks, k + 1)):
+                    if ~anew | (tl.max(((task == t) & active).to(tl.int32), 0) > 0):
+                        table, pivot = sweep(table, t, anew | ~leaving, TASKS)
+                        smallest = tl.minimum(smallest, tl.where(anew | ~leaving, pivot, 1.0))
+            else:
+                running = 0
+    return v
+
+
+@triton.jit
+def largest(values, active):
+    """Return the largest magnitude on the active set."""
+    return tl.max(tl.where(active, tl.abs(values), 0.0), 0)
+
+
+@triton.jit
+def solve(table, active, right):
+    """Return M_SS^-1 right on the active set, 0 off it."""
+    return tl.where(active, -tl.sum(table * tl.where(active, right, 0.0)[None, :], 1), 0.0)
+
+
+@triton.jit(do_not_specialize=["num_tasks", "max_iter", "tol"])
+def frank_wolfe(out, gram, num_tasks, max_iter, tol: tl.float64, TASKS: tl.constexpr):
+    """Write the weights of Sener & Koltun 2018, Algorithm 2; program: problem."""
+    problem = tl.program_id(0).to(tl.int64)
+    gram += problem * num_tasks * num_tasks
+    task = tl.arange(0, TASKS)
+    inside = task < num_tasks
+    g = tl.load(gram + task[:, None] * num_tasks + task[None, :], mask=inside[:, None] & inside[None, :], other=0.0)
+    diagonal = tl.load(gram + task * (num_tasks + 1), mask=inside, other=0.0)
+    w = tl.where(inside, 1.0, 0.0).to(tl.float64) / num_tasks
+    running = tl.min(tl.min((g - g == 0).to(tl.int32), 1), 0)
+    if running == 0:
+        w = tl.full([TASKS], float("nan"), tl.float64)
+    for _ in range(max_iter):
+        if running > 0:
+            gw = tl.sum(g * w[None, :], 1)
+            wt = tl.min(tl.where(inside, gw, float("inf")), 0)
+            vertex = tl.min(tl.where(inside & (gw == wt), task, TASKS), 0)
+            ww = tl.sum(w * gw, 0)
+            tt = pick(diagonal, vertex, TASKS)
+            keep = (tt - wt) / (ww + tt - 2 * wt)
+            keep = tl.where(wt >= ww, 1.0, tl.where(wt >= tt, 0.0, keep))
+            w = w * keep + tl.where(task == vertex, 1 - keep, 0.0)
+            running = (1 - keep >= tol).to(tl.int32)
+    tl.store(out + problem * num_tasks + task, w, mask=inside)

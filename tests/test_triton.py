@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: MIT
+"""What is particular to the Triton backend: its arithmetics, its cut into slots, its launch parameters."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gradsurgery
+from conftest import USABLE
+from gradsurgery._gradients import parse
+from gradsurgery.backends import choose
+from inputs import DEVICE, DTYPES, normal
+from test_gram import assert_gram, flatten
+
+pytestmark = pytest.mark.skipif("triton" not in USABLE, reason=gradsurgery.backends()["triton"])
+
+if "triton" in USABLE:
+    from gradsurgery.backends.triton import launch, table, tuning
+
+
+@pytest.fixture(params=[True, False], ids=["fast float64", "slow float64"])
+def fast(request, monkeypatch):
+    """Both kinds of GPU: they take products in different arithmetics."""
+    monkeypatch.setattr(launch, "fast_float64", lambda device: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tasks", "expected"),
+    [
+        (torch.float32, 8, ("rows", 8)),
+        (torch.float32, 9, ("float64", 16)),
+        (torch.float32, 17, ("float32", 32)),
+        (torch.bfloat16, 4, ("rows", 4)),
+        (torch.bfloat16, 5, ("float32", 16)),
+        (torch.float64, 8, ("rows", 8)),
+        (torch.float64, 65, ("float64", 128)),
+    ],
+    ids=str,
+)
+def test_arithmetics(monkeypatch, dtype, tasks, expected):
+    monkeypatch.setattr(launch, "fast_float64", lambda device: True)
+    assert launch.arithmetic_of(dtype, tasks, torch.device(DEVICE)) == expected
+    monkeypatch.setattr(launch, "fast_float64", lambda device: False)
+    slow = expected if dtype is torch.float64 else ("float32", max(16, expected[1]))
+    assert launch.arithmetic_of(dtype, tasks, torch.device(DEVICE)) == slow
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tasks", [3, 12, 20, 40, 70])
+def test_every_arithmetic(fast, tasks, dtype):
+    rows = normal(tasks, max(34, 1000 // tasks), dtype)
+    assert_gram(gradsurgery.gram(rows, backend="triton"), rows, dtype)
+    assert_gram(gradsurgery.gram(rows[:, 1:], backend="triton"), rows[:, 1:], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tasks", [3, 20, 70])
+@pytest.mark.parametrize("exponents", [(-20, -20), (18, 18), (-20, 18), (-30, -30)], ids=str)
+def test_rows_out_of_the_range_of_float32_products(monkeypatch, tasks, dtype, exponents):
+    monkeypatch.setattr(launch, "fast_float64", lambda device: False)
+    scale = torch.logspace(*exponents, tasks, dtype=torch.float64)[:, None]
+    rows = (normal(tasks, 33) * scale).to(dtype)
+    rows[1] = 0
+    assert_gram(gradsurgery.gram(rows, backend="triton"), rows, dtype)
+    rows[2, 30] = torch.inf
+    got = gradsurgery.gram(rows, backend="triton")
+    bad = torch.zeros(tasks, tasks, dtype=torch.bool)
+    bad[2] = bad[:, 2] = True
+    assert torch.equal(~got.isfinite(), bad)
+
+
+def test_only_slots_out_of_range_are_taken_again():
+    from gradsurgery.backends.triton import products
+
+    rows = torch.zeros(3, 16)
+    rows[0, 3], rows[1, 4], rows[2, 5] = 2.0**-34, -(2.0**54), 1.0
+    for dtype in (torch.float32, torch.bfloat16):
+        fits = torch.zeros(2, dtype=torch.int32)
+        outside = rows.clone()
+        outside[0, 3] = 2.0**-36
+        for k, values in enumerate((rows, outside)):
+            padded = torch.zeros(16, 16, dtype=dtype)
+            padded[:3] = values.to(dtype)
+            _fits_of[(1,)](fits[k:], padded, products.fits, products.raised)
+        assert fits.tolist() == [1, 0]
+
+
+if "triton" in USABLE:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _fits_of(out, values, FITS: tl.constexpr, RAISED: tl.constexpr):
+        i = tl.arange(0, 16)
+        x = tl.load(values + i[:, None] * 16 + i[None, :])
+        top = tl.zeros([16, 16], tl.int32 if x.dtype == tl.float32 else tl.int16)
+        tl.store(out, FITS(RAISED(top, x)))
+
+
+@pytest.mark.parametrize("tasks", [5, 20, 70])
+def test_dtypes_of_different_arithmetics_share_a_gram_matrix(fast, tasks):
+    grads = [
+        [normal(1, 20, dtype, seed=t)[0] * 10.0**-k for k, dtype in enumerate(DTYPES)] + [normal(1, 9, seed=t)[0]]
+        for t in range(tasks)
+    ]
+    grads[1][0] = grads[2][1] = None
+    got = gradsurgery.gram(grads, segments=[0, 1, 0, 1, 3], backend="triton")
+    assert_gram(got[0], flatten(grads, [0, 2]), torch.float32)
+    assert_gram(got[1], flatten(grads, [1, 3]), torch.float32)
+    assert torch.equal(got[2], torch.zeros(tasks, tasks, dtype=torch.float64))
+    assert_gram(got[3], flatten(grads, [4]), torch.float64)
+
+
+@settings(deadline=None)
+@given(
+    pieces=st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 5)), min_size=1, max_size=30),
+    block=st.sampled_from([16, 100, 512]),
+    max_slots=st.integers(1, 50),
+    least=st.integers(1, 4),
+)
+def test_slots_cover_every_block_once(pieces, block, max_slots, least):
+    rows = np.array([[columns, segment, 0, 16, 32] for columns, segment in pieces])
+    cut = table._pieces(torch.float32, rows)
+    slots, segments = table.cut(cut, block, max_slots, least)
+    seen = []
+    for (piece, first, count, _), segment in zip(slots.tolist(), segments.tolist(), strict=True):
+        assert count > 0
+        while count > 0:
+            assert cut.segments[piece] == segment
+            here = min(count, -(-cut.columns[piece] // block) - first)
+            seen += [(piece, k) for k in range(first, first + here)]
+            piece, first, count = piece + 1, 0, count - here
+    assert seen == [(p, k) for p, columns in enumerate(cut.columns) for k in range(-(-columns // block))]
+    assert len(slots) <= max_slots + len(set(cut.segments.tolist()))
+    assert all(a <= b for a, b in pairwise(segments.tolist()))
+
+
+def test_tables_written_by_arguments():
+    values = np.array([0, -1, 1 << 40, (1 << 62) + 1, 7])
+    assert table.by_arguments(values, torch.device(DEVICE)).tolist() == values.tolist()
+
+
+def test_more_tasks_than_it_takes():
+    rows = torch.ones(129, 4)
+    with pytest.raises(
+        RuntimeError, match="backend 'triton' cannot serve this call: it takes at most 128 tasks, got 129"
+    ):
+        gradsurgery.gram(rows, backend="triton")
+    assert choose(None, torch.device(DEVICE), 129).name != "triton"
+
+
+def test_launch_parameters_are_fixed_unless_measured(monkeypatch):
+    times = {tuning.Config(128, 2, 4): 1.0, tuning.Config(64, 2, 1): 2.0}
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run, config: run(config) or times.get(config, 3.0))
+    monkeypatch.setattr(tuning, "_tuned", {})
+    launched = []
+    fixed = tuning.Config(64, 2, 3)
+    monkeypatch.delenv("GRADSURGERY_TRITON_AUTOTUNE", raising=False)
+    assert tuning.measured(("a",), torch.device("cpu"), fixed, lambda: launched.append) is fixed
+    assert launched == []
+    monkeypatch.setenv("GRADSURGERY_TRITON_AUTOTUNE", "1")
+    assert tuning.measured(("a",), torch.device("cpu"), fixed, lambda: launched.append) == tuning.Config(128, 2, 4)
+    assert fixed in launched
+    assert len(launched) == len(set(launched))
+    count = len(launched)
+    assert tuning.measured(("a",), torch.device("cpu"), fixed, lambda: launched.append) == tuning.Config(128, 2, 4)
+    assert len(launched) == count
+
+
+def test_every_measured_configuration_gives_the_result(monkeypatch):
+    rows, weights = normal(3, 700, torch.float32), torch.tensor([1.0, -2.0, 0.0])
+    outputs = []
+
+    def try_gram(num_tasks, dtype, device):
+        grads, out = parse(rows, None), torch.empty(3, 3, dtype=torch.float64)
+        return lambda config: launch.gram(grads, out, config) or outputs.append(out.clone())
+
+    def try_combine(num_tasks, dtype, device):
+        grads, out = parse(rows, None), torch.empty(700)
+        return lambda config: launch.combine(grads, weights.double(), out, False, config) or outputs.append(out.clone())
+
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run, config: run(config) or 1.0)
+    monkeypatch.setattr(tuning, "_tuned", {})
+    monkeypatch.setattr(launch, "_try_gram", try_gram)
+    monkeypatch.setattr(launch, "_try_combine", try_combine)
+    monkeypatch.setenv("GRADSURGERY_TRITON_AUTOTUNE", "1")
+    gram, direction = (
+        gradsurgery.gram(rows, backend="triton"),
+        gradsurgery.combine(rows, weights, backend="triton"),
+    )
+    assert {out.shape for out in outputs} == {gram.shape, direction.shape}
+    for out in outputs:
+        if out.shape == gram.shape:
+            assert_gram(out, rows, torch.float32)
+        else:
+            torch.testing.assert_close(out, weights @ rows)
