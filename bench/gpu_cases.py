@@ -14,7 +14,7 @@ from torch import Tensor
 
 import gradsurgery as gs
 
-from .gpu_timing import FLAT, OURS, Call, Case, Spec
+from .gpu_timing import FLAT, OURS, TRITON, Call, Case, Spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STAGES = ("gram", "combine", "chain")
@@ -115,6 +115,8 @@ def prepare(bench: Bench, spec: Spec) -> Case:
         return _stage_case(bench, spec, calls, lists[0], _joined(lists[0]))
     matrices = bench.matrices(spec, spec.form == "misaligned")
     calls = {OURS: ours(bench, spec, matrices)}
+    if bench.device.type == "cuda":
+        calls[TRITON] = ours(bench, spec, matrices, "triton")
     if spec.form == "misaligned":
         calls[FLAT] = ours(bench, spec, bench.matrices(spec))
     elif spec.tasks in BESIDE and spec.cache == "cold":
@@ -123,9 +125,9 @@ def prepare(bench: Bench, spec: Spec) -> Case:
     return _stage_case(bench, spec, calls, matrices[0], matrices[0])
 
 
-def ours(bench: Bench, spec: Spec, sets: list[Gradients]) -> list[Call]:
-    """Return this package's call for each set of gradients."""
-    backend = bench.backend
+def ours(bench: Bench, spec: Spec, sets: list[Gradients], backend: str | None = None) -> list[Call]:
+    """Return this package's call for each set of gradients, on the backend under test unless another is named."""
+    backend = backend or bench.backend
     if spec.stage == "gram":
         return [partial(gs.gram, grads, backend=backend) for grads in sets]
     if spec.stage == "combine":

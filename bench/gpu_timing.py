@@ -15,6 +15,8 @@ import numpy
 import torch
 
 OURS = "gradsurgery"
+TRITON = "gradsurgery, triton"
+"""Our other backend for GPUs."""
 FLAT = "gradsurgery, aligned [T, N]"
 """The same bytes as one matrix, beside a form that is harder to read."""
 

@@ -58,6 +58,14 @@ def test_every_arithmetic(fast, tasks, dtype):
     assert_gram(gradsurgery.gram(rows[:, 1:], backend="triton"), rows[:, 1:], dtype)
 
 
+@pytest.mark.parametrize("tasks", [9, 20, 70])
+def test_float64_without_matrix_instructions(monkeypatch, tasks):
+    monkeypatch.setattr(launch, "float64_dot", lambda: False)
+    rows = normal(tasks, 21)
+    assert_gram(gradsurgery.gram(rows, backend="triton"), rows, torch.float64)
+    assert launch.arithmetic_of(torch.float32, 9, torch.device(DEVICE)) == ("float32", 16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tasks", [3, 20, 70])
 @pytest.mark.parametrize("exponents", [(-20, -20), (18, 18), (-20, 18), (-30, -30)], ids=str)

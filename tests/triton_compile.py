@@ -19,8 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from cpp.check_sass import READ, SPILL, kernels_of
 from gradsurgery._gradients import parse
-from gradsurgery.backends.triton import launch
+from gradsurgery.backends.triton import launch, version
 
 WARP = {"cuda": 32, "hip": 64}
 
@@ -56,8 +57,10 @@ class Compiler:
         self.kernels[function.__name__, json.dumps(constants)] = kernel
 
 
-def launch_all(small: bool) -> None:
+def launch_all(target: GPUTarget, small: bool) -> None:
     """Launch every arithmetic, padded number of tasks and dtype once, in list form."""
+    launch._MAX_WARPS = 1024 // target.warp_size
+    launch.float64_dot = lambda: target.backend == "cuda" or version() >= (3, 8)
     for fast in (True, False):
         launch.fast_float64 = lambda device, fast=fast: fast
         for tasks in (2, 8, 9, 17) if small else (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 33, 65):
@@ -84,8 +87,20 @@ def launch_all(small: bool) -> None:
         launch.gradnorm_step(gram, out, 1.5, 0.025, (out, out), out)
 
 
+def recompiled() -> int:
+    """Return how many kernels another number of columns or blocks adds, of those that a first call compiled."""
+    counts = []
+    for columns in (4000, 64, 1 << 16, 16, 12):
+        flat = parse(torch.zeros(8, columns), None)
+        launch.gram(flat, torch.zeros(8, 8).double())
+        launch.combine(flat, torch.zeros(8).double(), torch.zeros(columns), False)
+        kernels = (launch.gram_kernels.slot_sums, launch.gram_kernels.sum_slots, launch.combine_kernels.weighted_sums)
+        counts.append(sum(len(kernel.device_caches[0][0]) for kernel in kernels))
+    return counts[-1] - counts[0]
+
+
 def describe(kernel, target: GPUTarget) -> dict[str, object]:
-    """Return registers, bytes of local memory and the instructions of a kernel."""
+    """Return a kernel's registers, spills and instructions; NVIDIA's hot loops are those that read 16 bytes of rows."""
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
         instructions = re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)
@@ -95,20 +110,28 @@ def describe(kernel, target: GPUTarget) -> dict[str, object]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", sass)
-    return {"registers": int(registers), "local": int(stack), "instructions": Counter(instructions)}
+        options = {"capture_output": True, "text": True, "check": True}
+        usage = subprocess.run([tool, "-res-usage", file.name], **options).stdout
+        (listing,) = kernels_of(file.name, tool)
+    registers, local = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    names = [re.sub(r"^@\S+ ", "", text).split()[0] for _, text in listing.code]
+    hot = [loop for loop in listing.inner_loops() if any(re.search(READ, text) for text in loop)]
+    spills = sum(bool(re.search(SPILL, text)) for loop in hot for text in loop)
+    return {
+        "registers": int(registers),
+        "local": int(local),
+        "hot loops": len(hot),
+        "spills in hot loops": spills,
+        "instructions": Counter(names),
+    }
 
 
 def main() -> None:
     name, architecture = sys.argv[1], sys.argv[2]
     target = GPUTarget(name, int(architecture) if architecture.isdigit() else architecture, WARP[name])
     compiler = Compiler(target)
-    launch_all(small="--small" in sys.argv)
+    launch_all(target, small="--small" in sys.argv)
+    print(json.dumps({"recompiled": recompiled()}))
     for (kernel, constants), compiled in compiler.kernels.items():
         row = {"kernel": kernel, "constants": json.loads(constants), "shared": compiled.metadata.shared}
         print(json.dumps(row | describe(compiled, target)))

@@ -79,22 +79,30 @@ def _launch() -> ModuleType:
 
 @lru_cache
 def _why_not_device(device: torch.device) -> str | None:
+    if device.type != "cuda" and not _interpreted():
+        return f"the tensors are on {device}"
     try:
-        import triton
+        found = version()
     except ImportError as error:
         return f"Triton is not there ({error})"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
-        return f"Triton must be {'.'.join(map(str, _OLDEST))} or later, got {triton.__version__}"
+    if found < _OLDEST:
+        return f"Triton must be {_OLDEST[0]}.{_OLDEST[1]} or later, got {found[0]}.{found[1]}"
     if _interpreted():
         return None if device.type == "cpu" else f"Triton interprets on the CPU only, and the tensors are on {device}"
-    if device.type != "cuda":
-        return f"the tensors are on {device}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < (8, 0):
         return f"the GPU must have compute capability 8.0 or later, got {capability}"
     return None
+
+
+def version() -> tuple[int, int]:
+    """Return Triton's version; ImportError without it."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _interpreted() -> bool:

@@ -32,6 +32,7 @@ def slot_total(
     TASKS: tl.constexpr,
     DTYPE: tl.constexpr,
     MODE: tl.constexpr,
+    DOT: tl.constexpr,
     SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -91,9 +92,9 @@ def slot_total(
                     )
             else:
                 for i in tl.range(block, whole, num_stages=STAGES):
-                    sums = add_float64(sums, x, y, i * BLOCK, columns, DTYPE, ALIGNED, False, SAME, BLOCK)
+                    sums = add_float64(sums, x, y, i * BLOCK, columns, DTYPE, ALIGNED, False, SAME, DOT, BLOCK)
                 for i in range(whole, end):
-                    sums = add_float64(sums, x, y, i * BLOCK, columns, DTYPE, ALIGNED, True, SAME, BLOCK)
+                    sums = add_float64(sums, x, y, i * BLOCK, columns, DTYPE, ALIGNED, True, SAME, DOT, BLOCK)
         left -= end - block
         piece += 1
         block = end * 0
@@ -114,6 +115,7 @@ def slot_sums(
     TASKS: tl.constexpr,
     DTYPE: tl.constexpr,
     MODE: tl.constexpr,
+    DOT: tl.constexpr,
     MIRRORED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -140,6 +142,7 @@ def slot_sums(
         TASKS,
         DTYPE,
         MODE,
+        DOT,
         False,
         ALIGNED,
         BLOCK,
@@ -164,6 +167,7 @@ def slot_sums(
                 TASKS,
                 DTYPE,
                 MODE,
+                DOT,
                 True,
                 ALIGNED,
                 BLOCK,

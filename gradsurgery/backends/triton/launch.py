@@ -20,7 +20,7 @@ from . import gradnorm as gradnorm_kernels
 from . import gram as gram_kernels
 from . import min_norm as min_norm_kernels
 from . import pcgrad as pcgrad_kernels
-from . import products
+from . import products, version
 from .table import Pieces, cut, pieces_of, to_device
 from .tuning import Config, combine_config, gram_config, measured
 
@@ -35,6 +35,8 @@ _MODES = {"rows": products.ROWS, "float64": products.FLOAT64, "float32": product
 _GRAM_SLOTS = {"rows": 1056, 16: 1056, 32: 1056, 64: 528, 128: 264}
 _COMBINE_SLOTS = 1056
 _ROWS_AT_MOST = 8
+# A block has at most 1,024 threads.
+_MAX_WARPS = 16 if torch.version.hip else 32
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -55,13 +57,19 @@ def fast_float64(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
 
 
+@lru_cache
+def float64_dot() -> bool:
+    """Whether Triton can multiply float64 matrices; on AMD's GPUs it can from version 3.8 on."""
+    return torch.version.hip is None or version() >= (3, 8)
+
+
 def arithmetic_of(dtype: torch.dtype, num_tasks: int, device: torch.device) -> tuple[str, int]:
     """Return how the Gram kernel takes products, and the number of tasks that it is compiled for."""
     fast = fast_float64(device)
     if num_tasks * 4 <= _ROWS_AT_MOST * min(dtype.itemsize, 4) and (fast or dtype is torch.float64):
         return "rows", num_tasks
     tasks = max(16, triton.next_power_of_2(num_tasks))
-    wide = dtype is torch.float64 or (fast and dtype is torch.float32 and tasks == 16)
+    wide = dtype is torch.float64 or (fast and float64_dot() and dtype is torch.float32 and tasks == 16)
     return "float64" if wide else "float32", tasks
 
 
@@ -101,6 +109,7 @@ def gram(grads: TaskGradients, out: Tensor, config: Config | None = None) -> Non
                 TASKS=launch.tasks,
                 DTYPE=_DTYPES[launch.pieces.dtype],
                 MODE=_MODES[launch.arithmetic],
+                DOT=float64_dot(),
                 MIRRORED=mirrored,
                 ALIGNED=launch.pieces.aligned,
                 BLOCK=launch.config.block,
@@ -128,6 +137,8 @@ def _plan(pieces: Pieces, num_tasks: int, device: torch.device, config: Config |
     if config is None:
         key = ("gram", arithmetic, tasks, pieces.dtype)
         fixed = gram_config(arithmetic, tasks, pieces.dtype)
+        if arithmetic == "float64" and not float64_dot():
+            fixed = fixed._replace(block=4)
         config = measured(key, device, fixed, partial(_try_gram, num_tasks, pieces.dtype, device))
     # Fewer columns than 8 T cost less than the slot's own sums.
     least = triton.cdiv(8 * num_tasks, config.block)
@@ -255,7 +266,7 @@ def min_norm(gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) 
     num_tasks = gram.shape[-1]
     problems = out.numel() // num_tasks
     tasks = triton.next_power_of_2(num_tasks)
-    num_warps = min(max(1, tasks * tasks // 256), 32)
+    num_warps = min(max(1, tasks * tasks // 256), _MAX_WARPS)
     if problems == 0:
         return
     with on(gram.device):

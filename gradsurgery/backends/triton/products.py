@@ -84,14 +84,18 @@ def add_float64(
     ALIGNED: tl.constexpr,
     TAIL: tl.constexpr,
     SAME: tl.constexpr,
+    DOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the products of columns begin .. begin + BLOCK in FLOAT64."""
+    """Add the products of columns begin .. begin + BLOCK in FLOAT64, by matrix instructions if DOT."""
     x = load(x_rows, begin, columns, DTYPE, ALIGNED, TAIL, BLOCK).to(tl.float64)
     y = x
     if not SAME:
         y = load(y_rows, begin, columns, DTYPE, ALIGNED, TAIL, BLOCK).to(tl.float64)
-    return tl.dot(x, tl.trans(y), total, out_dtype=tl.float64)
+    if DOT:
+        return tl.dot(x, tl.trans(y), total, out_dtype=tl.float64)
+    else:
+        return total + tl.sum(x[:, None, :] * y[None, :, :], 2)
 
 
 @triton.jit
