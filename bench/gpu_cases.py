@@ -110,6 +110,8 @@ def prepare(bench: Bench, spec: Spec) -> Case:
     if spec.form == "list":
         lists = bench.lists(spec)
         calls = {OURS: ours(bench, spec, lists), FLAT: ours(bench, spec, bench.matrices(spec))}
+        if bench.device.type == "cuda":
+            calls[TRITON] = ours(bench, spec, lists, "triton")
         if spec.stage == "chain":
             calls["torch.cat + mm + mv"] = [_cat_products(rows) for rows in lists]
         return _stage_case(bench, spec, calls, lists[0], _joined(lists[0]))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .gpu_timing import OURS, Row
+from .gpu_timing import OURS, TRITON, Row
 
 LARGE, MEDIUM = 300e6, 28e6
 """Bytes of J from which two passes take all of the time, and above which it does not stay on the chip."""
@@ -19,7 +19,8 @@ class Target:
     stage: str
     bound: float
     figure: str = "x_floor"
-    """A field of Row: x_floor (floor by the measured ceilings), x_flat (the flat form), median_us, error."""
+    """A field of Row: x_floor (floor by the measured ceilings), x_flat (the flat form), x_ours, median_us, error."""
+    contender: str = OURS
     form: str = "flat"
     tasks: tuple[int, int] = (1, 256)
     """First and last T."""
@@ -31,9 +32,17 @@ class Target:
 
     def text(self) -> str:
         """Return the target in words."""
-        unit = {"x_floor": "x the floor", "x_flat": "x flat", "median_us": "us", "error": "error"}[self.figure]
+        unit = {"x_floor": "x the floor", "x_flat": "x flat", "x_ours": "x cuda", "median_us": "us", "error": "error"}[
+            self.figure
+        ]
         first, last = self.tasks
-        parts = [self.stage, self.form, self.dtype or "", "" if self.batch == 1 else f"{self.batch} problems"]
+        parts = [
+            "triton" if self.contender == TRITON else "",
+            self.stage,
+            self.form,
+            self.dtype or "",
+            "" if self.batch == 1 else f"{self.batch} problems",
+        ]
         if self.tasks != (1, 256):
             parts.append(f"T={first}" if first == last else f"T<={last}")
         low, high = (f"{size / 1e6:g}" for size in self.sizes)
@@ -45,7 +54,7 @@ class Target:
         """Return whether the target is about this row."""
         return (
             (row.stage, row.contender, row.form, row.batch, row.cache)
-            == (self.stage, OURS, self.form, self.batch, self.cache)
+            == (self.stage, self.contender, self.form, self.batch, self.cache)
             and self.tasks[0] <= row.tasks <= self.tasks[1]
             and self.dtype in (None, row.dtype)
             and self.sizes[0] <= row.bytes < self.sizes[1]
@@ -54,7 +63,7 @@ class Target:
 
 
 def _solver(stage: str, tasks: int, bound: float, batch: int = 1) -> Target:
-    return Target(stage, bound, "median_us", "solve", (tasks, tasks), batch=batch, cache="hot")
+    return Target(stage, bound, "median_us", form="solve", tasks=(tasks, tasks), batch=batch, cache="hot")
 
 
 LARGE_SIZES, MEDIUM_SIZES = (LARGE, math.inf), (MEDIUM, LARGE)
@@ -69,15 +78,20 @@ TARGETS = [
     Target("chain", 1.08, tasks=(1, 128), dtype="bfloat16", sizes=LARGE_SIZES),
     Target("chain", 1.05, tasks=(1, 32), dtype="float32", sizes=MEDIUM_SIZES),
     Target("chain", 1.05, tasks=(1, 128), dtype="bfloat16", sizes=MEDIUM_SIZES),
-    *(Target(stage, 1.15, "x_flat", "list") for stage in ("gram", "combine", "chain")),
-    *(Target(stage, 1.3, "x_flat", "misaligned") for stage in ("gram", "combine")),
+    *(Target(stage, 1.15, "x_flat", form="list") for stage in ("gram", "combine", "chain")),
+    *(Target(stage, 1.3, "x_flat", form="misaligned") for stage in ("gram", "combine")),
+    *(
+        Target(stage, 1.25, "x_ours", TRITON, tasks=(2, 64), dtype=dtype, sizes=(80e6, math.inf))
+        for stage in ("gram", "combine")
+        for dtype in ("float32", "bfloat16")
+    ),
     _solver("pcgrad_weights", 8, 3),
     _solver("pcgrad_weights", 64, 8),
     _solver("min_norm_weights", 8, 5),
     _solver("min_norm_weights", 64, 200),
     _solver("pcgrad_weights", 8, 60, batch=1000),
     _solver("min_norm_weights", 8, 60, batch=1000),
-    *(Target("gram", 1e-6, "error", form) for form in ("flat", "list", "misaligned")),
+    *(Target("gram", 1e-6, "error", form=form) for form in ("flat", "list", "misaligned")),
 ]
 
 

@@ -80,6 +80,8 @@ class Row(Spec):
     floor_us: float | None = None
     x_floor: float | None = None
     x_flat: float | None = None
+    x_ours: float | None = None
+    """Another contender's time over ours."""
     error: float | None = None
     note: str = ""
 
@@ -105,6 +107,9 @@ def measure(case: Case, device: torch.device, seconds: float, ceilings: dict[str
             row.host_us = 1e6 * _host_seconds(case.calls[name], device, seconds)
         elif floor_us:
             row.floor_us, row.x_floor = floor_us, row.median_us / floor_us
+    for name in samplers:
+        if name != OURS:
+            rows[name].x_ours = rows[name].median_us / rows[OURS].median_us
     if FLAT in samplers:
         rows[OURS].x_flat = rows[OURS].median_us / rows[FLAT].median_us
     rows[OURS].error = case.error()

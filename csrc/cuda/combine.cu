@@ -9,22 +9,24 @@ namespace gs::gpu {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kUnroll = 8;           // rows whose loads are in flight together
-constexpr int64_t kMaxTurns = 8;     // of a warp in a slot
-constexpr int64_t kMaxSlots = 1056;  // as long as they have a turn for each warp
+constexpr int kVectors = 8;          // of a lane whose loads are in flight together: of so many rows, or of fewer rows
+constexpr int64_t kMaxVectors = 64;  // of a lane's rows in a slot
+constexpr int64_t kMaxSlots = 1056;  // as long as they have a vector for each lane
 
 // Small problems are spread over more blocks.
-int64_t width_of(int64_t columns, int32_t dtype) {
+int64_t width_of(int64_t columns, int32_t dtype, int64_t num_tasks) {
   const int64_t turn = kThreads * 16 / gs::element_bytes(dtype);
-  return turn * std::clamp<int64_t>(columns / kMaxSlots / turn, 1, kMaxTurns);
+  const int64_t most = kMaxVectors / std::min<int64_t>(num_tasks, kVectors);
+  return turn * std::clamp<int64_t>(columns / kMaxSlots / turn, 1, most);
 }
 
 // The rows that count in a block's segment: those with a weight other than 0 in one of the directions.
 template <int K>
 struct Terms {
   double weight[K][GS_MAX_TASKS];  // by task
+  int32_t of_warp[kWarps];         // a vector of its own: what others write meanwhile is not to be read along with it
   int32_t row[GS_MAX_TASKS];
-  int32_t count, of_warp[kWarps];
+  int32_t count;
 };
 
 // weights: [K][stride], of which a segment's begin at `own`.
@@ -64,22 +66,25 @@ GS_DEVICE void add_term(const Terms<K>& terms, int task, double x, double (&sum)
   }
 }
 
-// A lane's vector of a turn: of a whole step or of the rest of a piece.
-template <class In>
-GS_DEVICE void store(const Turns<In, kWarp, 1>& turns, In* out, const Vector<In>& vector) {
+// A lane's vector of step s of a turn: of a whole step or of the rest of a piece.
+template <class In, int kSteps>
+GS_DEVICE void store(const Turns<In, kWarp, kSteps>& turns, int s, In* out, const Vector<In>& vector) {
+  constexpr int64_t kStep = kWarp * kVector<In>;
   const int lane = thread() % kWarp;
-  if (turns.is_whole()) return store_step<kWarp>(out + turns.column(), turns.aligned(), lane, vector);
+  if (turns.is_whole()) return store_step<kWarp>(out + turns.column() + s * kStep, turns.aligned(), lane, vector);
   const Steps steps = turns.rest_steps();
 #pragma unroll
   for (int e = 0; e < kVector<In>; e++) {
-    const int64_t i = turns.rest_index() + e * kWarp + lane;
+    const int64_t i = turns.rest_index() + s * kStep + e * kWarp + lane;
     if (i < steps.rest) out[steps.rest_column(i)] = vector.get(e);
   }
 }
 
-template <class In, int K>
+template <class In, int K, int kSteps>
 GS_KERNEL GS_BLOCKS(kThreads, K == 1 ? 2 : 1)
     combine_kernel(GS_ARGUMENT(Table) table, int num_tasks, const double* weights, int64_t stride, bool accumulate) {
+  constexpr int kRows =
+      sizeof(In) == 2 && kSteps > 1 ? 2 : kVectors / kSteps;  // more sums of 16-bit formats would spill
   wait_for_previous_kernel();
   auto& terms = shared<Terms<K>>();
   const int64_t slot = table.slots - 1 - block();
@@ -87,22 +92,25 @@ GS_KERNEL GS_BLOCKS(kThreads, K == 1 ? 2 : 1)
   sync_block();
   let_next_kernel_start();
   const int lane = thread() % kWarp;
-  for (Turns<In, kWarp, 1> turns(table, slot, thread() / kWarp, kWarps); !turns.done(); turns.next()) {
-    double sum[kVector<In>][K] = {};
-    for (int first = 0; first < terms.count; first += kUnroll) {
-      int task[kUnroll];
+  for (Turns<In, kWarp, kSteps> turns(table, slot, thread() / kWarp, kWarps); !turns.done(); turns.next()) {
+    double sum[kSteps][kVector<In>][K] = {};
+    for (int first = 0; first < terms.count; first += kRows) {
+      int task[kRows];
 #pragma unroll
-      for (int u = 0; u < kUnroll; u++) task[u] = first + u < terms.count ? terms.row[first + u] : -1;
-      const In* row[kUnroll];
+      for (int u = 0; u < kRows; u++) task[u] = first + u < terms.count ? terms.row[first + u] : -1;
+      const In* row[kRows];
       turns.get_rows(task, row);
-      Vector<In> x[1][kUnroll];
+      Vector<In> x[kSteps][kRows];
       turns.load(row, lane, load_last<Vector<In>>, x);
 #pragma unroll
-      for (int u = 0; u < kUnroll; u++) {
+      for (int u = 0; u < kRows; u++) {
         // An absent row counts as zero, also where its weight is not finite.
         if (!row[u]) continue;
 #pragma unroll
-        for (int e = 0; e < kVector<In>; e++) add_term(terms, task[u], to_double(x[0][u].get(e)), sum[e]);
+        for (int s = 0; s < kSteps; s++) {
+#pragma unroll
+          for (int e = 0; e < kVector<In>; e++) add_term(terms, task[u], to_double(x[s][u].get(e)), sum[s][e]);
+        }
       }
     }
     int output[K];
@@ -115,17 +123,30 @@ GS_KERNEL GS_BLOCKS(kThreads, K == 1 ? 2 : 1)
       if (!out[k]) continue;
       if (accumulate) {
         const In* const before[1] = {out[k]};
-        Vector<In> x[1][1];
+        Vector<In> x[kSteps][1];
         turns.load(before, lane, load_last<Vector<In>>, x);
 #pragma unroll
-        for (int e = 0; e < kVector<In>; e++) sum[e][k] += to_double(x[0][0].get(e));
-      }
-      Vector<In> result = {};
+        for (int s = 0; s < kSteps; s++) {
 #pragma unroll
-      for (int e = 0; e < kVector<In>; e++) result.set(e, from_double<In>(sum[e][k]));
-      store(turns, out[k], result);
+          for (int e = 0; e < kVector<In>; e++) sum[s][e][k] += to_double(x[s][0].get(e));
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kSteps; s++) {
+        Vector<In> result = {};
+#pragma unroll
+        for (int e = 0; e < kVector<In>; e++) result.set(e, from_double<In>(sum[s][e][k]));
+        store(turns, s, out[k], result);
+      }
     }
   }
+}
+
+template <class In, int K, int kSteps>
+gs_status launch_combine(const Table& table, const gs_gradients& grads, const double* weights, bool accumulate,
+                         gs_stream stream) {
+  return launch(&combine_kernel<In, K, kSteps>, table.slots, kThreads, sizeof(Terms<K>), stream, table,
+                static_cast<int>(grads.num_tasks), weights, grads.num_segments * grads.num_tasks, accumulate);
 }
 
 // Directions that one pass over the gradients yields.
@@ -138,14 +159,20 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
   if constexpr (K < kMaxDirections) {
     if (directions > K) return launch_pass<K + 1>(grads, weights, directions, out, accumulate, space, stream);
   }
-  Tables tables(grads, out, K, width_of);
+  const auto width = [&](int64_t columns, int32_t dtype) { return width_of(columns, dtype, grads.num_tasks); };
+  Tables tables(grads, out, K, width);
   Table table;
   while (tables.next(table)) {
     gs_status status = tables.fill(table, space, stream);
     if (status != GS_OK) return status;
     status = with_dtype(table.dtype, [&](auto in) {
-      return launch(&combine_kernel<decltype(in), K>, table.slots, kThreads, sizeof(Terms<K>), stream, table,
-                    static_cast<int>(grads.num_tasks), weights, grads.num_segments * grads.num_tasks, accumulate);
+      using In = decltype(in);
+      if constexpr (K == 1) {
+        constexpr int kMost = sizeof(In) == 2 ? 2 : 4;
+        if (grads.num_tasks <= 2) return launch_combine<In, K, kMost>(table, grads, weights, accumulate, stream);
+        if (grads.num_tasks <= 4) return launch_combine<In, K, 2>(table, grads, weights, accumulate, stream);
+      }
+      return launch_combine<In, K, 1>(table, grads, weights, accumulate, stream);
     });
     if (status != GS_OK) return status;
   }

@@ -32,9 +32,12 @@ _DTYPES = {
 }
 _MODES = {"rows": products.ROWS, "float64": products.FLOAT64, "float32": products.FLOAT32}
 # Programs of a streaming kernel: a multiple of many GPUs' multiprocessors, and enough warps to fill them.
-_GRAM_SLOTS = {"rows": 1056, 16: 1056, 32: 1056, 64: 528, 128: 264}
+_GRAM_SLOTS = {"rows": 1056, 16: 1056, 32: 1056, 64: 264, 128: 264}
 _COMBINE_SLOTS = 1056
 _ROWS_AT_MOST = 8
+# A product that one lane fuses with a sum and another does not would make them disagree on what both decide by.
+_SOLVER = {"enable_fp_fusion": False}
+_PCGRAD_ELEMENTS = 64
 # A block has at most 1,024 threads.
 _MAX_WARPS = 16 if torch.version.hip else 32
 
@@ -66,10 +69,10 @@ def float64_dot() -> bool:
 def arithmetic_of(dtype: torch.dtype, num_tasks: int, device: torch.device) -> tuple[str, int]:
     """Return how the Gram kernel takes products, and the number of tasks that it is compiled for."""
     fast = fast_float64(device)
-    if num_tasks * 4 <= _ROWS_AT_MOST * min(dtype.itemsize, 4) and (fast or dtype is torch.float64):
+    if num_tasks <= _ROWS_AT_MOST and (fast or dtype is torch.float64):
         return "rows", num_tasks
     tasks = max(16, triton.next_power_of_2(num_tasks))
-    wide = dtype is torch.float64 or (fast and float64_dot() and dtype is torch.float32 and tasks == 16)
+    wide = dtype is torch.float64 or (fast and float64_dot() and dtype is torch.float32)
     return "float64" if wide else "float32", tasks
 
 
@@ -229,7 +232,7 @@ def task_order(seed: int, step: Tensor, out: Tensor) -> None:
     tasks, rows, num_warps = _tile(num_tasks)
     with on(out.device):
         pcgrad_kernels.write_orders[(triton.cdiv(num_tasks, rows),)](
-            out, seed, step, num_tasks, TASKS=tasks, ROWS=rows, num_warps=num_warps
+            out, seed, step, num_tasks, TASKS=tasks, ROWS=rows, num_warps=num_warps, **_SOLVER
         )
 
 
@@ -254,6 +257,7 @@ def pcgrad(gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance:
                 TASKS=tasks,
                 ROWS=rows,
                 num_warps=num_warps,
+                **_SOLVER,
             )
     if programs > 1:
         torch.sum(parts, 1, out=out.view(problems, num_tasks))
@@ -271,10 +275,10 @@ def min_norm(gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) 
         return
     with on(gram.device):
         if exact:
-            min_norm_kernels.exact[(problems,)](out, gram, num_tasks, TASKS=tasks, num_warps=num_warps)
+            min_norm_kernels.exact[(problems,)](out, gram, num_tasks, TASKS=tasks, num_warps=num_warps, **_SOLVER)
         else:
             min_norm_kernels.frank_wolfe[(problems,)](
-                out, gram, num_tasks, max_iter, tol, TASKS=tasks, num_warps=num_warps
+                out, gram, num_tasks, max_iter, tol, TASKS=tasks, num_warps=num_warps, **_SOLVER
             )
 
 
@@ -284,7 +288,7 @@ def gradnorm(inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> 
     if out.numel():
         with on(out.device):
             gradnorm_kernels.update[(out.numel() // num_tasks,)](
-                out, *inputs, alpha, lr, num_tasks, TASKS=triton.next_power_of_2(num_tasks), num_warps=1
+                out, *inputs, alpha, lr, num_tasks, TASKS=triton.next_power_of_2(num_tasks), num_warps=1, **_SOLVER
             )
 
 
@@ -296,12 +300,22 @@ def gradnorm_step(
     if out.numel():
         with on(out.device):
             gradnorm_kernels.step[(out.numel() // num_tasks,)](
-                out, gram, losses, *state, alpha, lr, num_tasks, TASKS=triton.next_power_of_2(num_tasks), num_warps=1
+                out,
+                gram,
+                losses,
+                *state,
+                alpha,
+                lr,
+                num_tasks,
+                TASKS=triton.next_power_of_2(num_tasks),
+                num_warps=1,
+                **_SOLVER,
             )
 
 
 def _tile(num_tasks: int) -> tuple[int, int, int]:
-    """Return the padded number of tasks, the rows that a program of PCGrad takes, and its warps."""
+    """Return the padded number of tasks, and the rows and warps of a program of PCGrad."""
     tasks = triton.next_power_of_2(num_tasks)
-    rows = min(tasks, 2048 // tasks)
-    return tasks, rows, max(1, tasks * rows // 256)
+    # Few, for many programs; the interpreter takes them one after the other.
+    rows = tasks if products.INTERPRETED.value else max(1, _PCGRAD_ELEMENTS // tasks)
+    return tasks, min(rows, tasks), 1

@@ -88,23 +88,19 @@ def cut(pieces: Pieces, block: int, max_slots: int, least_blocks: int = 1) -> tu
     return np.stack([piece, start - first[piece], count, np.zeros_like(count)], 1), segments[which]
 
 
+# What captured graphs read again when they are replayed.
+_captured: list[Tensor] = []
+
+
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """Copy int64 arrays to the device in one piece, without synchronising; returned flat."""
-    values = np.concatenate([array.reshape(-1) for array in arrays])
-    if device.type == "cpu":
-        table = torch.from_numpy(values)
-    elif capturing(device):
-        table = by_arguments(values, device)
-    else:
-        table = torch.from_numpy(values).pin_memory().to(device, non_blocking=True)
+    table = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
+    if device.type != "cpu":
+        table = table.pin_memory()
+        if capturing(device):
+            _captured.append(table)
+        table = table.to(device, non_blocking=True)
     return list(table.split([array.size for array in arrays]))
-
-
-def by_arguments(values: np.ndarray, device: torch.device) -> Tensor:
-    """Write int64 values by the arguments of kernels, which a captured graph keeps; host memory may be gone later."""
-    table = torch.zeros(len(values), dtype=torch.int64, device=device)
-    torch._foreach_add_(list(table.unbind()), values.tolist())
-    return table
 
 
 def capturing(device: torch.device) -> bool:

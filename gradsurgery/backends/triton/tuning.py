@@ -35,12 +35,12 @@ _GRAM = {
     **{("rows", tasks, size): Config(512 // size, 1) for tasks in (5, 6, 7, 8) for size in (2, 4, 8)},
     ("float64", 16, 4): Config(64, 1),
     ("float64", 16, 8): Config(32, 1),
+    ("float64", 32, 4): Config(64, 2),
     ("float64", 32, 8): Config(32, 2),
-    ("float64", 64, 8): Config(16, 4),
-    ("float64", 128, 8): Config(16, 4),
-    **{("float32", 16, size): Config(64, 1) for size in (2, 4)},
-    ("float32", 32, 2): Config(64, 2),
-    ("float32", 32, 4): Config(32, 2),
+    **{("float64", tasks, 4): Config(32, 4) for tasks in (64, 128)},
+    **{("float64", tasks, 8): Config(16, 4) for tasks in (64, 128)},
+    **{("float32", 16, size): Config(64, 1, 4) for size in (2, 4)},
+    **{("float32", 32, size): Config(32, 2, 4) for size in (2, 4)},
     **{("float32", tasks, size): Config(32, 4) for tasks in (64, 128) for size in (2, 4)},
 }
 _tuned: dict[tuple[object, ...], Config] = {}
@@ -52,8 +52,8 @@ def gram_config(arithmetic: str, tasks: int, dtype: torch.dtype) -> Config:
 
 
 def combine_config(dtype: torch.dtype) -> Config:
-    """Return the fixed configuration of combine: 32 bytes of a row for each thread at a time."""
-    return Config(4096 // dtype.itemsize, 4, 1)
+    """Return the fixed configuration of combine."""
+    return Config(512, 4, 1)
 
 
 def measured(
