@@ -39,7 +39,8 @@ on_gpu = pytest.mark.skipif("cuda" not in AVAILABLE, reason=f"needs the cuda bac
 
 # What takes Triton's interpreter longer than it is worth, beyond this many tasks.
 INTERPRETED_TASKS = {
-    "test_batches_equal_loops": 2,
+    "test_any_shape_and_segments": 0,
+    "test_batches_equal_loops": 1,
     "test_constant_rows_have_no_bias": 0,
     "test_large_output_past_the_cache": 0,
     "test_no_second_copy_of_the_task_gradients": 0,
@@ -62,7 +63,7 @@ def worthwhile(item: Any) -> bool:
         return tasks <= 128
     if parameters.get("case", "normal") not in ("normal", "mixed scales") and tasks > 17:
         return False
-    return tasks <= INTERPRETED_TASKS.get(item.originalname, 128) and tasks * columns <= 20_000
+    return tasks <= INTERPRETED_TASKS.get(item.originalname, 128) and tasks * columns <= 10_000
 
 
 @pytest.fixture(params=USABLE)

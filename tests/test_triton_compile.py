@@ -50,15 +50,17 @@ def check_common(kernels: list[dict], matrix: str) -> None:
             assert (count(kernel, *matrix.split()) > 0) == matrices, name
 
 
-@pytest.mark.parametrize("architecture", ["80", "90"])
-def test_nvidia(architecture):
-    kernels, recompiled = compiled("cuda", architecture)
+@pytest.mark.parametrize(("architecture", "extent"), [("80", ["--small"]), ("90", [])], ids=["80", "90"])
+def test_nvidia(architecture, extent):
+    kernels, recompiled = compiled("cuda", architecture, *extent)
     assert recompiled == 0
     check_common(kernels, "HMMA HGMMA DMMA")
     for kernel in kernels:
         constants, name = kernel["constants"], named(kernel)
         tasks = int(constants.get("TASKS", 1))
-        if kernel["kernel"] in ("slot_sums", "weighted_sums") and constants["ALIGNED"] == "True":
+        # Of 16-bit rows combine reads 8 bytes at a time, in more programs, which was measured to be as fast.
+        eight = kernel["kernel"] == "weighted_sums" and constants["DTYPE"] in ("bf16", "fp16")
+        if kernel["kernel"] in ("slot_sums", "weighted_sums") and constants["ALIGNED"] == "True" and not eight:
             assert kernel["hot loops"] == 1, name
             assert kernel["spills in hot loops"] == 0, name
         # The solvers of min-norm problems hold two [T, T] matrices in registers.
