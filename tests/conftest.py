@@ -61,9 +61,9 @@ def worthwhile(item: Any) -> bool:
         return True
     if not INTERPRETED:
         return tasks <= 128
-    if parameters.get("case", "normal") not in ("normal", "mixed scales") and tasks > 17:
+    if parameters.get("case", "normal") not in ("normal", "mixed scales") and tasks > 8:
         return False
-    return tasks <= INTERPRETED_TASKS.get(item.originalname, 128) and tasks * columns <= 10_000
+    return tasks <= INTERPRETED_TASKS.get(item.originalname, 128) and tasks * columns <= 5_000
 
 
 @pytest.fixture(params=USABLE)
