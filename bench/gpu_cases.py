@@ -223,7 +223,10 @@ def _solver_case(bench: Bench, spec: Spec) -> Case:
         squares = [torch.einsum("...i,...ij,...j->...", v, gram, v) for v in (off, exact)]
         return (squares[0] / squares[1]).clamp(min=0).sqrt().max().item()
 
-    return Case(spec, {OURS: calls}, error)
+    contenders = {OURS: calls}
+    if bench.device.type == "cuda":
+        contenders[TRITON] = [partial(function, gram, backend="triton", **options) for gram in inputs]
+    return Case(spec, contenders, error)
 
 
 def exact_gram(matrix: Tensor) -> Tensor:

@@ -136,6 +136,25 @@ def test_dtypes_of_different_arithmetics_share_a_gram_matrix(fast, tasks):
     assert_gram(got[3], flatten(grads, [4]), torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tasks", [3, 17])
+def test_segments_of_the_flat_form(fast, tasks, dtype):
+    rows = normal(tasks, 200, dtype)
+    offsets = [0, 0, 13, 13, 170, 200]
+    got = gradsurgery.gram(rows, segments=offsets, backend="triton")
+    for segment, (begin, end) in zip(got, pairwise(offsets), strict=True):
+        assert_gram(segment, rows[:, begin:end], dtype)
+
+
+def test_rows_are_aligned_only_if_all_of_them_are():
+    rows = torch.zeros(2, 16)
+    assert table.pieces_of(parse(rows, None))[0].aligned
+    assert not table.pieces_of(parse(rows[:, 1:], None))[0].aligned
+    assert not table.pieces_of(parse([[rows[0]], [rows[1, :-1].new_zeros(17)[1:]]], None))[0].aligned
+    assert not table.pieces_of(parse(rows, None), torch.zeros(17)[1:])[0].aligned
+    assert table.pieces_of(parse([[rows[0]], [None]], None))[0].aligned
+
+
 @settings(deadline=None)
 @given(
     pieces=st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 5)), min_size=1, max_size=30),

@@ -63,6 +63,9 @@ def test_nvidia(architecture, extent):
         if kernel["kernel"] in ("slot_sums", "weighted_sums") and constants["ALIGNED"] == "True" and not eight:
             assert kernel["hot loops"] == 1, name
             assert kernel["spills in hot loops"] == 0, name
+        # Lanes must agree on what they decide by: see launch._SOLVER.
+        if kernel["kernel"] not in STREAMING:
+            assert constants["enable_fp_fusion"] == "False", name
         # The solvers of min-norm problems hold two [T, T] matrices in registers.
         if kernel["kernel"] not in ("exact", "frank_wolfe") or tasks <= 32:
             assert kernel["local"] <= 32, name

@@ -6,6 +6,9 @@ import triton.language as tl
 
 from .products import rounded
 
+# Rows whose loads are in flight together.
+UNROLL = tl.constexpr(4)
+
 
 @triton.jit(do_not_specialize=["out", "base", "row_bytes", "columns", "num_tasks", "blocks_per_slot"])
 def weighted_sums(
@@ -22,7 +25,6 @@ def weighted_sums(
     ACCUMULATE: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write d = sum_t w_t g_t over this program's slot.
@@ -65,7 +67,6 @@ def weighted_sums(
                 DTYPE,
                 ALIGNED,
                 False,
-                UNROLL,
                 BLOCK,
             )
         for i in range(whole, end):
@@ -83,7 +84,6 @@ def weighted_sums(
                 DTYPE,
                 ALIGNED,
                 True,
-                UNROLL,
                 BLOCK,
             )
         left -= end - block
@@ -106,7 +106,6 @@ def write_block(
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     TAIL: tl.constexpr,
-    UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write columns begin .. begin + BLOCK of one piece."""

@@ -206,14 +206,14 @@ def sum_slots(
     SLOTS: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Add the slots of each segment in order, and write G and its mirror image; program: (entries, segment)."""
-    segment = tl.program_id(1).to(tl.int64)
+    """Add the slots of each segment in order, and write G and its mirror image; program: (segment, entries)."""
+    segment = tl.program_id(0).to(tl.int64)
     first = segment * 0
     last = num_slots
     if SEGMENTED:
         first = tl.load(segments + segment)
         last = tl.load(segments + segment + 1)
-    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
     i = entry // num_tasks
     j = entry % num_tasks
     mask = (i < num_tasks) & (i <= j)

@@ -22,7 +22,7 @@ from . import min_norm as min_norm_kernels
 from . import pcgrad as pcgrad_kernels
 from . import products, version
 from .table import Pieces, cut, pieces_of, to_device
-from .tuning import Config, combine_config, gram_config, measured
+from .tuning import COMBINE, Config, gram_config, measured
 
 _DTYPES = {
     torch.float64: tl.float64,
@@ -121,7 +121,7 @@ def gram(grads: TaskGradients, out: Tensor, config: Config | None = None) -> Non
                 num_stages=1,
             )
         entries = 4 if num_tasks <= _ROWS_AT_MOST else 16
-        gram_kernels.sum_slots[(triton.cdiv(num_tasks**2, entries), num_segments)](
+        gram_kernels.sum_slots[(num_segments, triton.cdiv(num_tasks**2, entries))](
             out,
             partials,
             first_slots,
@@ -170,9 +170,11 @@ def combine(
     listed = grads.matrix is None or weights.dim() > 1
     launches = []
     for pieces in pieces_of(grads, out):
-        fixed = combine_config(pieces.dtype)
         chosen = config or measured(
-            ("combine", num_tasks, pieces.dtype), device, fixed, partial(_try_combine, num_tasks, pieces.dtype, device)
+            ("combine", num_tasks, pieces.dtype),
+            device,
+            COMBINE,
+            partial(_try_combine, num_tasks, pieces.dtype, device),
         )
         launches.append((pieces, chosen, cut(pieces, chosen.block, _COMBINE_SLOTS)[0]))
     tables = [weights] * (2 * len(launches))  # not read
@@ -192,7 +194,6 @@ def combine(
                 ACCUMULATE=accumulate,
                 DTYPE=_DTYPES[pieces.dtype],
                 ALIGNED=pieces.aligned,
-                UNROLL=4,
                 BLOCK=chosen.block,
                 num_warps=chosen.num_warps,
                 num_stages=chosen.num_stages,
@@ -245,7 +246,7 @@ def pcgrad(gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance:
     parts = out if programs == 1 else out.new_empty(problems, programs, num_tasks)
     if problems:
         with on(gram.device):
-            pcgrad_kernels.project[(programs, problems)](
+            pcgrad_kernels.project[(problems, programs)](
                 parts,
                 gram,
                 gram if order is None else order,

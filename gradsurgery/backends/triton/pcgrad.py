@@ -48,9 +48,9 @@ def project(
     TASKS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Write the coefficients of ROWS projected gradients' sum to [problems, programs, T]; program: (rows, problem)."""
-    problem = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Write the coefficients of ROWS projected gradients' sum to [problems, programs, T]; program: (problem, rows)."""
+    problem = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     task = tl.arange(0, TASKS)[None, :]
     inside = (row < num_tasks)[:, None] & (task < num_tasks)
     if GIVEN:
@@ -76,7 +76,7 @@ def project(
     weights = tl.where(bad > 0, float("nan"), weights)
     position = tl.arange(0, TASKS)
     tl.store(
-        out + (problem * tl.num_programs(0) + tl.program_id(0)) * num_tasks + position,
+        out + (problem * tl.num_programs(1) + tl.program_id(1)) * num_tasks + position,
         weights,
         mask=position < num_tasks,
     )

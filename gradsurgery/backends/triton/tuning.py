@@ -43,17 +43,13 @@ _GRAM = {
     **{("float32", 32, size): Config(32, 2, 4) for size in (2, 4)},
     **{("float32", tasks, size): Config(32, 4) for tasks in (64, 128) for size in (2, 4)},
 }
+COMBINE = Config(512, 4, 1)
 _tuned: dict[tuple[object, ...], Config] = {}
 
 
 def gram_config(arithmetic: str, tasks: int, dtype: torch.dtype) -> Config:
     """Return the fixed configuration of the Gram kernel."""
     return _GRAM[arithmetic, tasks, dtype.itemsize]
-
-
-def combine_config(dtype: torch.dtype) -> Config:
-    """Return the fixed configuration of combine."""
-    return Config(512, 4, 1)
 
 
 def measured(
