@@ -102,6 +102,7 @@ def test_pcgrad_never_projects_on_a_zero_gradient(backend):
     # A product that is not 0 beside a squared norm that underflowed to 0.
     odd = torch.tensor([[1.0, -1e-300], [-1e-300, 0.0]], dtype=torch.float64)
     assert torch.equal(gradsurgery.pcgrad_weights(odd, backend=backend), torch.ones(2).double())
+    assert torch.equal(gradsurgery.pcgrad_weights(odd * 1e299, backend=backend), torch.ones(2).double())
 
 
 def assert_shortest(gram: torch.Tensor, weights: torch.Tensor, tolerance: float = 1e-9) -> None:

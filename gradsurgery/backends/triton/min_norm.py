@@ -88,8 +88,6 @@ def descend(gram, b, inverse_norm, num_tasks, TASKS: tl.constexpr):
     table = matrix(gram, b, inverse_norm, num_tasks, TASKS)
     v = tl.zeros([TASKS], tl.float64)
     active = task < 0
-    barred = task >= num_tasks
-    joined = TASKS
     smallest = tl.full([], 1.0, tl.float64)
     running = 1
     for _ in range(8 * num_tasks + 32):
@@ -109,14 +107,11 @@ def descend(gram, b, inverse_norm, num_tasks, TASKS: tl.constexpr):
             reach = tl.min(ratio, 0)
             leaving = tl.max(blocked.to(tl.int32), 0) > 0
             v = tl.where(active, tl.maximum(v + tl.where(leaving, reach, 1.0) * (z - v), 0.0), 0.0)
-            excess = tl.where(active | barred, float("-inf"), missing)
+            excess = tl.where(active | (task >= num_tasks), float("-inf"), missing)
             worst = tl.max(excess, 0)
             found = tl.where(leaving, tl.where(ratio == reach, task, TASKS), tl.where(excess == worst, task, TASKS))
             k = tl.min(found, 0)
             if leaving | (worst > 1e-14 * tl.sum(v, 0)):
-                # What joins and leaves at once would join again.
-                barred = barred | (leaving & (task == k) & (k == joined))
-                joined = tl.where(leaving, joined, k)
                 active = tl.where(task == k, ~leaving, active)
                 v = tl.where(task == k, 0.0, v)
                 # An exchange back loses what a small pivot has blown up: the table is then made anew.
