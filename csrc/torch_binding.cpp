@@ -5,9 +5,9 @@
 
 #include <torch/library.h>
 
-namespace {
+#include "torch_lists.h"
 
-using namespace gs::binding;
+namespace gs::binding {
 
 void run_gram(const Gradients& grads, Tensor& gram) {
   const gs_gradients view = grads.view();
@@ -24,15 +24,6 @@ void run_gram(const Gradients& grads, Tensor& gram) {
   void* space = workspace.mutable_data_ptr();
   check_status(target.is_cuda() ? gs_gram_cuda(&view, out, space, workspace.numel(), target.stream())
                                 : gs_gram_cpu(&view, out, space, workspace.numel(), &kTorchThreads));
-}
-
-void gram(const Tensor& grads, at::IntArrayRef offsets, Tensor& gram) {
-  run_gram(Gradients::from_matrix(grads, offsets), gram);
-}
-
-void gram_list(const c10::List<std::optional<Tensor>>& grads, int64_t num_tasks, at::IntArrayRef segments,
-               Tensor& gram) {
-  run_gram(Gradients::from_list(grads, num_tasks, segments, segments_of(gram, 3, "gram")), gram);
 }
 
 void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate, std::vector<void*>& out) {
@@ -53,8 +44,67 @@ void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate,
                    : gs_combine_cpu(&view, w, 1, out.data(), accumulate, space, workspace.numel(), &kTorchThreads));
 }
 
-void combine(const Tensor& grads, const Tensor& weights, at::IntArrayRef offsets, bool accumulate, Tensor& out) {
-  const Gradients g = Gradients::from_matrix(grads, offsets);
+namespace {
+
+void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed, Tensor& step, bool advance, bool mean,
+            Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  if (order) check_square_data(*order, at::kLong, {num_tasks, num_tasks}, gram.device(), "order");
+  check_square_data(step, at::kLong, {}, gram.device(), "step");
+  const Target target(gram.device());
+  const auto* g = gram.const_data_ptr<double>();
+  const auto* visit = order ? order->const_data_ptr<int64_t>() : nullptr;
+  auto* now = step.mutable_data_ptr<int64_t>();
+  auto* out = weights.mutable_data_ptr<double>();
+  const auto key = static_cast<uint64_t>(seed);
+  if (target.is_cuda()) {
+    return check_status(gs_pcgrad_cuda(g, batch, num_tasks, visit, key, now, advance, mean, out, target.stream()));
+  }
+  check_status(gs_pcgrad_cpu(g, batch, num_tasks, visit, key, static_cast<uint64_t>(*now), mean, out, &kTorchThreads));
+  if (advance) ++*now;
+}
+
+void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  const Target target(gram.device());
+  const Tensor workspace = target.make_workspace(gs_min_norm_workspace_bytes(batch, num_tasks));
+  const auto* g = gram.const_data_ptr<double>();
+  auto* out = weights.mutable_data_ptr<double>();
+  void* space = workspace.mutable_data_ptr();
+  const int64_t bytes = workspace.numel();
+  const gs_solver solver = exact ? GS_EXACT : GS_FRANK_WOLFE;
+  check_status(target.is_cuda()
+                   ? gs_min_norm_cuda(g, batch, num_tasks, solver, max_iter, tol, out, space, bytes, target.stream())
+                   : gs_min_norm_cpu(g, batch, num_tasks, solver, max_iter, tol, out, space, bytes, &kTorchThreads));
+}
+
+}  // namespace
+
+Solve pcgrad_solve(int64_t seed, Tensor step, bool mean) {
+  return [=](const Tensor& gram, Tensor& weights) mutable {
+    pcgrad(gram, std::nullopt, seed, step, /*advance=*/true, mean, weights);
+  };
+}
+
+Solve min_norm_solve(bool exact, int64_t max_iter, double tol) {
+  return [=](const Tensor& gram, Tensor& weights) { min_norm(gram, exact, max_iter, tol, weights); };
+}
+
+std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const Solve& solve, bool accumulate,
+                                        std::vector<void*>& out) {
+  const auto options = at::TensorOptions().dtype(at::kDouble).device(*grads.device);
+  Tensor gram = at::empty({grads.num_segments, grads.num_tasks, grads.num_tasks}, options);
+  Tensor weights = at::empty({grads.num_segments, grads.num_tasks}, options);
+  run_gram(grads, gram);
+  solve(gram, weights);
+  run_combine(grads, weights, accumulate, out);
+  return {gram, weights};
+}
+
+namespace {
+
+// The flat form of out, cut like the gradients.
+std::vector<void*> cut_out(const Gradients& g, const Tensor& grads, Tensor& out) {
   check_square_data(out, grads.scalar_type(), {grads.size(1)}, grads.device(), "out");
   std::vector<void*> pointers;
   auto* next = static_cast<char*>(out.mutable_data_ptr());
@@ -62,7 +112,45 @@ void combine(const Tensor& grads, const Tensor& weights, at::IntArrayRef offsets
     pointers.push_back(next);
     next += elements * out.element_size();
   }
+  return pointers;
+}
+
+void combine(const Tensor& grads, const Tensor& weights, at::IntArrayRef offsets, bool accumulate, Tensor& out) {
+  const Gradients g = Gradients::from_matrix(grads, offsets);
+  std::vector<void*> pointers = cut_out(g, grads, out);
   run_combine(g, weights, accumulate, pointers);
+}
+
+void aggregate(const Tensor& grads, at::IntArrayRef offsets, const Solve& solve, Tensor& out) {
+  const Gradients g = Gradients::from_matrix(grads, offsets);
+  std::vector<void*> pointers = cut_out(g, grads, out);
+  run_aggregate(g, solve, /*accumulate=*/false, pointers);
+}
+
+void aggregate_pcgrad(const Tensor& grads, at::IntArrayRef offsets, int64_t seed, Tensor& step, bool mean,
+                      Tensor& out) {
+  aggregate(grads, offsets, pcgrad_solve(seed, step, mean), out);
+}
+
+void aggregate_min_norm(const Tensor& grads, at::IntArrayRef offsets, bool exact, int64_t max_iter, double tol,
+                        Tensor& out) {
+  aggregate(grads, offsets, min_norm_solve(exact, max_iter, tol), out);
+}
+
+}  // namespace
+}  // namespace gs::binding
+
+namespace {
+
+using namespace gs::binding;
+
+void gram(const Tensor& grads, at::IntArrayRef offsets, Tensor& gram) {
+  run_gram(Gradients::from_matrix(grads, offsets), gram);
+}
+
+void gram_list(const c10::List<std::optional<Tensor>>& grads, int64_t num_tasks, at::IntArrayRef segments,
+               Tensor& gram) {
+  run_gram(Gradients::from_list(grads, num_tasks, segments, segments_of(gram, 3, "gram")), gram);
 }
 
 void combine_list(const c10::List<std::optional<Tensor>>& grads, const Tensor& weights, at::IntArrayRef segments,
@@ -95,38 +183,6 @@ void task_order(int64_t num_tasks, int64_t seed, const Tensor& step, Tensor& ord
   const auto key = static_cast<uint64_t>(seed);
   check_status(target.is_cuda() ? gs_task_order_cuda(num_tasks, key, now, out, target.stream())
                                 : gs_task_order_cpu(num_tasks, key, static_cast<uint64_t>(*now), out));
-}
-
-void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed, Tensor& step, bool advance, bool mean,
-            Tensor& weights) {
-  const auto [batch, num_tasks] = check_problems(gram, weights);
-  if (order) check_square_data(*order, at::kLong, {num_tasks, num_tasks}, gram.device(), "order");
-  check_square_data(step, at::kLong, {}, gram.device(), "step");
-  const Target target(gram.device());
-  const auto* g = gram.const_data_ptr<double>();
-  const auto* visit = order ? order->const_data_ptr<int64_t>() : nullptr;
-  auto* now = step.mutable_data_ptr<int64_t>();
-  auto* out = weights.mutable_data_ptr<double>();
-  const auto key = static_cast<uint64_t>(seed);
-  if (target.is_cuda()) {
-    return check_status(gs_pcgrad_cuda(g, batch, num_tasks, visit, key, now, advance, mean, out, target.stream()));
-  }
-  check_status(gs_pcgrad_cpu(g, batch, num_tasks, visit, key, static_cast<uint64_t>(*now), mean, out, &kTorchThreads));
-  if (advance) ++*now;
-}
-
-void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tensor& weights) {
-  const auto [batch, num_tasks] = check_problems(gram, weights);
-  const Target target(gram.device());
-  const Tensor workspace = target.make_workspace(gs_min_norm_workspace_bytes(batch, num_tasks));
-  const auto* g = gram.const_data_ptr<double>();
-  auto* out = weights.mutable_data_ptr<double>();
-  void* space = workspace.mutable_data_ptr();
-  const int64_t bytes = workspace.numel();
-  const gs_solver solver = exact ? GS_EXACT : GS_FRANK_WOLFE;
-  check_status(target.is_cuda()
-                   ? gs_min_norm_cuda(g, batch, num_tasks, solver, max_iter, tol, out, space, bytes, target.stream())
-                   : gs_min_norm_cpu(g, batch, num_tasks, solver, max_iter, tol, out, space, bytes, &kTorchThreads));
 }
 
 void gradnorm(const Tensor& weights, const Tensor& norms, const Tensor& losses, const Tensor& initial_losses,
@@ -175,6 +231,8 @@ void register_operators(torch::Library& m) {
   m.impl("min_norm", &min_norm);
   m.impl("gradnorm", &gradnorm);
   m.impl("gradnorm_step", &gradnorm_step);
+  m.impl("aggregate_pcgrad", &aggregate_pcgrad);
+  m.impl("aggregate_min_norm", &aggregate_min_norm);
 }
 
 }  // namespace
@@ -195,13 +253,15 @@ TORCH_LIBRARY(gradsurgery, m) {
   m.def(
       "gradnorm_step(Tensor gram, Tensor losses, float alpha, float lr, Tensor(a!) state_weights, "
       "Tensor(b!) initial_losses, Tensor(c!) weights) -> ()");
+  m.def("aggregate_pcgrad(Tensor grads, int[] offsets, int seed, Tensor(a!) step, bool mean, Tensor(b!) out) -> ()");
+  m.def("aggregate_min_norm(Tensor grads, int[] offsets, bool exact, int max_iter, float tol, Tensor(a!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(gradsurgery, CPU, m) { register_operators(m); }
 TORCH_LIBRARY_IMPL(gradsurgery, CUDA, m) { register_operators(m); }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "The compiled operators of gradsurgery, under torch.ops.gradsurgery.";
+  m.doc() = "The compiled operators of gradsurgery, under torch.ops.gradsurgery, and what is not one.";
   m.def("build_info", [] {
     pybind11::dict info;
     info["version"] = gs_version();
@@ -210,4 +270,25 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["max_tasks"] = GS_MAX_TASKS;
     return info;
   });
+  pybind11::class_<Lists>(m, "Lists")
+      .def_static("read", &Lists::read)
+      .def_property_readonly("num_tasks", &Lists::num_tasks)
+      .def_property_readonly("num_params", &Lists::num_params)
+      .def_property_readonly("device", &Lists::device)
+      .def_property_readonly("counts", [](const Lists& lists) { return pybind11::bytes(lists.counts()); })
+      .def("select", &Lists::select)
+      .def("fits", &Lists::fits)
+      .def("new_out", &Lists::new_out)
+      .def("gram", &Lists::gram)
+      .def("combine", &Lists::combine)
+      .def("aggregate_pcgrad",
+           [](const Lists& lists, int64_t seed, const Tensor& step, bool mean, pybind11::handle out, bool accumulate) {
+             return lists.aggregate(pcgrad_solve(seed, step, mean), out, accumulate);
+           })
+      .def("aggregate_min_norm",
+           [](const Lists& lists, bool exact, int64_t max_iter, double tol, pybind11::handle out, bool accumulate) {
+             return lists.aggregate(min_norm_solve(exact, max_iter, tol), out, accumulate);
+           })
+      .def("targets", &Lists::targets);
+  m.def("assign_grads", &assign_grads);
 }

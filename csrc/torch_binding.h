@@ -9,6 +9,7 @@
 #include <torch/extension.h>
 
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #if defined(GS_WITH_CUDA)
@@ -198,5 +199,18 @@ inline int64_t segments_of(const Tensor& tensor, int64_t dimensions, const char*
       message(name, " must have ", dimensions - 1, " dimensions or one more for segments, got ", tensor.sizes()));
   return tensor.dim() == dimensions ? tensor.size(0) : 1;
 }
+
+// The stages, into outputs that are checked first.
+void run_gram(const Gradients& grads, Tensor& gram);
+void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate, std::vector<void*>& out);
+
+// From gram to weights. Of the methods that the library solves by itself, one with its options.
+using Solve = std::function<void(const Tensor& gram, Tensor& weights)>;
+Solve pcgrad_solve(int64_t seed, Tensor step, bool mean);
+Solve min_norm_solve(bool exact, int64_t max_iter, double tol);
+
+// All stages in one call; returns the Gram matrices [S, T, T] and the weights [S, T].
+std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const Solve& solve, bool accumulate,
+                                        std::vector<void*>& out);
 
 }  // namespace gs::binding

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._extension import C
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -19,9 +21,9 @@ Grads = Tensor | Sequence[Sequence[Tensor | None]]
 class TaskGradients:
     """Gradients of T tasks with respect to P parameters, checked.
 
-    Either ``matrix`` is the flat form [T, N], cut into segments at the ``segments`` offsets, or ``entries`` holds the
-    T x P gradients task by task and ``segments`` one segment id per parameter. Empty ``segments`` means one segment.
-    All gradients of one parameter share one dense memory layout.
+    Either ``matrix`` is the flat form [T, N], cut into segments at the ``segments`` offsets, or ``rows`` holds T lists
+    of gradients, of which the P ``params`` count (None: all), and ``segments`` one segment id per parameter. Empty
+    ``segments`` means one segment. All gradients of one parameter share one dense memory layout.
     """
 
     num_tasks: int
@@ -30,22 +32,61 @@ class TaskGradients:
     segmented: bool
     device: torch.device
     matrix: Tensor | None = None
-    entries: list[Tensor | None] | None = None
-    like: list[Tensor | None] | None = None
-    """For each parameter of the list form, one of its gradients: shape, dtype and layout of the output."""
+    rows: Sequence[Sequence[Tensor | None]] | None = None
+    params: list[int] | None = None
+    lists: Any = None
+    """The list form as the compiled extension reads it, which is faster; None where it does not."""
     differentiable: list[Tensor] = field(default_factory=list)
-    """The tensors among the user's gradients that require grad; ``matrix`` and ``entries`` hold them detached."""
+    """The tensors among the user's gradients that require grad; ``matrix`` and ``rows`` hold them detached."""
+
+    @property
+    def entries(self) -> list[Tensor | None]:
+        """The T x P gradients of the list form, task by task."""
+        assert self.rows is not None
+        if self.params is None:
+            return [entry for row in self.rows for entry in row]
+        return [row[p] for row in self.rows for p in self.params]
+
+    @property
+    def like(self) -> list[Tensor | None]:
+        """One gradient of each parameter of the list form: shape, dtype and layout of the output."""
+        entries = self.entries
+        step = len(entries) // self.num_tasks
+        return [next((entry for entry in entries[p::step] if entry is not None), None) for p in range(step)]
+
+    def select(self, params: list[int], segments: list[int], num_segments: int) -> TaskGradients:
+        """Return some parameters of the list form, in this order, with a segment id for each."""
+        return replace(
+            self,
+            segments=segments,
+            num_segments=num_segments,
+            segmented=True,
+            params=params if self.params is None else [self.params[p] for p in params],
+            lists=self.lists and self.lists.select(params, segments, num_segments),
+        )
 
 
 def parse(grads: Grads, segments: Sequence[int] | None) -> TaskGradients:
     """Check ``grads`` and ``segments``; raise ValueError or TypeError with what was wanted and what came."""
     if isinstance(grads, Tensor):
         return _parse_matrix(grads, segments)
-    return _parse_lists(grads, segments)
+    return read_lists(grads, segments) or _parse_lists(grads, segments)
+
+
+def read_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[int] | None) -> TaskGradients | None:
+    """Parse the list form in the compiled extension; None where that is not there, or what came is not usual."""
+    lists = None if C is None or torch.compiler.is_compiling() else C.Lists.read(grads)
+    if lists is None:
+        return None
+    parsed = TaskGradients(lists.num_tasks, 1, [], False, lists.device, rows=grads, lists=lists)
+    if segments is None:
+        return parsed
+    ids = _segment_ids(segments, lists.num_params)
+    return parsed.select(list(range(lists.num_params)), ids, max(ids) + 1)
 
 
 def _parse_matrix(grads: Tensor, segments: Sequence[int] | None) -> TaskGradients:
-    _check_gradient(grads, "grads")
+    check_gradient(grads, "grads")
     if grads.dim() != 2 or grads.shape[0] == 0 or (grads.shape[1] > 1 and grads.stride(1) != 1):
         raise ValueError(
             "grads must be [T, N] with T >= 1 and a contiguous last dimension, "
@@ -97,7 +138,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
                 or entry.dtype != first.dtype
                 or entry.shape != first.shape
             ):
-                _check_gradient(entry, f"grads[{t}][{p}]")
+                check_gradient(entry, f"grads[{t}][{p}]")
                 if first is None:
                     like[p] = entry
                 elif entry.shape != first.shape:
@@ -111,7 +152,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
                         f"(task {t})"
                     )
             elif entry.layout is not torch.strided:
-                _check_gradient(entry, f"grads[{t}][{p}]")
+                check_gradient(entry, f"grads[{t}][{p}]")
             if device is None:
                 device = entry.device
             elif entry.device != device:
@@ -125,26 +166,28 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
         entries = [None if entry is None else entry.detach() for entry in entries]
     for p in irregular:
         _unify_layout(entries, like, p)
-    ids = []
-    if segments is not None:
-        ids = _integers(segments, "one segment id per parameter")
-        if len(ids) != len(like) or any(i < 0 for i in ids):
-            raise ValueError(
-                f"segments must name one segment id >= 0 for each of the {len(like)} parameters, got {ids}"
-            )
+    ids = _segment_ids(segments, len(like))
     return TaskGradients(
         num_tasks=len(grads),
         num_segments=max(ids, default=0) + 1,
         segments=ids,
         segmented=segments is not None,
         device=torch.get_default_device() if device is None else device,
-        entries=entries,
-        like=like,
+        rows=[entries[begin : begin + len(like)] for begin in range(0, len(entries), len(like))] if like else grads,
         differentiable=differentiable,
     )
 
 
-def _check_gradient(value: Any, name: str) -> None:
+def _segment_ids(segments: Sequence[int] | None, num_params: int) -> list[int]:
+    if segments is None:
+        return []
+    ids = _integers(segments, "one segment id per parameter")
+    if len(ids) != num_params or any(i < 0 for i in ids):
+        raise ValueError(f"segments must name one segment id >= 0 for each of the {num_params} parameters, got {ids}")
+    return ids
+
+
+def check_gradient(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
     if value.layout is not torch.strided:
@@ -172,6 +215,15 @@ def _unify_layout(entries: list[Tensor | None], like: list[Tensor | None], p: in
     for t in present:
         entries[t] = entries[t].contiguous()  # type: ignore[union-attr]
     like[p] = entries[present[0]]
+
+
+def assign_grads(parameters: list[Tensor], grads: list[Tensor]) -> None:
+    """Make each gradient the ``.grad`` of its parameter."""
+    if C is not None:
+        C.assign_grads(parameters, grads)
+    else:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
 
 
 def as_float64(values: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ class Collected:
     losses: Tensor
     scale: Tensor | None
 
+    @property
+    def reach(self) -> bytes:
+        """The number of tasks with a gradient of each parameter, at most 127."""
+        return bytes(min(127, sum(entry is not None for entry in column)) for column in zip(*self.grads, strict=True))
+
     def plus(self, other: Collected) -> Collected:
         """Return the sum; ValueError if the two do not belong to the same tasks, parameters and scaling."""
         if self.tasks != other.tasks:

@@ -68,41 +68,42 @@ def combine_of(
 ) -> Direction:
     """Combine checked gradients under weights [T] or [S, T]."""
     weights = as_float64(weights)
-    if grads.matrix is not None:
-        if out is None:
-            out = grads.matrix.new_empty(grads.matrix.shape[1])
+    if out is None:
+        out = new_out(grads)
+    if grads.matrix is not None or (grads.lists is not None and grads.lists.fits(out)):
         backend.combine(grads, weights, out, accumulate)
     else:
-        assert grads.like is not None
-        if out is None:
-            out = [None if g is None else torch.empty_like(g) for g in grads.like]
         _combine_lists(backend, grads, weights, list(out), accumulate)
     return out
 
 
-def _combine_lists(
-    backend: Backend, grads: TaskGradients, weights: Tensor, out: Sequence[Any], accumulate: bool
-) -> None:
+def new_out(grads: TaskGradients) -> Direction:
+    """Return an uninitialised direction, with None where no task has a gradient."""
+    if grads.matrix is not None:
+        return grads.matrix.new_empty(grads.matrix.shape[1])
+    if grads.lists is not None:
+        return grads.lists.new_out()  # type: ignore[no-any-return]
+    return [None if like is None else torch.empty_like(like) for like in grads.like]
+
+
+def _combine_lists(backend: Backend, grads: TaskGradients, weights: Tensor, out: list[Any], accumulate: bool) -> None:
     """Write each touched parameter's direction; by way of a temporary where ``out`` has another memory layout."""
-    assert grads.like is not None
-    assert grads.entries is not None
-    params = len(grads.like)
-    touched = [
-        (p, like, target) for p, (like, target) in enumerate(zip(grads.like, out, strict=True)) if like is not None
-    ]
+    like = grads.like
+    touched = [p for p, first in enumerate(like) if first is not None]
     if not touched:
         return
-    if len(touched) < params:
-        entries = [grads.entries[t * params + p] for t in range(grads.num_tasks) for p, _, _ in touched]
-        segments = [grads.segments[p] for p, _, _ in touched] if grads.segments else []
-        grads = replace(grads, entries=entries, segments=segments, like=None)
+    if len(touched) < len(like):
+        segments = [grads.segments[p] for p in touched] if grads.segments else []
+        grads = grads.select(touched, segments, grads.num_segments)
     written = [
-        target if _same_layout(target, like) else torch.empty_like(like).copy_(target) for _, like, target in touched
+        out[p] if _same_layout(out[p], like[p]) else torch.empty_like(like[p]).copy_(out[p])  # type: ignore[arg-type]
+        for p in touched
     ]
-    backend.combine(grads, weights, written, accumulate)
-    for (_, _, target), result in zip(touched, written, strict=True):
-        if result is not target:
-            target.copy_(result)
+    # What lists do not take, as tensors of subclasses, the operators may.
+    backend.combine(replace(grads, lists=None), weights, written, accumulate)
+    for p, result in zip(touched, written, strict=True):
+        if result is not out[p]:
+            out[p].copy_(result)
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
@@ -125,10 +126,12 @@ def _check_out(out: Direction, grads: TaskGradients) -> None:
             raise ValueError(f"out must be a contiguous tensor [{grads.matrix.shape[1]}], got {_shape(out)}")
         _check_target(out, grads.matrix, "out")
         return
-    assert grads.like is not None
-    if isinstance(out, Tensor) or len(out) != len(grads.like):
-        raise ValueError(f"out must be a list of {len(grads.like)} tensors, one per parameter")
-    for p, (target, like) in enumerate(zip(out, grads.like, strict=True)):
+    if grads.lists is not None and grads.lists.fits(out):
+        return
+    likes = grads.like
+    if isinstance(out, Tensor) or len(out) != len(likes):
+        raise ValueError(f"out must be a list of {len(likes)} tensors, one per parameter")
+    for p, (target, like) in enumerate(zip(out, likes, strict=True)):
         if like is None:
             continue
         if not isinstance(target, Tensor) or target.shape != like.shape:

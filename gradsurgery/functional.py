@@ -12,7 +12,7 @@ from torch import Tensor
 from ._constant import constant
 from ._gradients import Grads, as_float64, parse
 from .backends import choose
-from .combine import Direction, _check_out, combine_of
+from .combine import Direction, _check_out, combine_of, new_out
 from .gram import gram_of
 
 if TYPE_CHECKING:
@@ -53,6 +53,12 @@ def aggregate(
     if chosen.needs_losses and losses is None:
         raise ValueError(f"method {chosen.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
     stages = choose(backend, parsed.device, parsed.num_tasks)
+    solver = None if stages.aggregate is None else chosen.native_solver(parsed.device)
+    if stages.aggregate is not None and solver is not None:
+        direction = new_out(parsed) if out is None else out
+        if parsed.matrix is not None or (parsed.lists is not None and parsed.lists.fits(direction)):
+            stages.aggregate(parsed, solver, direction)
+            return out if out is not None else constant("aggregate", direction, parsed.differentiable)
     products = gram_of(parsed, stages)
     # A method of the user's own need not know of backends.
     named = {} if backend is None else {"backend": backend}

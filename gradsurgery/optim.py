@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import methods
-from ._gradients import TaskGradients, is_dense, parse
+from ._gradients import TaskGradients, assign_grads, check_gradient
+from ._step import Plan, add_sparse, make_plan, read, targets
 from .backends import Backend, choose
 from .collect import Collected, Losses, collect
 from .combine import combine_of
@@ -77,6 +77,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self._check_known(self._shared, "shared")
         self._check_known(self.method.gram_parameters, "norm_parameters")
         self._pending: Collected | None = None
+        self._plan: Plan | None = None
         # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
         super().__setstate__({})
         for name in _HOOKS:
@@ -139,30 +140,29 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if self._pending is None:
             raise ValueError("there is nothing to combine: call collect(losses) first")
         collected = self._pending
-        shared, plain = self._split(collected)
-        sparse = [p for p in plain if any(_is_sparse(row[p]) for row in collected.grads)]
-        read = shared + [p for p in plain if p not in sparse]
-        grads = parse([[row[p] for p in read] for row in collected.grads], None)
-        if not read:  # no gradient says where G lives
-            grads = replace(grads, device=collected.losses.device)
-        parameters = [collected.parameters[p] for p in read]
-        accumulate = any(p.grad is not None for p in parameters)
-        out = [_target(p, accumulate) for p in parameters]
+        grads, reach, sparse = read(collected)
+        plan = self._plan_for(collected, reach)
+        for p in plan.shared if sparse else ():
+            for t, row in enumerate(collected.grads):
+                if row[p] is not None:
+                    check_gradient(row[p], f"grads[{t}][{p}]")
+        plain = [p for p in plan.plain if p not in sparse] if sparse else plan.plain
+        parameters = [collected.parameters[p] for p in plan.shared + plain]
         backend = choose(self.backend, grads.device, grads.num_tasks)
+        out, accumulate, done = targets(parameters, grads, plan.shared + plain)
+        shared_out, plain_out = out[: len(plan.shared)], out[len(plan.shared) :]
 
-        gram, weights, segments = self._weigh(collected, shared, grads, backend)
+        gram, weights = self._operate(collected, grads, plan, backend, shared_out, accumulate)
         plain_weights = weights[0] if self.method.weights_losses else torch.ones_like(weights[0])
-        if len(read) > len(shared):
-            segments = segments + [len(weights)] * (len(read) - len(shared))
-            weights_of_segments = torch.cat([weights, plain_weights[None]])
-        else:
-            weights_of_segments = weights
-        grads = replace(grads, segments=segments, num_segments=len(weights_of_segments), segmented=True)
-        combine_of(grads, weights_of_segments, out, accumulate, backend)
-        for parameter, direction in zip(parameters, out, strict=True):
-            parameter.grad = direction
+        left = list(range(len(plain)))
+        if not self.method.weights_losses:
+            left = [i for i in left if i + len(plan.shared) not in done]
+        if left:
+            rest = grads.select([plain[i] for i in left], [0] * len(left), 1)
+            combine_of(rest, plain_weights[None], [plain_out[i] for i in left], accumulate, backend)
+        assign_grads(parameters, out)
         for p in sparse:
-            _add_sparse(collected.parameters[p], [row[p] for row in collected.grads], plain_weights)
+            add_sparse(collected.parameters[p], [row[p] for row in collected.grads], plain_weights)
         self._pending = None
         if self.granularity == "global":
             gram, weights = gram[0], weights[0]
@@ -217,97 +217,56 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if unknown:
             raise ValueError(f"{name} holds {len(unknown)} tensors that are not parameters of the wrapped optimizer")
 
-    def _split(self, collected: Collected) -> tuple[list[int], list[int]]:
-        """Return the indices of the shared parameters and of the other ones with a gradient."""
-        touched = [sum(row[p] is not None for row in collected.grads) for p in range(len(collected.parameters))]
-        if self._shared is None:
-            enough = min(2, len(collected.tasks))
-            shared = [p for p, count in enumerate(touched) if count >= enough]
-        else:
-            named = {id(p) for p in self._shared}
-            shared = [p for p, count in enumerate(touched) if count and id(collected.parameters[p]) in named]
-        chosen = set(shared)
-        return shared, [p for p, count in enumerate(touched) if count and p not in chosen]
+    def _plan_for(self, collected: Collected, reach: bytes) -> Plan:
+        """Return the last step's plan if it still holds, else a new one."""
+        plan = self._plan
+        if plan is None or not plan.holds(collected.parameters, reach, self.method.gram_parameters):
+            groups = None
+            if self.granularity == "per_group":
+                groups = {id(p): g for g, group in enumerate(self.param_groups) for p in group["params"]}
+            plan = make_plan(
+                collected.parameters,
+                reach,
+                shared=self._shared,
+                enough=min(2, len(collected.tasks)),
+                groups=groups,
+                per_tensor=self.granularity == "per_tensor",
+                measured=self.method.gram_parameters,
+            )
+            self._plan = plan
+        return plan
 
-    def _segments(self, collected: Collected, shared: list[int]) -> list[int]:
-        """Return the segment of each shared parameter."""
-        if self.granularity == "per_tensor":
-            return list(range(len(shared)))
-        if self.granularity == "per_group":
-            group_of = {id(p): g for g, group in enumerate(self.param_groups) for p in group["params"]}
-            groups = [group_of[id(collected.parameters[p])] for p in shared]
-            ids = {g: i for i, g in enumerate(sorted(set(groups)))}
-            return [ids[g] for g in groups]
-        return [0] * len(shared)
-
-    def _weigh(
-        self, collected: Collected, shared: list[int], grads: TaskGradients, backend: Backend
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """Return G [S, T, T], unscaled, the weights [S, T], and the segment of each of the shared parameters.
-
-        The shared parameters are the first ones of ``grads``.
-        """
-        assert grads.entries is not None
-        segments = read_segments = self._segments(collected, shared)
+    def _operate(
+        self,
+        collected: Collected,
+        grads: TaskGradients,
+        plan: Plan,
+        backend: Backend,
+        out: list[Any],
+        accumulate: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Write the shared parameters' directions; return G [S, T, T], unscaled, and the weights [S, T]."""
+        shared = grads.select(plan.shared, plan.segments, plan.num_segments)
+        scale = None if collected.scale is None else collected.scale.to(torch.float64) ** 2
+        if backend.aggregate is not None and self.method.gram_parameters is None and shared.lists is not None:
+            solver = self.method.native_solver(grads.device)
+            if solver is not None and out and shared.lists.fits(out):
+                # Its weights do not depend on the scale.
+                gram, weights = backend.aggregate(shared, solver, out, accumulate)  # type: ignore[misc]
+                return gram if scale is None else gram / scale, weights
+        measured = gram = gram_of(grads.select(plan.shared, plan.read_segments, plan.num_read_segments), backend)
+        if scale is not None:
+            measured = gram = gram / scale
         if self.method.gram_parameters is not None:
-            # Segment 1 holds the parameters whose G the method reads; G is the sum of both segments.
-            chosen = {id(p) for p in self.method.gram_parameters}
-            read_segments = [int(id(collected.parameters[p]) in chosen) for p in shared]
-            if not any(read_segments):
-                raise ValueError("no two losses share any of norm_parameters")
-        params = len(grads.entries) // grads.num_tasks
-        gram = gram_of(
-            replace(
-                grads,
-                entries=[
-                    entry
-                    for t in range(grads.num_tasks)
-                    for entry in grads.entries[t * params : t * params + len(shared)]
-                ],
-                segments=read_segments,
-                num_segments=max(read_segments, default=0) + 1,
-                segmented=True,
-            ),
-            backend,
-        )
-        if collected.scale is not None:
-            gram = gram / collected.scale.to(gram) ** 2
-        read = gram
-        if self.method.gram_parameters is not None:
-            read, gram = gram[1:], gram.sum(0, keepdim=True)
+            measured, gram = gram[1:], gram.sum(0, keepdim=True)
         # A method of the user's own need not know of backends.
         named = {} if self.backend is None else {"backend": backend.name}
         if self.granularity == "global":
-            weights = self.method.weights(read[0], losses=collected.losses, **named)[None]
+            weights = self.method.weights(measured[0], losses=collected.losses, **named)[None]
         else:
-            weights = self.method.weights(read, losses=collected.losses, **named)
-        return gram, weights, segments
-
-
-def _target(parameter: Tensor, accumulate: bool) -> Tensor:
-    """Return the tensor that a parameter's direction is written into, or added to."""
-    if parameter.grad is None:
-        return torch.zeros_like(parameter) if accumulate else torch.empty_like(parameter)
-    if _is_sparse(parameter.grad):
-        raise TypeError(
-            f".grad of a parameter of shape {tuple(parameter.shape)} is sparse, its new gradients are dense"
-        )
-    # An expanded .grad cannot be written in place.
-    return parameter.grad if is_dense(parameter.grad) else parameter.grad.contiguous()
-
-
-def _is_sparse(grad: Tensor | None) -> bool:
-    return grad is not None and grad.layout is not torch.strided
-
-
-def _add_sparse(parameter: Tensor, grads: list[Tensor | None], weights: Tensor) -> None:
-    """Add the weighted sum of gradients, some sparse, which no kernel reads, to a parameter outside the surgery."""
-    terms = [g * weight.to(g.dtype) for g, weight in zip(grads, weights.unbind(), strict=True) if g is not None]
-    if parameter.grad is not None:
-        terms.append(parameter.grad)
-    # Dense ones first: a sparse tensor takes no dense one.
-    first, *rest = sorted(terms, key=_is_sparse)
-    parameter.grad = sum(rest, first)
+            weights = self.method.weights(measured, losses=collected.losses, **named)
+        combine_of(shared, weights, out, accumulate, backend)
+        return gram, weights
 
 
 class _NamedOptimizer(SurgeryOptimizer):

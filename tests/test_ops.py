@@ -37,6 +37,8 @@ SAMPLES = {
     "pcgrad": (OPS.pcgrad.default, (GRAM, None, 0, STEP, True, False, empty(1, 3))),
     "pcgrad_order": (OPS.pcgrad.default, (GRAM, torch.arange(3).repeat(3, 1), 0, STEP, False, True, empty(1, 3))),
     "min_norm": (OPS.min_norm.default, (GRAM, True, 250, 1e-6, empty(1, 3))),
+    "aggregate_pcgrad": (OPS.aggregate_pcgrad.default, (ROWS, [0, 9, 40], 0, STEP, False, torch.empty(40))),
+    "aggregate_min_norm": (OPS.aggregate_min_norm.default, (ROWS, [], True, 250, 1e-6, torch.empty(40))),
     "gradnorm": (OPS.gradnorm.default, (ONES, ONES, ONES, ONES, 1.5, 0.025, empty(1, 3))),
     "gradnorm_step": (OPS.gradnorm_step.default, (GRAM, ONES, 1.5, 0.025, ONES.clone(), ONES.clone(), empty(1, 3))),
 }
@@ -89,6 +91,11 @@ def test_opcheck(name):
         pytest.param(
             "pcgrad_order", 1, torch.tensor([[0, 1, 1]] * 3), "order row 0 must be a permutation", marks=on_cpu
         ),
+        ("aggregate_pcgrad", 1, [0, 41], "segments must ascend from 0 to 40"),
+        ("aggregate_pcgrad", 3, torch.tensor([1, 2]), "step must be contiguous"),
+        ("aggregate_pcgrad", 5, torch.empty(41), rf"out must be contiguous on {PLACE} with shape \[40\]"),
+        ("aggregate_min_norm", 0, ROWS.T, r"grads must be \[T, N\] with a contiguous last dimension"),
+        ("aggregate_min_norm", 5, torch.empty(40).double(), "out must be float"),
         ("min_norm", 4, empty(1, 2), "weights must be contiguous"),
         ("gradnorm", 2, torch.ones(1, 2).double(), "losses must be contiguous"),
         ("gradnorm_step", 4, torch.ones(1, 2).double(), "state_weights must be contiguous"),

@@ -277,5 +277,6 @@ def test_no_second_copy_of_the_task_gradients(backend):
     optimizer.collect([sum((weight * target).mean() for weight in weights) for target in targets])
     peak = peak_bytes(optimizer.combine)
     direction = 4 * 4 * elements
-    # A compiled backend needs the direction and small change; the reference widens one parameter at a time.
-    assert direction <= peak <= (3 if backend == "reference" else 1.02) * direction
+    # The compiled backends write the direction over gradients, the reference widens one parameter at a time.
+    allowed = {"reference": 3, "triton": 1.02}.get(backend, 0.02)
+    assert peak <= allowed * direction

@@ -16,9 +16,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .._extension import NativeSolver
 from .._gradients import TaskGradients
 from . import native, reference
 from .triton import TritonBackend
+
+
+class Aggregate(Protocol):
+    """Writes (or adds) the directions of a solver's weights.
+
+    For the list form, which must come as ``lists``, it returns G [S, T, T] and the weights [S, T]; the flat form is
+    only written.
+    """
+
+    def __call__(
+        self, grads: TaskGradients, solver: NativeSolver, out: Tensor | list[Tensor], accumulate: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
+        """Run all stages in one call."""
 
 
 class Backend(Protocol):
@@ -60,6 +74,10 @@ class Backend(Protocol):
         self, gram: Tensor, losses: Tensor, alpha: float, lr: float, state: tuple[Tensor, Tensor], out: Tensor
     ) -> None:
         """Write the weights of the state (weights, initial losses), and update the state."""
+
+    @property
+    def aggregate(self) -> Aggregate | None:
+        """All stages in one call; None where a backend has no such call."""
 
 
 _BACKENDS: dict[str, Backend] = {

@@ -10,21 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._extension import WHY_NOT, C, NativeSolver
 from .._gradients import TaskGradients
 
-try:
-    from gradsurgery import _C
-except ImportError as error:
-    _NO_EXTENSION = f"the compiled extension is not there ({error})"
-    _INFO: dict[str, Any] = {}
-else:
-    _NO_EXTENSION = ""
-    _INFO = _C.build_info()
+_INFO: dict[str, Any] = C.build_info() if C else {}
+if C:
     _OPS = torch.ops.gradsurgery
     # Overloads are resolved once: the lookup costs more than a small operator.
     _GRAM, _GRAM_LIST = _OPS.gram.default, _OPS.gram.list
     _COMBINE, _COMBINE_LIST = _OPS.combine.default, _OPS.combine.list
     _TASK_ORDER, _PCGRAD, _MIN_NORM = _OPS.task_order.default, _OPS.pcgrad.default, _OPS.min_norm.default
+    _AGGREGATE = {"pcgrad": _OPS.aggregate_pcgrad.default, "min_norm": _OPS.aggregate_min_norm.default}
     _GRADNORM, _GRADNORM_STEP = _OPS.gradnorm.default, _OPS.gradnorm_step.default
 
 
@@ -35,8 +31,8 @@ class CpuBackend:
 
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
         """Return why the extension cannot serve the call; None if it can."""
-        if _NO_EXTENSION:
-            return _NO_EXTENSION
+        if WHY_NOT:
+            return WHY_NOT
         if device.type != self.name:
             return f"the tensors are on {device}"
         if num_tasks > _INFO["max_tasks"]:
@@ -45,12 +41,14 @@ class CpuBackend:
 
     def describe(self) -> str:
         """Return one line on the extension."""
-        return _NO_EXTENSION or f"available: C++ kernels, {_INFO['isa']}, {torch.get_num_threads()} threads"
+        return WHY_NOT or f"available: C++ kernels, {_INFO['isa']}, {torch.get_num_threads()} threads"
 
     def gram(self, grads: TaskGradients, out: Tensor) -> None:
         """Write the Gram matrices."""
         if grads.matrix is not None:
             _GRAM(grads.matrix, grads.segments, out)
+        elif grads.lists is not None:
+            grads.lists.gram(out)
         else:
             _GRAM_LIST(grads.entries, grads.num_tasks, grads.segments, out)
 
@@ -58,6 +56,8 @@ class CpuBackend:
         """Write the directions."""
         if grads.matrix is not None:
             _COMBINE(grads.matrix, weights, grads.segments, accumulate, out)
+        elif grads.lists is not None:
+            grads.lists.combine(weights, out, accumulate)
         else:
             _COMBINE_LIST(grads.entries, weights, grads.segments, accumulate, out)
 
@@ -85,6 +85,16 @@ class CpuBackend:
         """Write the state's weights, and update the state."""
         _GRADNORM_STEP(gram, losses, alpha, lr, *state, out)
 
+    def aggregate(
+        self, grads: TaskGradients, solver: NativeSolver, out: Tensor | list[Tensor], accumulate: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
+        """Write the directions; for the list form, return G and the weights."""
+        name, arguments = solver
+        if grads.matrix is None:
+            return getattr(grads.lists, f"aggregate_{name}")(*arguments, out, accumulate)  # type: ignore[no-any-return]
+        _AGGREGATE[name](grads.matrix, grads.segments, *arguments, out)
+        return None
+
 
 class CudaBackend(CpuBackend):
     """CUDA kernels, where the extension was built with them."""
@@ -93,7 +103,7 @@ class CudaBackend(CpuBackend):
 
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
         """Return why the extension cannot serve the call; None if it can."""
-        if not _NO_EXTENSION and not _INFO["cuda"]:
+        if not WHY_NOT and not _INFO["cuda"]:
             return "the extension was built without CUDA kernels"
         return super().why_not(device, num_tasks) or _why_not_gpu(device.index)
 

@@ -25,6 +25,7 @@ class ReferenceBackend:
     """Serves every call."""
 
     name = "reference"
+    aggregate = None
 
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
         """Return None: it serves every call."""
@@ -130,10 +131,10 @@ def _blocks(grads: TaskGradients) -> Iterator[tuple[int, list[Tensor | None], An
         for s, (begin, end) in enumerate(pairwise(offsets)):
             yield s, list(grads.matrix[:, begin:end].unbind()), slice(begin, end)
         return
-    assert grads.entries is not None
-    params = len(grads.entries) // grads.num_tasks
+    entries = grads.entries
+    params = len(entries) // grads.num_tasks
     for p in range(params):
-        yield grads.segments[p] if grads.segments else 0, grads.entries[p::params], p
+        yield grads.segments[p] if grads.segments else 0, entries[p::params], p
 
 
 def _chunks(rows: list[Tensor | None]) -> Iterator[Tensor]:

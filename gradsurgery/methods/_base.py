@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._extension import NativeSolver
+
 
 def check_not_capturing(name: str, device: torch.device) -> None:
     """Raise RuntimeError while a CUDA graph is captured: state made there would start anew at each replay."""
@@ -37,6 +39,13 @@ class Method:
             backend: a name of :func:`gradsurgery.backends`; None chooses.
         """
         raise NotImplementedError
+
+    def native_solver(self, device: torch.device) -> NativeSolver | None:
+        """Return what ``weights`` would run on that device, for backends that go from gradients to direction in a call.
+
+        None: only ``weights`` itself yields the weights. The backend advances the state.
+        """
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; empty for a method without."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._extension import NativeSolver
 from ..functional import check_solver, min_norm_weights
 from ._base import Method
 
@@ -63,6 +64,12 @@ class MGDA(Method):
             gram = gram / scale[..., :, None] / scale[..., None, :]
         weights = min_norm_weights(gram, solver=self.solver, max_iter=self.max_iter, tol=self.tol, backend=backend)
         return weights / scale if scale is not None and self.combine == "normalized" else weights
+
+    def native_solver(self, device: torch.device) -> NativeSolver | None:
+        """Return the solver's options, without normalisation."""
+        if type(self).weights is not MGDA.weights or self.normalization != "none":
+            return None
+        return "min_norm", (self.solver == "exact", self.max_iter, self.tol)
 
     def _scale(self, gram: Tensor, losses: Tensor | None) -> Tensor | None:
         """Return n [..., T], 1 where it would be 0; None without normalisation."""

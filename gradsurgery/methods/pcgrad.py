@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._extension import NativeSolver
 from ..functional import _check_seed, pcgrad_step
 from ._base import Method, check_not_capturing
 
@@ -34,13 +35,22 @@ class PCGrad(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights and advance the step counter."""
+        return pcgrad_step(gram, self._step_on(gram.device), self.seed, self.reduction, backend)
+
+    def native_solver(self, device: torch.device) -> NativeSolver | None:
+        """Return the seed, the step counter and whether to average."""
+        if type(self).weights is not PCGrad.weights:
+            return None
+        return "pcgrad", (self.seed, self._step_on(device), self.reduction == "mean")
+
+    def _step_on(self, device: torch.device) -> Tensor:
         if self._step is None:
-            check_not_capturing(self.name, gram.device)
+            check_not_capturing(self.name, device)
             # Made where G lives: a copy from the host would synchronise.
-            self._step = torch.zeros((), dtype=torch.int64, device=gram.device)
-        elif self._step.device != gram.device:
-            self._step = self._step.to(gram.device)
-        return pcgrad_step(gram, self._step, self.seed, self.reduction, backend)
+            self._step = torch.zeros((), dtype=torch.int64, device=device)
+        elif self._step.device != device:
+            self._step = self._step.to(device)
+        return self._step
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed and the step counter."""

@@ -24,6 +24,7 @@ class TritonBackend:
     """Kernels in Triton."""
 
     name = "triton"
+    aggregate = None
 
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
         """Return why Triton cannot serve the call; None if it can."""

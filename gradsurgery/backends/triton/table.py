@@ -48,10 +48,10 @@ def pieces_of(grads: TaskGradients, out: Tensor | list[Tensor] | None = None) ->
             if begin < end
         ]
     else:
-        assert grads.entries is not None
-        params = len(grads.entries) // grads.num_tasks
+        all_entries = grads.entries
+        params = len(all_entries) // grads.num_tasks
         for p in range(params):
-            entries = grads.entries[p::params]
+            entries = all_entries[p::params]
             like = next((entry for entry in entries if entry is not None), None)
             if like is None or like.numel() == 0:
                 continue

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: MIT
+// The list form as Python holds it. A thousand tensors take longer to pass through the dispatcher than to be worked on,
+// so here they are read where they lie: by pointer, without counting references. Whatever is out of the ordinary (None
+// is not) makes a call answer that it is for the caller, who has slower ways.
+#include "torch_lists.h"
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace gs::binding {
+namespace {
+
+// A list's or tuple's items, borrowed.
+struct Items {
+  PyObject* const* data = nullptr;
+  int64_t size = -1;
+
+  explicit Items(PyObject* sequence) {
+    if (!PyList_CheckExact(sequence) && !PyTuple_CheckExact(sequence)) return;
+    data = PySequence_Fast_ITEMS(sequence);
+    size = PySequence_Fast_GET_SIZE(sequence);
+  }
+};
+
+// The tensor behind an object, borrowed, if there is nothing to it but dense memory of the CPU or of a CUDA device.
+const Tensor* plain_tensor(PyObject* object) {
+  static const c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU,
+                                          c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCPU,
+                                          c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
+  if (!THPVariable_CheckExact(object)) return nullptr;
+  const Tensor& tensor = THPVariable_Unpack(object);
+  return plain.has_all(tensor.key_set()) && tensor.is_non_overlapping_and_dense() ? &tensor : nullptr;
+}
+
+bool is_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+}
+
+bool alike(const Tensor& a, const Tensor& b) {
+  const c10::TensorImpl &x = *a.unsafeGetTensorImpl(), &y = *b.unsafeGetTensorImpl();
+  if (x.dtype() != y.dtype() || x.key_set() != y.key_set() || x.dim() != y.dim()) return false;
+  if (x.is_cuda() && x.device() != y.device()) return false;
+  const at::IntArrayRef sizes = x.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), y.sizes().begin())) return false;
+  // Strides of dimensions of size 1 say nothing, so contiguous tensors may differ there.
+  return x.is_contiguous() ? y.is_contiguous() : !y.is_contiguous() && x.strides() == y.strides();
+}
+
+// Whether nobody but the caller's list and the Lists holds the tensor or its memory.
+bool is_unshared(PyObject* object) {
+  const Tensor& tensor = THPVariable_Unpack(object);
+  return Py_REFCNT(object) == 2 && tensor.use_count() == 1 && tensor.storage().use_count() == 1 &&
+         tensor.storage().nbytes() == tensor.nbytes();
+}
+
+}  // namespace
+
+std::optional<Lists> Lists::read(pybind11::handle rows) {
+  const Items tasks(rows.ptr());
+  if (tasks.size < 1 || c10::impl::dispatch_mode_enabled() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
+    return std::nullopt;
+  }
+  const int64_t num_tasks = tasks.size, params = std::max<int64_t>(0, Items(tasks.data[0]).size);
+  Lists lists;
+  Gradients& g = lists.grads_;
+  g.num_tasks = num_tasks;
+  g.data.resize(num_tasks * params);
+  lists.first_.resize(params);
+  lists.counts_.resize(params);
+  std::vector<pybind11::object> held;
+  held.reserve(num_tasks * params);
+  for (int64_t t = 0; t < num_tasks; t++) {
+    const Items row(tasks.data[t]);
+    if (row.size != params) return std::nullopt;
+    for (int64_t p = 0; p < params; p++) {
+      if (row.data[p] == Py_None) continue;
+      const Tensor* const tensor = plain_tensor(row.data[p]);
+      if (!tensor || tensor->requires_grad()) return std::nullopt;
+      PyObject*& first = lists.first_[p];
+      if (!first) {
+        if (!is_dtype(tensor->scalar_type())) return std::nullopt;
+        if (!g.device) g.device = tensor->device();
+        if (tensor->device() != *g.device) return std::nullopt;
+        first = row.data[p];
+      } else if (!alike(*tensor, THPVariable_Unpack(first))) {
+        return std::nullopt;
+      }
+      g.data[p * num_tasks + t] = tensor->const_data_ptr();
+      if (lists.counts_[p] < kManyTasks) lists.counts_[p]++;
+      held.push_back(pybind11::reinterpret_borrow<pybind11::object>(row.data[p]));
+    }
+  }
+  if (!g.device) return std::nullopt;
+  for (PyObject* const first : lists.first_) {
+    const Tensor* const tensor = first ? &THPVariable_Unpack(first) : nullptr;
+    g.add(tensor ? tensor->numel() : 0, tensor ? dtype_of(*tensor) : GS_FLOAT32, 0);
+  }
+  lists.held_ = std::make_shared<const std::vector<pybind11::object>>(std::move(held));
+  return lists;
+}
+
+Lists Lists::select(const std::vector<int64_t>& params, const std::vector<int64_t>& segments,
+                    int64_t num_segments) const {
+  TORCH_CHECK_VALUE(segments.empty() || segments.size() == params.size(), "segments must name one per parameter");
+  Lists lists;
+  Gradients& g = lists.grads_;
+  g.device = grads_.device;
+  g.num_tasks = grads_.num_tasks;
+  g.num_segments = num_segments;
+  lists.held_ = held_;
+  for (size_t i = 0; i < params.size(); i++) {
+    const int64_t p = params[i];
+    lists.first_.push_back(first_of(p));
+    g.add(grads_.numel[p], grads_.dtype[p], segments.empty() ? 0 : segments[i]);
+    const auto row = grads_.data.begin() + p * g.num_tasks;
+    g.data.insert(g.data.end(), row, row + g.num_tasks);
+    lists.counts_.push_back(counts_[p]);
+  }
+  return lists;
+}
+
+bool Lists::fits(pybind11::handle out) const {
+  const Items targets(out.ptr());
+  if (targets.size != num_params()) return false;
+  for (int64_t p = 0; p < targets.size; p++) {
+    if (!first_[p]) return false;
+    const Tensor* const target = plain_tensor(targets.data[p]);
+    if (!target || !alike(*target, THPVariable_Unpack(first_[p]))) return false;
+  }
+  return true;
+}
+
+pybind11::list Lists::new_out() const {
+  pybind11::list out(num_params());
+  for (int64_t p = 0; p < num_params(); p++) {
+    out[p] = first_[p] ? pybind11::cast(at::empty_like(THPVariable_Unpack(first_[p]))) : pybind11::none();
+  }
+  return out;
+}
+
+void Lists::gram(Tensor& out) const {
+  RECORD_FUNCTION("gradsurgery::gram", {});
+  const pybind11::gil_scoped_release release;
+  run_gram(grads_, out);
+}
+
+void Lists::combine(const Tensor& weights, pybind11::handle out, bool accumulate) const {
+  RECORD_FUNCTION("gradsurgery::combine", {});
+  std::vector<void*> pointers = pointers_of(out);
+  const pybind11::gil_scoped_release release;
+  run_combine(grads_, weights, accumulate, pointers);
+}
+
+std::pair<Tensor, Tensor> Lists::aggregate(const Solve& solve, pybind11::handle out, bool accumulate) const {
+  RECORD_FUNCTION("gradsurgery::aggregate", {});
+  std::vector<void*> pointers = pointers_of(out);
+  const pybind11::gil_scoped_release release;
+  return run_aggregate(grads_, solve, accumulate, pointers);
+}
+
+std::vector<void*> Lists::pointers_of(pybind11::handle out) const {
+  TORCH_CHECK_VALUE(fits(out), "out must be a list of tensors like the gradients, one per parameter");
+  const Items targets(out.ptr());
+  std::vector<void*> pointers;
+  pointers.reserve(targets.size);
+  for (int64_t p = 0; p < targets.size; p++) {
+    pointers.push_back(THPVariable_Unpack(targets.data[p]).mutable_data_ptr());
+  }
+  return pointers;
+}
+
+pybind11::object Lists::targets(pybind11::handle parameters, const std::vector<int64_t>& params) const {
+  const Items owners(parameters.ptr());
+  const auto count = static_cast<int64_t>(params.size());
+  TORCH_CHECK_VALUE(owners.size == count, "params must name one of the parameters each");
+  bool accumulate = false;
+  for (int64_t i = 0; i < count; i++) {
+    PyObject* const first = first_of(params[i]);
+    if (!first || !THPVariable_CheckExact(owners.data[i])) return pybind11::none();
+    const Tensor &owner = THPVariable_Unpack(owners.data[i]), &grad = owner.grad();
+    if (!alike(grad.defined() ? grad : owner, THPVariable_Unpack(first))) return pybind11::none();
+    accumulate = accumulate || grad.defined();
+  }
+  pybind11::list out(count);
+  pybind11::set done;
+  for (int64_t i = 0; i < count; i++) {
+    PyObject* const first = first_of(params[i]);
+    const Tensor &grad = THPVariable_Unpack(owners.data[i]).grad(), &like = THPVariable_Unpack(first);
+    if (grad.defined()) {
+      out[i] = pybind11::cast(grad);
+    } else if (accumulate) {
+      out[i] = pybind11::cast(at::zeros_like(like));
+    } else if (is_unshared(first)) {
+      out[i] = pybind11::reinterpret_borrow<pybind11::object>(first);
+      if (counts_[params[i]] == 1) done.add(pybind11::int_(i));
+    } else {
+      out[i] = pybind11::cast(at::empty_like(like));
+    }
+  }
+  return pybind11::make_tuple(out, accumulate, done);
+}
+
+PyObject* Lists::first_of(int64_t p) const {
+  TORCH_CHECK_VALUE(p >= 0 && p < num_params(), message("there are ", num_params(), " parameters, got index ", p));
+  return first_[p];
+}
+
+void assign_grads(pybind11::handle parameters, pybind11::handle grads) {
+  const Items owners(parameters.ptr()), values(grads.ptr());
+  TORCH_CHECK_VALUE(owners.size == values.size, "there must be as many gradients as parameters");
+  for (int64_t p = 0; p < owners.size; p++) {
+    THPVariable_Unpack(owners.data[p]).mutable_grad() = THPVariable_Unpack(values.data[p]);
+  }
+}
+
+}  // namespace gs::binding

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""The list form read by the extension, beside the operators that serve what it does not take."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradsurgery
+from conftest import USABLE
+from gradsurgery import _gradients
+from inputs import DEVICE, normal
+
+if DEVICE not in USABLE:
+    pytest.skip(gradsurgery.backends()[DEVICE], allow_module_level=True)
+
+SHAPES = [(3, 4), (), (7,), (0,), (2, 3, 2, 2)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float32, torch.float16]
+
+
+def make_lists(tasks=4):
+    """Every second task lacks parameter 1, no task but the last one has parameter 2."""
+    rows = [
+        [
+            normal(1, max(1, torch.Size(s).numel()), d)[0][: torch.Size(s).numel()].reshape(s)
+            for s, d in zip(SHAPES, DTYPES, strict=True)
+        ]
+        for _ in range(tasks)
+    ]
+    for t in range(tasks):
+        rows[t][1] = None if t % 2 else rows[t][1]
+        rows[t][2] = None if t + 1 < tasks else rows[t][2]
+        rows[t][4] = rows[t][4].to(memory_format=torch.channels_last)
+    return rows
+
+
+def reads(rows):
+    return _gradients.C.Lists.read(rows)
+
+
+@pytest.mark.parametrize("segments", [None, [1, 0, 1, 2, 0]])
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "gradnorm"])
+def test_the_same_bits_with_and_without(method, segments, monkeypatch):
+    rows = make_lists()
+    losses = torch.ones(4, device=rows[0][0].device)
+    assert reads(rows) is not None
+    results = []
+    for _ in range(2):
+        out = gradsurgery.aggregate(rows, method, losses=losses, segments=segments)
+        before = [torch.ones_like(d) for d in out]
+        weights = torch.ones(3, 4) if segments else torch.ones(4)
+        results.append(
+            [
+                gradsurgery.gram(rows, segments=segments),
+                *out,
+                *gradsurgery.combine(rows, weights.to(losses), segments=segments, out=before, accumulate=True),
+            ]
+        )
+        monkeypatch.setattr(_gradients, "C", None)
+    for fast, slow in zip(*results, strict=True):
+        assert torch.equal(fast, slow)
+        assert fast.stride() == slow.stride()
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda g: g.t().contiguous().t(),
+        lambda g: g[:1].expand(3, 4),
+        lambda g: g.requires_grad_(),
+        lambda g: g.double(),
+        lambda g: g.to_sparse(),
+        lambda g: g.as_subclass(Subclass),
+        lambda g: torch._neg_view(g),
+        lambda g: [1.0],
+        lambda g: g.int(),
+        lambda g: g[:2],
+    ],
+)
+def test_what_it_does_not_take(change):
+    make = lambda: normal(3, 4, torch.float32)  # noqa: E731
+    assert reads([[make()], [make()]]) is not None
+    assert reads([[make()], [change(make())]]) is None
+    assert reads([[make()], [make(), make()]]) is None
+    assert reads([[make()], make()]) is None
+    assert reads([[None], [None]]) is None
+    assert reads([]) is None
+
+
+def test_a_dispatch_mode_sees_the_operators():
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        gradsurgery.gram(make_lists())
+    assert "gradsurgery::gram.list" in seen
+
+
+def test_direct_calls_are_safe():
+    lists = reads(make_lists())
+    fresh = lists.new_out()
+    assert lists.fits(fresh)
+    weights = torch.ones(4, dtype=torch.float64, device=lists.device)
+    for out in [fresh[:4], [*fresh[:4], torch.zeros(3)], [*fresh[:4], fresh[4].contiguous()], tuple("abcde")]:
+        assert not lists.fits(out)
+        with pytest.raises(ValueError, match="out must be a list of tensors like the gradients"):
+            lists.combine(weights, out, False)
+    with pytest.raises(ValueError, match="there are 5 parameters, got index 5"):
+        lists.select([0, 5], [], 1)
+    with pytest.raises(ValueError, match="name one per parameter"):
+        lists.select([0, 1], [0], 1)
+    with pytest.raises(ValueError, match=r"segment\[1\] must be in 0..0, got 1"):
+        lists.select([0, 1], [0, 1], 1).gram(torch.empty(4, 4, dtype=torch.float64, device=lists.device))
+    with pytest.raises(ValueError, match="gram must be contiguous"):
+        lists.gram(torch.empty(3, 3, dtype=torch.float64, device=lists.device))
+
+
+def make_optimizer(parameters):
+    return gradsurgery.PCGrad(torch.optim.SGD(parameters, lr=0.1))
+
+
+def test_directions_take_the_place_of_gradients():
+    p, head = torch.nn.Parameter(normal(1, 6)[0]), torch.nn.Parameter(normal(1, 6)[0])
+    optimizer = make_optimizer([p, head])
+    optimizer.collect([(p * head).sum(), (p * p).sum()])
+    collected = optimizer._pending.grads
+    expected = gradsurgery.aggregate([[g.clone()] for g, _ in collected])
+    addresses = [g.data_ptr() for g in collected[0]]
+    optimizer.combine()
+    assert [g.grad.data_ptr() for g in (p, head)] == addresses
+    assert torch.equal(p.grad, expected[0])
+    assert torch.equal(head.grad, p.detach())
+
+
+@pytest.mark.parametrize("held", ["hook", "list", "view", "sum"])
+def test_gradients_that_somebody_holds_are_left_alone(held):
+    p, q = (torch.nn.Parameter(normal(1, 6)[0]) for _ in range(2))
+    x, kept = normal(1, 6)[0], []
+    if held == "hook":
+        p.register_hook(kept.append)
+    losses = [(p * x).sum() + (q * 2 * x).sum(), (p * p * x).sum() - q.sum()]
+    if held == "sum":  # both parameters get the very same tensor
+        losses = [((p + q) * x).square().sum(), -((p + q) ** 3).sum()]
+    optimizer = make_optimizer([p, q])
+    optimizer.collect(losses)
+    rows = [list(row) for row in optimizer._pending.grads]
+    if held == "list":
+        kept += [*rows[0], *rows[1]]
+    elif held == "view":
+        kept += [g[1:3] for row in rows for g in row]
+    before = [g.clone() for g in kept]
+    expected = gradsurgery.aggregate([[g.clone() for g in row] for row in rows])
+    del rows
+    optimizer.combine()
+    assert torch.equal(p.grad, expected[0])
+    assert torch.equal(q.grad, expected[1])
+    assert p.grad.data_ptr() != q.grad.data_ptr()
+    for g, value in zip(kept, before, strict=True):
+        assert torch.equal(g, value)
