@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._passes import Passes
+
 Losses = Sequence[Tensor] | Tensor | Mapping[str, Tensor]
 
 
@@ -56,29 +58,39 @@ def collect(
     *,
     scaler: torch.amp.GradScaler | None = None,
     retain_graph: bool = False,
+    mode: str = "sequential",
+    chunk_size: int | None = None,
+    features: Tensor | Sequence[Tensor] | None = None,
 ) -> Collected:
-    """Return the gradient of every loss with respect to every parameter, by one backward pass per task.
+    """Return the gradient of every loss with respect to every parameter.
 
-    ``.grad`` is not touched, and the hooks of gradient accumulation do not run. The graph is freed by the last
-    task's pass unless ``retain_graph``.
+    ``.grad`` is not touched, and the hooks of gradient accumulation do not run. The graph is freed by the last pass
+    unless ``retain_graph``.
+
+    Args:
+        losses, scaler, retain_graph: as in :meth:`gradsurgery.SurgeryOptimizer.backward`.
+        parameters: the P parameters.
+        mode, chunk_size, features: likewise.
 
     Raises:
-        ValueError: a loss is not a scalar or has no graph, or there is none.
+        ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
         TypeError: a loss is not a tensor.
+        RuntimeError: the batched pass failed.
     """
     tasks, scalars = _check_losses(losses)
+    if mode not in ("sequential", "batched"):
+        raise ValueError(f'mode must be "sequential" or "batched", got {mode!r}')
+    if chunk_size is not None and (mode != "batched" or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f'chunk_size must be an int >= 1, with mode="batched", got {chunk_size!r} with mode={mode!r}')
+    if isinstance(features, Tensor):
+        features = [features]
     scale = None
     values = torch.stack([loss.detach().to(scalars[0].device, torch.float64) for loss in scalars])
     if scaler is not None:
         scale = scaler.scale(torch.ones((), device=scalars[0].device))
         scalars = [scaler.scale(loss) for loss in scalars]
-    last = len(scalars) - 1
-    grads: list[list[Tensor | None]] = [
-        list(torch.autograd.grad(loss, parameters, retain_graph=retain_graph or t < last, allow_unused=True))
-        if parameters
-        else []
-        for t, loss in enumerate(scalars)
-    ]
+    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph)
+    grads = passes.from_losses(scalars) if features is None else passes.by_features(scalars, features)
     return Collected(tasks, list(parameters), grads, values, scale)
 
 
@@ -109,4 +121,4 @@ def _check_losses(losses: Losses) -> tuple[list[str], list[Tensor]]:
                 f"loss {task!r} has no graph to go back through: it must depend on a parameter, and not be detached or "
                 "computed under no_grad"
             )
-    return tasks, [loss.reshape(()) for loss in scalars]
+    return tasks, [loss if loss.dim() == 0 else loss.reshape(()) for loss in scalars]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -100,21 +100,38 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         return self.optimizer.defaults
 
     def backward(
-        self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False
+        self,
+        losses: Losses,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        retain_graph: bool = False,
+        mode: str = "sequential",
+        chunk_size: int | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
     ) -> SurgeryInfo:
-        """Run one backward pass per loss, operate on the task gradients, and add the result to ``.grad``.
+        """Go back from the losses, operate on the task gradients, and add the result to ``.grad``.
 
         Args:
             losses: one scalar per task: a sequence, a 1-D tensor, or a dict from name to scalar.
             scaler: a gradient scaler. The losses are given unscaled; ``.grad`` comes out scaled, for
                 ``scaler.unscale_`` and ``scaler.step``; the method sees unscaled values.
-            retain_graph: keep the graph after the last task.
+            retain_graph: keep the graph after the last pass.
+            mode: "sequential" (one backward pass per loss) or "batched" (one pass for all, under vmap: fewer, larger
+                kernels, and T times the memory of the gradients of activations). Batched, a loss counts as reaching a
+                parameter where the graph connects them.
+            chunk_size: the number of losses of a batched pass; None: all.
+            features: the shared representation, one tensor or several that do not depend on each other. Then each loss
+                goes back to the features, through its head alone, and from there to the parameters below them, one by
+                one or batched. Every parameter must lie either above or below.
 
         Raises:
             ValueError, TypeError: a loss or a gradient is not what it must be; nothing has changed then.
+            RuntimeError: the batched pass failed, as where vmap does not know an operator; nothing has changed then.
         """
         before = self._pending
-        self.collect(losses, scaler=scaler, retain_graph=retain_graph)
+        self.collect(
+            losses, scaler=scaler, retain_graph=retain_graph, mode=mode, chunk_size=chunk_size, features=features
+        )
         try:
             return self.combine()
         except BaseException:
@@ -122,7 +139,14 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise
 
     def collect(
-        self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False
+        self,
+        losses: Losses,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        retain_graph: bool = False,
+        mode: str = "sequential",
+        chunk_size: int | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
         """Add one micro-batch's task gradients to those collected so far; ``combine`` then operates on the sums.
 
@@ -130,8 +154,15 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         is what several ``backward`` calls do. ``scaler.update()`` belongs after the step,
         not between micro-batches. Arguments and errors are those of :meth:`backward`.
         """
-        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        collected = collect(losses, parameters, scaler=scaler, retain_graph=retain_graph)
+        collected = collect(
+            losses,
+            [p for group in self.param_groups for p in group["params"] if p.requires_grad],
+            scaler=scaler,
+            retain_graph=retain_graph,
+            mode=mode,
+            chunk_size=chunk_size,
+            features=features,
+        )
         self._pending = collected if self._pending is None else self._pending.plus(collected)
 
     @torch.no_grad()

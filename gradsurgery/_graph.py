@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""Which leaves a backward pass would reach, read off autograd's graph without running it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+
+def reach(roots: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> tuple[dict[int, int], list[int]]:
+    """Walk from the roots to the leaves, each node once, and not beyond the stops.
+
+    Returns:
+        For the id of each leaf a bit mask, bit r where root r depends on it on a path without a stop; and such a mask
+        for each stop.
+    """
+    stop_at = {_edge(stop): s for s, stop in enumerate(stops)}
+    stop_masks = [0] * len(stops)
+    masks: defaultdict[Any, int] = defaultdict(int)
+    for r, root in enumerate(roots):
+        edge = _edge(root)
+        if edge in stop_at:
+            stop_masks[stop_at[edge]] |= 1 << r
+        else:
+            masks[edge[0]] |= 1 << r
+    leaves: dict[int, int] = {}
+    for node in reversed(_postorder(list(masks), stop_at)):
+        mask = masks[node]
+        for edge in node.next_functions:
+            if edge in stop_at:
+                stop_masks[stop_at[edge]] |= mask
+            elif edge[0] is not None:
+                masks[edge[0]] |= mask
+        if type(node).__name__ == "AccumulateGrad":
+            leaves[id(node.variable)] = mask
+    return leaves, stop_masks
+
+
+def _edge(tensor: Tensor) -> tuple[Any, int]:
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def _postorder(starts: list[Any], stop_at: dict[tuple[Any, int], int]) -> list[Any]:
+    """Return all nodes, each behind those that it depends on."""
+    order: list[Any] = []
+    seen = set()
+    stack = [(node, False) for node in starts]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend(
+                (edge[0], False) for edge in node.next_functions if edge[0] is not None and edge not in stop_at
+            )
+    return order

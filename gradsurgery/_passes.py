@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""The backward passes that yield task gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._graph import reach
+
+Rows = list[list[Tensor | None]]
+
+
+@dataclass(slots=True)
+class Passes:
+    """How to go back to the P parameters. Each result holds T lists of P gradients, None where a task has none."""
+
+    parameters: list[Tensor]
+    batched: bool
+    """One pass for all tasks, under vmap, instead of one per task."""
+    chunk_size: int | None
+    """Tasks of a batched pass; None: all."""
+    retain_graph: bool
+
+    def from_losses(self, losses: list[Tensor]) -> Rows:
+        """Go from each loss to the parameters."""
+        if self.batched:
+            return self._batched_from_losses(losses)
+        if not self.parameters:
+            return [[] for _ in losses]
+        return [
+            list(torch.autograd.grad(loss, self.parameters, retain_graph=keep, allow_unused=True))
+            for loss, keep in self._last_frees(losses)
+        ]
+
+    def _batched_from_losses(self, losses: list[Tensor]) -> Rows:
+        """All losses at once, but to the parameters of one task alone by a pass of their sum."""
+        masks, _ = reach(losses)
+        mask = [masks.get(id(p), 0) for p in self.parameters]
+        rows: Rows = [[None] * len(mask) for _ in losses]
+        owned = [p for p, m in enumerate(mask) if m.bit_count() == 1]
+        shared = [p for p, m in enumerate(mask) if m.bit_count() > 1]
+        if owned:
+            of_sum = torch.autograd.grad(
+                losses, [self.parameters[p] for p in owned], retain_graph=self.retain_graph or bool(shared)
+            )
+            for p, grad in zip(owned, of_sum, strict=True):
+                rows[mask[p].bit_length() - 1][p] = grad
+        units = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)
+        self._fill_batched(rows, shared, mask, losses, [units[t].to(loss) for t, loss in enumerate(losses)])
+        return rows
+
+    def by_features(self, losses: list[Tensor], features: Sequence[Tensor]) -> Rows:
+        """Go from each loss to the features and the parameters above them, then from the features to those below.
+
+        Raises:
+            ValueError: a feature has no graph or depends on another one; a parameter is above and below; no loss
+                depends on a feature.
+        """
+        if not features or not all(isinstance(f, Tensor) and f.requires_grad for f in features):
+            raise ValueError("features must be a tensor with a graph, or a non-empty list of them")
+        below, _ = reach(features)
+        for f in range(len(features)):
+            _, reached = reach(features[f : f + 1], [*features[:f], *features[f + 1 :]])
+            if any(reached):
+                raise ValueError(f"feature {f} depends on another one: name tensors that do not")
+        above, of_features = reach(losses, features)
+        if not all(of_features):
+            raise ValueError(f"no loss depends on feature {of_features.index(0)}")
+        both = [p for p, owner in enumerate(self.parameters) if id(owner) in above and id(owner) in below]
+        if both:
+            raise ValueError(f"parameters {both} are used above and below the features, which must part the two")
+        rows: Rows = [[None] * len(self.parameters) for _ in losses]
+        cotangents: list[list[Tensor | None]] = []
+        for t, (loss, keep) in enumerate(self._last_frees(losses)):
+            own = [p for p, owner in enumerate(self.parameters) if above.get(id(owner), 0) >> t & 1]
+            inputs = [*features, *(self.parameters[p] for p in own)]
+            found = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
+            cotangents.append(list(found[: len(features)]))
+            for p, grad in zip(own, found[len(features) :], strict=True):
+                rows[t][p] = grad
+        # Bit t: some feature that loss t depends on depends on the parameter.
+        mask = [0] * len(self.parameters)
+        for p, owner in enumerate(self.parameters):
+            for f, tasks in enumerate(of_features):
+                mask[p] |= tasks * (below.get(id(owner), 0) >> f & 1)
+        trunk = [p for p, m in enumerate(mask) if m]
+        if self.batched:
+            stacks = [
+                torch.stack([torch.zeros_like(f) if row[i] is None else row[i] for row in cotangents])  # type: ignore[misc]
+                for i, f in enumerate(features)
+            ]
+            self._fill_batched(rows, trunk, mask, features, stacks)
+            return rows
+        inputs = [self.parameters[p] for p in trunk]
+        for t, (row, keep) in enumerate(self._last_frees(cotangents)):
+            given = [(f, g) for f, g in zip(features, row, strict=True) if g is not None]
+            if given and inputs:
+                outputs, grads = zip(*given, strict=True)
+                found = torch.autograd.grad(outputs, inputs, grads, retain_graph=keep, allow_unused=True)
+                for p, grad in zip(trunk, found, strict=True):
+                    rows[t][p] = grad
+        return rows
+
+    def _last_frees(self, items: Sequence[Any]) -> list[tuple[Any, bool]]:
+        """Pair each with whether its pass must keep the graph."""
+        return [(item, self.retain_graph or i + 1 < len(items)) for i, item in enumerate(items)]
+
+    def _fill_batched(
+        self, rows: Rows, params: list[int], mask: list[int], outputs: Sequence[Tensor], cotangents: list[Tensor]
+    ) -> None:
+        """Fill in the gradients of ``params`` from cotangents [T, ...] of the outputs, where the mask says so."""
+        if not params:
+            return
+        inputs = [self.parameters[p] for p in params]
+        step = self.chunk_size or len(rows)
+        for begin, keep in self._last_frees(range(0, len(rows), step)):
+            part = [c[begin : begin + step] for c in cotangents]
+            found = _vmapped(
+                lambda part=part, keep=keep: torch.autograd.grad(  # type: ignore[misc]
+                    outputs, inputs, part, retain_graph=keep, allow_unused=True, is_grads_batched=True
+                )
+            )
+            for p, stack in zip(params, found, strict=True):
+                for t, grad in enumerate(() if stack is None else stack.unbind(), begin):
+                    if mask[p] >> t & 1:
+                        rows[t][p] = grad
+
+
+def _vmapped(grad: Callable[[], Sequence[Tensor | None]]) -> Sequence[Tensor | None]:
+    try:
+        return grad()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"the batched backward pass failed: {reason} (mode='sequential' goes back without vmap)"
+        ) from error

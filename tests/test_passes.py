@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""The ways back from losses to task gradients: all yield the same."""
+
+import pytest
+import torch
+from torch import nn
+
+import gradsurgery
+from conftest import two_losses, two_task_net
+from gradsurgery._graph import reach
+from gradsurgery.collect import collect
+from inputs import DEVICE
+
+X = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(8, 6)
+WAYS = [
+    {"mode": "batched"},
+    {"mode": "batched", "chunk_size": 1},
+    {"mode": "batched", "chunk_size": 2},
+    {"mode": "batched", "chunk_size": 9},
+]
+
+
+class Net(nn.Module):
+    """A trunk with two features, three tasks; task 1 sees only the first feature, task 2 only the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Linear(6, 5)
+        self.left, self.right = nn.Linear(5, 4), nn.Linear(5, 3)
+        self.decoder = nn.Linear(7, 2)
+        self.heads = nn.ModuleList([nn.Linear(2, 1), nn.Linear(4, 1), nn.Linear(3, 1)])
+        self.to(DEVICE, torch.float64)
+
+    def forward(self, x):
+        h = torch.tanh(self.trunk(x.to(DEVICE)))
+        self.features = [torch.tanh(self.left(h)), torch.tanh(self.right(h))]
+        decoded = self.decoder(torch.cat(self.features, 1)).relu()
+        outputs = [decoded, *self.features]
+        return [head(z).square().mean() for head, z in zip(self.heads, outputs, strict=True)]
+
+
+def assert_same(rows, expected):
+    for row, wanted in zip(rows, expected, strict=True):
+        for grad, other in zip(row, wanted, strict=True):
+            assert (grad is None) == (other is None)
+            if grad is not None:
+                torch.testing.assert_close(grad, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("way", [{}, *WAYS], ids=str)
+@pytest.mark.parametrize("by_features", [False, True])
+def test_every_way_yields_the_same(way, by_features):
+    net = Net()
+    parameters = list(net.parameters())
+    losses = net(X)
+    expected = collect(losses, parameters, retain_graph=True).grads
+    features = net.features if by_features else None
+    kept = collect(losses, parameters, features=features, retain_graph=True, **way)
+    assert_same(kept.grads, expected)
+    assert_same(collect(losses, parameters, features=features, **way).grads, expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(losses[0], net.trunk.weight)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm"])
+def test_training_steps_are_the_same(way, method):
+    grads = []
+    for arguments in ({}, way):
+        torch.manual_seed(0)
+        net = two_task_net(torch.float64)
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+        for _ in range(3):
+            optimizer.zero_grad()
+            info = optimizer.backward(two_losses(net, X), **arguments)
+            optimizer.step()
+        grads.append([info.gram, info.weights, *(p.grad for p in net.parameters())])
+    torch.testing.assert_close(*grads)
+
+
+def test_heads_stay_out_of_the_gram_matrix():
+    net = two_task_net(torch.float64)
+    losses = two_losses(net, X)
+    trunk = list(net["trunk"].parameters())
+    rows = [torch.autograd.grad(loss, trunk, retain_graph=True) for loss in losses]
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    torch.testing.assert_close(optimizer.backward(losses, mode="batched").gram, gradsurgery.gram(rows))
+
+
+def test_features_part_each_head_from_the_trunk():
+    """Each head's backward runs once, with or without batching, and the trunk's once per task or once."""
+    counts = {}
+
+    def count(name):
+        def hook(grad):
+            counts[name] = counts.get(name, 0) + 1
+
+        return hook
+
+    for way, trunk_passes in (({}, 3), ({"mode": "batched"}, 1)):
+        counts.clear()
+        net = Net()
+        losses = net(X)
+        net.features[0].grad_fn.register_hook(lambda *_: counts.update(trunk=counts.get("trunk", 0) + 1))
+        net.heads[1].weight.register_hook(count("head"))
+        collect(losses, list(net.parameters()), features=net.features, **way)
+        assert counts["head"] == 1
+        assert counts["trunk"] == trunk_passes - (1 if way == {} else 0)  # task 2 does not see this feature
+
+
+class NoVmap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.from_numpy(grad.detach().cpu().numpy() * 2).to(grad.device)
+
+
+def test_what_vmap_cannot_take_is_named():
+    p = nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([p], lr=0.1))
+    make = lambda: [NoVmap.apply(p).sum(), -NoVmap.apply(p).square().sum()]  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"the batched backward pass failed: .*mode='sequential'"):
+        optimizer.backward(make(), mode="batched")
+    assert p.grad is None
+    assert optimizer.method.state_dict()["step"] == 0
+    optimizer.backward(make())
+    assert p.grad is not None
+
+
+def test_errors():
+    net = Net()
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    losses = net(X)
+    left, right = net.features
+    detached = torch.ones(3)
+    for arguments, message in [
+        ({"mode": "vmap"}, 'mode must be "sequential" or "batched", got \'vmap\''),
+        ({"chunk_size": 2}, "chunk_size must be an int >= 1"),
+        ({"mode": "batched", "chunk_size": 0}, "chunk_size must be an int >= 1"),
+        ({"features": []}, "features must be a tensor with a graph"),
+        ({"features": detached}, "features must be a tensor with a graph"),
+        ({"features": [left]}, r"parameters \[0, 1\] are used above and below"),
+        ({"features": [left, right, left.tanh()]}, "feature 2 depends on another one"),
+        ({"features": [left, right, net(X)[0]]}, "no loss depends on feature 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            optimizer.backward(losses, **arguments)
+    assert all(p.grad is None for p in net.parameters())
+    optimizer.backward(losses, features=[left, right])
+
+
+def test_reach_without_a_graph_in_between():
+    leaf, other = (torch.ones((), requires_grad=True) for _ in range(2))
+    masks, stops = reach([leaf, leaf * other, other.expand(2).sum()])
+    assert masks == {id(leaf): 3, id(other): 6}
+    assert stops == []
+    z = leaf * 2
+    masks, stops = reach([z, z + other], [z])
+    assert masks == {id(other): 2}
+    assert stops == [3]
