@@ -10,6 +10,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 namespace gs::binding {
 namespace {
@@ -50,11 +51,15 @@ bool alike(const Tensor& a, const Tensor& b) {
   return x.is_contiguous() ? y.is_contiguous() : !y.is_contiguous() && x.strides() == y.strides();
 }
 
-// Whether nobody but the caller's list and the Lists holds the tensor or its memory.
+// Whether nobody but the caller's list and the Lists holds the tensor or its memory. The gradient of a layer's weight
+// is often a transposed view, and then the only one that holds its base.
 bool is_unshared(PyObject* object) {
   const Tensor& tensor = THPVariable_Unpack(object);
-  return Py_REFCNT(object) == 2 && tensor.use_count() == 1 && tensor.storage().use_count() == 1 &&
-         tensor.storage().nbytes() == tensor.nbytes();
+  if (Py_REFCNT(object) != 2 || tensor.use_count() != 1 || tensor.storage().nbytes() != tensor.nbytes()) return false;
+  if (tensor.storage().use_count() == 1) return true;
+  const auto* const view = torch::autograd::impl::get_view_autograd_meta(tensor);
+  return view && view->has_bw_view() && view->get_backward_view().base_.use_count() == 1 &&
+         tensor.storage().use_count() == 2;
 }
 
 }  // namespace
@@ -196,7 +201,7 @@ pybind11::object Lists::targets(pybind11::handle parameters, const std::vector<i
     } else if (accumulate) {
       out[i] = pybind11::cast(at::zeros_like(like));
     } else if (is_unshared(first)) {
-      out[i] = pybind11::reinterpret_borrow<pybind11::object>(first);
+      out[i] = pybind11::cast(like.detach());  // without the base
       if (counts_[params[i]] == 1) done.add(pybind11::int_(i));
     } else {
       out[i] = pybind11::cast(at::empty_like(like));

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,20 +120,25 @@ class Passes:
         step = self.chunk_size or len(rows)
         for begin, keep in self._last_frees(range(0, len(rows), step)):
             part = [c[begin : begin + step] for c in cotangents]
-            found = _vmapped(
-                lambda part=part, keep=keep: torch.autograd.grad(  # type: ignore[misc]
-                    outputs, inputs, part, retain_graph=keep, allow_unused=True, is_grads_batched=True
-                )
-            )
+            found = _vmapped(outputs, inputs, part, keep)
             for p, stack in zip(params, found, strict=True):
-                for t, grad in enumerate(() if stack is None else stack.unbind(), begin):
+                for t, grad in enumerate(stack.unbind(), begin):
                     if mask[p] >> t & 1:
                         rows[t][p] = grad
 
 
-def _vmapped(grad: Callable[[], Sequence[Tensor | None]]) -> Sequence[Tensor | None]:
+def _vmapped(
+    outputs: Sequence[Tensor], inputs: list[Tensor], cotangents: list[Tensor], retain_graph: bool
+) -> Sequence[Tensor]:
+    def go_back(*grads: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            outputs, inputs, grads, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+        )
+
     try:
-        return grad()
+        # Not by is_grads_batched, whose convolutions loop over the batch. What a checkpoint draws again is the same for
+        # all tasks.
+        return torch.vmap(go_back, randomness="same")(*cotangents)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

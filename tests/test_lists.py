@@ -139,6 +139,22 @@ def test_directions_take_the_place_of_gradients():
     assert torch.equal(head.grad, p.detach())
 
 
+def test_layers_give_transposed_views_of_their_own():
+    net = torch.nn.Linear(5, 3).to(DEVICE)
+    optimizer = make_optimizer(net.parameters())
+    x = normal(1, 5)[0]
+    for held in (False, True):
+        optimizer.zero_grad()
+        optimizer.collect([net(x.float()).sum(), net(x.float()).square().sum()])
+        weight = optimizer._pending.grads[0][0]
+        address, base = weight.data_ptr(), weight._base if held else None
+        del weight
+        optimizer.combine()
+        assert (net.weight.grad.data_ptr() == address) is not held
+        assert net.weight.grad._base is None
+    assert base is not None
+
+
 @pytest.mark.parametrize("held", ["hook", "list", "view", "sum"])
 def test_gradients_that_somebody_holds_are_left_alone(held):
     p, q = (torch.nn.Parameter(normal(1, 6)[0]) for _ in range(2))

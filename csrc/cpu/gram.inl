@@ -16,8 +16,8 @@ template <class In>
 constexpr int64_t kDoubleRows = sizeof(In) == 4 ? 4 : 0;
 // Rows read in place. The 16-bit formats are converted at each use, so more than one panel of them is packed.
 template <class In>
-constexpr int64_t kDirectRows = sizeof(In) == 2 ? kPanel : 8;
-constexpr int64_t kDirectColumns = 4 * kFold * kStep;  // 8 rows of float fit the level-1 cache
+constexpr int64_t kDirectRows = sizeof(In) == 2 ? kPanel : 15;
+constexpr int64_t kDirectColumns = 4 * kFold * kStep;  // of up to 9 rows of float fit the level-1 cache
 constexpr int64_t kPackedBytes = 262144;
 constexpr int64_t kMaxPackedColumns = 2 * kFold * kStep;
 constexpr int64_t kMaxPanels = (GS_MAX_TASKS + kPanel - 1) / kPanel;
@@ -141,10 +141,12 @@ template <class In>
 void add_direct_columns(const void* const* rows, const int32_t* index, int64_t k, int64_t n, double* gram, int64_t ld) {
   const In* block[kDirectRows<In>];
   const int64_t whole = n / kStep * kStep;
-  const int64_t columns = k <= kPanel ? 4 * kDirectColumns : kDirectColumns;  // a single tile reads each value once
+  // A single tile reads each value once; several read it from the level-1 cache.
+  const int64_t columns = k <= kPanel ? 4 * kDirectColumns : std::min<int64_t>(4, 37 / k) * kFold * kStep;
   for (int64_t start = 0; start < whole; start += columns) {
     for (int64_t r = 0; r < k; r++) block[r] = static_cast<const In*>(rows[r]) + start;
-    add_direct(BlockRows<In>{block, k, std::min(columns, whole - start), kDirectColumns}, index, gram, ld);
+    add_direct(BlockRows<In>{block, k, std::min(columns, whole - start), std::min(columns, kDirectColumns)}, index,
+               gram, ld);
   }
   if (whole < n) {
     In tail[kDirectRows<In>][kStep];

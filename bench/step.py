@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT
+"""Time whole training steps: forward, backward, surgery, optimizer.
+
+Run ``python -m bench.step`` from the repository's root. NOTES.md says how the measurements are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+import gradsurgery as gs
+
+from .gpu_report import provenance
+from .step_contenders import PARTS, Step, contenders
+from .step_models import WORKLOADS, MultiTaskModel, Workload
+from .step_targets import judge
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Row:
+    """One contender's step: medians in milliseconds, of the whole and of its parts; None where it failed."""
+
+    workload: str
+    contender: str
+    tasks: int
+    shared: int
+    """Elements of the shared parameters, N."""
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    parts_ms: dict[str, float] = field(default_factory=dict)
+    peak_mb: float | None = None
+    """The most memory that a step takes on top of what lay there before it."""
+    rounds: int = 0
+    note: str = ""
+
+
+class Watch:
+    """Adds up the time of each part of a step, waiting for the GPU at its ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Measure on a device."""
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what runs in it."""
+        begin = self.now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - begin
+
+    def now(self) -> float:
+        """Return the time at which all work is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def main() -> int:
+    """Measure, print and store; return 1 if one of our contenders failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: smaller models")
+    parser.add_argument("--seconds", type=float, default=4, help="for each contender of a model")
+    parser.add_argument("--only", choices=[w.name for w in WORKLOADS], help="one of the models")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the JSON")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    origin = provenance(device)
+    print(f"{origin['machine']}\n{origin['versions']}\ncommit {origin['commit']}")
+    rows: list[Row] = []
+    for workload in WORKLOADS:
+        if options.only in (None, workload.name):
+            measured = measure(workload, device, options.seconds)
+            print_rows(measured)
+            rows += measured
+    verdicts = judge(rows, device.type)
+    for verdict in verdicts:
+        figure = "-" if verdict["measured"] is None else f"{verdict['measured']:.3g}"
+        word = {True: "met", False: "missed", None: "not measured"}[verdict["met"]]
+        print(f"{verdict['target']}: {figure}, {word}")
+    name = "cpu" if device.type == "cpu" else origin["machine"]["name"].lower().replace(" ", "-")  # type: ignore[index]
+    path = options.output / f"step-{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m bench.step", *sys.argv[1:]])
+    content = {**origin, "command": command, "rows": [asdict(row) for row in rows], "targets": verdicts}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{len(rows)} rows in {path}")
+    return int(any(row.note for row in rows if row.contender.startswith(tuple(gs.methods.available()))))
+
+
+def measure(workload: Workload, device: torch.device, seconds: float) -> list[Row]:
+    """Return a row per contender. They take turns, in an order that changes each round."""
+    full = workload.full if device.type == "cuda" else workload.small
+
+    def make() -> MultiTaskModel:
+        torch.manual_seed(0)
+        with torch.device(device):
+            return full()
+
+    model = make()
+    tasks, shared = len(model.losses()), sum(p.numel() for p in model.trunk())
+    del model
+    rows, steps, planned = {}, {}, {}
+    for name, prepare in contenders(make).items():
+        row = rows[name] = Row(workload.name, name, tasks, shared)
+        try:
+            step = prepare()
+            for _ in range(2):
+                _time(step, device)
+            once = sum(_time(step, device).values())
+            row.peak_mb = _peak_mb(step, device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            row.note = f"failed: {str(error).splitlines()[0][:200]}"
+            continue
+        steps[name], planned[name] = step, max(5, min(200, int(seconds / once)))
+    times = _take_turns(steps, planned, device)
+    for name, samples in times.items():
+        row = rows[name]
+        whole = [1e3 * sum(sample.values()) for sample in samples]
+        row.rounds, row.median_ms = len(samples), statistics.median(whole)
+        row.p20_ms, _, _, row.p80_ms = statistics.quantiles(whole, n=5)
+        row.parts_ms = {p: 1e3 * statistics.median(sample.get(p, 0.0) for sample in samples) for p in PARTS}
+    return list(rows.values())
+
+
+def _take_turns(
+    steps: dict[str, Step], planned: dict[str, int], device: torch.device
+) -> dict[str, list[dict[str, float]]]:
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    total = max(planned.values(), default=0)
+    shuffle = random.Random(0).shuffle
+    gc.disable()
+    try:
+        for i in range(total):
+            turn = [name for name, rounds in planned.items() if i * rounds % total < rounds]
+            shuffle(turn)
+            for name in turn:
+                times[name].append(_time(steps[name], device))
+            gc.collect()
+    finally:
+        gc.enable()
+    return times
+
+
+def _time(step: Step, device: torch.device) -> dict[str, float]:
+    watch = Watch(device)
+    step(watch.part)
+    return watch.seconds
+
+
+def _peak_mb(step: Step, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _time(step, device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    return peak_bytes(lambda: _time(step, device)) / 1e6
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Return the most bytes of host memory that tensors take during a call, above those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def print_rows(rows: list[Row]) -> None:
+    """Print a table."""
+    first = rows[0]
+    print(f"\n{first.workload}: T = {first.tasks}, N = {first.shared:,}; milliseconds, medians")
+    print(f"{'':30}{'step':>9}{'p20':>9}{'p80':>9}" + "".join(f"{part:>11}" for part in PARTS) + f"{'peak MB':>10}")
+    for row in rows:
+        if row.median_ms is None:
+            print(f"{row.contender:30}{row.note}")
+            continue
+        figures = [row.median_ms, row.p20_ms, row.p80_ms]
+        cells = "".join(f"{figure:9.2f}" for figure in figures) + "".join(f"{row.parts_ms[p]:11.3f}" for p in PARTS)
+        print(f"{row.contender:30}{cells}{row.peak_mb:10.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

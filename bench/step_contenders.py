@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""The ways to make one multi-task training step, each cut into the same four parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gradsurgery as gs
+
+from .step_models import MultiTaskModel
+
+Part = Callable[[str], AbstractContextManager[None]]
+"""Times what runs in it: "forward", "backward", "surgery" or "optimizer"."""
+Step = Callable[[Part], None]
+PARTS = ("forward", "backward", "surgery", "optimizer")
+PLAIN = "sum of losses"
+COMMON = "pytorch_optimizer PCGrad"
+
+
+def contenders(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Step]]:
+    """Return what makes each contender's step, with a model and an optimizer of its own."""
+    has_heads = len(make().trunk()) < len(list(make().parameters()))
+    found: dict[str, Callable[[], Step]] = {PLAIN: lambda: _plain(make())}
+    for method in ("pcgrad", "mgda"):
+        for name, arguments in _ways(has_heads).items():
+            found[f"{method}, {name}"] = lambda method=method, a=arguments: _ours(make(), method, a)  # type: ignore[misc]
+    found |= _others(make)
+    return found
+
+
+def _ways(has_heads: bool) -> dict[str, dict[str, Any]]:
+    ways: dict[str, dict[str, Any]] = {"sequential": {}, "batched": {"mode": "batched"}}
+    if has_heads:
+        ways["features, batched"] = {"mode": "batched", "features": True}
+    return ways
+
+
+def _optimizer(model: MultiTaskModel) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+def _plain(model: MultiTaskModel) -> Step:
+    optimizer = _optimizer(model)
+
+    def step(part: Part) -> None:
+        optimizer.zero_grad()
+        with part("forward"):
+            loss = torch.stack(model.losses()).sum()
+        with part("backward"):
+            loss.backward()
+        with part("optimizer"):
+            optimizer.step()
+
+    return step
+
+
+def _ours(model: MultiTaskModel, method: str, arguments: dict[str, Any]) -> Step:
+    optimizer = gs.SurgeryOptimizer(_optimizer(model), method)
+
+    def step(part: Part) -> None:
+        optimizer.zero_grad()
+        with part("forward"):
+            losses = model.losses()
+        way = {**arguments, "features": model.features} if "features" in arguments else arguments
+        with part("backward"):
+            optimizer.collect(losses, **way)
+        with part("surgery"):
+            optimizer.combine()
+        with part("optimizer"):
+            optimizer.step()
+
+    return step
+
+
+def _others(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Step]]:
+    """Return the other packages' contenders, of those that are installed."""
+    found: dict[str, Callable[[], Step]] = {}
+    try:
+        from pytorch_optimizer.optimizer import pcgrad
+    except ImportError:
+        pass
+    else:
+        found[COMMON] = lambda: _common(make(), pcgrad)
+    try:
+        from torchjd import aggregation
+    except ImportError:
+        pass
+    else:
+        for aggregator in (aggregation.PCGrad, aggregation.MGDA, aggregation.UPGrad):
+            name = f"torchjd {aggregator.__name__}"
+            found[name] = lambda aggregator=aggregator: _torchjd(make(), aggregator())  # type: ignore[misc]
+    return found
+
+
+def _common(model: MultiTaskModel, pcgrad: Any) -> Step:
+    """pc_backward's lines, parted."""
+    optimizer = pcgrad.PCGrad(_optimizer(model))
+
+    def step(part: Part) -> None:
+        optimizer.zero_grad()
+        with part("forward"):
+            losses = model.losses()
+        with part("backward"):
+            grads, shapes, has_grads = optimizer.pack_grad(losses)
+        with part("surgery"):
+            merged = pcgrad.un_flatten_grad(optimizer.project_conflicting(grads, has_grads), shapes[0])
+            has_grad = pcgrad.un_flatten_grad(torch.stack(has_grads).sum(dim=0), shapes[0])
+            optimizer.set_grad(merged, has_grad)
+        with part("optimizer"):
+            optimizer.step()
+
+    return step
+
+
+def _torchjd(model: MultiTaskModel, aggregator: Any) -> Step:
+    """Its own multi-task backward pass where the model has heads, else its batched one."""
+    from torchjd.autojac import backward, jac_to_grad, mtl_backward
+
+    optimizer = _optimizer(model)
+    trunk: list[Tensor] = list(model.trunk())
+
+    def step(part: Part) -> None:
+        optimizer.zero_grad()
+        with part("forward"):
+            losses = model.losses()
+        with part("backward"):
+            if model.features:
+                mtl_backward(losses, features=model.features)
+            else:
+                backward(losses, inputs=trunk)
+        with part("surgery"):
+            jac_to_grad(trunk, aggregator)
+        with part("optimizer"):
+            optimizer.step()
+
+    return step

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""What a training step with surgery is meant to cost, and whether a run reached it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .step_contenders import COMMON
+
+Rows = dict[tuple[str, str], Any]
+"""From (workload, contender) to a row with times."""
+WAYS = ("sequential", "batched", "features, batched")
+
+
+def _surgery_ms(rows: Rows, workload: str) -> float:
+    return float(rows[workload, "pcgrad, sequential"].parts_ms["surgery"])
+
+
+def _times_common(workload: str) -> Callable[[Rows], float]:
+    return lambda rows: float(rows[workload, COMMON].parts_ms["surgery"]) / _surgery_ms(rows, workload)
+
+
+def _step_of_torchjd(rows: Rows) -> float:
+    ours = min(rows["rl", f"pcgrad, {way}"].median_ms for way in WAYS)
+    return float(ours / rows["rl", "torchjd PCGrad"].median_ms)
+
+
+def _share(workload: str) -> Callable[[Rows], float]:
+    def share(rows: Rows) -> float:
+        row = rows[workload, "pcgrad, sequential"]
+        return float(row.parts_ms["surgery"] / row.median_ms)
+
+    return share
+
+
+# Per device: words, figure, bound, whether the bound is the least.
+TARGETS: dict[str, list[tuple[str, Callable[[Rows], float], float, bool]]] = {
+    "cpu": [
+        ("rl: surgery at least 20 x faster than the common wrapper's", _times_common("rl"), 20, True),
+        ("rl: a step at most 1 x torchjd's", _step_of_torchjd, 1, False),
+    ],
+    "cuda": [
+        ("rl: surgery at most 0.1 ms", lambda rows: _surgery_ms(rows, "rl"), 0.1, False),
+        ("rl: surgery at least 100 x faster than the common wrapper's", _times_common("rl"), 100, True),
+        ("rl: a step at most 1 x torchjd's", _step_of_torchjd, 1, False),
+        *(
+            (f"{name}: surgery at most 0.03 of the step", _share(name), 0.03, False)
+            for name in ("resnet", "scene", "transformer")
+        ),
+    ],
+}
+
+
+def judge(rows: list[Any], device: str) -> list[dict[str, Any]]:
+    """Return each target with the figure that the run has for it; None where it has none."""
+    measured = {(row.workload, row.contender): row for row in rows if row.median_ms is not None}
+    verdicts = []
+    for words, figure, bound, least in TARGETS[device]:
+        try:
+            value = figure(measured)
+        except KeyError:
+            verdicts.append({"target": words, "measured": None, "met": None})
+            continue
+        verdicts.append({"target": words, "measured": value, "met": value >= bound if least else value <= bound})
+    return verdicts
