@@ -4,7 +4,7 @@
 # pytest, hypothesis and numpy, but no network. Each part ends within 9 minutes and leaves its log in the output folder.
 set -euo pipefail
 
-usage='usage: bench/gpu.sh [--build] [--test] [--sanitize] [--bench] [--output DIR]
+usage='usage: bench/gpu.sh [--build] [--test] [--sanitize] [--bench] [--step] [--output DIR]
 
 Without a part: all of them. DIR is bench/results unless given. PYTHON names the interpreter (python3).'
 
@@ -13,7 +13,7 @@ output=$root/bench/results
 parts=()
 while (($#)); do
   case $1 in
-    --build | --test | --sanitize | --bench) parts+=("${1#--}") ;;
+    --build | --test | --sanitize | --bench | --step) parts+=("${1#--}") ;;
     --output)
       (($# > 1)) || { echo "$usage" >&2; exit 2; }
       output=$(realpath -m "$2")
@@ -30,7 +30,7 @@ while (($#)); do
   esac
   shift
 done
-((${#parts[@]})) || parts=(build test sanitize bench)
+((${#parts[@]})) || parts=(build test sanitize bench step)
 
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
@@ -91,6 +91,8 @@ part_sanitize() {
 }
 
 part_bench() { within 520 "$python" -m bench.gpu_stages --output "$output"; }
+
+part_step() { within 520 "$python" -m bench.step --device cuda --output "$output"; }
 
 mkdir -p "$output"
 nvidia-smi -L 2> /dev/null || true

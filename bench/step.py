@@ -124,7 +124,7 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> list[Ro
                 _time(step, device)
             once = sum(_time(step, device).values())
             row.peak_mb = _peak_mb(step, device)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
             row.note = f"failed: {str(error).splitlines()[0][:200]}"
             continue
         steps[name], planned[name] = step, max(5, min(200, int(seconds / once)))

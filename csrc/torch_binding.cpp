@@ -44,60 +44,30 @@ void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate,
                    : gs_combine_cpu(&view, w, 1, out.data(), accumulate, space, workspace.numel(), &kTorchThreads));
 }
 
-namespace {
-
-void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed, Tensor& step, bool advance, bool mean,
-            Tensor& weights) {
-  const auto [batch, num_tasks] = check_problems(gram, weights);
-  if (order) check_square_data(*order, at::kLong, {num_tasks, num_tasks}, gram.device(), "order");
-  check_square_data(step, at::kLong, {}, gram.device(), "step");
-  const Target target(gram.device());
-  const auto* g = gram.const_data_ptr<double>();
-  const auto* visit = order ? order->const_data_ptr<int64_t>() : nullptr;
-  auto* now = step.mutable_data_ptr<int64_t>();
-  auto* out = weights.mutable_data_ptr<double>();
-  const auto key = static_cast<uint64_t>(seed);
-  if (target.is_cuda()) {
-    return check_status(gs_pcgrad_cuda(g, batch, num_tasks, visit, key, now, advance, mean, out, target.stream()));
-  }
-  check_status(gs_pcgrad_cpu(g, batch, num_tasks, visit, key, static_cast<uint64_t>(*now), mean, out, &kTorchThreads));
-  if (advance) ++*now;
+gs_solve pcgrad_solve(int64_t seed, const Tensor& step, bool mean, const at::Device& device) {
+  check_square_data(step, at::kLong, {}, device, "step");
+  return {GS_PCGRAD, static_cast<uint64_t>(seed), step.mutable_data_ptr<int64_t>(), mean, GS_EXACT, 1, 0};
 }
 
-void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tensor& weights) {
-  const auto [batch, num_tasks] = check_problems(gram, weights);
-  const Target target(gram.device());
-  const Tensor workspace = target.make_workspace(gs_min_norm_workspace_bytes(batch, num_tasks));
-  const auto* g = gram.const_data_ptr<double>();
-  auto* out = weights.mutable_data_ptr<double>();
-  void* space = workspace.mutable_data_ptr();
-  const int64_t bytes = workspace.numel();
-  const gs_solver solver = exact ? GS_EXACT : GS_FRANK_WOLFE;
-  check_status(target.is_cuda()
-                   ? gs_min_norm_cuda(g, batch, num_tasks, solver, max_iter, tol, out, space, bytes, target.stream())
-                   : gs_min_norm_cpu(g, batch, num_tasks, solver, max_iter, tol, out, space, bytes, &kTorchThreads));
+gs_solve min_norm_solve(bool exact, int64_t max_iter, double tol) {
+  return {GS_MIN_NORM, 0, nullptr, 0, exact ? GS_EXACT : GS_FRANK_WOLFE, max_iter, tol};
 }
 
-}  // namespace
-
-Solve pcgrad_solve(int64_t seed, Tensor step, bool mean) {
-  return [=](const Tensor& gram, Tensor& weights) mutable {
-    pcgrad(gram, std::nullopt, seed, step, /*advance=*/true, mean, weights);
-  };
-}
-
-Solve min_norm_solve(bool exact, int64_t max_iter, double tol) {
-  return [=](const Tensor& gram, Tensor& weights) { min_norm(gram, exact, max_iter, tol, weights); };
-}
-
-std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const Solve& solve, bool accumulate,
+std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const gs_solve& solve, bool accumulate,
                                         std::vector<void*>& out) {
   const auto options = at::TensorOptions().dtype(at::kDouble).device(*grads.device);
-  Tensor gram = at::empty({grads.num_segments, grads.num_tasks, grads.num_tasks}, options);
-  Tensor weights = at::empty({grads.num_segments, grads.num_tasks}, options);
-  run_gram(grads, gram);
-  solve(gram, weights);
-  run_combine(grads, weights, accumulate, out);
+  const Tensor gram = at::empty({grads.num_segments, grads.num_tasks, grads.num_tasks}, options);
+  const Tensor weights = at::empty({grads.num_segments, grads.num_tasks}, options);
+  const gs_gradients view = grads.view();
+  const Target target(*grads.device);
+  auto *g = gram.mutable_data_ptr<double>(), *w = weights.mutable_data_ptr<double>();
+  const Tensor workspace = target.make_workspace(target.is_cuda() ? gs_aggregate_cuda_workspace_bytes(&view)
+                                                                  : gs_aggregate_workspace_bytes(&view));
+  void* space = workspace.mutable_data_ptr();
+  const int64_t bytes = workspace.numel();
+  check_status(target.is_cuda()
+                   ? gs_aggregate_cuda(&view, &solve, g, w, out.data(), accumulate, space, bytes, target.stream())
+                   : gs_aggregate_cpu(&view, &solve, g, w, out.data(), accumulate, space, bytes, &kTorchThreads));
   return {gram, weights};
 }
 
@@ -121,7 +91,7 @@ void combine(const Tensor& grads, const Tensor& weights, at::IntArrayRef offsets
   run_combine(g, weights, accumulate, pointers);
 }
 
-void aggregate(const Tensor& grads, at::IntArrayRef offsets, const Solve& solve, Tensor& out) {
+void aggregate(const Tensor& grads, at::IntArrayRef offsets, const gs_solve& solve, Tensor& out) {
   const Gradients g = Gradients::from_matrix(grads, offsets);
   std::vector<void*> pointers = cut_out(g, grads, out);
   run_aggregate(g, solve, /*accumulate=*/false, pointers);
@@ -129,7 +99,7 @@ void aggregate(const Tensor& grads, at::IntArrayRef offsets, const Solve& solve,
 
 void aggregate_pcgrad(const Tensor& grads, at::IntArrayRef offsets, int64_t seed, Tensor& step, bool mean,
                       Tensor& out) {
-  aggregate(grads, offsets, pcgrad_solve(seed, step, mean), out);
+  aggregate(grads, offsets, pcgrad_solve(seed, step, mean, grads.device()), out);
 }
 
 void aggregate_min_norm(const Tensor& grads, at::IntArrayRef offsets, bool exact, int64_t max_iter, double tol,
@@ -183,6 +153,38 @@ void task_order(int64_t num_tasks, int64_t seed, const Tensor& step, Tensor& ord
   const auto key = static_cast<uint64_t>(seed);
   check_status(target.is_cuda() ? gs_task_order_cuda(num_tasks, key, now, out, target.stream())
                                 : gs_task_order_cpu(num_tasks, key, static_cast<uint64_t>(*now), out));
+}
+
+void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed, Tensor& step, bool advance, bool mean,
+            Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  if (order) check_square_data(*order, at::kLong, {num_tasks, num_tasks}, gram.device(), "order");
+  check_square_data(step, at::kLong, {}, gram.device(), "step");
+  const Target target(gram.device());
+  const auto* g = gram.const_data_ptr<double>();
+  const auto* visit = order ? order->const_data_ptr<int64_t>() : nullptr;
+  auto* now = step.mutable_data_ptr<int64_t>();
+  auto* out = weights.mutable_data_ptr<double>();
+  const auto key = static_cast<uint64_t>(seed);
+  if (target.is_cuda()) {
+    return check_status(gs_pcgrad_cuda(g, batch, num_tasks, visit, key, now, advance, mean, out, target.stream()));
+  }
+  check_status(gs_pcgrad_cpu(g, batch, num_tasks, visit, key, static_cast<uint64_t>(*now), mean, out, &kTorchThreads));
+  if (advance) ++*now;
+}
+
+void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  const Target target(gram.device());
+  const Tensor workspace = target.make_workspace(gs_min_norm_workspace_bytes(batch, num_tasks));
+  const auto* g = gram.const_data_ptr<double>();
+  auto* out = weights.mutable_data_ptr<double>();
+  void* space = workspace.mutable_data_ptr();
+  const int64_t bytes = workspace.numel();
+  const gs_solver solver = exact ? GS_EXACT : GS_FRANK_WOLFE;
+  check_status(target.is_cuda()
+                   ? gs_min_norm_cuda(g, batch, num_tasks, solver, max_iter, tol, out, space, bytes, target.stream())
+                   : gs_min_norm_cpu(g, batch, num_tasks, solver, max_iter, tol, out, space, bytes, &kTorchThreads));
 }
 
 void gradnorm(const Tensor& weights, const Tensor& norms, const Tensor& losses, const Tensor& initial_losses,
@@ -283,7 +285,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("combine", &Lists::combine)
       .def("aggregate_pcgrad",
            [](const Lists& lists, int64_t seed, const Tensor& step, bool mean, pybind11::handle out, bool accumulate) {
-             return lists.aggregate(pcgrad_solve(seed, step, mean), out, accumulate);
+             return lists.aggregate(pcgrad_solve(seed, step, mean, lists.device()), out, accumulate);
            })
       .def("aggregate_min_norm",
            [](const Lists& lists, bool exact, int64_t max_iter, double tol, pybind11::handle out, bool accumulate) {

@@ -9,7 +9,6 @@
 #include <torch/extension.h>
 
 #include <algorithm>
-#include <functional>
 #include <vector>
 
 #if defined(GS_WITH_CUDA)
@@ -204,13 +203,12 @@ inline int64_t segments_of(const Tensor& tensor, int64_t dimensions, const char*
 void run_gram(const Gradients& grads, Tensor& gram);
 void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate, std::vector<void*>& out);
 
-// From gram to weights. Of the methods that the library solves by itself, one with its options.
-using Solve = std::function<void(const Tensor& gram, Tensor& weights)>;
-Solve pcgrad_solve(int64_t seed, Tensor step, bool mean);
-Solve min_norm_solve(bool exact, int64_t max_iter, double tol);
+// The solvers that run_aggregate takes. The step counter must live as long as the call.
+gs_solve pcgrad_solve(int64_t seed, const Tensor& step, bool mean, const at::Device& device);
+gs_solve min_norm_solve(bool exact, int64_t max_iter, double tol);
 
 // All stages in one call; returns the Gram matrices [S, T, T] and the weights [S, T].
-std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const Solve& solve, bool accumulate,
+std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const gs_solve& solve, bool accumulate,
                                         std::vector<void*>& out);
 
 }  // namespace gs::binding

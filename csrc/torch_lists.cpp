@@ -161,7 +161,7 @@ void Lists::combine(const Tensor& weights, pybind11::handle out, bool accumulate
   run_combine(grads_, weights, accumulate, pointers);
 }
 
-std::pair<Tensor, Tensor> Lists::aggregate(const Solve& solve, pybind11::handle out, bool accumulate) const {
+std::pair<Tensor, Tensor> Lists::aggregate(const gs_solve& solve, pybind11::handle out, bool accumulate) const {
   RECORD_FUNCTION("gradsurgery::aggregate", {});
   std::vector<void*> pointers = pointers_of(out);
   const pybind11::gil_scoped_release release;

@@ -248,3 +248,57 @@ def test_sanitize_solvers(tasks):
     assert torch.equal(method.weights(products.expand(3, tasks, tasks)), one.expand(3, tasks))
     method.weights(products)
     assert method.state_dict()["step"] == 2
+
+
+def kernels_of(call):
+    """The names of our kernels that a call launches."""
+    activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if "gs3gpu" in event.name or "gs::gpu" in event.name]
+
+
+@pytest.mark.parametrize("form", ["flat", "list"])
+@pytest.mark.parametrize("method", ["pcgrad", "mgda"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 1000, 40_003, 300_000])
+@pytest.mark.parametrize("tasks", [1, 2, 5, 8, 9, 16])
+def test_aggregate_in_one_launch(tasks, columns, dtype, method, form):
+    rows = laid_out(gradients(tasks, columns, dtype), 0, 64)
+    rows[-1] *= -1
+    grads = (
+        rows
+        if form == "flat"
+        else [list(row.split([columns // 3 // 8 * 8, columns - columns // 3 // 8 * 8])) for row in rows]
+    )
+    method = gradsurgery.methods.get(method)
+    got = gradsurgery.aggregate(grads, method)
+    got = got if form == "flat" else torch.cat(got)
+    exact = rows.double() @ rows.double().T
+    solve = {"pcgrad": gradsurgery.pcgrad_weights, "mgda": gradsurgery.min_norm_weights}[method.name]
+    assert_direction(got, rows, solve(exact, backend="reference"))
+    assert torch.equal(got, again(gradsurgery.aggregate(grads, gradsurgery.methods.get(method.name))))
+
+
+def again(direction):
+    return direction if isinstance(direction, torch.Tensor) else torch.cat(direction)
+
+
+@pytest.mark.parametrize(("columns", "launches"), [(1000, 1), (300_000, 1), (3_000_000, 4)])
+def test_launches_of_an_aggregate(columns, launches):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("sizes are those of compute capability 9.0")
+    rows = gradients(8, columns // 4 * 4)
+    gradsurgery.aggregate(rows)
+    assert len(kernels_of(lambda: gradsurgery.aggregate(rows))) == launches
+
+
+@pytest.mark.parametrize("tasks", [1, 8, 16])
+@pytest.mark.parametrize("method", ["pcgrad", "mgda"])
+@pytest.mark.parametrize("columns", [300, 60_000])
+def test_sanitize_aggregate(tasks, method, columns):
+    rows = gradients(tasks, columns)
+    rows[-1] *= -1
+    weights = gradsurgery.methods.get(method).weights(gradsurgery.gram(rows))
+    assert_direction(gradsurgery.aggregate(rows, method), rows, weights)

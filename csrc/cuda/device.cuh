@@ -7,10 +7,12 @@
 #include <type_traits>
 
 #include "cpu/status.h"
+#include "cuda/blocks.cuh"
 
 #if !defined(__CUDACC__)
 #include "emulated.h"
 #else
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -32,6 +34,16 @@ GS_DEVICE int64_t block() { return blockIdx.x; }
 
 GS_DEVICE void sync_block() { __syncthreads(); }
 GS_DEVICE void sync_warp() { __syncwarp(); }
+// All threads of all blocks, which then see what the others wrote to memory.
+GS_DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#endif
+}
+GS_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 // sync_block(), and whether any thread brought true.
 GS_DEVICE bool any_of_block(bool value) { return __syncthreads_or(value); }
 
@@ -178,6 +190,8 @@ GS_DEVICE void let_next_kernel_start() {
 struct Traits {
   bool overlaps;     // a kernel may start before the one ahead of it has ended
   bool fast_double;  // float64 at half of the rate of float32, not a 32nd or less
+  int processors;
+  int64_t shared_bytes;  // that a block may have
 };
 
 inline gs_status fail_cuda(const char* what, cudaError_t error) {
@@ -194,8 +208,8 @@ inline gs_status clear(double* values, int64_t count, gs_stream stream) {
 }
 
 template <class... P>
-gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
-                 const std::type_identity_t<P>&... arguments) {
+gs_status launch_as(Blocks kind, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
+                    gs_stream stream, const std::type_identity_t<P>&... arguments) {
   if (blocks == 0) return GS_OK;
   if (blocks > INT32_MAX)
     return fail(GS_UNSUPPORTED, "a launch takes at most 2^31 - 1 blocks, got %lld", (long long)blocks);
@@ -212,16 +226,26 @@ gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shar
     }
     if (error != cudaSuccess) return fail_cuda("shared memory", error);
   }
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  int count = 0;
+  if (kind == Blocks::kGrid) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  } else if (traits.overlaps) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (kind == Blocks::kCluster) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = reinterpret_cast<cudaStream_t>(stream);
-  config.attrs = &overlap;
-  config.numAttrs = traits.overlaps ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const void* pointers[] = {&arguments...};  // a table is not copied once more
   const cudaError_t error =
       cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), const_cast<void**>(pointers));
@@ -230,3 +254,13 @@ gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shar
 
 }  // namespace gs::gpu
 #endif
+
+namespace gs::gpu {
+
+template <class... P>
+gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
+                 const std::type_identity_t<P>&... arguments) {
+  return launch_as(Blocks::kApart, kernel, blocks, threads, shared_bytes, stream, arguments...);
+}
+
+}  // namespace gs::gpu

@@ -26,6 +26,7 @@ gs_status write_table(const TableChunk& chunk, int64_t bytes, unsigned char* to,
 
 #if defined(__CUDACC__)
 #include <atomic>
+#include <mutex>
 
 namespace gs::gpu {
 namespace {
@@ -34,34 +35,38 @@ namespace {
 GS_KERNEL compiled_kernel() {}
 
 gs_status ask_device(int device, Traits& traits) {
-  int major = 0, ratio = 0;
+  int major = 0, ratio = 0, processors = 0, shared_bytes = 0;
   cudaFuncAttributes compiled = {};
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, &compiled_kernel);
   if (error != cudaSuccess) return fail_cuda("no kernels for this CUDA device", error);
   // Code for an older architecture does not wait, so that it must not start early on a newer GPU either.
-  traits = {major >= 9 && compiled.ptxVersion >= 90, ratio <= 4};
+  traits = {major >= 9 && compiled.ptxVersion >= 90, ratio <= 4, processors, shared_bytes};
   return GS_OK;
 }
 
 }  // namespace
 
 gs_status get_traits(Traits& traits) {
-  constexpr int kDevices = 64, kKnown = 1, kOverlaps = 2, kFastDouble = 4;
-  static std::atomic<int> known[kDevices];
+  constexpr int kDevices = 64;
+  static Traits kept[kDevices];
+  static std::atomic<bool> known[kDevices];
+  static std::mutex mutex;
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return fail_cuda("no CUDA device", error);
-  const int bits = device < kDevices ? known[device].load() : 0;
-  if (bits & kKnown) {
-    traits = {(bits & kOverlaps) != 0, (bits & kFastDouble) != 0};
-    return GS_OK;
+  if (device >= kDevices) return ask_device(device, traits);
+  if (!known[device].load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (const gs_status status = ask_device(device, kept[device])) return status;
+    known[device].store(true, std::memory_order_release);
   }
-  const gs_status status = ask_device(device, traits);
-  if (status == GS_OK && device < kDevices) {
-    known[device] = kKnown | (traits.overlaps ? kOverlaps : 0) | (traits.fast_double ? kFastDouble : 0);
-  }
-  return status;
+  traits = kept[device];
+  return GS_OK;
 }
 
 }  // namespace gs::gpu

@@ -3,36 +3,11 @@
 #include <algorithm>
 
 #include "cpu/schedule.h"
-#include "cuda/device.cuh"
-#include "solvers/faces.h"
-#include "solvers/frank_wolfe.h"
+#include "cuda/min_norm.cuh"
 #include "solvers/gradnorm.h"
-#include "solvers/min_norm.h"
 
 namespace gs::gpu {
 namespace {
-
-struct WarpTeam {
-  static constexpr int kColumns = 2;
-  GS_DEVICE int64_t rank() const { return thread() % kWarp; }
-  GS_DEVICE int64_t size() const { return kWarp; }
-  GS_DEVICE void sync() const { sync_warp(); }
-  GS_DEVICE double sum(double value) const {
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-    return value;
-  }
-  GS_DEVICE void least(double& value, int64_t& index) const {
-    auto position = static_cast<double>(index);
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-      const double other = shuffle_xor(value, mask), other_position = shuffle_xor(position, mask);
-      if (other < value || (other == value && other_position < position)) {
-        value = other;
-        position = other_position;
-      }
-    }
-    index = static_cast<int64_t>(position);
-  }
-};
 
 // The same answer for every lane.
 GS_DEVICE bool warp_finite(const double* values, int64_t count) {
@@ -52,28 +27,14 @@ GS_KERNEL min_norm_kernel(const double* gram, int64_t num_tasks, bool exact, int
   double* scratch = kInShared ? &shared<double>() : workspace + block() * (scratch_bytes / 8);
   const bool finite = warp_finite(problem, num_tasks * num_tasks);
   let_next_kernel_start();
-  if (!finite) {
-    fill_nan(team, w, num_tasks);
-  } else if (exact) {
-    MinNorm(team, problem, num_tasks, w, scratch).solve();
-  } else {
-    frank_wolfe(team, problem, num_tasks, max_iter, tol, w, scratch);
-  }
+  solve_min_norm(team, problem, num_tasks, finite, exact, max_iter, tol, w, scratch);
 }
 
-constexpr int kFaceTasks = 8;  // at most as many have all their faces solved at once
-
-// The exact solution for up to kTasks tasks, one block per problem, one thread per face. Of equal minima the first
-// face's counts.
+// The exact solution for up to kTasks tasks, one block per problem, one thread per face.
 template <int kTasks>
 GS_KERNEL min_norm_faces_kernel(const double* gram, int num_tasks, double* weights) {
-  struct Memory {
-    double gram[kTasks * kTasks];
-    double value[(1 << kTasks) / kWarp + 1];
-    int64_t face[(1 << kTasks) / kWarp + 1];
-  };
   wait_for_previous_kernel();
-  auto& memory = shared<Memory>();
+  auto& memory = shared<FaceMemory<kTasks>>();
   const double* problem = gram + block() * num_tasks * num_tasks;
   double* result = weights + block() * num_tasks;
   bool finite = true;
@@ -88,34 +49,13 @@ GS_KERNEL min_norm_faces_kernel(const double* gram, int num_tasks, double* weigh
     if (thread() < kWarp) fill_nan(WarpTeam{}, result, num_tasks);
     return;
   }
-  double shift = memory.gram[0], w[kTasks], value = INFINITY;
-  for (int i = 1; i < num_tasks; i++) shift = std::fmin(shift, memory.gram[i * (kTasks + 1)]);
-  int64_t face = thread();
-  if (face > 0 && face < 1 << num_tasks) {
-    value = face_min_norm<kTasks>(memory.gram, shift, static_cast<uint32_t>(face), w);
-  }
-  WarpTeam{}.least(value, face);
-  if (thread() % kWarp == 0) {
-    memory.value[thread() / kWarp] = value;
-    memory.face[thread() / kWarp] = face;
-  }
-  sync_block();
-  int best = 0;
-  for (int warp = 1; warp < threads() / kWarp; warp++) {
-    if (memory.value[warp] < memory.value[best]) best = warp;
-  }
-  if (thread() == memory.face[best]) {
-    for (int i = 0; i < kTasks; i++) {
-      if (i < num_tasks) result[i] = w[i];
-    }
-  }
+  solve_faces(memory, num_tasks, result);
 }
 
 template <int kTasks>
 gs_status launch_faces(const double* gram, int64_t batch, int num_tasks, double* weights, gs_stream stream) {
-  constexpr int64_t kBytes = kTasks * kTasks * 8 + ((1 << kTasks) / kWarp + 1) * 16;
-  return launch(min_norm_faces_kernel<kTasks>, batch, std::max(kWarp, 1 << num_tasks), kBytes, stream, gram, num_tasks,
-                weights);
+  return launch(min_norm_faces_kernel<kTasks>, batch, std::max(kWarp, 1 << num_tasks), sizeof(FaceMemory<kTasks>),
+                stream, gram, num_tasks, weights);
 }
 
 // One problem per block, by its first thread: the work is linear in T.

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 KERNEL = re.compile(
-    r"(direct|tiles|staged|combine)_kernelI(d|f|NS0_8bfloat16E|NS0_7float16E)(?:Li(\d+)E)?(?:Lb([01])E)?"
+    r"(direct|tiles|staged|combine|fused)_kernelI(d|f|NS0_8bfloat16E|NS0_7float16E)(?:Li(\d+)E)?(?:Lb([01])E)?"
 )
 INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 HMMA = {
@@ -119,9 +119,14 @@ def faults_of(kernel: Kernel) -> list[str]:
         return []
     kind, dtype, _, is_double = match.groups()
     arithmetic = r"DMMA" if is_double == "1" else HMMA[dtype] if is_double == "0" else "DFMA"
-    hot = kernel.hot_loop([READ, arithmetic])
+    reads = READ
+    if kind == "fused":  # first copies of 16 bytes, then products from shared memory
+        if not any(re.search(READ, text) for _, text in kernel.code):
+            return ["no reads of 16 bytes"]
+        reads, arithmetic = r"\bLDS\b", "DMMA"
+    hot = kernel.hot_loop([reads, arithmetic])
     if not hot:
-        return [f"no loop with {arithmetic} and reads of 16 bytes"]
+        return [f"no loop with {arithmetic} and its reads"]
     if kind in ("staged", "tiles") and not any(re.search(SHARED_READ, text) for text in hot):
         return ["the hot loop does not read 16 bytes of shared memory at a time"]
     spills = [i for i, text in enumerate(hot) if re.search(SPILL, text)]

@@ -3,6 +3,7 @@
 #pragma once
 #include <bit>
 
+#include "cuda/blocks.cuh"
 #include "emulator.h"
 
 #define GS_KERNEL inline void
@@ -18,6 +19,8 @@ inline int threads() { return Emulator::get().threads(); }
 inline int64_t block() { return Emulator::get().block(); }
 inline void sync_block() { Emulator::get().wait_block(); }
 inline void sync_warp() { Emulator::get().wait_warp(); }
+inline void sync_cluster() { Emulator::get().wait_all(); }
+inline void sync_grid() { Emulator::get().wait_all(); }
 inline bool any_of_block(bool value) { return Emulator::get().any_of_block(value); }
 
 inline double shuffle_xor(double value, int mask) {
@@ -205,9 +208,12 @@ inline void let_next_kernel_start() {}
 
 struct Traits {
   bool overlaps, fast_double;
+  int processors;
+  int64_t shared_bytes;
 };
 inline gs_status get_traits(Traits& traits) {
-  traits = {true, Emulator::get().fast_double};
+  const Emulator& emulator = Emulator::get();
+  traits = {emulator.overlaps, emulator.fast_double, emulator.processors, 64 * 1024};
   return GS_OK;
 }
 
@@ -217,9 +223,9 @@ inline gs_status clear(double* values, int64_t count, gs_stream) {
 }
 
 template <class... P>
-gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream,
-                 const std::type_identity_t<P>&... arguments) {
-  Emulator::get().run(blocks, threads, shared_bytes, [=] { kernel(arguments...); });
+gs_status launch_as(Blocks kind, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream,
+                    const std::type_identity_t<P>&... arguments) {
+  Emulator::get().run(blocks, threads, shared_bytes, [=] { kernel(arguments...); }, kind != Blocks::kApart);
   return GS_OK;
 }
 

@@ -38,7 +38,8 @@ inline Values in_every_order(int64_t count, const std::function<gs_status(double
 
 inline void check_close(const Values& got, const Values& expected, double tolerance, const char* what) {
   for (size_t i = 0; i < got.size(); i++) {
-    const bool same = std::isnan(expected[i]) ? std::isnan(got[i]) : std::abs(got[i] - expected[i]) <= tolerance;
+    const bool same = std::isnan(expected[i]) ? std::isnan(got[i])
+                                              : got[i] == expected[i] || std::abs(got[i] - expected[i]) <= tolerance;
     CHECK(same, "%s at %zu: %.17g, expected %.17g", what, i, got[i], expected[i]);
   }
 }

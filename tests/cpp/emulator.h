@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The threads of a GPU on the host. One block runs at a time, each of its threads as a fiber that runs until it waits
-// at a barrier. Shared memory has its exact size, on the heap, and starts as NaN. The order of the threads and blocks
-// is chosen by the test: a missing barrier shows as a difference between orders, one that not all threads reach as a
-// failure.
+// The threads of a GPU on the host. One block runs at a time, or all of a launch that has barriers across blocks, each
+// of their threads as a fiber that runs until it waits at a barrier. Shared memory has its exact size, on the heap, and
+// starts as NaN. The order of the threads and blocks is chosen by the test: a missing barrier shows as a difference
+// between orders, one that not all threads reach as a failure.
 #pragma once
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -82,23 +82,32 @@ class Emulator {
 
   Order order = Order::kForward;
   bool fast_double = true;
+  bool overlaps = true;
+  int processors = 3;
+  int launches = 0;
 
-  void run(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel) {
+  // together: all blocks at once.
+  void run(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel, bool together = false) {
+    launches++;
     kernel_ = std::move(kernel);
     threads_ = threads;
-    for (int64_t i = 0; i < blocks; i++) {
-      block_ = order == Order::kForward ? i : blocks - 1 - i;
-      shared_ = std::make_unique<unsigned char[]>(shared_bytes);
-      std::memset(shared_.get(), 0xff, shared_bytes);
-      run_block();
-      shared_.reset();
+    group_ = together ? static_cast<int>(blocks) : 1;
+    for (int64_t i = 0; i < blocks; i += group_) {
+      first_block_ = order == Order::kForward || together ? i : blocks - 1 - i;
+      shared_.resize(group_);
+      for (auto& memory : shared_) {
+        memory = std::make_unique<unsigned char[]>(shared_bytes);
+        std::memset(memory.get(), 0xff, shared_bytes);
+      }
+      run_group();
+      shared_.clear();
     }
   }
 
-  int thread() const { return current_; }
+  int thread() const { return current_ % threads_; }
   int threads() const { return threads_; }
-  int64_t block() const { return block_; }
-  unsigned char* shared() { return shared_.get(); }
+  int64_t block() const { return first_block_ + current_ / threads_; }
+  unsigned char* shared() { return shared_[current_ / threads_].get(); }
 
   // Waits for `count` threads at barrier number `index`.
   void wait(size_t index, int count) {
@@ -114,13 +123,18 @@ class Emulator {
     fibers_[current_]->generation = generation;
     leave();  // until the barrier lets go
   }
-  void wait_block() { wait(0, threads_); }
-  void wait_warp() { wait(1 + current_ / kWarp, std::min(kWarp, threads_ - current_ / kWarp * kWarp)); }
+  void wait_all() { wait(0, group_ * threads_); }
+  void wait_block() { wait(1 + current_ / threads_ * (1 + warps()), threads_); }
+  void wait_warp() {
+    const int warp = thread() / kWarp;
+    wait(2 + current_ / threads_ * (1 + warps()) + warp, std::min(kWarp, threads_ - warp * kWarp));
+  }
 
   bool any_of_block(bool value) {
     votes_[current_] = value;
     wait_block();
-    const bool any = std::find(votes_.begin(), votes_.end(), true) != votes_.end();
+    const auto own = votes_.begin() + current_ / threads_ * threads_;
+    const bool any = std::find(own, own + threads_, true) != own + threads_;
     wait_block();
     return any;
   }
@@ -131,7 +145,8 @@ class Emulator {
   // Values of a thread that the others of the warp can read between two barriers.
   static constexpr int kLaneValues = 6;
   double& lane_value(int lane, int which = 0) {
-    return values_[kLaneValues * (current_ / kWarp * kWarp + lane) + which];
+    const int first = current_ / threads_ * threads_ + thread() / kWarp * kWarp;
+    return values_[kLaneValues * (first + lane) + which];
   }
 
  private:
@@ -150,24 +165,27 @@ class Emulator {
   };
   static constexpr size_t kStackBytes = 256 * 1024;
 
-  void run_block() {
-    barriers_.assign(1 + (threads_ + kWarp - 1) / kWarp, Barrier());
-    values_.assign(kLaneValues * threads_, 0);
-    votes_.assign(threads_, false);
-    while (static_cast<int>(fibers_.size()) < threads_) add_fiber();
-    for (int t = 0; t < threads_; t++) {
+  int warps() const { return (threads_ + kWarp - 1) / kWarp; }
+
+  void run_group() {
+    const int all = group_ * threads_;
+    barriers_.assign(1 + group_ * (1 + warps()), Barrier());
+    values_.assign(kLaneValues * all, 0);
+    votes_.assign(all, false);
+    while (static_cast<int>(fibers_.size()) < all) add_fiber();
+    for (int t = 0; t < all; t++) {
       fibers_[t]->copies.assign(1, {});
       fibers_[t]->barrier = 0;
       fibers_[t]->generation = -1;
       fibers_[t]->done = false;
     }
-    for (int left = threads_; left > 0;) {
+    for (int left = all; left > 0;) {
       progress_ = false;
-      for (int i = 0; i < threads_; i++) {
+      for (int i = 0; i < all; i++) {
         const int t = order == Order::kForward ? i
                       : order == Order::kBackward
-                          ? threads_ - 1 - i
-                          : i * 37 % threads_;  // a permutation: no block has a multiple of 37 threads
+                          ? all - 1 - i
+                          : i * 37 % all;  // a permutation: no launch has a multiple of 37 threads
         const Fiber& fiber = *fibers_[t];
         if (fiber.done || barriers_[fiber.barrier].generation == fiber.generation) continue;
         current_ = t;
@@ -178,7 +196,8 @@ class Emulator {
         }
       }
       if (left > 0 && !progress_) {
-        std::printf("emulated block %lld: a barrier that not all threads reach\n", static_cast<long long>(block_));
+        std::printf("emulated block %lld: a barrier that not all threads reach\n",
+                    static_cast<long long>(first_block_));
         std::exit(1);
       }
     }
@@ -235,10 +254,10 @@ class Emulator {
 #endif
 
   std::function<void()> kernel_;
-  int threads_ = 0, current_ = 0;
-  int64_t block_ = 0;
+  int threads_ = 0, group_ = 1, current_ = 0;
+  int64_t first_block_ = 0;
   bool progress_ = false;
-  std::unique_ptr<unsigned char[]> shared_;
+  std::vector<std::unique_ptr<unsigned char[]>> shared_;
   std::vector<Barrier> barriers_;
   std::vector<double> values_;
   std::vector<bool> votes_;

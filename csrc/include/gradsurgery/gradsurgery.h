@@ -51,6 +51,22 @@ typedef enum gs_solver {
   GS_FRANK_WOLFE = 1,
 } gs_solver;
 
+typedef enum gs_method {
+  GS_PCGRAD = 0,
+  GS_MIN_NORM = 1,
+} gs_method;
+
+// A solver and its options; those of the other method do not matter.
+typedef struct gs_solve {
+  gs_method method;
+  uint64_t seed;  // PCGrad, as in gs_pcgrad_*: the orders are those of (seed, *step), and *step grows by 1
+  int64_t* step;  // on the device of the call
+  int mean;
+  gs_solver solver;  // min-norm, as in gs_min_norm_*
+  int64_t max_iter;
+  double tol;
+} gs_solve;
+
 // The gradients of T tasks with respect to P parameter tensors, read in place.
 // A dense matrix [T, N] of any row stride is the case P = 1.
 typedef struct gs_gradients {
@@ -121,6 +137,20 @@ GS_API gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_
 GS_API gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver,
                                   int64_t max_iter, double tol, double* weights, void* workspace,
                                   int64_t workspace_bytes, gs_stream stream);
+
+// Stages 2 to 4 in one call: gram [S, T, T], the solver's weights [S, T], and their directions out [P], as by
+// gs_gram_*, gs_pcgrad_* or gs_min_norm_*, and gs_combine_* with K = 1. On a GPU up to 16 tasks whose gradients fit the
+// multiprocessors' shared memory take one launch, which reads them once: one segment and dtype, pointers aligned to 16
+// bytes, and a GPU with fast float64. The slots then are those of the GPU's multiprocessors, so the bits may differ
+// between models.
+GS_API int64_t gs_aggregate_workspace_bytes(const gs_gradients* grads);
+GS_API gs_status gs_aggregate_cpu(const gs_gradients* grads, const gs_solve* solve, double* gram, double* weights,
+                                  void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
+                                  const gs_parallel* parallel);
+GS_API int64_t gs_aggregate_cuda_workspace_bytes(const gs_gradients* grads);
+GS_API gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, double* gram, double* weights,
+                                   void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
+                                   gs_stream stream);
 
 // One closed-form GradNorm step on weights [batch, T]; all inputs are [batch, T].
 GS_API gs_status gs_gradnorm_cpu(const double* weights, const double* norms, const double* losses,

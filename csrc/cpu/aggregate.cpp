@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: MIT
+// Stages 2 to 4 on the CPU, one after the other.
+#include "schedule.h"
+
+int64_t gs_aggregate_workspace_bytes(const gs_gradients* grads) {
+  if (!grads || gs::check(*grads) != GS_OK) return -1;
+  return std::max({gs_gram_workspace_bytes(grads), gs_combine_workspace_bytes(grads),
+                   gs_min_norm_workspace_bytes(grads->num_segments, grads->num_tasks)});
+}
+
+gs_status gs_aggregate_cpu(const gs_gradients* grads, const gs_solve* solve, double* gram, double* weights,
+                           void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
+                           const gs_parallel* parallel) {
+  GS_REQUIRE(grads && solve && gram && weights && out, "grads, solve, gram, weights and out must not be NULL");
+  if (const gs_status status = gs::check(*grads)) return status;
+  GS_REQUIRE(solve->method != GS_PCGRAD || solve->step, "step must not be NULL");
+  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_aggregate_workspace_bytes(grads));
+  const int64_t batch = grads->num_segments, tasks = grads->num_tasks;
+  gs_status status = gs_gram_cpu(grads, gram, workspace, workspace_bytes, parallel);
+  if (status != GS_OK) return status;
+  if (solve->method == GS_PCGRAD) {
+    const auto step = static_cast<uint64_t>(*solve->step);
+    status = gs_pcgrad_cpu(gram, batch, tasks, nullptr, solve->seed, step, solve->mean, weights, parallel);
+    if (status == GS_OK) ++*solve->step;
+  } else {
+    status = gs_min_norm_cpu(gram, batch, tasks, solve->solver, solve->max_iter, solve->tol, weights, workspace,
+                             workspace_bytes, parallel);
+  }
+  if (status != GS_OK) return status;
+  return gs_combine_cpu(grads, weights, 1, out, accumulate, workspace, workspace_bytes, parallel);
+}

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: MIT
+// Stages 2 to 4 on the GPU: in one launch where that can be, else one after the other.
+#include <algorithm>
+
+#include "cpu/schedule.h"
+#include "cuda/fused.cuh"
+
+namespace gs::gpu {
+namespace {
+
+// A slot below this is not worth a block.
+constexpr int64_t kLeastColumns = 256;
+constexpr int kMostSlots = 256;
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Fills in all of the table but the solver's options; false if one launch cannot serve.
+bool plan_fused(const gs_gradients& g, void* const* out, const Traits& traits, AnyTable& table, FusedPlan& plan) {
+  const int64_t tasks = g.num_tasks;
+  if (g.num_segments > 1 || tasks > kFusedTasks || !traits.fast_double) return false;
+  plan.dtype = -1;
+  table.params = 0;
+  for (int64_t p = 0; p < g.num_params; p++) {
+    if (g.numel[p] == 0) continue;
+    if (table.params > 0 && g.dtype[p] != plan.dtype) return false;
+    plan.dtype = g.dtype[p];
+    table.params++;
+    const void* const* rows = g.data + p * tasks;
+    if (!std::all_of(rows, rows + tasks, is_aligned) || !is_aligned(out[p])) return false;
+  }
+  if (table.params == 0 || AnyTable::bytes_of(table.params, tasks) > kFusedTableBytes) return false;
+  table.num_tasks = static_cast<int>(tasks);
+  auto* const first_column = reinterpret_cast<int64_t*>(table.bytes);
+  int64_t* const numel = first_column + table.params;
+  int64_t* pointer = numel + table.params;
+  table.columns = 0;
+  for (int64_t p = 0, i = 0; p < g.num_params; p++) {
+    if (g.numel[p] == 0) continue;
+    first_column[i] = table.columns;
+    numel[i++] = g.numel[p];
+    table.columns += (g.numel[p] + kFusedUnit - 1) / kFusedUnit * kFusedUnit;
+    for (int64_t t = 0; t < tasks; t++) *pointer++ = reinterpret_cast<int64_t>(g.data[p * tasks + t]);
+    *pointer++ = reinterpret_cast<int64_t>(out[p]);
+  }
+  const int64_t widest = fused_width_at_most(plan.dtype, tasks, traits.shared_bytes);
+  const bool small = traits.overlaps && AnyTable::bytes_of(table.params, tasks) <= kSmallTableBytes &&
+                     table.columns <= kMaxCluster * widest;
+  plan.blocks = small ? Blocks::kCluster : Blocks::kGrid;
+  const int64_t most = small ? kMaxCluster : std::min(kMostSlots, traits.processors);
+  const int64_t share = std::max(kLeastColumns, (table.columns + most - 1) / most);
+  table.width = (share + kFusedUnit - 1) / kFusedUnit * kFusedUnit;
+  table.slots = static_cast<int>((table.columns + table.width - 1) / table.width);
+  return table.width <= widest;
+}
+
+int64_t partial_bytes(int64_t num_tasks) { return kMostSlots * pairs_of(std::min(num_tasks, kFusedTasks)) * 8; }
+
+}  // namespace
+}  // namespace gs::gpu
+
+int64_t gs_aggregate_cuda_workspace_bytes(const gs_gradients* grads) {
+  if (!grads || gs::check(*grads) != GS_OK) return -1;
+  return std::max({gs_gram_cuda_workspace_bytes(grads), gs_combine_cuda_workspace_bytes(grads, 1),
+                   gs_min_norm_workspace_bytes(grads->num_segments, grads->num_tasks),
+                   gs::gpu::partial_bytes(grads->num_tasks)});
+}
+
+gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, double* gram, double* weights,
+                            void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
+                            gs_stream stream) {
+  using namespace gs::gpu;
+  GS_REQUIRE(grads && solve && gram && weights && out, "grads, solve, gram, weights and out must not be NULL");
+  if (const gs_status status = gs::check(*grads)) return status;
+  GS_REQUIRE(solve->method != GS_PCGRAD || solve->step, "step must not be NULL");
+  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_aggregate_cuda_workspace_bytes(grads));
+  Traits traits;
+  if (const gs_status status = get_traits(traits)) return status;
+  AnyTable table;
+  FusedPlan plan;
+  if (plan_fused(*grads, out, traits, table, plan)) {
+    table.accumulate = accumulate != 0;
+    table.mean = solve->mean != 0;
+    table.exact = solve->solver == GS_EXACT;
+    table.seed = solve->seed;
+    table.step = solve->step;
+    table.max_iter = solve->max_iter;
+    table.tol = solve->tol;
+    return launch_fused(table, plan, solve->method, static_cast<double*>(workspace), gram, weights, stream);
+  }
+  const int64_t batch = grads->num_segments, tasks = grads->num_tasks;
+  gs_status status = gs_gram_cuda(grads, gram, workspace, workspace_bytes, stream);
+  if (status != GS_OK) return status;
+  if (solve->method == GS_PCGRAD) {
+    status = gs_pcgrad_cuda(gram, batch, tasks, nullptr, solve->seed, solve->step, 1, solve->mean, weights, stream);
+  } else {
+    status = gs_min_norm_cuda(gram, batch, tasks, solve->solver, solve->max_iter, solve->tol, weights, workspace,
+                              workspace_bytes, stream);
+  }
+  if (status != GS_OK) return status;
+  return gs_combine_cuda(grads, weights, 1, out, accumulate, workspace, workspace_bytes, stream);
+}

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MIT
+// The table of the kernel that does stages 2 to 4 in one launch (fused.cu), and when it serves (aggregate.cu).
+#pragma once
+#include "cuda/gram.cuh"
+#include "cuda/rows.cuh"
+
+namespace gs::gpu {
+
+constexpr int64_t kFusedTasks = 16;
+constexpr int64_t kFusedUnit = 64;  // columns; parameters are padded to a multiple
+constexpr int64_t kFusedTableBytes = 32000, kSmallTableBytes = 2048;
+
+// The sizes of a problem, and the solver's options.
+struct FusedProblem {
+  int num_tasks, params, slots;
+  int64_t columns, width;  // of all parameters, and of a slot
+  bool accumulate, mean, exact;
+  uint64_t seed;
+  int64_t* step;
+  int64_t max_iter;
+  double tol;
+};
+
+// As an argument, the smaller the faster to launch.
+template <int64_t kBytes>
+struct FusedTable : FusedProblem {
+  // For each parameter its first column, its size, and the addresses of its rows and of its output.
+  alignas(16) unsigned char bytes[kBytes];
+
+  static int64_t bytes_of(int64_t params, int64_t num_tasks) { return params * 8 * (num_tasks + 3); }
+  GS_HOST_DEVICE int64_t first_column(int p) const { return words()[p]; }
+  GS_HOST_DEVICE int64_t numel(int p) const { return words()[params + p]; }
+  template <class In>
+  GS_HOST_DEVICE In* pointer(int p, int t) const {
+    return reinterpret_cast<In*>(words()[2 * params + p * (num_tasks + 1) + t]);
+  }
+  // The parameter that holds a column.
+  GS_HOST_DEVICE int param_of(int64_t column) const {
+    int low = 0, high = params;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (first_column(middle) <= column ? low : high) = middle;
+    }
+    return low;
+  }
+  GS_HOST_DEVICE const int64_t* words() const { return reinterpret_cast<const int64_t*>(bytes); }
+};
+using AnyTable = FusedTable<kFusedTableBytes>;
+
+struct FusedPlan {
+  int32_t dtype;
+  Blocks blocks;
+};
+
+// The widest slot that a block's shared memory holds.
+int64_t fused_width_at_most(int32_t dtype, int64_t num_tasks, int64_t shared_bytes);
+
+// A cluster takes the small table. partials is [slots][pairs].
+gs_status launch_fused(const AnyTable& table, const FusedPlan& plan, gs_method method, double* partials, double* gram,
+                       double* weights, gs_stream stream);
+
+}  // namespace gs::gpu

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: MIT
+// PCGrad by a block (the recurrence of csrc/solvers/pcgrad.h): a warp per task and its visiting order.
+#pragma once
+#include <cfloat>
+
+#include "cuda/device.cuh"
+#include "solvers/philox.h"
+
+namespace gs::gpu {
+
+// Rows whose orders a warp draws at once, a lane each: the swaps are one long chain of dependent steps.
+constexpr int kDrawnRows = 4;
+
+// A warp's part of the shared memory, a double per task, holds two bytes a task for each of these rows and, after the
+// last of them, its part of the weights.
+constexpr int kWarpBytesPerTask = 8;
+static_assert(2 * kDrawnRows <= kWarpBytesPerTask);
+
+// task_order_row for the rows first, first + stride, ...: all their random words at once, a block of them per lane,
+// then the swaps.
+GS_DEVICE void draw_orders(int num_tasks, uint64_t seed, uint64_t step, int first, int stride, uint8_t* order,
+                           uint8_t* other) {
+  const int lane = thread() % kWarp, blocks = (num_tasks + 2) / 4;
+  for (int item = lane; item < kDrawnRows * blocks; item += kWarp) {
+    const int slot = item / blocks, number = item % blocks, row = first + slot * stride;
+    if (row >= num_tasks) break;
+    const PhiloxBlock draws = order_draws(seed, step, row, static_cast<uint32_t>(number));
+    for (int i = 0; i < 4; i++) {
+      const int k = num_tasks - 1 - 4 * number - i;
+      if (k > 0) other[slot * num_tasks + k] = static_cast<uint8_t>(swap_position(draws.word[i], k));
+    }
+  }
+  for (int k = lane; k < num_tasks; k += kWarp) {
+    for (int slot = 0; slot < kDrawnRows; slot++) order[slot * num_tasks + k] = static_cast<uint8_t>(k);
+  }
+  sync_warp();
+  if (lane < kDrawnRows && first + lane * stride < num_tasks) {
+    uint8_t* row = order + lane * num_tasks;
+    const uint8_t* swap = other + lane * num_tasks;
+    uint8_t next = swap[num_tasks - 1];
+    for (int k = num_tasks - 1; k > 0; k--) {
+      const uint8_t at = next, high = row[k], low = row[at];
+      next = swap[k - 1];
+      row[k] = low;
+      row[at] = high;
+    }
+  }
+  sync_warp();
+}
+
+constexpr uint32_t kNoTask = 0xffffffff;
+
+// What a lane knows of its tasks lane, lane + 32, ...
+template <int kPerLane>
+struct LaneTasks {
+  double inverse[kPerLane];  // 1 / G_jj, 0 for a task that is never projected on
+  double weight[kPerLane];   // this warp's part
+};
+
+// The projections of task i, whose visit number rank[j] is that of task j, 0 for none. Between two projections v = G c
+// does not change, so the next task to project on is the one of least rank, above the last one's, with v_j < 0: one
+// minimum over the warp finds it, and visits without a conflict cost nothing.
+template <int kPerLane>
+GS_DEVICE void project(const double* gram, int num_tasks, int i, const uint16_t* rank, LaneTasks<kPerLane>& tasks) {
+  const int lane = thread() % kWarp;
+  double v[kPerLane];
+  uint32_t visit[kPerLane];  // 256 rank + task
+  int column[kPerLane];      // of G; beyond the last task, which has no visit there, its values once more
+  bool infinite = false;     // an inverse, that of a subnormal G_jj
+  for (int r = 0; r < kPerLane; r++) {
+    const int j = lane + r * kWarp;
+    column[r] = j < num_tasks ? j : num_tasks - 1;
+    v[r] = gram[i * num_tasks + column[r]];
+    infinite = infinite || tasks.inverse[r] > DBL_MAX;
+    visit[r] = tasks.inverse[r] > 0 && j != i ? 256u * rank[j] + static_cast<uint32_t>(j) : 0;
+  }
+  for (uint32_t last = 255;;) {
+    uint32_t next = kNoTask;
+    double product = 0, inverse = 0;
+    for (int r = 0; r < kPerLane; r++) {
+      if (v[r] < 0 && visit[r] > last && visit[r] < next) {
+        next = visit[r];
+        product = v[r];
+        inverse = tasks.inverse[r];
+      }
+    }
+    last = min_of_warp(next);
+    if (last == kNoTask) return;
+    const int j = last % 256;
+    double coefficient = product * inverse;
+    if (infinite && inverse > DBL_MAX) coefficient = product / gram[next % 256 * (num_tasks + 1)];
+    coefficient = shuffle(coefficient, j % kWarp);
+    for (int r = 0; r < kPerLane; r++) {
+      if (visit[r] == last) tasks.weight[r] -= coefficient;
+      v[r] -= coefficient * gram[j * num_tasks + column[r]];
+    }
+  }
+}
+
+// What a warp has of the block's parts [warps][T].
+struct WarpPart {
+  double* weights;
+  uint8_t *drawn, *other;
+
+  GS_DEVICE WarpPart(double* parts, int num_tasks) : weights(parts + thread() / kWarp * num_tasks) {
+    drawn = reinterpret_cast<uint8_t*>(weights);
+    other = drawn + kDrawnRows * num_tasks;
+  }
+};
+
+GS_DEVICE void draw_first_orders(int num_tasks, uint64_t seed, uint64_t step, double* parts) {
+  const WarpPart part(parts, num_tasks);
+  draw_orders(num_tasks, seed, step, thread() / kWarp, threads() / kWarp, part.drawn, part.other);
+}
+
+// The weights of the Gram matrix g, of at most kPerLane x kWarp tasks. Without an order, draw_first_orders has filled
+// parts. Each warp projects its share of the tasks; the parts are added in the order of the warps.
+template <int kPerLane>
+GS_DEVICE void solve_pcgrad(const double* g, int num_tasks, const int64_t* order, uint64_t seed, uint64_t now,
+                            bool broken, bool mean, double* parts, double* weights) {
+  const int warps = threads() / kWarp, warp = thread() / kWarp, lane = thread() % kWarp;
+  const WarpPart own(parts, num_tasks);
+  double* const part = own.weights;
+  uint8_t *const drawn = own.drawn, *const other = own.other;
+  LaneTasks<kPerLane> tasks;
+  for (int r = 0; r < kPerLane; r++) {
+    const int j = lane + r * kWarp;
+    const double squared_norm = j < num_tasks ? g[j * (num_tasks + 1)] : 0;
+    tasks.inverse[r] = squared_norm > 0 ? 1 / squared_norm : 0;
+    tasks.weight[r] = 0;
+  }
+  for (int first = warp; first < num_tasks && !broken; first += kDrawnRows * warps) {
+    if (!order && first != warp) draw_orders(num_tasks, seed, now, first, warps, drawn, other);
+    for (int slot = 0; slot < kDrawnRows; slot++) {
+      const int i = first + slot * warps;
+      if (i >= num_tasks) break;
+      auto* rank = reinterpret_cast<uint16_t*>(other);  // the swaps are done
+      sync_warp();
+      for (int j = lane; j < num_tasks; j += kWarp) rank[j] = 0;
+      sync_warp();
+      for (int k = lane; k < num_tasks; k += kWarp) {
+        const int64_t j = order ? order[i * num_tasks + k] : drawn[slot * num_tasks + k];
+        if (j >= 0 && j < num_tasks) rank[j] = static_cast<uint16_t>(k + 1);  // whatever order holds
+      }
+      sync_warp();
+      project(g, num_tasks, i, rank, tasks);
+    }
+    sync_warp();
+  }
+  for (int r = 0; r < kPerLane; r++) {
+    if (lane + r * kWarp < num_tasks) part[lane + r * kWarp] = tasks.weight[r];
+  }
+  sync_block();
+  for (int j = thread(); j < num_tasks; j += threads()) {
+    double weight = 1;
+    for (int w = 0; w < warps; w++) weight += parts[w * num_tasks + j];
+    if (mean) weight /= num_tasks;
+    weights[j] = broken ? NAN : weight;
+  }
+}
+
+}  // namespace gs::gpu

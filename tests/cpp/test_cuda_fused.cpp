@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: MIT
+// The CUDA kernel of stages 2 to 4, compiled for the host (emulated.h), against the CPU's stages: the same bits in each
+// order of threads, and one launch where that is promised.
+#include "emulation.h"
+
+namespace {
+
+// Parameters of several sizes, rows in buffers of their exact size, some absent.
+struct Problem {
+  int64_t num_tasks;
+  std::vector<int64_t> numel;
+  std::vector<int32_t> dtype, segment;
+  std::vector<std::unique_ptr<void, Free>> memory;
+  std::vector<const void*> data;
+  std::vector<int64_t> out_bytes;
+
+  Problem(int64_t tasks, std::vector<int64_t> sizes, std::vector<gs_dtype> dtypes, int64_t shift = 0)
+      : num_tasks(tasks), numel(std::move(sizes)) {
+    std::mt19937 random(7);
+    for (size_t p = 0; p < numel.size(); p++) {
+      const gs_dtype type = dtypes[p % dtypes.size()];
+      dtype.push_back(type);
+      out_bytes.push_back(numel[p] * bytes_of(type));
+      for (int64_t t = 0; t < tasks; t++) {
+        if ((t + p) % 5 == 4) {
+          data.push_back(nullptr);
+          continue;
+        }
+        const int64_t bytes = numel[p] * bytes_of(type);
+        // Up to the end of the allocation, so that a read beyond it shows.
+        memory.emplace_back(std::aligned_alloc(16, (bytes + shift + 31) / 16 * 16));
+        char* start = static_cast<char*>(memory.back().get()) + shift;
+        const Row row(numel[p], type, 1 + t, random);
+        std::memcpy(start, row.data(), bytes);
+        data.push_back(start);
+      }
+    }
+  }
+  gs_gradients view() const {
+    return {num_tasks,    static_cast<int64_t>(numel.size()),        segment.empty() ? 1 : 2, data.data(), numel.data(),
+            dtype.data(), segment.empty() ? nullptr : segment.data()};
+  }
+};
+
+struct Result {
+  Values gram, weights, out;
+};
+
+// All outputs, decoded; they hold ones before.
+template <class Run>
+Result results_of(const Problem& problem, const Run& run) {
+  const gs_gradients view = problem.view();
+  const int64_t tasks = problem.num_tasks, segments = view.num_segments;
+  Result result;
+  std::vector<std::unique_ptr<void, Free>> memory;
+  std::vector<void*> out;
+  for (size_t p = 0; p < problem.numel.size(); p++) {
+    memory.emplace_back(std::aligned_alloc(16, (problem.out_bytes[p] + 31) / 16 * 16));
+    const auto type = static_cast<gs_dtype>(problem.dtype[p]);
+    for (int64_t i = 0; i < problem.numel[p]; i++) {
+      const double one = 1;
+      const float single = 1;
+      const uint16_t narrow = type == GS_FLOAT16 ? 0x3c00 : 0x3f80;
+      const void* source = type == GS_FLOAT64   ? static_cast<const void*>(&one)
+                           : type == GS_FLOAT32 ? &single
+                                                : (const void*)&narrow;
+      std::memcpy(static_cast<char*>(memory.back().get()) + i * bytes_of(type), source, bytes_of(type));
+    }
+    out.push_back(memory.back().get());
+  }
+  result.gram.assign(segments * tasks * tasks, NAN);
+  result.weights.assign(segments * tasks, NAN);
+  CHECK(run(view, result.gram.data(), result.weights.data(), out.data()) == GS_OK, "%s", gs_last_error());
+  for (size_t p = 0; p < problem.numel.size(); p++) {
+    const auto type = static_cast<gs_dtype>(problem.dtype[p]);
+    for (int64_t i = 0; i < problem.numel[p]; i++) {
+      result.out.push_back(decode(static_cast<char*>(out[p]) + i * bytes_of(type), type));
+    }
+  }
+  return result;
+}
+
+bool same_bits(const Values& a, const Values& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](double x, double y) { return x == y || (std::isnan(x) && std::isnan(y)); });
+}
+
+void check(const Problem& problem, const gs_solve& options, bool accumulate, bool one_launch, const char* what) {
+  int64_t step = 5;
+  gs_solve solve = options;
+  solve.step = &step;
+  const Result expected = results_of(problem, [&](const gs_gradients& view, double* gram, double* weights, void** out) {
+    const int64_t bytes = gs_aggregate_workspace_bytes(&view);
+    return gs_aggregate_cpu(&view, &solve, gram, weights, out, accumulate, allocate(bytes).get(), bytes, nullptr);
+  });
+  const int64_t advanced = step;
+  Result first;
+  for (const Order order : {Order::kForward, Order::kBackward, Order::kInterleaved}) {
+    Emulator::get().order = order;
+    Emulator::get().launches = 0;
+    step = 5;
+    const Result got = results_of(problem, [&](const gs_gradients& view, double* gram, double* weights, void** out) {
+      const int64_t bytes = gs_aggregate_cuda_workspace_bytes(&view);
+      const auto space = allocate(bytes);
+      std::memset(space.get(), 0xff, bytes);
+      return gs_aggregate_cuda(&view, &solve, gram, weights, out, accumulate, space.get(), bytes, nullptr);
+    });
+    CHECK((Emulator::get().launches == 1) == one_launch, "%s: %d launches", what, Emulator::get().launches);
+    CHECK(step == advanced, "%s: step %ld", what, static_cast<long>(step));
+    if (order == Order::kForward) first = got;
+    CHECK(same_bits(got.gram, first.gram) && same_bits(got.weights, first.weights) && same_bits(got.out, first.out),
+          "%s: order %d gives other bits", what, static_cast<int>(order));
+  }
+  double scale = 0, largest = 0;
+  for (const double entry : expected.gram) scale = std::max(scale, std::abs(entry));
+  for (const double entry : expected.out) largest = std::max(largest, std::abs(entry));
+  check_close(first.gram, expected.gram, 2e-6 * scale, what);
+  check_close(first.weights, expected.weights, 2e-5, what);
+  for (size_t i = 0, p = 0, end = problem.numel[0]; i < first.out.size(); i++) {
+    while (i >= end) end += problem.numel[++p];
+    const double unit = problem.dtype[p] == GS_BFLOAT16 ? 0x1p-7 : problem.dtype[p] == GS_FLOAT16 ? 0x1p-10 : 1e-4;
+    check_close({first.out[i]}, {expected.out[i]}, unit * (1 + largest), what);
+  }
+}
+
+}  // namespace
+
+int main() {
+  const gs_solve pcgrad = {GS_PCGRAD, 3, nullptr, 0, GS_EXACT, 1, 0}, mean = {GS_PCGRAD, 3, nullptr, 1, GS_EXACT, 1, 0};
+  const gs_solve exact = {GS_MIN_NORM, 0, nullptr, 0, GS_EXACT, 250, 1e-6};
+  const gs_solve steps = {GS_MIN_NORM, 0, nullptr, 0, GS_FRANK_WOLFE, 250, 1e-6};
+  Emulator& gpu = Emulator::get();
+  for (const bool clusters : {true, false}) {
+    gpu.overlaps = clusters;
+    for (const gs_dtype type : kDtypes) {
+      for (const int64_t tasks : {1, 2, 3, 5, 8, 9, 16}) {
+        const Problem problem(tasks, {1, 64, 200, 0, 333, 7}, {type});
+        check(problem, pcgrad, false, true, "pcgrad");
+        check(problem, exact, tasks % 2 == 0, true, "min-norm");
+      }
+      check(Problem(4, {1500}, {type}), mean, true, true, "mean");
+      check(Problem(3, {700, 90}, {type}), steps, false, true, "Frank-Wolfe");
+    }
+  }
+  // Where one launch cannot serve.
+  check(Problem(17, {100, 30}, {GS_FLOAT32}), pcgrad, false, false, "17 tasks");
+  check(Problem(3, {100, 30}, {GS_FLOAT32, GS_FLOAT64}), pcgrad, false, false, "two dtypes");
+  check(Problem(3, {100, 30}, {GS_FLOAT32}, 4), exact, false, false, "misaligned");
+  check(Problem(3, {100000}, {GS_FLOAT32}), exact, false, false, "too large");
+  check(Problem(3, std::vector<int64_t>(700, 3), {GS_FLOAT32}), pcgrad, true, false, "too many parameters");
+  Problem cut(3, {100, 30, 65}, {GS_FLOAT32});
+  cut.segment = {0, 1, 0};
+  check(cut, exact, false, false, "segments");
+  gpu.fast_double = false;
+  check(Problem(3, {100, 30}, {GS_FLOAT32}), pcgrad, false, false, "slow float64");
+  gpu.fast_double = true;
+  // Many parameters go by the grid, whose blocks may be more than a cluster's.
+  gpu.overlaps = true;
+  gpu.processors = 9;
+  check(Problem(3, std::vector<int64_t>(60, 100), {GS_FLOAT32}), pcgrad, false, true, "grid");
+  Problem broken(3, {100, 30}, {GS_FLOAT32});
+  const float infinite = INFINITY;
+  std::memcpy(const_cast<void*>(broken.data[1]), &infinite, 4);
+  check(broken, pcgrad, false, true, "Inf");
+  check(broken, exact, false, true, "Inf");
+  const gs_gradients view = broken.view();
+  gs_solve no_step = pcgrad;
+  double number = 0;
+  void* none = nullptr;
+  CHECK(gs_aggregate_cuda(&view, &no_step, &number, &number, &none, 0, nullptr, 0, nullptr) == GS_INVALID_ARGUMENT,
+        "step");
+  std::printf("ok\n");
+  return 0;
+}

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""The benchmark of whole training steps, on a model that is small enough for a test."""
+
+import pytest
+import torch
+
+from conftest import on_cpu
+
+pytest.importorskip("torchjd")
+pytest.importorskip("pytorch_optimizer")
+
+from bench import step, step_contenders, step_models, step_targets
+
+pytestmark = on_cpu
+
+TINY = {
+    "rl": lambda: step_models.ReinforcementMLP(3, width=8, batch=4),
+    "resnet": lambda: step_models.AttributeResNet(2, 4, 2, 32),
+    "scene": lambda: step_models.SceneNet(4, 1, 16, 16),
+    "transformer": lambda: step_models.DomainTransformer(2, 1, 8, 2, 11, 5, 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # an operator without a rule for vmap
+@pytest.mark.parametrize("name", TINY)
+def test_every_contender_makes_steps(name):
+    rows = step.measure(step_models.Workload(name, TINY[name], TINY[name]), torch.device("cpu"), 0.0)
+    found = {row.contender: row for row in rows}
+    assert {"pcgrad, sequential", "mgda, batched", step_contenders.COMMON, "torchjd MGDA"} <= set(found)
+    assert ("pcgrad, features, batched" in found) == (name != "transformer")
+    for row in rows:
+        if row.contender == "torchjd UPGrad" and "quadprog" in row.note:
+            continue  # which not every machine has
+        assert row.note == ""
+        assert row.rounds == 5
+        assert sum(row.parts_ms.values()) == pytest.approx(row.median_ms, rel=0.5)
+        assert (row.parts_ms["surgery"] > 0) == (row.contender != step_contenders.PLAIN)
+        assert row.peak_mb > 0
+    step.print_rows(rows)
+
+
+def test_full_size_models_are_those_of_the_issue():
+    sizes = {w.name: sum(p.numel() for p in make_meta(w.full).parameters()) for w in step_models.WORKLOADS}
+    assert 123e6 < sizes["transformer"] < 126e6
+    assert 11.1e6 < sizes["resnet"] < 11.3e6
+
+
+def make_meta(make):
+    with torch.device("meta"):
+        return make()
+
+
+def test_targets():
+    def row(workload, contender, median, surgery):
+        return step.Row(workload, contender, 2, 3, median_ms=median, parts_ms={"surgery": surgery})
+
+    rows = [
+        *(row("rl", f"pcgrad, {way}", 2.0 + i, 1.0) for i, way in enumerate(step_targets.WAYS)),
+        row("rl", step_contenders.COMMON, 9.0, 30.0),
+        row("rl", "torchjd PCGrad", 1.0, 0.5),
+    ]
+    assert [(v["measured"], v["met"]) for v in step_targets.judge(rows, "cpu")] == [(30.0, True), (2.0, False)]
+    verdicts = step_targets.judge(rows, "cuda")
+    assert [v["met"] for v in verdicts] == [False, False, False, None, None, None]
