@@ -12,7 +12,8 @@ from .combine import combine
 from .diagnostics import SurgeryInfo
 from .functional import aggregate, gradnorm_update, min_norm_weights, pcgrad_weights, task_order
 from .gram import gram
-from .optim import MGDA, GradNorm, PCGrad, SurgeryOptimizer
+from .named import MGDA, GradNorm, PCGrad
+from .optim import SurgeryOptimizer
 
 __version__ = "0.1.0"
 

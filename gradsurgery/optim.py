@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -184,10 +184,11 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         shared_out, plain_out = out[: len(plan.shared)], out[len(plan.shared) :]
 
         gram, weights = self._operate(collected, grads, plan, backend, shared_out, accumulate)
-        plain_weights = weights[0] if self.method.weights_losses else torch.ones_like(weights[0])
         left = list(range(len(plain)))
         if not self.method.weights_losses:
             left = [i for i in left if i + len(plan.shared) not in done]
+        if left or sparse:
+            plain_weights = weights[0] if self.method.weights_losses else torch.ones_like(weights[0])
         if left:
             rest = grads.select([plain[i] for i in left], [0] * len(left), 1)
             combine_of(rest, plain_weights[None], [plain_out[i] for i in left], accumulate, backend)
@@ -298,47 +299,3 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             weights = self.method.weights(measured, losses=collected.losses, **named)
         combine_of(shared, weights, out, accumulate, backend)
         return gram, weights
-
-
-class _NamedOptimizer(SurgeryOptimizer):
-    """A ``SurgeryOptimizer`` with one method, whose options it takes beside its own."""
-
-    method_class: ClassVar[type[methods.Method]]
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        shared: Iterable[Tensor] | None = None,
-        granularity: str = "global",
-        process_group: None = None,
-        backend: str | None = None,
-        **method_options: Any,
-    ) -> None:
-        super().__init__(
-            optimizer,
-            self.method_class(**method_options),
-            shared=shared,
-            granularity=granularity,
-            process_group=process_group,
-            backend=backend,
-        )
-
-
-class PCGrad(_NamedOptimizer):
-    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.PCGrad`, whose options it takes by keyword."""
-
-    method_class = methods.PCGrad
-    pc_backward = SurgeryOptimizer.backward
-
-
-class MGDA(_NamedOptimizer):
-    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.MGDA`, whose options it takes by keyword."""
-
-    method_class = methods.MGDA
-
-
-class GradNorm(_NamedOptimizer):
-    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.GradNorm`, whose options it takes by keyword."""
-
-    method_class = methods.GradNorm
