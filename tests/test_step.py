@@ -33,7 +33,6 @@ def test_every_contender_makes_steps(name):
             continue  # which not every machine has
         assert row.note == ""
         assert row.rounds == 5
-        assert sum(row.parts_ms.values()) == pytest.approx(row.median_ms, rel=0.5)
         assert (row.parts_ms["surgery"] > 0) == (row.contender != step_contenders.PLAIN)
         assert row.peak_mb > 0
     step.print_rows(rows)

@@ -85,7 +85,10 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
     table.step = solve->step;
     table.max_iter = solve->max_iter;
     table.tol = solve->tol;
-    return launch_fused(table, plan, solve->method, static_cast<double*>(workspace), gram, weights, stream);
+    const gs_status status =
+        launch_fused(table, plan, solve->method, static_cast<double*>(workspace), gram, weights, stream);
+    // A part of the GPU may not run all blocks at once.
+    if (status != GS_UNSUPPORTED) return status;
   }
   const int64_t batch = grads->num_segments, tasks = grads->num_tasks;
   gs_status status = gs_gram_cuda(grads, gram, workspace, workspace_bytes, stream);
