@@ -54,7 +54,11 @@ bool alike(const Tensor& a, const Tensor& b) {
 // Whether nobody but the caller's list and the Lists holds the tensor or its memory. The gradient of a layer's weight
 // is often a transposed view, and then the only one that holds its base.
 bool is_unshared(PyObject* object) {
+#if defined(Py_GIL_DISABLED)
+  return false;  // reference counts say less there
+#endif
   const Tensor& tensor = THPVariable_Unpack(object);
+  if (!tensor.storage().resizable()) return false;  // another library's memory
   if (Py_REFCNT(object) != 2 || tensor.use_count() != 1 || tensor.storage().nbytes() != tensor.nbytes()) return false;
   if (tensor.storage().use_count() == 1) return true;
   const auto* const view = torch::autograd::impl::get_view_autograd_meta(tensor);

@@ -45,9 +45,9 @@ class Passes:
         owned = [p for p, m in enumerate(mask) if m.bit_count() == 1]
         shared = [p for p, m in enumerate(mask) if m.bit_count() > 1]
         if owned:
-            of_sum = torch.autograd.grad(
-                losses, [self.parameters[p] for p in owned], retain_graph=self.retain_graph or bool(shared)
-            )
+            inputs = [self.parameters[p] for p in owned]
+            keep = self.retain_graph or bool(shared)
+            of_sum = torch.autograd.grad(losses, inputs, retain_graph=keep, allow_unused=True)
             for p, grad in zip(owned, of_sum, strict=True):
                 rows[mask[p].bit_length() - 1][p] = grad
         units = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)

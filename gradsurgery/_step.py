@@ -22,6 +22,8 @@ class Plan:
     parameters: list[Tensor]
     reach: bytes
     """Of each parameter, how many losses reach it."""
+    enough: int
+    """How many must, for it to be shared."""
     measured: Sequence[Tensor] | None
     shared: list[int]
     plain: list[int]
@@ -33,10 +35,11 @@ class Plan:
     """Those that G is computed in: the same, or with ``measured``, 1 for these parameters and 0 for the others."""
     num_read_segments: int
 
-    def holds(self, parameters: list[Tensor], reach: bytes, measured: Sequence[Tensor] | None) -> bool:
+    def holds(self, parameters: list[Tensor], reach: bytes, enough: int, measured: Sequence[Tensor] | None) -> bool:
         """Whether it is a plan for these."""
         return (
             self.reach == reach
+            and self.enough == enough
             and self.measured is measured
             and len(self.parameters) == len(parameters)
             and all(map(is_, self.parameters, parameters))
@@ -85,6 +88,7 @@ def make_plan(
     return Plan(
         parameters=parameters,
         reach=reach,
+        enough=enough,
         measured=measured,
         shared=chosen,
         plain=sorted({p for p, count in enumerate(reach) if count} - set(chosen)),

@@ -167,7 +167,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def combine(self) -> SurgeryInfo:
-        """Operate on what was collected, add the result to ``.grad``, and forget what was collected."""
+        """Operate on what was collected, add the result to ``.grad``, and forget what was collected.
+
+        Directions are written over collected gradients that nobody else holds.
+        """
         if self._pending is None:
             raise ValueError("there is nothing to combine: call collect(losses) first")
         collected = self._pending
@@ -195,7 +198,6 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         assign_grads(parameters, out)
         for p in sparse:
             add_sparse(collected.parameters[p], [row[p] for row in collected.grads], plain_weights)
-        self._pending = None
         if self.granularity == "global":
             gram, weights = gram[0], weights[0]
         return SurgeryInfo(collected.tasks, gram, weights)
@@ -251,8 +253,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     def _plan_for(self, collected: Collected, reach: bytes) -> Plan:
         """Return the last step's plan if it still holds, else a new one."""
-        plan = self._plan
-        if plan is None or not plan.holds(collected.parameters, reach, self.method.gram_parameters):
+        plan, enough, measured = self._plan, min(2, len(collected.tasks)), self.method.gram_parameters
+        if plan is None or not plan.holds(collected.parameters, reach, enough, measured):
             groups = None
             if self.granularity == "per_group":
                 groups = {id(p): g for g, group in enumerate(self.param_groups) for p in group["params"]}
@@ -260,10 +262,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 collected.parameters,
                 reach,
                 shared=self._shared,
-                enough=min(2, len(collected.tasks)),
+                enough=enough,
                 groups=groups,
                 per_tensor=self.granularity == "per_tensor",
-                measured=self.method.gram_parameters,
+                measured=measured,
             )
             self._plan = plan
         return plan
@@ -283,7 +285,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if backend.aggregate is not None and self.method.gram_parameters is None and shared.lists is not None:
             solver = self.method.native_solver(grads.device)
             if solver is not None and out and shared.lists.fits(out):
-                # Its weights do not depend on the scale.
+                self._pending = None  # which the direction may be written over
+                # The weights do not depend on the scale.
                 gram, weights = backend.aggregate(shared, solver, out, accumulate)  # type: ignore[misc]
                 return gram if scale is None else gram / scale, weights
         measured = gram = gram_of(grads.select(plan.shared, plan.read_segments, plan.num_read_segments), backend)
@@ -297,5 +300,6 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             weights = self.method.weights(measured[0], losses=collected.losses, **named)[None]
         else:
             weights = self.method.weights(measured, losses=collected.losses, **named)
+        self._pending = None
         combine_of(shared, weights, out, accumulate, backend)
         return gram, weights

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The list form read by the extension, beside the operators that serve what it does not take."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -153,6 +154,18 @@ def test_layers_give_transposed_views_of_their_own():
         assert (net.weight.grad.data_ptr() == address) is not held
         assert net.weight.grad._base is None
     assert base is not None
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="numpy's memory is the host's")
+def test_memory_of_another_library_is_left_alone():
+    p = torch.nn.Parameter(torch.ones(3))
+    theirs = np.full(3, 5, np.float32)
+    optimizer = make_optimizer([p])
+    optimizer.collect([p.sum() * 2, p.square().sum()])
+    optimizer._pending.grads[0][0] = torch.from_numpy(theirs)
+    optimizer.combine()
+    assert (theirs == 5).all()
+    assert torch.equal(p.grad, torch.full((3,), 7.0))
 
 
 @pytest.mark.parametrize("held", ["hook", "list", "view", "sum"])

@@ -284,3 +284,44 @@ def test_info():
     assert torch.equal(zero.cosines, torch.zeros(2, 2))
     assert torch.equal(zero.magnitude_similarity, torch.ones(2, 2))
     assert zero.conflicts == 0
+
+
+def test_losses_that_share_nothing(backend):
+    for method in ("pcgrad", "mgda"):
+        a, b, c = (torch.nn.Parameter(torch.full((3,), value)) for value in (1.0, 2.0, 3.0))
+        optimizer = gradsurgery.SurgeryOptimizer(
+            torch.optim.SGD([a, b, c], lr=0.1), method, shared=[c], backend=backend
+        )
+        for losses in ([(a * a).sum(), (b * b).sum()], [(a * a).sum() + (b * b).sum(), (b * b).sum()]):
+            optimizer.zero_grad()
+            expected = torch.autograd.grad(sum(losses), [a, b], retain_graph=True)
+            info = optimizer.backward(losses)
+            torch.testing.assert_close([a.grad, b.grad], list(expected))
+            assert c.grad is None
+            assert torch.equal(info.gram, torch.zeros(2, 2).double())
+
+
+def test_a_step_with_another_number_of_tasks():
+    a, b = (torch.nn.Parameter(torch.full((2,), value)) for value in (1.0, 2.0))
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([a, b], lr=0.1))
+    for losses in (
+        lambda: [(a * a).sum() + (b * b).sum()],
+        lambda: [(a * a).sum(), (b * b).sum()],
+        lambda: [(a * a).sum() + (b * b).sum()],
+    ):
+        optimizer.zero_grad()
+        optimizer.backward(losses())
+        torch.testing.assert_close([a.grad, b.grad], [2 * a.detach(), 2 * b.detach()])
+
+
+def test_weights_of_ones_own_count():
+    class Sum(gradsurgery.methods.PCGrad):
+        def weights(self, gram, **_):
+            return torch.ones_like(gram[..., 0])
+
+    changed = gradsurgery.methods.MGDA()
+    changed.weights = lambda gram, **_: torch.ones_like(gram[..., 0])
+    rows = torch.tensor([[1.0, -2.0], [-1.0, 1.0]])
+    for method in (Sum(), changed):
+        assert torch.equal(gradsurgery.aggregate(rows, method), rows.sum(0))
+        assert torch.equal(gradsurgery.aggregate([[row] for row in rows], method)[0], rows.sum(0))

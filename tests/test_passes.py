@@ -130,6 +130,24 @@ def test_what_vmap_cannot_take_is_named():
     assert p.grad is not None
 
 
+class Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_a_graph_without_a_gradient():
+    a, b, c = (nn.Parameter(torch.ones(2, device=DEVICE)) for _ in range(3))
+    losses = [(a * c).sum() + Stop.apply(b).sum(), (a * a).sum()]
+    expected = collect(losses, [a, b, c], retain_graph=True).grads
+    assert expected[0][1] is None
+    assert_same(collect(losses, [a, b, c], mode="batched").grads, expected)
+
+
 def test_errors():
     net = Net()
     optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))

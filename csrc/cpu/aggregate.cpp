@@ -11,9 +11,7 @@ int64_t gs_aggregate_workspace_bytes(const gs_gradients* grads) {
 gs_status gs_aggregate_cpu(const gs_gradients* grads, const gs_solve* solve, double* gram, double* weights,
                            void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
                            const gs_parallel* parallel) {
-  GS_REQUIRE(grads && solve && gram && weights && out, "grads, solve, gram, weights and out must not be NULL");
-  if (const gs_status status = gs::check(*grads)) return status;
-  GS_REQUIRE(solve->method != GS_PCGRAD || solve->step, "step must not be NULL");
+  if (const gs_status status = gs::check_aggregate(grads, solve, gram, weights, out)) return status;
   GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_aggregate_workspace_bytes(grads));
   const int64_t batch = grads->num_segments, tasks = grads->num_tasks;
   gs_status status = gs_gram_cpu(grads, gram, workspace, workspace_bytes, parallel);

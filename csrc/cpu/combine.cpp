@@ -38,7 +38,7 @@ int64_t gs_combine_workspace_bytes(const gs_gradients* grads) {
 gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, int64_t num_directions, void* const* out,
                          int accumulate, void* workspace, int64_t workspace_bytes, const gs_parallel* parallel) {
   using namespace gs;
-  GS_REQUIRE(grads && weights && out, "grads, weights and out must not be NULL");
+  GS_REQUIRE(grads && weights && (out || grads->num_params == 0), "grads, weights and out must not be NULL");
   GS_REQUIRE(num_directions >= 1, "num_directions must be at least 1, got %lld", (long long)num_directions);
   if (const gs_status status = check(*grads)) return status;
   const gs_gradients& g = *grads;

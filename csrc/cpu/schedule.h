@@ -26,6 +26,18 @@ inline gs_status check(const gs_gradients& g) {
   return GS_OK;
 }
 
+inline gs_status check_aggregate(const gs_gradients* grads, const gs_solve* solve, const double* gram,
+                                 const double* weights, void* const* out) {
+  GS_REQUIRE(grads && solve && gram && weights && (out || grads->num_params == 0),
+             "grads, solve, gram, weights and out must not be NULL");
+  GS_REQUIRE(solve->method == GS_PCGRAD || solve->method == GS_MIN_NORM, "method is %d, which no gs_method is",
+             (int)solve->method);
+  GS_REQUIRE(solve->solver == GS_EXACT || solve->solver == GS_FRANK_WOLFE, "solver is %d, which no gs_solver is",
+             (int)solve->solver);
+  GS_REQUIRE(solve->method != GS_PCGRAD || solve->step, "step must not be NULL");
+  return check(*grads);
+}
+
 inline gs_status check_problems(int64_t batch, int64_t num_tasks) {
   GS_REQUIRE(batch >= 0 && num_tasks >= 1, "batch must be >= 0 and num_tasks >= 1, got %lld and %lld", (long long)batch,
              (long long)num_tasks);

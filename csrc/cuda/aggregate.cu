@@ -69,9 +69,7 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
                             void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
                             gs_stream stream) {
   using namespace gs::gpu;
-  GS_REQUIRE(grads && solve && gram && weights && out, "grads, solve, gram, weights and out must not be NULL");
-  if (const gs_status status = gs::check(*grads)) return status;
-  GS_REQUIRE(solve->method != GS_PCGRAD || solve->step, "step must not be NULL");
+  if (const gs_status status = gs::check_aggregate(grads, solve, gram, weights, out)) return status;
   GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_aggregate_cuda_workspace_bytes(grads));
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;

@@ -193,7 +193,7 @@ int64_t gs_combine_cuda_workspace_bytes(const gs_gradients* grads, int64_t num_d
 gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, int64_t num_directions, void* const* out,
                           int accumulate, void* workspace, int64_t workspace_bytes, gs_stream stream) {
   using namespace gs::gpu;
-  GS_REQUIRE(grads && weights && out, "grads, weights and out must not be NULL");
+  GS_REQUIRE(grads && weights && (out || grads->num_params == 0), "grads, weights and out must not be NULL");
   GS_REQUIRE(num_directions >= 1, "num_directions must be at least 1, got %lld", (long long)num_directions);
   if (const gs_status status = gs::check(*grads)) return status;
   GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_combine_cuda_workspace_bytes(grads, num_directions));

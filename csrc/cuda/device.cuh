@@ -216,9 +216,10 @@ gs_status launch_as(Blocks kind, void (*kernel)(P...), int64_t blocks, int threa
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
   if (shared_bytes > 48 * 1024) {
+    // The same for every launch: threads that launch at once would undo each other's.
     const auto* function = reinterpret_cast<const void*>(kernel);
-    cudaError_t error =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(traits.shared_bytes));
     // So that as many blocks fit a multiprocessor as it has memory for.
     if (error == cudaSuccess) {
       error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,

@@ -62,8 +62,10 @@ gs_status get_traits(Traits& traits) {
   if (device >= kDevices) return ask_device(device, traits);
   if (!known[device].load(std::memory_order_acquire)) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (const gs_status status = ask_device(device, kept[device])) return status;
-    known[device].store(true, std::memory_order_release);
+    if (!known[device].load(std::memory_order_relaxed)) {
+      if (const gs_status status = ask_device(device, kept[device])) return status;
+      known[device].store(true, std::memory_order_release);
+    }
   }
   traits = kept[device];
   return GS_OK;

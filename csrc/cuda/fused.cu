@@ -170,7 +170,7 @@ GS_DEVICE void combine(const Columns<In, Table>& columns, const double* weights)
       double sum[kVector<In>] = {};
       for (int t = 0; t < table.num_tasks; t++) {
         const double weight = weights[t];
-        if (weight == 0) continue;
+        if (weight == 0 || !table.template pointer<const In>(p, t)) continue;
         const auto x = *reinterpret_cast<const Vector<In>*>(columns.at(t, start + column));
 #pragma unroll
         for (int e = 0; e < kVector<In>; e++) sum[e] += weight * to_double(x.get(e));

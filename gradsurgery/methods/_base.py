@@ -47,6 +47,10 @@ class Method:
         """
         return None
 
+    def _has_other_weights(self, method: type[Method]) -> bool:
+        """Whether a subclass or the object itself has weights of its own."""
+        return getattr(self.weights, "__func__", None) is not method.weights
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state; empty for a method without."""
         return {}

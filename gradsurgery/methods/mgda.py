@@ -67,7 +67,7 @@ class MGDA(Method):
 
     def native_solver(self, device: torch.device) -> NativeSolver | None:
         """Return the solver's options, without normalisation."""
-        if type(self).weights is not MGDA.weights or self.normalization != "none":
+        if self._has_other_weights(MGDA) or self.normalization != "none":
             return None
         return "min_norm", (self.solver == "exact", self.max_iter, self.tol)
 

@@ -39,7 +39,7 @@ class PCGrad(Method):
 
     def native_solver(self, device: torch.device) -> NativeSolver | None:
         """Return the seed, the step counter and whether to average."""
-        if type(self).weights is not PCGrad.weights:
+        if self._has_other_weights(PCGrad):
             return None
         return "pcgrad", (self.seed, self._step_on(device), self.reduction == "mean")
 

@@ -118,15 +118,12 @@ def faults_of(kernel: Kernel) -> list[str]:
     if not match:
         return []
     kind, dtype, _, is_double = match.groups()
+    if kind == "fused":
+        return faults_of_fused(kernel)
     arithmetic = r"DMMA" if is_double == "1" else HMMA[dtype] if is_double == "0" else "DFMA"
-    reads = READ
-    if kind == "fused":  # first copies of 16 bytes, then products from shared memory
-        if not any(re.search(READ, text) for _, text in kernel.code):
-            return ["no reads of 16 bytes"]
-        reads, arithmetic = r"\bLDS\b", "DMMA"
-    hot = kernel.hot_loop([reads, arithmetic])
+    hot = kernel.hot_loop([READ, arithmetic])
     if not hot:
-        return [f"no loop with {arithmetic} and its reads"]
+        return [f"no loop with {arithmetic} and reads of 16 bytes"]
     if kind in ("staged", "tiles") and not any(re.search(SHARED_READ, text) for text in hot):
         return ["the hot loop does not read 16 bytes of shared memory at a time"]
     spills = [i for i, text in enumerate(hot) if re.search(SPILL, text)]
@@ -137,6 +134,17 @@ def faults_of(kernel: Kernel) -> list[str]:
     stores = sum("STL" in hot[i] for i in spills)
     few = stores <= 1 and len(spills) - stores <= 6
     return [] if few else [f"the hot loop spills: {stores} stores, {len(spills) - stores} loads"]
+
+
+def faults_of_fused(kernel: Kernel) -> list[str]:
+    """Return what is wrong with a kernel that copies 16 bytes at a time, and then multiplies from shared memory."""
+    loops = [loop for loop in kernel.inner_loops() if any("DMMA" in text for text in loop)]
+    if not loops or not all(any(re.search(r"\bLDS\b", text) for text in loop) for loop in loops):
+        return ["no loops with DMMA, or some without reads of shared memory"]
+    if not any(re.search(READ, text) for _, text in kernel.code):
+        return ["no reads of 16 bytes"]
+    spills = sum(re.search(SPILL, text) is not None for _, text in kernel.code)
+    return [f"{spills} spills"] if spills else []
 
 
 def main() -> int:
