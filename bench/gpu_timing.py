@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +11,8 @@ from dataclasses import asdict, dataclass
 
 import numpy
 import torch
+
+from .turns import take_turns
 
 OURS = "gradsurgery"
 TRITON = "gradsurgery, triton"
@@ -118,27 +118,16 @@ def measure(case: Case, device: torch.device, seconds: float, ceilings: dict[str
 
 def _interleave(samplers: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
     """Return seconds per call, one value per round, the contenders in a new order in each round."""
-    times: dict[str, list[float]] = {}
+    first: dict[str, list[float]] = {}
     planned = {}
     for name, sample in samplers.items():
         begin = time.perf_counter()
-        first = sample()
+        once = sample()
         took = time.perf_counter() - begin
-        times[name] = [first] if took > SLOW_S else []
+        first[name] = [once] if took > SLOW_S else []
         planned[name] = 0 if took > SLOW_S else min(max(MIN_ROUNDS, int(seconds / took)), MAX_ROUNDS)
-    total = max(planned.values())
-    shuffle = random.Random(0).shuffle
-    gc.disable()
-    try:
-        for i in range(total):
-            # Spreads the rounds of a slow contender evenly over all rounds.
-            turn = [name for name, rounds in planned.items() if i * rounds % total < rounds]
-            shuffle(turn)
-            for name in turn:
-                times[name].append(samplers[name]())
-    finally:
-        gc.enable()
-    return times
+    times = take_turns(samplers, planned)
+    return {name: first[name] + times[name] for name in samplers}
 
 
 def _graph_sampler(calls: list[Call]) -> Callable[[], float]:

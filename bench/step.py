@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from .gpu_report import provenance
 from .step_contenders import PARTS, Step, contenders
 from .step_models import WORKLOADS, MultiTaskModel, Workload
 from .step_targets import judge
+from .turns import take_turns
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -123,12 +124,12 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> list[Ro
             for _ in range(2):
                 _time(step, device)
             once = sum(_time(step, device).values())
-            row.peak_mb = _peak_mb(step, device)
+            row.peak_mb = peak_bytes(partial(_time, step, device), device) / 1e6
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             row.note = f"failed: {str(error).splitlines()[0][:200]}"
             continue
         steps[name], planned[name] = step, max(5, min(200, int(seconds / once)))
-    times = _take_turns(steps, planned, device)
+    times = take_turns({name: partial(_time, step, device) for name, step in steps.items()}, planned, gc.collect)
     for name, samples in times.items():
         row = rows[name]
         whole = [1e3 * sum(sample.values()) for sample in samples]
@@ -138,42 +139,19 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> list[Ro
     return list(rows.values())
 
 
-def _take_turns(
-    steps: dict[str, Step], planned: dict[str, int], device: torch.device
-) -> dict[str, list[dict[str, float]]]:
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
-    total = max(planned.values(), default=0)
-    shuffle = random.Random(0).shuffle
-    gc.disable()
-    try:
-        for i in range(total):
-            turn = [name for name, rounds in planned.items() if i * rounds % total < rounds]
-            shuffle(turn)
-            for name in turn:
-                times[name].append(_time(steps[name], device))
-            gc.collect()
-    finally:
-        gc.enable()
-    return times
-
-
 def _time(step: Step, device: torch.device) -> dict[str, float]:
     watch = Watch(device)
     step(watch.part)
     return watch.seconds
 
 
-def _peak_mb(step: Step, device: torch.device) -> float:
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes of a device's memory that tensors take during a call, above those before it."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _time(step, device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    return peak_bytes(lambda: _time(step, device)) / 1e6
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Return the most bytes of host memory that tensors take during a call, above those before it."""
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
+
+from .turns import take_turns
 
 OURS = "gradsurgery"
 FLOOR = "J.sum()"
@@ -90,30 +91,20 @@ class Clock:
 
 def _interleave(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, list[float]]:
     """Return seconds per call, one value per round: short calls in batches, slow ones in fewer rounds."""
-    gc.disable()
-    try:
-        times: dict[str, list[float]] = {}
-        planned: dict[str, tuple[int, int]] = {}
-        for name, call in calls.items():
-            once = _seconds(call, 1)
-            # The cost of a first call is lost in one that takes a second, and repeating it costs time.
-            times[name] = [once] if once > 1 else []
-            once = once if once > 1 else _seconds(call, 1)
-            batch = math.ceil(MIN_SAMPLE_S / once)
-            rounds = min(max(MIN_ROUNDS, int(seconds / (once * batch))), int(CAP_S / once), MAX_ROUNDS)
-            planned[name] = max(0, rounds - len(times[name])), batch
-        total = max((rounds for rounds, _ in planned.values()), default=0)
-        shuffle = random.Random(0).shuffle
-        for i in range(total):
-            # Spreads the rounds of a slow contender evenly over all rounds.
-            turn = [name for name, (rounds, _) in planned.items() if i * rounds % total < rounds]
-            # A changing order lets nobody profit from what the one before left in the cache.
-            shuffle(turn)
-            for name in turn:
-                times[name].append(_seconds(calls[name], planned[name][1]))
-        return times
-    finally:
-        gc.enable()
+    first: dict[str, list[float]] = {}
+    planned: dict[str, int] = {}
+    samplers = {}
+    for name, call in calls.items():
+        once = _seconds(call, 1)
+        # The cost of a first call is lost in one that takes a second, and repeating it costs time.
+        first[name] = [once] if once > 1 else []
+        once = once if once > 1 else _seconds(call, 1)
+        batch = math.ceil(MIN_SAMPLE_S / once)
+        rounds = min(max(MIN_ROUNDS, int(seconds / (once * batch))), int(CAP_S / once), MAX_ROUNDS)
+        planned[name] = max(0, rounds - len(first[name]))
+        samplers[name] = partial(_seconds, call, batch)
+    times = take_turns(samplers, planned)
+    return {name: first[name] + times[name] for name in calls}
 
 
 def _seconds(call: Callable[[], Tensor], batch: int) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gradsurgery
+from bench.step import peak_bytes
 from conftest import two_losses, two_task_net
 from inputs import DEVICE
 
@@ -252,30 +253,13 @@ def test_same_seed_same_run():
     assert torch.equal(*runs)
 
 
-def peak_bytes(function):
-    """The most memory that tensors took during the call, above what they took before."""
-    if DEVICE != "cpu":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 def test_no_second_copy_of_the_task_gradients(backend):
     tasks, elements = 6, 1 << 20
     weights = [torch.nn.Parameter(torch.randn(elements)) for _ in range(4)]
     targets = torch.randn(tasks)
     optimizer = gradsurgery.PCGrad(torch.optim.SGD(weights, lr=0.1), backend=backend)
     optimizer.collect([sum((weight * target).mean() for weight in weights) for target in targets])
-    peak = peak_bytes(optimizer.combine)
+    peak = peak_bytes(optimizer.combine, weights[0].device)
     direction = 4 * 4 * elements
     # The compiled backends write the direction over gradients, the reference widens one parameter at a time.
     allowed = {"reference": 3, "triton": 1.02}.get(backend, 0.02)

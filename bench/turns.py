@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MIT
+"""Contenders take turns within one process, so that a drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+Sample = TypeVar("Sample")
+
+
+def take_turns(
+    samplers: Mapping[str, Callable[[], Sample]],
+    rounds: Mapping[str, int],
+    after_round: Callable[[], object] | None = None,
+) -> dict[str, list[Sample]]:
+    """Call each sampler so many times; return what came. Garbage is collected by ``after_round`` at most."""
+    samples: dict[str, list[Sample]] = {name: [] for name in samplers}
+    total = max(rounds.values(), default=0)
+    shuffle = random.Random(0).shuffle
+    gc.disable()
+    try:
+        for i in range(total):
+            # Spreads the rounds of a slow contender evenly over all rounds.
+            turn = [name for name, count in rounds.items() if i * count % total < count]
+            # A changing order lets nobody profit from what the one before left in the cache.
+            shuffle(turn)
+            for name in turn:
+                samples[name].append(samplers[name]())
+            if after_round is not None:
+                after_round()
+    finally:
+        gc.enable()
+    return samples
