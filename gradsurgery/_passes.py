@@ -63,11 +63,13 @@ class Passes:
         """
         if not features or not all(isinstance(f, Tensor) and f.requires_grad for f in features):
             raise ValueError("features must be a tensor with a graph, or a non-empty list of them")
-        below, _ = reach(features)
-        for f in range(len(features)):
-            _, reached = reach(features[f : f + 1], [*features[:f], *features[f + 1 :]])
+        below: dict[int, int] = {}
+        for f, feature in enumerate(features):
+            leaves, reached = reach([feature], [*features[:f], *features[f + 1 :]])
             if any(reached):
                 raise ValueError(f"feature {f} depends on another one: name tensors that do not")
+            for leaf in leaves:
+                below[leaf] = below.get(leaf, 0) | 1 << f
         above, of_features = reach(losses, features)
         if not all(of_features):
             raise ValueError(f"no loss depends on feature {of_features.index(0)}")

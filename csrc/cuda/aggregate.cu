@@ -28,7 +28,7 @@ bool plan_fused(const gs_gradients& g, void* const* out, const Traits& traits, A
     const void* const* rows = g.data + p * tasks;
     if (!std::all_of(rows, rows + tasks, is_aligned) || !is_aligned(out[p])) return false;
   }
-  if (table.params == 0 || AnyTable::bytes_of(table.params, tasks) > kFusedTableBytes) return false;
+  if (table.params == 0 || AnyTable::bytes_of(table.params, tasks) > kTableBytes) return false;
   table.num_tasks = static_cast<int>(tasks);
   auto* const first_column = reinterpret_cast<int64_t*>(table.bytes);
   int64_t* const numel = first_column + table.params;

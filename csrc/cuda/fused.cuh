@@ -8,7 +8,7 @@ namespace gs::gpu {
 
 constexpr int64_t kFusedTasks = 16;
 constexpr int64_t kFusedUnit = 64;  // columns; parameters are padded to a multiple
-constexpr int64_t kFusedTableBytes = 32000, kSmallTableBytes = 2048;
+constexpr int64_t kSmallTableBytes = 2048;
 
 // The sizes of a problem, and the solver's options.
 struct FusedProblem {
@@ -45,7 +45,7 @@ struct FusedTable : FusedProblem {
   }
   GS_HOST_DEVICE const int64_t* words() const { return reinterpret_cast<const int64_t*>(bytes); }
 };
-using AnyTable = FusedTable<kFusedTableBytes>;
+using AnyTable = FusedTable<kTableBytes>;
 
 struct FusedPlan {
   int32_t dtype;
