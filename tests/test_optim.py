@@ -325,3 +325,22 @@ def test_weights_of_ones_own_count():
     for method in (Sum(), changed):
         assert torch.equal(gradsurgery.aggregate(rows, method), rows.sum(0))
         assert torch.equal(gradsurgery.aggregate([[row] for row in rows], method)[0], rows.sum(0))
+
+
+def test_an_error_amid_writing_leaves_nothing_to_combine_again(monkeypatch):
+    """The collected gradients have been written over by then."""
+    net = two_task_net()
+    optimizer = gradsurgery.GradNorm(torch.optim.SGD(net.parameters(), lr=0.1))
+    optimizer.collect(two_losses(net, X))
+    before = grads_of(net)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(gradsurgery.optim, "assign_grads", fail)
+    with pytest.raises(MemoryError):
+        optimizer.combine()
+    assert grads_of(net) == before
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="nothing to combine"):
+        optimizer.combine()
