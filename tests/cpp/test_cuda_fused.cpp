@@ -13,6 +13,7 @@ struct Problem {
   std::vector<std::unique_ptr<void, Free>> memory;
   std::vector<const void*> data;
   std::vector<int64_t> out_bytes;
+  int64_t out_shift = 0;  // of the outputs, from a boundary of 16 bytes
 
   Problem(int64_t tasks, std::vector<int64_t> sizes, std::vector<gs_dtype> dtypes, int64_t shift = 0)
       : num_tasks(tasks), numel(std::move(sizes)) {
@@ -55,7 +56,8 @@ Result results_of(const Problem& problem, const Run& run) {
   std::vector<std::unique_ptr<void, Free>> memory;
   std::vector<void*> out;
   for (size_t p = 0; p < problem.numel.size(); p++) {
-    memory.emplace_back(std::aligned_alloc(16, (problem.out_bytes[p] + 31) / 16 * 16));
+    memory.emplace_back(std::aligned_alloc(16, (problem.out_bytes[p] + problem.out_shift + 31) / 16 * 16));
+    out.push_back(static_cast<char*>(memory.back().get()) + problem.out_shift);
     const auto type = static_cast<gs_dtype>(problem.dtype[p]);
     for (int64_t i = 0; i < problem.numel[p]; i++) {
       const double one = 1;
@@ -64,9 +66,8 @@ Result results_of(const Problem& problem, const Run& run) {
       const void* source = type == GS_FLOAT64   ? static_cast<const void*>(&one)
                            : type == GS_FLOAT32 ? &single
                                                 : (const void*)&narrow;
-      std::memcpy(static_cast<char*>(memory.back().get()) + i * bytes_of(type), source, bytes_of(type));
+      std::memcpy(static_cast<char*>(out.back()) + i * bytes_of(type), source, bytes_of(type));
     }
-    out.push_back(memory.back().get());
   }
   result.gram.assign(segments * tasks * tasks, NAN);
   result.weights.assign(segments * tasks, NAN);
@@ -147,6 +148,9 @@ int main() {
   check(Problem(17, {100, 30}, {GS_FLOAT32}), pcgrad, false, false, "17 tasks");
   check(Problem(3, {100, 30}, {GS_FLOAT32, GS_FLOAT64}), pcgrad, false, false, "two dtypes");
   check(Problem(3, {100, 30}, {GS_FLOAT32}, 4), exact, false, false, "misaligned");
+  Problem shifted(3, {100, 30}, {GS_FLOAT32});
+  shifted.out_shift = 8;
+  check(shifted, pcgrad, true, false, "misaligned outputs");
   check(Problem(3, {100000}, {GS_FLOAT32}), exact, false, false, "too large");
   check(Problem(3, std::vector<int64_t>(700, 3), {GS_FLOAT32}), pcgrad, true, false, "too many parameters");
   Problem cut(3, {100, 30, 65}, {GS_FLOAT32});
@@ -164,6 +168,10 @@ int main() {
   std::memcpy(const_cast<void*>(broken.data[1]), &infinite, 4);
   check(broken, pcgrad, false, true, "Inf");
   check(broken, exact, false, true, "Inf");
+  // A parameter without any gradient gets no NaN.
+  Problem absent(1, {100, 30, 5, 5, 20}, {GS_FLOAT32});
+  std::memcpy(const_cast<void*>(absent.data[0]), &infinite, 4);
+  check(absent, pcgrad, true, true, "absent");
   const gs_gradients view = broken.view();
   gs_solve no_step = pcgrad;
   double number = 0;
