@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -149,14 +150,21 @@ def faults_of_fused(kernel: Kernel) -> list[str]:
 
 def main() -> int:
     """Print the faults of all objects; return 1 if there are any, or nothing was checked."""
-    cuobjdump = shutil.which("cuobjdump") or find_in_triton()
     checked, faults = 0, []
-    for path in map(Path, sys.argv[1:]):
-        for kernel in kernels_of(path, cuobjdump):
-            checked += KERNEL.search(kernel.name) is not None
-            faults += [f"{path.name} {kernel.name}: {fault}" for fault in faults_of(kernel)]
+    with ProcessPoolExecutor() as pool:
+        for count, found in pool.map(check, sys.argv[1:]):
+            checked += count
+            faults += found
     print(*faults, f"checked the hot loops of {checked} kernels", sep="\n")
     return 1 if faults or not checked else 0
+
+
+def check(object_path: str) -> tuple[int, list[str]]:
+    """Return how many kernels with a plan an object holds, and their faults."""
+    path = Path(object_path)
+    kernels = kernels_of(path, shutil.which("cuobjdump") or find_in_triton())
+    planned = [kernel for kernel in kernels if KERNEL.search(kernel.name)]
+    return len(planned), [f"{path.name} {kernel.name}: {fault}" for kernel in planned for fault in faults_of(kernel)]
 
 
 def find_in_triton() -> str:

@@ -135,7 +135,7 @@ int main() {
     gpu.overlaps = clusters;
     for (const gs_dtype type : kDtypes) {
       if (!clusters && (type == GS_FLOAT64 || type == GS_FLOAT16)) continue;
-      for (const int64_t tasks : {1, 3, 8, 9, 16}) {
+      for (const int64_t tasks : {1, 2, 3, 5, 8, 9, 16}) {
         const Problem problem(tasks, {1, 64, 200, 0, 333, 7}, {type});
         check(problem, pcgrad, false, true, "pcgrad");
         check(problem, exact, tasks % 2 == 0, true, "min-norm");
