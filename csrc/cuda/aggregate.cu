@@ -15,15 +15,15 @@ constexpr int kMostSlots = 256;
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Fills in all of the table but the solver's options; false if one launch cannot serve.
-bool plan_fused(const gs_gradients& g, void* const* out, const Traits& traits, AnyTable& table, FusedPlan& plan) {
+bool plan_fused(const gs_gradients& g, void* const* out, const Traits& traits, AnyTable& table, int32_t& dtype) {
   const int64_t tasks = g.num_tasks;
   if (g.num_segments > 1 || tasks > kFusedTasks || !traits.fast_double) return false;
-  plan.dtype = -1;
+  dtype = -1;
   table.params = 0;
   for (int64_t p = 0; p < g.num_params; p++) {
     if (g.numel[p] == 0) continue;
-    if (table.params > 0 && g.dtype[p] != plan.dtype) return false;
-    plan.dtype = g.dtype[p];
+    if (table.params > 0 && g.dtype[p] != dtype) return false;
+    dtype = g.dtype[p];
     table.params++;
     const void* const* rows = g.data + p * tasks;
     if (!std::all_of(rows, rows + tasks, is_aligned) || !is_aligned(out[p])) return false;
@@ -42,15 +42,11 @@ bool plan_fused(const gs_gradients& g, void* const* out, const Traits& traits, A
     for (int64_t t = 0; t < tasks; t++) *pointer++ = reinterpret_cast<int64_t>(g.data[p * tasks + t]);
     *pointer++ = reinterpret_cast<int64_t>(out[p]);
   }
-  const int64_t widest = fused_width_at_most(plan.dtype, tasks, traits.shared_bytes);
-  const bool small = traits.overlaps && AnyTable::bytes_of(table.params, tasks) <= kSmallTableBytes &&
-                     table.columns <= kMaxCluster * widest;
-  plan.blocks = small ? Blocks::kCluster : Blocks::kGrid;
-  const int64_t most = small ? kMaxCluster : std::min(kMostSlots, traits.processors);
+  const int64_t most = std::min(kMostSlots, traits.processors);
   const int64_t share = std::max(kLeastColumns, (table.columns + most - 1) / most);
   table.width = (share + kFusedUnit - 1) / kFusedUnit * kFusedUnit;
   table.slots = static_cast<int>((table.columns + table.width - 1) / table.width);
-  return table.width <= widest;
+  return table.width <= fused_width_at_most(dtype, tasks, traits.shared_bytes);
 }
 
 int64_t partial_bytes(int64_t num_tasks) { return kMostSlots * pairs_of(std::min(num_tasks, kFusedTasks)) * 8; }
@@ -74,8 +70,9 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
   AnyTable table;
-  FusedPlan plan;
-  if (plan_fused(*grads, out, traits, table, plan)) {
+  int32_t dtype;
+  if (plan_fused(*grads, out, traits, table, dtype)) {
+    table.method = solve->method;
     table.accumulate = accumulate != 0;
     table.mean = solve->mean != 0;
     table.exact = solve->solver == GS_EXACT;
@@ -83,8 +80,7 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
     table.step = solve->step;
     table.max_iter = solve->max_iter;
     table.tol = solve->tol;
-    const gs_status status =
-        launch_fused(table, plan, solve->method, static_cast<double*>(workspace), gram, weights, stream);
+    const gs_status status = launch_fused(table, dtype, static_cast<double*>(workspace), gram, weights, stream);
     // A part of the GPU may not run all blocks at once.
     if (status != GS_UNSUPPORTED) return status;
   }

@@ -7,7 +7,6 @@
 #include <type_traits>
 
 #include "cpu/status.h"
-#include "cuda/blocks.cuh"
 
 #if !defined(__CUDACC__)
 #include "emulated.h"
@@ -34,15 +33,7 @@ GS_DEVICE int64_t block() { return blockIdx.x; }
 
 GS_DEVICE void sync_block() { __syncthreads(); }
 GS_DEVICE void sync_warp() { __syncwarp(); }
-// All threads of all blocks, which then see what the others wrote to memory.
-GS_DEVICE void sync_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-#endif
-}
+// All threads of a launch_together, which then see what the others wrote to memory.
 GS_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 // sync_block(), and whether any thread brought true.
 GS_DEVICE bool any_of_block(bool value) { return __syncthreads_or(value); }
@@ -208,7 +199,7 @@ inline gs_status clear(double* values, int64_t count, gs_stream stream) {
 }
 
 template <class... P>
-gs_status launch_as(Blocks kind, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
+gs_status launch_as(bool together, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
                     gs_stream stream, const std::type_identity_t<P>&... arguments) {
   if (blocks == 0) return GS_OK;
   if (blocks > INT32_MAX)
@@ -227,25 +218,23 @@ gs_status launch_as(Blocks kind, void (*kernel)(P...), int64_t blocks, int threa
     }
     if (error != cudaSuccess) return fail_cuda("shared memory", error);
   }
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attribute;
   int count = 0;
-  if (kind == Blocks::kGrid) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count++].val.cooperative = 1;
+  if (together) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    count = 1;
   } else if (traits.overlaps) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (kind == Blocks::kCluster) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    count = 1;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = reinterpret_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
+  config.attrs = &attribute;
   config.numAttrs = count;
   const void* pointers[] = {&arguments...};  // a table is not copied once more
   const cudaError_t error =
@@ -261,7 +250,13 @@ namespace gs::gpu {
 template <class... P>
 gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
                  const std::type_identity_t<P>&... arguments) {
-  return launch_as(Blocks::kApart, kernel, blocks, threads, shared_bytes, stream, arguments...);
+  return launch_as(false, kernel, blocks, threads, shared_bytes, stream, arguments...);
+}
+// For kernels with sync_grid(): all blocks at once, or GS_UNSUPPORTED.
+template <class... P>
+gs_status launch_together(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
+                          const std::type_identity_t<P>&... arguments) {
+  return launch_as(true, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace gs::gpu

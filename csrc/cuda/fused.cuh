@@ -14,6 +14,7 @@ constexpr int64_t kSmallTableBytes = 2048;
 struct FusedProblem {
   int num_tasks, params, slots;
   int64_t columns, width;  // of all parameters, and of a slot
+  gs_method method;
   bool accumulate, mean, exact;
   uint64_t seed;
   int64_t* step;
@@ -47,16 +48,11 @@ struct FusedTable : FusedProblem {
 };
 using AnyTable = FusedTable<kTableBytes>;
 
-struct FusedPlan {
-  int32_t dtype;
-  Blocks blocks;
-};
-
 // The widest slot that a block's shared memory holds.
 int64_t fused_width_at_most(int32_t dtype, int64_t num_tasks, int64_t shared_bytes);
 
-// A cluster takes the small table. partials is [slots][pairs].
-gs_status launch_fused(const AnyTable& table, const FusedPlan& plan, gs_method method, double* partials, double* gram,
-                       double* weights, gs_stream stream);
+// partials is [slots][pairs].
+gs_status launch_fused(const AnyTable& table, int32_t dtype, double* partials, double* gram, double* weights,
+                       gs_stream stream);
 
 }  // namespace gs::gpu

@@ -153,6 +153,7 @@ GS_DEVICE void solve_pcgrad(const double* g, int num_tasks, const int64_t* order
   sync_block();
   for (int j = thread(); j < num_tasks; j += threads()) {
     double weight = 1;
+#pragma unroll 8
     for (int w = 0; w < warps; w++) weight += parts[w * num_tasks + j];
     if (mean) weight /= num_tasks;
     weights[j] = broken ? NAN : weight;

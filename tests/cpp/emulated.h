@@ -3,7 +3,6 @@
 #pragma once
 #include <bit>
 
-#include "cuda/blocks.cuh"
 #include "emulator.h"
 
 #define GS_KERNEL inline void
@@ -19,7 +18,6 @@ inline int threads() { return Emulator::get().threads(); }
 inline int64_t block() { return Emulator::get().block(); }
 inline void sync_block() { Emulator::get().wait_block(); }
 inline void sync_warp() { Emulator::get().wait_warp(); }
-inline void sync_cluster() { Emulator::get().wait_all(); }
 inline void sync_grid() { Emulator::get().wait_all(); }
 inline bool any_of_block(bool value) { return Emulator::get().any_of_block(value); }
 
@@ -223,9 +221,9 @@ inline gs_status clear(double* values, int64_t count, gs_stream) {
 }
 
 template <class... P>
-gs_status launch_as(Blocks kind, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream,
+gs_status launch_as(bool together, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream,
                     const std::type_identity_t<P>&... arguments) {
-  Emulator::get().run(blocks, threads, shared_bytes, [=] { kernel(arguments...); }, kind != Blocks::kApart);
+  Emulator::get().run(blocks, threads, shared_bytes, [=] { kernel(arguments...); }, together);
   return GS_OK;
 }
 

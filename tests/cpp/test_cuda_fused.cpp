@@ -131,19 +131,17 @@ int main() {
   const gs_solve exact = {GS_MIN_NORM, 0, nullptr, 0, GS_EXACT, 250, 1e-6};
   const gs_solve steps = {GS_MIN_NORM, 0, nullptr, 0, GS_FRANK_WOLFE, 250, 1e-6};
   Emulator& gpu = Emulator::get();
-  for (const bool clusters : {true, false}) {
-    gpu.overlaps = clusters;
-    for (const gs_dtype type : kDtypes) {
-      if (!clusters && (type == GS_FLOAT64 || type == GS_FLOAT16)) continue;
-      for (const int64_t tasks : {1, 2, 3, 5, 8, 9, 16}) {
-        const Problem problem(tasks, {1, 64, 200, 0, 333, 7}, {type});
-        check(problem, pcgrad, false, true, "pcgrad");
-        check(problem, exact, tasks % 2 == 0, true, "min-norm");
-      }
-      check(Problem(4, {1500}, {type}), mean, true, true, "mean");
-      check(Problem(3, {700, 90}, {type}), steps, false, true, "Frank-Wolfe");
+  for (const gs_dtype type : kDtypes) {
+    for (const int64_t tasks : {1, 2, 3, 5, 8, 9, 16}) {
+      const Problem problem(tasks, {1, 64, 200, 0, 333, 7}, {type});
+      check(problem, pcgrad, false, true, "pcgrad");
+      check(problem, exact, tasks % 2 == 0, true, "min-norm");
     }
+    check(Problem(4, {1500}, {type}), mean, true, true, "mean");
+    check(Problem(3, {700, 90}, {type}), steps, false, true, "Frank-Wolfe");
   }
+  check(Problem(2, {15000, 700}, {GS_FLOAT32}), pcgrad, true, true, "many parts");
+  check(Problem(7, {2700}, {GS_BFLOAT16}), exact, false, true, "several parts");
   // Where one launch cannot serve.
   check(Problem(17, {100, 30}, {GS_FLOAT32}), pcgrad, false, false, "17 tasks");
   check(Problem(3, {100, 30}, {GS_FLOAT32, GS_FLOAT64}), pcgrad, false, false, "two dtypes");
@@ -159,10 +157,9 @@ int main() {
   gpu.fast_double = false;
   check(Problem(3, {100, 30}, {GS_FLOAT32}), pcgrad, false, false, "slow float64");
   gpu.fast_double = true;
-  // Many parameters go by the grid, whose blocks may be more than a cluster's.
-  gpu.overlaps = true;
-  gpu.processors = 9;
-  check(Problem(3, std::vector<int64_t>(60, 100), {GS_FLOAT32}), pcgrad, false, true, "grid");
+  // More blocks, and a table that is not the small one.
+  gpu.processors = 23;
+  check(Problem(3, std::vector<int64_t>(60, 100), {GS_FLOAT32}), pcgrad, false, true, "large table");
   Problem broken(3, {100, 30}, {GS_FLOAT32});
   const float infinite = INFINITY;
   std::memcpy(const_cast<void*>(broken.data[1]), &infinite, 4);

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT
+// The first half of fused.cu: a block's columns of all rows in shared memory, and the products of the rows.
+#pragma once
+#include "cuda/fused.cuh"
+
+namespace gs::gpu {
+
+constexpr int kFusedThreads = 256, kFusedWarps = kFusedThreads / kWarp;
+
+// Bytes between rows in shared memory: lanes that read a few columns of eight rows meet all banks.
+template <class In>
+GS_HOST_DEVICE constexpr int64_t pitch_of(int64_t width) {
+  return width * int64_t{sizeof(In)} + (sizeof(In) == 8 ? 32 : 16);
+}
+
+// A block's columns, in parameters that are padded to kFusedUnit.
+template <class In, class Table>
+struct Columns {
+  const Table& table;
+  int64_t begin, end;
+  unsigned char* rows;
+
+  GS_DEVICE In* at(int t, int64_t column) const {
+    return reinterpret_cast<In*>(rows + t * pitch_of<In>(table.width)) + (column - begin);
+  }
+  // Calls body(param, from, to) for the pieces of parameters in the columns first..last, from and to being columns of
+  // the parameter.
+  template <class Body>
+  GS_DEVICE void each_piece(int64_t first, int64_t last, const Body& body) const {
+    for (int p = table.param_of(first); p < table.params && table.first_column(p) < last; p++) {
+      const int64_t start = table.first_column(p),
+                    stop = p + 1 < table.params ? table.first_column(p + 1) : table.columns;
+      body(p, first > start ? first - start : 0, (last < stop ? last : stop) - start);
+    }
+  }
+
+  // Starts to copy the rows' columns first..last, with zeros for absent rows and padding.
+  GS_DEVICE void copy(int64_t first, int64_t last) const {
+    each_piece(first, last, [&](int p, int64_t from, int64_t to) {
+      const int64_t numel = table.numel(p), start = table.first_column(p);
+      // Rows go on where the last one ended; a division for each vector would take longer than its copy.
+      const int vectors = static_cast<int>((to - from) / kVector<In>);
+      const int rows_on = threads() / vectors, vectors_on = threads() % vectors;
+      for (int t = thread() / vectors, v = thread() % vectors; t < table.num_tasks; t += rows_on, v += vectors_on) {
+        if (v >= vectors) {
+          v -= vectors;
+          if (++t == table.num_tasks) break;
+        }
+        const int64_t column = from + v * kVector<In>;
+        const In* row = table.template pointer<const In>(p, t);
+        auto* to_vector = reinterpret_cast<Vector<In>*>(at(t, start + column));
+        if (column + kVector<In> <= numel || !row) {
+          copy_to_shared(to_vector, row ? reinterpret_cast<const Vector<In>*>(row + column) : nullptr);
+        } else {
+          Vector<In> vector = {};
+#pragma unroll
+          for (int e = 0; e < kVector<In>; e++) {
+            if (column + e < numel) vector.set(e, row[column + e]);
+          }
+          *to_vector = vector;
+        }
+      }
+    });
+  }
+};
+
+// The products of up to kTasks tasks, each lane those of columns of its own.
+template <int kTasks>
+struct LaneProducts {
+  static constexpr int kCount = static_cast<int>(pairs_of(kTasks)), kUnroll = 8 / kTasks;
+  double sum[kCount] = {};
+
+  template <class In, class Table>
+  GS_DEVICE void add(const Columns<In, Table>& columns, int64_t first, int64_t last) {
+    const int num_tasks = columns.table.num_tasks;
+#pragma unroll kUnroll
+    for (int64_t column = first + thread(); column < last; column += threads()) {
+      double x[kTasks];
+#pragma unroll
+      for (int t = 0; t < kTasks; t++) x[t] = t < num_tasks ? to_double(*columns.at(t, column)) : 0;
+#pragma unroll
+      for (int i = 0; i < kTasks; i++) {
+#pragma unroll
+        for (int j = i; j < kTasks; j++) sum[pair_index(i, j, kTasks)] += x[i] * x[j];
+      }
+    }
+  }
+
+  // Writes the warp's sums. Lanes halve what they hold from step to step, so that an exchange costs as much as a sum
+  // that only one lane would get.
+  GS_DEVICE void store(int num_tasks, double* pairs) const {
+    int begin = 0, end = kCount;
+    halve<kCount, kWarp / 2>(sum, begin, end, [&](int pair, double value) {
+      int i = 0;
+      for (; pair >= kTasks - i; i++) pair -= kTasks - i;
+      if (i + pair < num_tasks) pairs[pair_index(i, i + pair, num_tasks)] = value;
+    });
+  }
+
+ private:
+  template <int kHeld, int kMask, class Write>
+  GS_DEVICE static void halve(const double (&held)[kHeld], int begin, int end, const Write& write) {
+    if constexpr (kMask == 0) {
+#pragma unroll
+      for (int v = 0; v < kHeld; v++) {
+        if (begin + v < end) write(begin + v, held[v]);
+      }
+    } else {
+      constexpr int kHalf = (kHeld + 1) / 2;
+      const bool upper = (thread() & kMask) != 0;
+      double half[kHalf];
+#pragma unroll
+      for (int v = 0; v < kHalf; v++) {
+        const double other = v + kHalf < kHeld ? held[v + kHalf < kHeld ? v + kHalf : v] : 0;
+        half[v] = (upper ? other : held[v]) + shuffle_xor(upper ? held[v] : other, kMask);
+      }
+      if (upper) begin += kHalf;
+      if (!upper && end > begin + kHalf) end = begin + kHalf;
+      halve<kHalf, kMask / 2>(half, begin, end, write);
+    }
+  }
+};
+
+// The products of up to 8 kHalves tasks in a warp's tiles: of all rows with rows 0..7, and with rows 8..15.
+template <int kHalves>
+struct TileProducts {
+  double tile[2][kHalves][4] = {};  // two sets, whose instructions need not wait for each other
+
+  template <class In, class Table>
+  GS_DEVICE void add(const Columns<In, Table>& columns, int64_t first, int64_t last) {
+    constexpr int64_t kStep = 8;
+    const int lane = thread() % kWarp, g = lane / 4, k = lane % 4, num_tasks = columns.table.num_tasks;
+    const auto value = [&](int row, int64_t column) {
+      return row < num_tasks ? to_double(*columns.at(row, column)) : 0.0;
+    };
+#pragma unroll 1
+    for (int64_t column = first + thread() / kWarp * (2 * kStep) + k; column < last;
+         column += kFusedWarps * (2 * kStep)) {
+#pragma unroll
+      for (int set = 0; set < 2; set++) {
+        const int64_t at = column + set * kStep;
+        double a[4] = {value(g, at), 0, value(g, at + 4), 0};
+        if constexpr (kHalves == 2) {
+          a[1] = value(g + 8, at);
+          a[3] = value(g + 8, at + 4);
+        }
+#pragma unroll
+        for (int half = 0; half < kHalves; half++) multiply_double(tile[set][half], a, {a[half], a[2 + half]});
+      }
+    }
+  }
+
+  // Writes the upper triangle.
+  GS_DEVICE void store(int num_tasks, double* pairs) const {
+    const int lane = thread() % kWarp, g = lane / 4, k = lane % 4;
+#pragma unroll
+    for (int half = 0; half < kHalves; half++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int i = g + e / 2 * 8, j = 8 * half + 2 * k + e % 2;
+        if (i <= j && j < num_tasks) pairs[pair_index(i, j, num_tasks)] = tile[0][half][e] + tile[1][half][e];
+      }
+    }
+  }
+};
+
+// Calls body(products) with what suits the number of tasks.
+template <class Body>
+GS_DEVICE void with_products(int num_tasks, const Body& body) {
+  if (num_tasks <= 2) {
+    body(LaneProducts<2>());
+  } else if (num_tasks <= 4) {
+    body(LaneProducts<4>());
+  } else if (num_tasks <= 8) {
+    body(TileProducts<1>());
+  } else {
+    body(TileProducts<2>());
+  }
+}
+
+}  // namespace gs::gpu
