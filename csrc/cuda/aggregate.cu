@@ -15,9 +15,10 @@ constexpr int kMostSlots = 256;
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Fills in all of the table but the solver's options; false if one launch cannot serve.
-bool plan_fused(const gs_gradients& g, void* const* out, const Traits& traits, AnyTable& table, int32_t& dtype) {
+bool plan_fused(const gs_gradients& g, const gs_solve& solve, void* const* out, const Traits& traits, AnyTable& table,
+                int32_t& dtype) {
   const int64_t tasks = g.num_tasks;
-  if (g.num_segments > 1 || tasks > kFusedTasks || !traits.fast_double) return false;
+  if (g.num_segments > 1 || !has_fused_solver(solve, tasks) || !traits.fast_double) return false;
   dtype = -1;
   table.params = 0;
   for (int64_t p = 0; p < g.num_params; p++) {
@@ -71,15 +72,12 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
   if (const gs_status status = get_traits(traits)) return status;
   AnyTable table;
   int32_t dtype;
-  if (plan_fused(*grads, out, traits, table, dtype)) {
+  if (plan_fused(*grads, *solve, out, traits, table, dtype)) {
     table.method = solve->method;
     table.accumulate = accumulate != 0;
     table.mean = solve->mean != 0;
-    table.exact = solve->solver == GS_EXACT;
     table.seed = solve->seed;
     table.step = solve->step;
-    table.max_iter = solve->max_iter;
-    table.tol = solve->tol;
     const gs_status status = launch_fused(table, dtype, static_cast<double*>(workspace), gram, weights, stream);
     // A part of the GPU may not run all blocks at once.
     if (status != GS_UNSUPPORTED) return status;

@@ -9,15 +9,22 @@ namespace gs::gpu {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kVectors = 8;          // of a lane whose loads are in flight together: of so many rows, or of fewer rows
-constexpr int64_t kMaxVectors = 64;  // of a lane's rows in a slot
-constexpr int64_t kMaxSlots = 1056;  // as long as they have a vector for each lane
+// Rows of which a lane loads together, and in so many steps; blocks that a multiprocessor runs at once. Measured: where
+// rows are few, more blocks hide the latency of memory better than more loads of each, where they are many the reverse.
+struct Shape {
+  int steps, rows, blocks;
+};
+constexpr Shape shape_of(int64_t bytes, int64_t num_tasks) {
+  if (num_tasks > 16) return {1, 8, 2};
+  if (bytes == 2) return num_tasks <= 2 ? Shape{2, 2, 3} : Shape{1, 4, 3};
+  return num_tasks <= 2 ? Shape{4, 2, 2} : Shape{1, 4, 4};
+}
 
-// Small problems are spread over more blocks.
-int64_t width_of(int64_t columns, int32_t dtype, int64_t num_tasks) {
-  const int64_t turn = kThreads * 16 / gs::element_bytes(dtype);
-  const int64_t most = kMaxVectors / std::min<int64_t>(num_tasks, kVectors);
-  return turn * std::clamp<int64_t>(columns / kMaxSlots / turn, 1, most);
+// Slots that make full waves of blocks, as long as they have a vector for each lane.
+int64_t width_of(int64_t columns, int32_t dtype, int64_t num_tasks, int64_t processors) {
+  const int64_t bytes = gs::element_bytes(dtype), blocks = shape_of(bytes, num_tasks).blocks;
+  const int64_t slots = processors * blocks * ((8 + blocks - 1) / blocks), turn = kThreads * 16 / bytes;
+  return turn * std::max<int64_t>(1, (columns + slots * turn - 1) / (slots * turn));
 }
 
 // The rows that count in a block's segment: those with a weight other than 0 in one of the directions.
@@ -80,11 +87,10 @@ GS_DEVICE void store(const Turns<In, kWarp, kSteps>& turns, int s, In* out, cons
   }
 }
 
-template <class In, int K, int kSteps>
-GS_KERNEL GS_BLOCKS(kThreads, K == 1 ? 2 : 1)
+// With more than one step, kRows holds all tasks, so that the sums of a step do not wait for those of the others.
+template <class In, int K, int kSteps, int kRows, int kBlocks>
+GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
     combine_kernel(GS_ARGUMENT(Table) table, int num_tasks, const double* weights, int64_t stride, bool accumulate) {
-  constexpr int kRows =
-      sizeof(In) == 2 && kSteps > 1 ? 2 : kVectors / kSteps;  // more sums of 16-bit formats would spill
   wait_for_previous_kernel();
   auto& terms = shared<Terms<K>>();
   const int64_t slot = table.slots - 1 - block();
@@ -94,7 +100,7 @@ GS_KERNEL GS_BLOCKS(kThreads, K == 1 ? 2 : 1)
   const int lane = thread() % kWarp;
   for (Turns<In, kWarp, kSteps> turns(table, slot, thread() / kWarp, kWarps); !turns.done(); turns.next()) {
     double sum[kSteps][kVector<In>][K] = {};
-    for (int first = 0; first < terms.count; first += kRows) {
+    for (int first = 0; first < (kSteps > 1 ? 1 : terms.count); first += kRows) {
       int task[kRows];
 #pragma unroll
       for (int u = 0; u < kRows; u++) task[u] = first + u < terms.count ? terms.row[first + u] : -1;
@@ -142,11 +148,15 @@ GS_KERNEL GS_BLOCKS(kThreads, K == 1 ? 2 : 1)
   }
 }
 
-template <class In, int K, int kSteps>
+// In the shape for so many tasks.
+template <class In, int K, int64_t kTasks>
 gs_status launch_combine(const Table& table, const gs_gradients& grads, const double* weights, bool accumulate,
                          gs_stream stream) {
-  return launch(&combine_kernel<In, K, kSteps>, table.slots, kThreads, sizeof(Terms<K>), stream, table,
-                static_cast<int>(grads.num_tasks), weights, grads.num_segments * grads.num_tasks, accumulate);
+  constexpr Shape kShape = K == 1 ? shape_of(sizeof(In), kTasks) : Shape{1, 8, 1};
+  static_assert(kShape.steps == 1 || kTasks <= kShape.rows);
+  return launch(&combine_kernel<In, K, kShape.steps, kShape.rows, kShape.blocks>, table.slots, kThreads,
+                sizeof(Terms<K>), stream, table, static_cast<int>(grads.num_tasks), weights,
+                grads.num_segments * grads.num_tasks, accumulate);
 }
 
 // Directions that one pass over the gradients yields.
@@ -159,7 +169,11 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
   if constexpr (K < kMaxDirections) {
     if (directions > K) return launch_pass<K + 1>(grads, weights, directions, out, accumulate, space, stream);
   }
-  const auto width = [&](int64_t columns, int32_t dtype) { return width_of(columns, dtype, grads.num_tasks); };
+  Traits traits;
+  if (const gs_status status = get_traits(traits)) return status;
+  const auto width = [&](int64_t columns, int32_t dtype) {
+    return width_of(columns, dtype, grads.num_tasks, traits.processors);
+  };
   Tables tables(grads, out, K, width);
   Table table;
   while (tables.next(table)) {
@@ -168,11 +182,10 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
     status = with_dtype(table.dtype, [&](auto in) {
       using In = decltype(in);
       if constexpr (K == 1) {
-        constexpr int kMost = sizeof(In) == 2 ? 2 : 4;
-        if (grads.num_tasks <= 2) return launch_combine<In, K, kMost>(table, grads, weights, accumulate, stream);
-        if (grads.num_tasks <= 4) return launch_combine<In, K, 2>(table, grads, weights, accumulate, stream);
+        if (grads.num_tasks <= 2) return launch_combine<In, K, 2>(table, grads, weights, accumulate, stream);
+        if (grads.num_tasks <= 16) return launch_combine<In, K, 16>(table, grads, weights, accumulate, stream);
       }
-      return launch_combine<In, K, 1>(table, grads, weights, accumulate, stream);
+      return launch_combine<In, K, GS_MAX_TASKS>(table, grads, weights, accumulate, stream);
     });
     if (status != GS_OK) return status;
   }

@@ -26,7 +26,6 @@ struct Scratch {
   union {
     double parts[kFusedWarps * kPairs];  // of the warps' products, then of the slots
     FaceMemory<kFaceTasks> faces;
-    double min_norm[min_norm_scratch_bytes(kFusedTasks) / 8];
   };
 };
 
@@ -74,16 +73,15 @@ GS_RARE void solve(const FusedProblem& problem, uint64_t step, Scratch& scratch)
   if (problem.method == GS_PCGRAD) {
     solve_pcgrad<1>(scratch.gram, num_tasks, nullptr, problem.seed, step, broken, problem.mean, scratch.pcgrad,
                     scratch.weights);
-  } else if (problem.exact && num_tasks <= kFaceTasks && !broken) {
+  } else if (broken) {
+    if (thread() < num_tasks) scratch.weights[thread()] = NAN;
+  } else {
     for (int e = thread(); e < kFaceTasks * kFaceTasks; e += threads()) {
       const int i = e / kFaceTasks, j = e % kFaceTasks;
       scratch.faces.gram[e] = i < num_tasks && j < num_tasks ? scratch.gram[i * num_tasks + j] : 0;
     }
     sync_block();
     solve_faces(scratch.faces, num_tasks, scratch.weights);
-  } else if (thread() < kWarp) {
-    solve_min_norm(WarpTeam{}, scratch.gram, num_tasks, !broken, problem.exact, problem.max_iter, problem.tol,
-                   scratch.weights, scratch.min_norm);
   }
   sync_block();
 }
@@ -237,6 +235,10 @@ gs_status launch_with(const AnyTable& table, double* partials, double* gram, dou
 }
 
 }  // namespace
+
+bool has_fused_solver(const gs_solve& solve, int64_t num_tasks) {
+  return num_tasks <= (solve.method == GS_PCGRAD ? kFusedTasks : solve.solver == GS_EXACT ? kFaceTasks : 0);
+}
 
 int64_t fused_width_at_most(int32_t dtype, int64_t num_tasks, int64_t shared_bytes) {
   int64_t width = 0;

@@ -15,11 +15,9 @@ struct FusedProblem {
   int num_tasks, params, slots;
   int64_t columns, width;  // of all parameters, and of a slot
   gs_method method;
-  bool accumulate, mean, exact;
+  bool accumulate, mean;
   uint64_t seed;
   int64_t* step;
-  int64_t max_iter;
-  double tol;
 };
 
 // As an argument, the smaller the faster to launch.
@@ -48,6 +46,8 @@ struct FusedTable : FusedProblem {
 };
 using AnyTable = FusedTable<kTableBytes>;
 
+// Solvers that take longer than several launches do not serve there.
+bool has_fused_solver(const gs_solve& solve, int64_t num_tasks);
 // The widest slot that a block's shared memory holds.
 int64_t fused_width_at_most(int32_t dtype, int64_t num_tasks, int64_t shared_bytes);
 

@@ -135,10 +135,10 @@ int main() {
     for (const int64_t tasks : {1, 2, 3, 5, 8, 9, 16}) {
       const Problem problem(tasks, {1, 64, 200, 0, 333, 7}, {type});
       check(problem, pcgrad, false, true, "pcgrad");
-      check(problem, exact, tasks % 2 == 0, true, "min-norm");
+      check(problem, exact, tasks % 2 == 0, tasks <= 8, "min-norm");
     }
     check(Problem(4, {1500}, {type}), mean, true, true, "mean");
-    check(Problem(3, {700, 90}, {type}), steps, false, true, "Frank-Wolfe");
+    check(Problem(3, {700, 90}, {type}), steps, false, false, "Frank-Wolfe");
   }
   check(Problem(2, {15000, 700}, {GS_FLOAT32}), pcgrad, true, true, "many parts");
   check(Problem(7, {2700}, {GS_BFLOAT16}), exact, false, true, "several parts");
