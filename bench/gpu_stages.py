@@ -50,7 +50,7 @@ class Plan:
 
 
 FULL = Plan(
-    seconds=0.1,
+    seconds=0.06,
     ceiling_bytes=2 << 30,
     tasks=(2, 3, 5, 8, 12, 16, 24, 32, 48, 64, 128),
     sizes=(300e6, 28e6, 80e6, 2e6, 1.2e9),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,10 +33,12 @@ class Passes:
             return self._batched_from_losses(losses)
         if not self.parameters:
             return [[] for _ in losses]
-        return [
+        rows = [
             list(torch.autograd.grad(loss, self.parameters, retain_graph=keep, allow_unused=True))
             for loss, keep in self._last_frees(losses)
         ]
+        _check_memory(rows)
+        return rows
 
     def _batched_from_losses(self, losses: list[Tensor]) -> Rows:
         """All losses at once, but to the parameters of one task alone by a pass of their sum."""
@@ -106,6 +109,7 @@ class Passes:
                 found = torch.autograd.grad(outputs, inputs, grads, retain_graph=keep, allow_unused=True)
                 for p, grad in zip(trunk, found, strict=True):
                     rows[t][p] = grad
+        _check_memory(rows)
         return rows
 
     def _last_frees(self, items: Sequence[Any]) -> list[tuple[Any, bool]]:
@@ -127,6 +131,22 @@ class Passes:
                 for t, grad in enumerate(stack.unbind(), begin):
                     if mask[p] >> t & 1:
                         rows[t][p] = grad
+
+
+def _check_memory(rows: Rows) -> None:
+    """Raise RuntimeError if a pass has written over the gradients of the one before it."""
+    for t, (before, after) in enumerate(pairwise(rows)):
+        for old, new in zip(before, after, strict=True):
+            if _has_memory(old) and _has_memory(new) and old.data_ptr() == new.data_ptr():  # type: ignore[union-attr]
+                raise RuntimeError(
+                    f"the backward passes of losses {t} and {t + 1} wrote their gradients to the same memory, as those "
+                    "of torch.cuda.make_graphed_callables do: capture the whole step instead"
+                )
+
+
+def _has_memory(grad: Tensor | None) -> bool:
+    """Whether it is a tensor whose address says something: subclasses and sparse tensors have others inside."""
+    return type(grad) is Tensor and grad.layout is torch.strided and grad.numel() > 0
 
 
 def _vmapped(

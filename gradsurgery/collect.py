@@ -75,7 +75,7 @@ def collect(
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
         TypeError: a loss is not a tensor.
-        RuntimeError: the batched pass failed.
+        RuntimeError: the batched pass failed, or a pass wrote over another one's gradients.
     """
     tasks, scalars = _check_losses(losses)
     if mode not in ("sequential", "batched"):

@@ -140,6 +140,31 @@ class Stop(torch.autograd.Function):
         return None
 
 
+class Static(torch.autograd.Function):
+    """A product whose backward pass always writes to the same memory, as graphed callables do."""
+
+    memory = torch.zeros(3)
+
+    @staticmethod
+    def forward(ctx, w, x):
+        ctx.save_for_backward(x)
+        return w @ x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Static.memory.copy_(grad * ctx.saved_tensors[0]).view(3), None
+
+
+@pytest.mark.parametrize("by_features", [False, True])
+def test_a_pass_that_writes_over_the_last_one_is_an_error(by_features):
+    w = nn.Parameter(torch.ones(3))
+    shared = Static.apply(w, torch.arange(3.0))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([w], lr=0.1), "pcgrad")
+    with pytest.raises(RuntimeError, match="losses 0 and 1 wrote their gradients to the same memory"):
+        optimizer.backward([shared, -2 * shared], features=shared if by_features else None)
+    assert w.grad is None
+
+
 def test_a_graph_without_a_gradient():
     a, b, c = (nn.Parameter(torch.ones(2, device=DEVICE)) for _ in range(3))
     losses = [(a * c).sum() + Stop.apply(b).sum(), (a * a).sum()]
