@@ -33,8 +33,8 @@ class Passes:
             return self._batched_from_losses(losses)
         if not self.parameters:
             return [[] for _ in losses]
-        rows = [
-            list(torch.autograd.grad(loss, self.parameters, retain_graph=keep, allow_unused=True))
+        rows: Rows = [
+            [*torch.autograd.grad(loss, self.parameters, retain_graph=keep, allow_unused=True)]
             for loss, keep in self._last_frees(losses)
         ]
         _check_memory(rows)
