@@ -11,6 +11,8 @@ namespace {
 // A slot below this is not worth a block.
 constexpr int64_t kLeastColumns = 256;
 constexpr int kMostSlots = 256;
+// Of 16-bit formats, whose products from shared memory cost twice as much a byte; more take the stages.
+constexpr int64_t kMostShortBytes = 16 << 20;
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -47,6 +49,7 @@ bool plan_fused(const gs_gradients& g, const gs_solve& solve, void* const* out, 
   const int64_t share = std::max(kLeastColumns, (table.columns + most - 1) / most);
   table.width = (share + kFusedUnit - 1) / kFusedUnit * kFusedUnit;
   table.slots = static_cast<int>((table.columns + table.width - 1) / table.width);
+  if (element_bytes(dtype) == 2 && table.columns * tasks * 2 > kMostShortBytes) return false;
   return table.width <= fused_width_at_most(dtype, tasks, traits.shared_bytes);
 }
 

@@ -20,11 +20,16 @@ constexpr Shape shape_of(int64_t bytes, int64_t num_tasks) {
   return num_tasks <= 2 ? Shape{4, 2, 2} : Shape{1, 4, 4};
 }
 
-// Slots that make full waves of blocks, as long as they have a vector for each lane.
+// Slots of so many turns of a block that about eight blocks a multiprocessor share the columns, in waves that end full.
 int64_t width_of(int64_t columns, int32_t dtype, int64_t num_tasks, int64_t processors) {
-  const int64_t bytes = gs::element_bytes(dtype), blocks = shape_of(bytes, num_tasks).blocks;
-  const int64_t slots = processors * blocks * ((8 + blocks - 1) / blocks), turn = kThreads * 16 / bytes;
-  return turn * std::max<int64_t>(1, (columns + slots * turn - 1) / (slots * turn));
+  const int64_t bytes = gs::element_bytes(dtype), turn = kThreads * 16 / bytes;
+  const int64_t at_once = processors * shape_of(bytes, num_tasks).blocks, turns = (columns + turn - 1) / turn;
+  const int64_t few = std::max<int64_t>(1, turns / (8 * processors)), many = few + 1;
+  const auto time = [&](int64_t share) {
+    const int64_t slots = (turns + share - 1) / share;
+    return (slots + at_once - 1) / at_once * share;
+  };
+  return turn * (time(many) <= time(few) ? many : few);
 }
 
 // The rows that count in a block's segment: those with a weight other than 0 in one of the directions.
