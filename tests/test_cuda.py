@@ -242,6 +242,7 @@ def test_a_captured_training_step_equals_eager_training(method, kind):
     torch.testing.assert_close(optimizer.state_dict(), plain.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 def test_graphed_callables_are_an_error_instead_of_wrong_gradients():
     x = torch.randn(8, 6, device="cuda")
     net = torch.nn.Linear(6, 2).cuda()
