@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/python -m examples.multi_mnist
 
 test: .venv/installed
-	TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=cpu,triton $(BIN)/python -m pytest --numprocesses 2
+	TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=cpu,triton $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 bench: .venv/installed
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only

@@ -53,6 +53,22 @@ gs_solve min_norm_solve(bool exact, int64_t max_iter, double tol) {
   return {GS_MIN_NORM, 0, nullptr, 0, exact ? GS_EXACT : GS_FRANK_WOLFE, max_iter, tol};
 }
 
+namespace {
+
+int64_t aggregate_workspace_bytes(const gs_gradients& view, const Target& target) {
+  return target.is_cuda() ? gs_aggregate_cuda_workspace_bytes(&view) : gs_aggregate_workspace_bytes(&view);
+}
+
+void aggregate_into(double* gram, double* weights, void* space, int64_t bytes, const gs_gradients& view,
+                    const gs_solve& solve, bool accumulate, std::vector<void*>& out, const Target& target) {
+  check_status(
+      target.is_cuda()
+          ? gs_aggregate_cuda(&view, &solve, gram, weights, out.data(), accumulate, space, bytes, target.stream())
+          : gs_aggregate_cpu(&view, &solve, gram, weights, out.data(), accumulate, space, bytes, &kTorchThreads));
+}
+
+}  // namespace
+
 std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const gs_solve& solve, bool accumulate,
                                         std::vector<void*>& out) {
   const auto options = at::TensorOptions().dtype(at::kDouble).device(*grads.device);
@@ -60,14 +76,9 @@ std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const gs_solve& 
   const Tensor weights = at::empty({grads.num_segments, grads.num_tasks}, options);
   const gs_gradients view = grads.view();
   const Target target(*grads.device);
-  auto *g = gram.mutable_data_ptr<double>(), *w = weights.mutable_data_ptr<double>();
-  const Tensor workspace = target.make_workspace(target.is_cuda() ? gs_aggregate_cuda_workspace_bytes(&view)
-                                                                  : gs_aggregate_workspace_bytes(&view));
-  void* space = workspace.mutable_data_ptr();
-  const int64_t bytes = workspace.numel();
-  check_status(target.is_cuda()
-                   ? gs_aggregate_cuda(&view, &solve, g, w, out.data(), accumulate, space, bytes, target.stream())
-                   : gs_aggregate_cpu(&view, &solve, g, w, out.data(), accumulate, space, bytes, &kTorchThreads));
+  const Tensor workspace = target.make_workspace(aggregate_workspace_bytes(view, target));
+  aggregate_into(gram.mutable_data_ptr<double>(), weights.mutable_data_ptr<double>(), workspace.mutable_data_ptr(),
+                 workspace.numel(), view, solve, accumulate, out, target);
   return {gram, weights};
 }
 
@@ -94,7 +105,16 @@ void combine(const Tensor& grads, const Tensor& weights, at::IntArrayRef offsets
 void aggregate(const Tensor& grads, at::IntArrayRef offsets, const gs_solve& solve, Tensor& out) {
   const Gradients g = Gradients::from_matrix(grads, offsets);
   std::vector<void*> pointers = cut_out(g, grads, out);
-  run_aggregate(g, solve, /*accumulate=*/false, pointers);
+  const gs_gradients view = g.view();
+  const Target target(*g.device);
+  const int64_t bytes = aggregate_workspace_bytes(view, target);
+  TORCH_CHECK_VALUE(bytes >= 0, gs_last_error());
+  // One allocation, for nobody asks for G and the weights: behind them the workspace, from a boundary of 64 bytes on.
+  const int64_t gram_size = g.num_segments * g.num_tasks * g.num_tasks;
+  const int64_t begin = (gram_size + g.num_segments * g.num_tasks + 7) / 8 * 8;
+  const Tensor space = target.make_workspace(begin * int64_t{sizeof(double)} + bytes);
+  auto* const gram = static_cast<double*>(space.mutable_data_ptr());
+  aggregate_into(gram, gram + gram_size, gram + begin, bytes, view, solve, /*accumulate=*/false, pointers, target);
 }
 
 void aggregate_pcgrad(const Tensor& grads, at::IntArrayRef offsets, int64_t seed, Tensor& step, bool mean,
