@@ -18,6 +18,8 @@ Part = Callable[[str], AbstractContextManager[None]]
 """Times what runs in it: "forward", "backward", "surgery" or "optimizer"."""
 Step = Callable[[Part], None]
 PARTS = ("forward", "backward", "surgery", "optimizer")
+METHODS = ("pcgrad", "mgda")
+"""Ours; their contenders' names begin with one."""
 PLAIN = "sum of losses"
 COMMON = "pytorch_optimizer PCGrad"
 
@@ -26,7 +28,7 @@ def contenders(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Ste
     """Return what makes each contender's step, with a model and an optimizer of its own."""
     has_heads = len(make().trunk()) < len(list(make().parameters()))
     found: dict[str, Callable[[], Step]] = {PLAIN: lambda: _plain(make())}
-    for method in ("pcgrad", "mgda"):
+    for method in METHODS:
         for name, arguments in _ways(has_heads).items():
             found[f"{method}, {name}"] = lambda method=method, a=arguments: _ours(make(), method, a)  # type: ignore[misc]
     found |= _others(make)

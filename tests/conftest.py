@@ -99,3 +99,8 @@ def two_task_net(dtype: torch.dtype = torch.float32) -> torch.nn.ModuleDict:
 def two_losses(net: torch.nn.ModuleDict, x: torch.Tensor) -> list[torch.Tensor]:
     z = net["trunk"](x).tanh()
     return [(net["a"](z) - 1).square().mean(), 3 * (net["b"](z) + 1).square().mean()]
+
+
+def grads_of(net):
+    """Every parameter's .grad."""
+    return [p.grad for p in net.parameters()]

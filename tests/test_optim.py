@@ -7,17 +7,13 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import two_losses, two_task_net
+from conftest import grads_of, two_losses, two_task_net
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
 
 
 def task_gradients(net, losses, parameters):
     return [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
-
-
-def grads_of(net):
-    return [p.grad for p in net.parameters()]
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "mgda", "gradnorm"])

@@ -12,14 +12,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gradsurgery
 from bench.step import peak_bytes
-from conftest import two_losses, two_task_net
+from conftest import grads_of, two_losses, two_task_net
 from inputs import DEVICE
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
-
-
-def grads_of(net):
-    return [p.grad for p in net.parameters()]
 
 
 def test_graph_is_freed_after_the_last_task():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._gradients import TaskGradients
+from .._philox import philox_words
 
 _CHUNK_COLUMNS = 1 << 14
 
@@ -61,7 +62,7 @@ class ReferenceBackend:
         num_tasks = out.shape[0]
         rows = torch.arange(num_tasks, device=out.device)
         out.copy_(rows.expand(num_tasks, num_tasks))
-        draws = _philox_words(rows, num_tasks - 1, seed, step.to(out.device))
+        draws = philox_words(rows, num_tasks - 1, seed, step.to(out.device))
         for draw, k in enumerate(range(num_tasks - 1, 0, -1)):
             other = (draws[:, draw] * (k + 1)) >> 32
             picked = out[rows, other]
@@ -150,31 +151,6 @@ def _chunks(rows: list[Tensor | None]) -> Iterator[Tensor]:
 
 def _finite(values: Tensor) -> Tensor:
     return values.isfinite().all(-1).all(-1)[:, None]
-
-
-def _philox_words(rows: Tensor, count: int, seed: int, step: Tensor) -> Tensor:
-    """Return ``count`` 32-bit words for each row: Philox4x32-10 with key ``seed`` and counter (step, row, block)."""
-    mask = 0xFFFFFFFF
-    blocks = torch.arange((count + 3) // 4, device=rows.device)
-    shape = (len(rows), len(blocks))
-    counter = [
-        (step & mask).expand(shape),
-        ((step >> 32) & mask).expand(shape),
-        rows[:, None].expand(shape),
-        blocks.expand(shape),
-    ]
-    key = [seed & mask, (seed >> 32) & mask]
-    for _ in range(10):
-        # The products wrap modulo 2^64 as signed integers; both halves are still the right bits.
-        product0, product1 = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-        counter = [
-            ((product1 >> 32) & mask) ^ counter[1] ^ key[0],
-            product1 & mask,
-            ((product0 >> 32) & mask) ^ counter[3] ^ key[1],
-            product0 & mask,
-        ]
-        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
-    return torch.stack(counter, dim=-1).flatten(1)
 
 
 def _frank_wolfe(gram: Tensor, max_iter: int, tol: float) -> Tensor:

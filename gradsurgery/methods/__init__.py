@@ -6,13 +6,31 @@ from __future__ import annotations
 from typing import Any
 
 from ._base import Method
+from .constant import Constant
 from .gradnorm import GradNorm
+from .mean import Mean
 from .mgda import MGDA
 from .pcgrad import PCGrad
+from .random import Random
+from .sum import Sum
 
-_METHODS: dict[str, type[Method]] = {method.name: method for method in (GradNorm, MGDA, PCGrad)}
+_METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Constant, GradNorm, Mean, MGDA, PCGrad, Random, Sum)
+}
 
-__all__ = ["MGDA", "GradNorm", "Method", "PCGrad", "available", "get", "resolve"]
+__all__ = [
+    "MGDA",
+    "Constant",
+    "GradNorm",
+    "Mean",
+    "Method",
+    "PCGrad",
+    "Random",
+    "Sum",
+    "available",
+    "get",
+    "resolve",
+]
 
 
 def available() -> list[str]:

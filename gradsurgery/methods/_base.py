@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._extension import NativeSolver
+from ..functional import _check_seed
 
 
 def check_not_capturing(name: str, device: torch.device) -> None:
@@ -65,3 +66,39 @@ class Method:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Take over a state with the right keys."""
+
+
+class SteppedMethod(Method):
+    """A method whose random numbers are a function of a seed and the number of the step.
+
+    State: the seed and the step counter, which lives on G's device and is never read on the host.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = _check_seed(seed)
+        self._step: Tensor | None = None
+
+    def _step_on(self, device: torch.device) -> Tensor:
+        """Return the counter, for use and for the increment."""
+        if self._step is None:
+            check_not_capturing(self.name, device)
+            # Made where G lives: a copy from the host would synchronise.
+            self._step = torch.zeros((), dtype=torch.int64, device=device)
+        elif self._step.device != device:
+            self._step = self._step.to(device)
+        return self._step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seed and the step counter."""
+        step = torch.zeros((), dtype=torch.int64) if self._step is None else self._step.clone()
+        return {"seed": self.seed, "step": step}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        seed, step = _check_seed(state["seed"]), state["step"]
+        if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() != 0:
+            raise ValueError(f"step must be an int64 tensor [], got {step!r}")
+        self.seed = seed
+        if self._step is None:
+            self._step = step.clone()
+        else:
+            self._step.copy_(step)  # in place: a captured graph goes on from there

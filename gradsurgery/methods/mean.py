@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: MIT
+"""The mean of the losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._base import Method
+
+
+class Mean(Method):
+    """w_t = 1 / T: what ``mean(losses).backward()`` does, the heads included. Scale: sums to 1. No state."""
+
+    name = "mean"
+    weights_losses = True
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return 1 / T for each task."""
+        return torch.full_like(gram[..., 0], 1 / gram.shape[-1])

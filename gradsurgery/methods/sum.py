@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: MIT
+"""The plain sum of the losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._base import Method
+
+
+class Sum(Method):
+    """w_t = 1: what ``sum(losses).backward()`` does, as a baseline. Scale: a sum over tasks. No state."""
+
+    name = "sum"
+    weights_losses = True
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return ones."""
+        return torch.ones_like(gram[..., 0])
