@@ -94,10 +94,13 @@ def test_weights_for_another_number_of_tasks():
         gradsurgery.methods.get("constant", task_weights=[1, 2, 3]).weights(GRAM)
 
 
-def test_a_task_of_weight_0_does_not_count():
-    rows = torch.tensor([[1.0, 2.0], [float("inf"), float("nan")]], device=DEVICE)
-    got = gradsurgery.aggregate(rows, "constant", task_weights=[3.0, 0.0])
-    assert got.tolist() == [3, 6]
+@pytest.mark.parametrize("method", ["sum", "mean", "constant", "random"])
+def test_a_gradient_that_is_not_finite_makes_its_problem_nan(method):
+    grams = torch.stack([GRAM, GRAM.clone()])
+    grams[1, 0, 1] = torch.inf
+    got = gradsurgery.methods.get(method).weights(grams)
+    assert got[0].isfinite().all()
+    assert got[1].isnan().all()
 
 
 def test_the_given_weights_are_copied():

@@ -8,6 +8,7 @@ from typing import Any
 from ._base import Method
 from .constant import Constant
 from .gradnorm import GradNorm
+from .krum import Krum
 from .mean import Mean
 from .mgda import MGDA
 from .pcgrad import PCGrad
@@ -15,13 +16,14 @@ from .random import Random
 from .sum import Sum
 
 _METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Constant, GradNorm, Mean, MGDA, PCGrad, Random, Sum)
+    method.name: method for method in (Constant, GradNorm, Krum, Mean, MGDA, PCGrad, Random, Sum)
 }
 
 __all__ = [
     "MGDA",
     "Constant",
     "GradNorm",
+    "Krum",
     "Mean",
     "Method",
     "PCGrad",

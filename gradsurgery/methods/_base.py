@@ -19,6 +19,11 @@ def check_not_capturing(name: str, device: torch.device) -> None:
         raise RuntimeError(f"method {name!r} must run once before its steps are captured in a CUDA graph")
 
 
+def nan_unless_finite(weights: Tensor, gram: Tensor) -> Tensor:
+    """Return weights [..., T] of their own memory, NaN for the problems whose G [..., T, T] is not finite."""
+    return torch.where(gram.isfinite().all(-1).all(-1)[..., None], weights, torch.nan)
+
+
 class Method:
     """Weights from G, stage 3. Subclasses with state keep it in tensors that ``state_dict`` names."""
 

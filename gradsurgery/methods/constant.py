@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._base import Method
+from ._base import Method, nan_unless_finite
 
 
 class Constant(Method):
     """w_t as given: linear scalarisation, ``sum(w_t * loss_t).backward()``, the heads included. No state.
 
     Args:
-        task_weights: T finite numbers, of any sign; a task of weight 0 does not count. None: 1 for each task.
+        task_weights: T finite numbers, of any sign. None: 1 for each task.
     """
 
     name = "constant"
@@ -29,13 +29,13 @@ class Constant(Method):
                 raise ValueError(f"task_weights must be T finite numbers, got {task_weights!r}")
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Return the given weights, for each problem of a batch."""
+        """Return the given weights for each problem, NaN where G is not finite."""
         if self._weights is None:
-            return torch.ones_like(gram[..., 0])
+            return nan_unless_finite(torch.ones_like(gram[..., 0]), gram)
         if len(self._weights) != gram.shape[-1]:
             raise ValueError(
                 f"task_weights must hold one number for each of {gram.shape[-1]} tasks, got {len(self._weights)}"
             )
         if self._weights.device != gram.device:
             self._weights = self._weights.to(gram.device)  # once: a copy from the host waits
-        return self._weights.expand(gram.shape[:-1]).clone(memory_format=torch.contiguous_format)
+        return nan_unless_finite(self._weights, gram)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._base import Method
+from ._base import Method, nan_unless_finite
 
 
 class Mean(Method):
@@ -16,5 +16,5 @@ class Mean(Method):
     weights_losses = True
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Return 1 / T for each task."""
-        return torch.full_like(gram[..., 0], 1 / gram.shape[-1])
+        """Return 1 / T for each task; NaN where G is not finite."""
+        return nan_unless_finite(torch.full_like(gram[..., 0], 1 / gram.shape[-1]), gram)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._philox import philox_words
-from ._base import SteppedMethod
+from ._base import SteppedMethod, nan_unless_finite
 
 _ROW = 0xFFFFFFFF
 """In the counter of the random numbers, where PCGrad's visiting orders have a task."""
@@ -36,12 +36,11 @@ class Random(SteppedMethod):
         super().__init__(seed)
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Return the step's weights and advance the step counter."""
+        """Return the step's weights, NaN where G is not finite, and advance the step counter."""
         step = self._step_on(gram.device)
         row = torch.full((1,), _ROW, device=gram.device)
         uniform = (philox_words(row, 2 * gram.shape[-1], self.seed, step)[0].double() + 0.5) / 2**32
         radius, angle = uniform[: 2 * gram.shape[-1]].unflatten(0, (-1, 2)).unbind(1)
         normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
         step += 1
-        weights: Tensor = normal.softmax(0)
-        return weights.expand(gram.shape[:-1]).contiguous()
+        return nan_unless_finite(normal.softmax(0), gram)

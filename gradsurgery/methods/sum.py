@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._base import Method
+from ._base import Method, nan_unless_finite
 
 
 class Sum(Method):
@@ -16,5 +16,5 @@ class Sum(Method):
     weights_losses = True
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Return ones."""
-        return torch.ones_like(gram[..., 0])
+        """Return ones; NaN where G is not finite."""
+        return nan_unless_finite(torch.ones_like(gram[..., 0]), gram)
