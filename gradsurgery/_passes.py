@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class Passes:
             [*torch.autograd.grad(loss, self.parameters, retain_graph=keep, allow_unused=True)]
             for loss, keep in self._last_frees(losses)
         ]
-        _check_memory(rows)
+        check_memory(rows)
         return rows
 
     def _batched_from_losses(self, losses: list[Tensor]) -> Rows:
@@ -80,7 +79,7 @@ class Passes:
         if both:
             raise ValueError(f"parameters {both} are used above and below the features, which must part the two")
         rows: Rows = [[None] * len(self.parameters) for _ in losses]
-        cotangents: list[list[Tensor | None]] = []
+        cotangents: Rows = []
         for t, (loss, keep) in enumerate(self._last_frees(losses)):
             own = [p for p, owner in enumerate(self.parameters) if above.get(id(owner), 0) >> t & 1]
             inputs = [*features, *(self.parameters[p] for p in own)]
@@ -88,6 +87,8 @@ class Passes:
             cotangents.append(list(found[: len(features)]))
             for p, grad in zip(own, found[len(features) :], strict=True):
                 rows[t][p] = grad
+        check_memory(cotangents)
+        check_memory(rows)
         # Bit t: some feature that loss t depends on depends on the parameter.
         mask = [0] * len(self.parameters)
         for p, owner in enumerate(self.parameters):
@@ -109,7 +110,7 @@ class Passes:
                 found = torch.autograd.grad(outputs, inputs, grads, retain_graph=keep, allow_unused=True)
                 for p, grad in zip(trunk, found, strict=True):
                     rows[t][p] = grad
-        _check_memory(rows)
+        check_memory(rows)
         return rows
 
     def _last_frees(self, items: Sequence[Any]) -> list[tuple[Any, bool]]:
@@ -133,19 +134,20 @@ class Passes:
                         rows[t][p] = grad
 
 
-def _check_memory(rows: Rows) -> None:
-    """Raise RuntimeError if a pass has written over the gradients of the one before it."""
-    for t, (before, after) in enumerate(pairwise(rows)):
-        for old, new in zip(before, after, strict=True):
-            if _has_memory(old) and _has_memory(new) and old.data_ptr() == new.data_ptr():  # type: ignore[union-attr]
-                raise RuntimeError(
-                    f"the backward passes of losses {t} and {t + 1} wrote their gradients to the same memory, as those "
-                    "of torch.cuda.make_graphed_callables do: capture the whole step instead"
-                )
+def check_memory(rows: Rows) -> None:
+    """Raise RuntimeError where passes, a row each, returned gradients in the same memory, which the last one overwrote."""
+    for column in zip(*rows, strict=True):
+        addresses = [grad.data_ptr() for grad in column if grad is not None and _has_memory(grad)]
+        if len(set(addresses)) < len(addresses):
+            raise RuntimeError(
+                "backward passes returned gradients in the same memory, where one writes over the other's: each must "
+                "return tensors of its own, which those of torch.cuda.make_graphed_callables do not (capture the whole "
+                "step instead)"
+            )
 
 
-def _has_memory(grad: Tensor | None) -> bool:
-    """Whether it is a tensor whose address says something: subclasses and sparse tensors have others inside."""
+def _has_memory(grad: Tensor) -> bool:
+    """Whether its address says something: subclasses and sparse tensors have others inside."""
     return type(grad) is Tensor and grad.layout is torch.strided and grad.numel() > 0
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._passes import Passes
+from ._passes import Passes, check_memory
 
 Losses = Sequence[Tensor] | Tensor | Mapping[str, Tensor]
 
@@ -38,13 +38,20 @@ class Collected:
         return bytes(min(127, sum(entry is not None for entry in column)) for column in zip(*self.grads, strict=True))
 
     def plus(self, other: Collected) -> Collected:
-        """Return the sum; ValueError if the two do not belong to the same tasks, parameters and scaling."""
+        """Return the sum.
+
+        Raises:
+            ValueError: the two do not belong to the same tasks, parameters and scaling.
+            RuntimeError: the second backward passes wrote over the first ones' gradients.
+        """
         if self.tasks != other.tasks:
             raise ValueError(f"every micro-batch must have the same tasks: had {self.tasks}, got {other.tasks}")
         if [id(p) for p in self.parameters] != [id(p) for p in other.parameters]:
             raise ValueError("the optimizer's parameters changed between micro-batches: combine() before changing them")
         if (self.scale is None) != (other.scale is None):
             raise ValueError("either every micro-batch is given the scaler or none")
+        for mine, theirs in zip(self.grads, other.grads, strict=True):
+            check_memory([mine, theirs])
         grads = [
             [a if b is None else b if a is None else a + b for a, b in zip(mine, theirs, strict=True)]
             for mine, theirs in zip(self.grads, other.grads, strict=True)
@@ -75,7 +82,7 @@ def collect(
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
         TypeError: a loss is not a tensor.
-        RuntimeError: the batched pass failed, or a pass wrote over another one's gradients.
+        RuntimeError: the batched pass failed, or passes returned gradients in the same memory.
     """
     tasks, scalars = _check_losses(losses)
     if mode not in ("sequential", "batched"):

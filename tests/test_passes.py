@@ -143,26 +143,46 @@ class Stop(torch.autograd.Function):
 class Static(torch.autograd.Function):
     """A product whose backward pass always writes to the same memory, as graphed callables do."""
 
-    memory = torch.zeros(3)
+    memory = torch.zeros(2, 3)
 
     @staticmethod
     def forward(ctx, w, x):
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(w, x)
         return w @ x
 
     @staticmethod
     def backward(ctx, grad):
-        return Static.memory.copy_(grad * ctx.saved_tensors[0]).view(3), None
+        w, x = ctx.saved_tensors
+        return Static.memory[0].copy_(grad * x).view(3), Static.memory[1].copy_(grad * w).view(3)
 
 
-@pytest.mark.parametrize("by_features", [False, True])
-def test_a_pass_that_writes_over_the_last_one_is_an_error(by_features):
-    w = nn.Parameter(torch.ones(3))
-    shared = Static.apply(w, torch.arange(3.0))
-    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([w], lr=0.1), "pcgrad")
-    with pytest.raises(RuntimeError, match="losses 0 and 1 wrote their gradients to the same memory"):
-        optimizer.backward([shared, -2 * shared], features=shared if by_features else None)
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda y, z, other: ([y, -2 * y], {}),
+        lambda y, z, other: ([y, other, -2 * y], {}),
+        lambda y, z, other: ([y, -2 * y], {"features": y}),
+        lambda y, z, other: ([y + z.sum(), z.sum() - 2 * y], {"features": z}),
+        lambda y, z, other: ([y + z.sum(), z.sum() - 2 * y], {"features": z, "mode": "batched"}),
+        lambda y, z, other: ([Static.apply(z, z.detach()), z.sum(), -Static.apply(z, z.detach())], {"features": z}),
+    ],
+    ids=["neighbours", "apart", "below", "above", "above, batched", "features"],
+)
+def test_passes_that_write_to_the_same_memory_are_an_error(way):
+    w, v = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    losses, options = way(Static.apply(w, torch.arange(3.0)), 2 * v, w.square().sum())
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([w, v], lr=0.1), "pcgrad")
+    with pytest.raises(RuntimeError, match="returned gradients in the same memory"):
+        optimizer.backward(losses, **options)
     assert w.grad is None
+
+
+def test_micro_batches_that_write_to_the_same_memory_are_an_error():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([w], lr=0.1), "pcgrad")
+    optimizer.collect([Static.apply(w, torch.arange(3.0)), w.sum()])
+    with pytest.raises(RuntimeError, match="returned gradients in the same memory"):
+        optimizer.collect([Static.apply(w, torch.ones(3)), w.sum()])
 
 
 def test_a_graph_without_a_gradient():

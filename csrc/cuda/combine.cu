@@ -20,7 +20,8 @@ constexpr Shape shape_of(int64_t bytes, int64_t num_tasks) {
   return num_tasks <= 2 ? Shape{4, 2, 2} : Shape{1, 4, 4};
 }
 
-// Slots of so many turns of a block that about eight blocks a multiprocessor share the columns, in waves that end full.
+// Slots of a few vectors of each lane, of one row, that about eight blocks a multiprocessor share, in waves that end
+// full. Several directions at once, which are rare, are cut as one is.
 int64_t width_of(int64_t columns, int32_t dtype, int64_t num_tasks, int64_t processors) {
   const int64_t bytes = gs::element_bytes(dtype), turn = kThreads * 16 / bytes;
   const int64_t at_once = processors * shape_of(bytes, num_tasks).blocks, turns = (columns + turn - 1) / turn;

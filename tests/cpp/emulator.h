@@ -82,7 +82,6 @@ class Emulator {
 
   Order order = Order::kForward;
   bool fast_double = true;
-  bool overlaps = true;
   int processors = 3;
   int launches = 0;
 

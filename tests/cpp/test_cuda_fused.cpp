@@ -141,6 +141,7 @@ int main() {
     check(Problem(3, {700, 90}, {type}), steps, false, false, "Frank-Wolfe");
   }
   check(Problem(2, {15000, 700}, {GS_FLOAT32}), pcgrad, true, true, "many parts");
+  check(Problem(1, {30000}, {GS_FLOAT32}), pcgrad, false, true, "parts wider than a block's threads");
   check(Problem(7, {2700}, {GS_BFLOAT16}), exact, false, true, "several parts");
   // Where one launch cannot serve.
   check(Problem(17, {100, 30}, {GS_FLOAT32}), pcgrad, false, false, "17 tasks");

@@ -140,9 +140,9 @@ GS_API gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num
 
 // Stages 2 to 4 in one call: gram [S, T, T], the solver's weights [S, T], and their directions out [P], as by
 // gs_gram_*, gs_pcgrad_* or gs_min_norm_*, and gs_combine_* with K = 1. On a GPU up to 16 tasks (min-norm: 8, solved
-// exactly) whose gradients fit the multiprocessors' shared memory take one launch, which reads them once: one segment
-// and dtype, pointers aligned to 16 bytes, and a GPU with fast float64. The slots then are those of the GPU's
-// multiprocessors, so the bits may differ between models.
+// exactly) whose gradients fit the multiprocessors' shared memory, in 16-bit formats up to 16 MB, take one launch,
+// which reads them once: one segment and dtype, pointers aligned to 16 bytes, and a GPU with fast float64. The slots
+// then are those of the GPU's multiprocessors, so the bits may differ between models, and parts of one.
 GS_API int64_t gs_aggregate_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_aggregate_cpu(const gs_gradients* grads, const gs_solve* solve, double* gram, double* weights,
                                   void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
