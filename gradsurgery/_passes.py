@@ -135,7 +135,7 @@ class Passes:
 
 
 def check_memory(rows: Rows) -> None:
-    """Raise RuntimeError where passes, a row each, returned gradients in the same memory, which the last one overwrote."""
+    """Raise RuntimeError where passes, a row each, returned gradients in the same memory, which the last overwrote."""
     for column in zip(*rows, strict=True):
         addresses = [grad.data_ptr() for grad in column if grad is not None and _has_memory(grad)]
         if len(set(addresses)) < len(addresses):
