@@ -88,7 +88,6 @@ class Passes:
             for p, grad in zip(own, found[len(features) :], strict=True):
                 rows[t][p] = grad
         check_memory(cotangents)
-        check_memory(rows)
         # Bit t: some feature that loss t depends on depends on the parameter.
         mask = [0] * len(self.parameters)
         for p, owner in enumerate(self.parameters):
@@ -96,6 +95,7 @@ class Passes:
                 mask[p] |= tasks * (below.get(id(owner), 0) >> f & 1)
         trunk = [p for p, m in enumerate(mask) if m]
         if self.batched:
+            check_memory(rows)
             stacks = [
                 torch.stack([torch.zeros_like(f) if row[i] is None else row[i] for row in cotangents])  # type: ignore[misc]
                 for i, f in enumerate(features)

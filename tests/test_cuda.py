@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True:UserWarning"),
 ]
 
-METHODS = ["pcgrad", "mgda", "gradnorm"]
+METHODS = gradsurgery.methods.available()
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
     "adam": partial(torch.optim.Adam, lr=0.01, capturable=True),

@@ -294,6 +294,15 @@ def test_launches_of_an_aggregate(columns, launches):
     assert len(kernels_of(lambda: gradsurgery.aggregate(rows))) == launches
 
 
+@pytest.mark.parametrize(("columns", "one"), [(1_000_000, True), (1_100_000, False)])
+def test_16_bit_gradients_above_16_mb_take_the_stages(columns, one):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("sizes are those of compute capability 9.0")
+    rows = gradients(8, columns, torch.bfloat16)
+    gradsurgery.aggregate(rows)
+    assert (len(kernels_of(lambda: gradsurgery.aggregate(rows))) == 1) == one
+
+
 @pytest.mark.parametrize("tasks", [1, 8, 16])
 @pytest.mark.parametrize("method", ["pcgrad", "mgda"])
 @pytest.mark.parametrize("columns", [300, 60_000])

@@ -14,7 +14,7 @@ from ..functional import _check_seed
 
 
 def check_not_capturing(name: str, device: torch.device) -> None:
-    """Raise RuntimeError while a CUDA graph is captured: state made there would start anew at each replay."""
+    """Raise RuntimeError while a CUDA graph is captured: state made or moved there would start anew at each replay."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"method {name!r} must run once before its steps are captured in a CUDA graph")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._base import Method, nan_unless_finite
+from ._base import Method, check_not_capturing, nan_unless_finite
 
 
 class Constant(Method):
@@ -37,5 +37,6 @@ class Constant(Method):
                 f"task_weights must hold one number for each of {gram.shape[-1]} tasks, got {len(self._weights)}"
             )
         if self._weights.device != gram.device:
+            check_not_capturing(self.name, gram.device)
             self._weights = self._weights.to(gram.device)  # once: a copy from the host waits
         return nan_unless_finite(self._weights, gram)
