@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The methods whose weights do not depend on G: sum, mean, constant, random."""
 
+import math
+
 import pytest
 import torch
 
 import gradsurgery
 from conftest import grads_of, two_losses, two_task_net
+from gradsurgery._philox import philox_words
 from inputs import DEVICE
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -66,6 +69,16 @@ def test_random_weights_are_a_function_of_seed_and_step():
     global_state = torch.get_rng_state()
     first.weights(gram)
     assert torch.equal(torch.get_rng_state(), global_state)
+
+
+def test_random_weights_are_those_of_the_docstring():
+    method, gram = gradsurgery.methods.get("random", seed=3), torch.eye(3, dtype=torch.float64, device=DEVICE)
+    for step in range(2):
+        words = philox_words(torch.tensor([2**32 - 1]), 6, 3, torch.tensor(step))[0].tolist()
+        v = [(u + 0.5) / 2**32 for u in words]
+        z = [math.sqrt(-2 * math.log(v[2 * t])) * math.cos(2 * math.pi * v[2 * t + 1]) for t in range(3)]
+        expected = torch.tensor(z, dtype=torch.float64, device=DEVICE).softmax(0)
+        torch.testing.assert_close(method.weights(gram), expected)
 
 
 def test_random_weights_are_the_softmax_of_normal_numbers():
