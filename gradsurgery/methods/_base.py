@@ -24,6 +24,28 @@ def nan_unless_finite(weights: Tensor, gram: Tensor) -> Tensor:
     return torch.where(gram.isfinite().all(-1).all(-1)[..., None], weights, torch.nan)
 
 
+class PerTask:
+    """Numbers that a user gives, one per task. They move to G's device once, for a copy from the host waits."""
+
+    def __init__(self, name: str, values: Sequence[float] | Tensor, wanted: str = "finite numbers") -> None:
+        self.name = name
+        self.values = torch.as_tensor(values, dtype=torch.float64).detach().clone()
+        positive = wanted != "positive numbers" or bool((self.values > 0).all())
+        if self.values.dim() != 1 or not self.values.isfinite().all() or not positive:
+            raise ValueError(f"{name} must be T {wanted}, got {values!r}")
+
+    def on(self, gram: Tensor, method: str) -> Tensor:
+        """Return the numbers [T] on G's device."""
+        if len(self.values) != gram.shape[-1]:
+            raise ValueError(
+                f"{self.name} must hold one number for each of {gram.shape[-1]} tasks, got {len(self.values)}"
+            )
+        if self.values.device != gram.device:
+            check_not_capturing(method, gram.device)
+            self.values = self.values.to(gram.device)
+        return self.values
+
+
 class Method:
     """Weights from G, stage 3. Subclasses with state keep it in tensors that ``state_dict`` names."""
 
@@ -32,6 +54,18 @@ class Method:
     needs_losses: ClassVar[bool] = False
     weights_losses: ClassVar[bool] = False
     """Whether the weights belong to the losses, and so also multiply the gradients of parameters that one task owns."""
+
+    needs: ClassVar[str] = "G"
+    """What the weights come from."""
+    scale: ClassVar[str] = ""
+    """What the direction is like for orthogonal gradients of equal length: their "sum", their "mean", or the weights'
+    own convention, as "sums to 1"."""
+    non_conflicting: ClassVar[str] = "no"
+    """Whether the direction has no negative product with any task gradient: "yes", "no", or when."""
+    linear: ClassVar[bool] = False
+    """Whether d, as a function of factors a_t > 0 on the task gradients, is linear."""
+    cost: ClassVar[str] = "T"
+    """Operations per problem, in T."""
 
     gram_parameters: Sequence[Tensor] | None = None
     """The shared parameters whose G the weights come from; None: all."""

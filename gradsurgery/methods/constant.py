@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._base import Method, check_not_capturing, nan_unless_finite
+from ._base import Method, PerTask, nan_unless_finite
 
 
 class Constant(Method):
@@ -20,23 +20,14 @@ class Constant(Method):
 
     name = "constant"
     weights_losses = True
+    needs = "nothing"
+    scale = "as given"
+    linear = True
 
     def __init__(self, task_weights: Sequence[float] | Tensor | None = None) -> None:
-        self._weights: Tensor | None = None
-        if task_weights is not None:
-            self._weights = torch.as_tensor(task_weights, dtype=torch.float64).detach().clone()
-            if self._weights.dim() != 1 or not self._weights.isfinite().all():
-                raise ValueError(f"task_weights must be T finite numbers, got {task_weights!r}")
+        self._weights = None if task_weights is None else PerTask("task_weights", task_weights)
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the given weights for each problem, NaN where G is not finite."""
-        if self._weights is None:
-            return nan_unless_finite(torch.ones_like(gram[..., 0]), gram)
-        if len(self._weights) != gram.shape[-1]:
-            raise ValueError(
-                f"task_weights must hold one number for each of {gram.shape[-1]} tasks, got {len(self._weights)}"
-            )
-        if self._weights.device != gram.device:
-            check_not_capturing(self.name, gram.device)
-            self._weights = self._weights.to(gram.device)  # once: a copy from the host waits
-        return nan_unless_finite(self._weights, gram)
+        weights = torch.ones_like(gram[..., 0]) if self._weights is None else self._weights.on(gram, self.name)
+        return nan_unless_finite(weights, gram)

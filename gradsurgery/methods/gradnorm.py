@@ -32,6 +32,8 @@ class GradNorm(Method):
     name = "gradnorm"
     needs_losses = True
     weights_losses = True
+    needs = "diag G, losses"
+    scale = "sums to T"
 
     def __init__(self, alpha: float = 1.5, lr: float = 0.025, norm_parameters: Sequence[Tensor] | None = None) -> None:
         if not lr >= 0:

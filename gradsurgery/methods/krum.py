@@ -25,6 +25,8 @@ class Krum(Method):
     """
 
     name = "krum"
+    scale = "sums to 1"
+    cost = "T^2 log T"
 
     def __init__(self, num_byzantine: int = 0, num_selected: int = 1) -> None:
         for name, value, least in (("num_byzantine", num_byzantine, 0), ("num_selected", num_selected, 1)):

@@ -14,6 +14,9 @@ class Mean(Method):
 
     name = "mean"
     weights_losses = True
+    needs = "nothing"
+    scale = "mean"
+    linear = True
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return 1 / T for each task; NaN where G is not finite."""

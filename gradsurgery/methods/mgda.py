@@ -32,6 +32,9 @@ class MGDA(Method):
     """
 
     name = "mgda"
+    scale = "sums to 1"
+    non_conflicting = "yes"
+    cost = "T^3"
 
     def __init__(
         self,

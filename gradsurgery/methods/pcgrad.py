@@ -23,6 +23,9 @@ class PCGrad(SteppedMethod):
     """
 
     name = "pcgrad"
+    scale = "sum"
+    non_conflicting = "T = 2"
+    cost = "T^3"
 
     def __init__(self, reduction: str = "sum", seed: int = 0) -> None:
         if reduction not in ("sum", "mean"):

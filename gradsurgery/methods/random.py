@@ -31,6 +31,9 @@ class Random(SteppedMethod):
 
     name = "random"
     weights_losses = True
+    needs = "nothing"
+    scale = "sums to 1"
+    linear = True
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)

@@ -14,6 +14,9 @@ class Sum(Method):
 
     name = "sum"
     weights_losses = True
+    needs = "nothing"
+    scale = "sum"
+    linear = True
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return ones; NaN where G is not finite."""
