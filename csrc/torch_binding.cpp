@@ -207,6 +207,38 @@ void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tens
                    : gs_min_norm_cpu(g, batch, num_tasks, solver, max_iter, tol, out, space, bytes, &kTorchThreads));
 }
 
+void weights_of(const Tensor& gram, int64_t method, const std::optional<Tensor>& preference, double parameter,
+                double max_norm, Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  if (preference) check_square_data(*preference, at::kDouble, {num_tasks}, gram.device(), "preference");
+  const Target target(gram.device());
+  const auto solver = static_cast<gs_weighting>(method);
+  const Tensor workspace =
+      target.make_workspace(target.is_cuda() ? gs_weights_cuda_workspace_bytes(solver, batch, num_tasks)
+                                             : gs_weights_workspace_bytes(solver, batch, num_tasks));
+  const auto* g = gram.const_data_ptr<double>();
+  const auto* given = preference ? preference->const_data_ptr<double>() : nullptr;
+  auto* out = weights.mutable_data_ptr<double>();
+  void* space = workspace.mutable_data_ptr();
+  const int64_t bytes = workspace.numel();
+  check_status(target.is_cuda() ? gs_weights_cuda(g, batch, num_tasks, solver, given, parameter, max_norm, out, space,
+                                                  bytes, target.stream())
+                                : gs_weights_cpu(g, batch, num_tasks, solver, given, parameter, max_norm, out, space,
+                                                 bytes, &kTorchThreads));
+}
+
+void gradvac(const Tensor& gram, const Tensor& order, double beta, Tensor& targets, Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  check_square_data(order, at::kLong, {num_tasks, num_tasks}, gram.device(), "order");
+  check_square_data(targets, at::kDouble, gram.sizes(), gram.device(), "targets");
+  const Target target(gram.device());
+  const auto* g = gram.const_data_ptr<double>();
+  const auto* visit = order.const_data_ptr<int64_t>();
+  auto *wanted = targets.mutable_data_ptr<double>(), *out = weights.mutable_data_ptr<double>();
+  check_status(target.is_cuda() ? gs_gradvac_cuda(g, batch, num_tasks, visit, beta, wanted, out, target.stream())
+                                : gs_gradvac_cpu(g, batch, num_tasks, visit, beta, wanted, out, &kTorchThreads));
+}
+
 void gradnorm(const Tensor& weights, const Tensor& norms, const Tensor& losses, const Tensor& initial_losses,
               double alpha, double lr, Tensor& new_weights) {
   TORCH_CHECK_VALUE(weights.dim() >= 1 && weights.size(-1) >= 1,
@@ -251,6 +283,8 @@ void register_operators(torch::Library& m) {
   m.impl("task_order", &task_order);
   m.impl("pcgrad", &pcgrad);
   m.impl("min_norm", &min_norm);
+  m.impl("weights", &weights_of);
+  m.impl("gradvac", &gradvac);
   m.impl("gradnorm", &gradnorm);
   m.impl("gradnorm_step", &gradnorm_step);
   m.impl("aggregate_pcgrad", &aggregate_pcgrad);
@@ -269,6 +303,10 @@ TORCH_LIBRARY(gradsurgery, m) {
       "pcgrad(Tensor gram, Tensor? order, int seed, Tensor(a!) step, bool advance, bool mean, Tensor(b!) weights) -> "
       "()");
   m.def("min_norm(Tensor gram, bool exact, int max_iter, float tol, Tensor(a!) weights) -> ()");
+  m.def(
+      "weights(Tensor gram, int method, Tensor? preference, float parameter, float max_norm, Tensor(a!) weights) -> "
+      "()");
+  m.def("gradvac(Tensor gram, Tensor order, float beta, Tensor(a!) targets, Tensor(b!) weights) -> ()");
   m.def(
       "gradnorm(Tensor weights, Tensor norms, Tensor losses, Tensor initial_losses, float alpha, float lr, "
       "Tensor(a!) new_weights) -> ()");
@@ -291,6 +329,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["cuda"] = gs_has_cuda() != 0;
     info["max_tasks"] = GS_MAX_TASKS;
     return info;
+  });
+  // The methods of the operator `weights`.
+  m.def("weightings", [] {
+    return std::map<std::string, int>{{"upgrad", GS_UPGRAD},
+                                      {"dualproj", GS_DUALPROJ},
+                                      {"cagrad", GS_CAGRAD},
+                                      {"fairgrad", GS_FAIRGRAD},
+                                      {"imtl_g", GS_IMTL_G},
+                                      {"config", GS_CONFIG},
+                                      {"aligned_mtl_min", GS_ALIGNED_MTL_MIN},
+                                      {"aligned_mtl_median", GS_ALIGNED_MTL_MEDIAN},
+                                      {"aligned_mtl_rmse", GS_ALIGNED_MTL_RMSE}};
   });
   pybind11::class_<Lists>(m, "Lists")
       .def_static("read", &Lists::read)

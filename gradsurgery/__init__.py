@@ -12,18 +12,40 @@ from .combine import combine
 from .diagnostics import SurgeryInfo
 from .functional import aggregate, gradnorm_update, min_norm_weights, pcgrad_weights, task_order
 from .gram import gram
-from .named import MGDA, GradNorm, PCGrad
+from .named import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    DualProj,
+    FairGrad,
+    GradNorm,
+    GradVac,
+    NashMTL,
+    PCGrad,
+    UPGrad,
+)
 from .optim import SurgeryOptimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IMTLG",
     "MGDA",
+    "AlignedMTL",
+    "CAGrad",
+    "ConFIG",
+    "DualProj",
+    "FairGrad",
     "GradNorm",
+    "GradVac",
+    "NashMTL",
     "NotDifferentiableError",
     "PCGrad",
     "SurgeryInfo",
     "SurgeryOptimizer",
+    "UPGrad",
     "aggregate",
     "backends",
     "combine",

@@ -220,6 +220,27 @@ def pcgrad_step(gram: Tensor, step: Tensor, seed: int, reduction: str, backend: 
     return out
 
 
+def solver_weights(
+    gram: Tensor, method: str, preference: Tensor | None, parameter: float, max_norm: float, backend: str | None
+) -> Tensor:
+    """Return the weights by one of the solvers of ``backends.solvers.WEIGHTINGS``."""
+    problems, out = _problems(gram)
+    choose(backend, gram.device, gram.shape[-1]).weights(problems, method, preference, parameter, max_norm, out)
+    return out
+
+
+def gradvac_step(gram: Tensor, step: Tensor, seed: int, beta: float, targets: Tensor, backend: str | None) -> Tensor:
+    """Return Gradient Vaccine's weights, move its targets [..., T, T], and add 1 to the step counter."""
+    problems, out = _problems(gram)
+    num_tasks = gram.shape[-1]
+    chosen = choose(backend, gram.device, num_tasks)
+    order = torch.empty(num_tasks, num_tasks, dtype=torch.int64, device=gram.device)
+    chosen.task_order(seed, step, order)
+    chosen.gradvac(problems, order, beta, targets, out)
+    step += 1
+    return out
+
+
 def gradnorm_step(
     gram: Tensor, losses: Tensor, state: tuple[Tensor, Tensor], alpha: float, lr: float, backend: str | None
 ) -> Tensor:

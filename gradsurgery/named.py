@@ -38,11 +38,52 @@ class _NamedOptimizer(SurgeryOptimizer):
         )
 
 
-class PCGrad(_NamedOptimizer):
-    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.PCGrad`, whose options it takes by keyword."""
+class AlignedMTL(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.AlignedMTL`, whose options it takes by keyword."""
 
-    method_class = methods.PCGrad
-    pc_backward = SurgeryOptimizer.backward
+    method_class = methods.AlignedMTL
+
+
+class CAGrad(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.CAGrad`, whose options it takes by keyword."""
+
+    method_class = methods.CAGrad
+
+
+class ConFIG(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.ConFIG`, whose options it takes by keyword."""
+
+    method_class = methods.ConFIG
+
+
+class DualProj(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.DualProj`, whose options it takes by keyword."""
+
+    method_class = methods.DualProj
+
+
+class FairGrad(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.FairGrad`, whose options it takes by keyword."""
+
+    method_class = methods.FairGrad
+
+
+class GradNorm(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.GradNorm`, whose options it takes by keyword."""
+
+    method_class = methods.GradNorm
+
+
+class GradVac(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.GradVac`, whose options it takes by keyword."""
+
+    method_class = methods.GradVac
+
+
+class IMTLG(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.IMTLG`, whose options it takes by keyword."""
+
+    method_class = methods.IMTLG
 
 
 class MGDA(_NamedOptimizer):
@@ -51,7 +92,20 @@ class MGDA(_NamedOptimizer):
     method_class = methods.MGDA
 
 
-class GradNorm(_NamedOptimizer):
-    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.GradNorm`, whose options it takes by keyword."""
+class NashMTL(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.NashMTL`, whose options it takes by keyword."""
 
-    method_class = methods.GradNorm
+    method_class = methods.NashMTL
+
+
+class PCGrad(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.PCGrad`, whose options it takes by keyword."""
+
+    method_class = methods.PCGrad
+    pc_backward = SurgeryOptimizer.backward
+
+
+class UPGrad(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.UPGrad`, whose options it takes by keyword."""
+
+    method_class = methods.UPGrad

@@ -37,6 +37,11 @@ SAMPLES = {
     "pcgrad": (OPS.pcgrad.default, (GRAM, None, 0, STEP, True, False, empty(1, 3))),
     "pcgrad_order": (OPS.pcgrad.default, (GRAM, torch.arange(3).repeat(3, 1), 0, STEP, False, True, empty(1, 3))),
     "min_norm": (OPS.min_norm.default, (GRAM, True, 250, 1e-6, empty(1, 3))),
+    "weights": (OPS.weights.default, (GRAM, 0, torch.ones(3).double(), 1e-4, 1.0, empty(1, 3))),
+    "gradvac": (
+        OPS.gradvac.default,
+        (GRAM, torch.arange(3).repeat(3, 1), 0.1, torch.zeros(1, 3, 3).double(), empty(1, 3)),
+    ),
     "aggregate_pcgrad": (OPS.aggregate_pcgrad.default, (ROWS, [0, 9, 40], 0, STEP, False, torch.empty(40))),
     "aggregate_min_norm": (OPS.aggregate_min_norm.default, (ROWS, [], True, 250, 1e-6, torch.empty(40))),
     "gradnorm": (OPS.gradnorm.default, (ONES, ONES, ONES, ONES, 1.5, 0.025, empty(1, 3))),
@@ -91,6 +96,11 @@ def test_opcheck(name):
         pytest.param(
             "pcgrad_order", 1, torch.tensor([[0, 1, 1]] * 3), "order row 0 must be a permutation", marks=on_cpu
         ),
+        ("weights", 1, 9, "method is 9, which no gs_weighting is"),
+        ("weights", 2, torch.ones(2).double(), rf"preference must be contiguous on {PLACE} with shape \[3\]"),
+        ("weights", 3, 0.0, "ridge must be positive and finite, got 0"),
+        ("gradvac", 1, torch.arange(3).repeat(2, 1), "order must be contiguous"),
+        ("gradvac", 3, torch.zeros(3, 3).double(), "targets must be contiguous"),
         ("aggregate_pcgrad", 1, [0, 41], "segments must ascend from 0 to 40"),
         ("aggregate_pcgrad", 3, torch.tensor([1, 2]), "step must be contiguous"),
         ("aggregate_pcgrad", 5, torch.empty(41), rf"out must be contiguous on {PLACE} with shape \[40\]"),

@@ -49,6 +49,79 @@ def test_our_exact_minimum_is_below_torchjds():
     assert max(gaps) > 1.001  # theirs stops early
 
 
+PARITY = {
+    "upgrad": (torchjd.UPGradWeighting(), {}, 1e-12),
+    "dualproj": (torchjd.DualProjWeighting(), {}, 1e-12),
+    "imtl_g": (torchjd.IMTLGWeighting(), {}, 1e-12),
+    "aligned_mtl": (torchjd.AlignedMTLWeighting(), {}, 1e-12),
+    "aligned_mtl median": (torchjd.AlignedMTLWeighting(scale_mode="median"), {"scale_mode": "median"}, 1e-12),
+    "aligned_mtl rmse": (torchjd.AlignedMTLWeighting(scale_mode="rmse"), {"scale_mode": "rmse"}, 1e-12),
+    "fairgrad": (torchjd.FairGradWeighting(2.0), {"alpha": 2.0}, 1e-6),
+    # Their solver, an interior-point method, stops at a relative error of about 1e-4.
+    "cagrad": (torchjd.CAGradWeighting(c=0.4), {"c": 0.4}, 2e-3),
+}
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 8, 17])
+@pytest.mark.parametrize("name", PARITY)
+def test_torchjd_weights_of_independent_gradients(backend, tasks, name):
+    weighting, options, tolerance = PARITY[name]
+    rows = normal(tasks, 40) - 1.2 * normal(tasks, 40).mean(0)
+    gram = gradsurgery.gram(rows)
+    ours = gradsurgery.methods.get(name.split()[0], **options).weights(gram, backend=backend)
+    theirs = weighting(gram)
+    assert ((ours - theirs) @ rows).norm() <= tolerance * (theirs @ rows).norm()
+
+
+@pytest.mark.filterwarnings("ignore:You are solving a parameterized problem:UserWarning")
+@pytest.mark.parametrize("tasks", [2, 3, 17])
+def test_torchjd_aggregators_of_independent_gradients(backend, tasks):
+    rows = normal(tasks, 40) + 0.5 * normal(1, 40, seed=9)
+    for name, theirs in (("config", torchjd.ConFIG()), ("nash_mtl", torchjd.NashMTL(n_tasks=tasks))):
+        ours = gradsurgery.aggregate(rows, name, backend=backend)
+        assert (ours - theirs(rows)).norm() <= 1e-6 * ours.norm()
+
+
+@pytest.mark.filterwarnings("ignore:You are solving a parameterized problem:UserWarning")
+def test_torchjd_nash_mtl_may_end_far_from_its_equation():
+    torch.manual_seed(0)
+    rows = torch.randn(8, 40, dtype=torch.float64)
+    rows -= 1.2 * rows.mean(0)
+    residuals = []
+    for direction in (torchjd.NashMTL(n_tasks=8)(rows), gradsurgery.aggregate(rows, "nash_mtl")):
+        gains = rows @ direction
+        weights = torch.linalg.lstsq(rows.T, direction[:, None]).solution[:, 0]
+        products = gains * weights  # the same for all tasks in Nash's solution
+        residuals.append(float(products.std() / products.mean().abs()))
+    assert residuals[1] < 1e-9
+    assert residuals[0] > 1e-2
+
+
+@pytest.mark.parametrize("scale", [5e-4, 1e-8])
+def test_torchjd_gives_up_on_small_gradients(scale):
+    """Its thresholds are absolute; ours scale with the gradients."""
+    rows = (normal(3, 40) - 1.2 * normal(3, 40).mean(0)) * scale
+    gram = gradsurgery.gram(rows)
+    assert gram.trace() < 1e-4
+    for name, theirs in (("upgrad", torchjd.UPGradWeighting()), ("dualproj", torchjd.DualProjWeighting())):
+        torch.testing.assert_close(theirs(gram), torch.full((3,), 1 / 3, dtype=torch.float64))
+        ours = gradsurgery.methods.get(name).weights(gram)
+        torch.testing.assert_close(ours, gradsurgery.methods.get(name).weights(gram / scale**2))
+        assert (ours > 0.334).any()
+    assert torchjd.CAGradWeighting(c=0.5)(gram).tolist() == [0, 0, 0]
+    assert (gradsurgery.methods.get("cagrad").weights(gram) > 0.3).all()
+
+
+@pytest.mark.parametrize("name", ["AlignedMTL", "IMTLG"])
+def test_torchjd_raises_where_ours_are_nan(name):
+    rows = normal(3, 40)
+    rows[1, 2] = torch.nan
+    with pytest.raises(torch.linalg.LinAlgError):
+        getattr(torchjd, name)()(rows)
+    ours = {"AlignedMTL": "aligned_mtl", "IMTLG": "imtl_g"}[name]
+    assert gradsurgery.aggregate(rows, ours).isnan().all()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_pytorch_optimizer_pcgrad_with_two_tasks(seed):
     # With two tasks neither its shuffle nor its visit of j = i can matter, and one parameter means no heads.

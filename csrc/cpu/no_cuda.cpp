@@ -33,6 +33,17 @@ gs_status gs_min_norm_cuda(const double*, int64_t, int64_t, gs_solver, int64_t, 
   return unsupported();
 }
 
+int64_t gs_weights_cuda_workspace_bytes(gs_weighting, int64_t, int64_t) { return unsupported(), -1; }
+
+gs_status gs_weights_cuda(const double*, int64_t, int64_t, gs_weighting, const double*, double, double, double*, void*,
+                          int64_t, gs_stream) {
+  return unsupported();
+}
+
+gs_status gs_gradvac_cuda(const double*, int64_t, int64_t, const int64_t*, double, double*, double*, gs_stream) {
+  return unsupported();
+}
+
 int64_t gs_aggregate_cuda_workspace_bytes(const gs_gradients*) { return unsupported(), -1; }
 
 gs_status gs_aggregate_cuda(const gs_gradients*, const gs_solve*, double*, double*, void* const*, int, void*, int64_t,

@@ -2,6 +2,7 @@
 // What the stages share: checks of gs_gradients, the parallel loop, the workspace.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "status.h"
@@ -44,6 +45,32 @@ inline gs_status check_problems(int64_t batch, int64_t num_tasks) {
   if (num_tasks > GS_MAX_TASKS) {
     return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)num_tasks);
   }
+  return GS_OK;
+}
+
+// order [T, T] is read on the host.
+inline gs_status check_order(const int64_t* order, int64_t num_tasks) {
+  for (int64_t i = 0; i < num_tasks; i++) {
+    bool seen[GS_MAX_TASKS] = {};
+    for (int64_t k = 0; k < num_tasks; k++) {
+      const int64_t j = order[i * num_tasks + k];
+      GS_REQUIRE(j >= 0 && j < num_tasks && !seen[j], "order row %lld must be a permutation of 0..%lld", (long long)i,
+                 (long long)num_tasks - 1);
+      seen[j] = true;
+    }
+  }
+  return GS_OK;
+}
+
+inline gs_status check_weighting(gs_weighting method, double parameter, double max_norm) {
+  GS_REQUIRE(method >= GS_UPGRAD && method <= GS_ALIGNED_MTL_RMSE, "method is %d, which no gs_weighting is",
+             (int)method);
+  const bool ridge = method == GS_UPGRAD || method == GS_DUALPROJ;
+  GS_REQUIRE(!ridge || (parameter > 0 && parameter < INFINITY), "ridge must be positive and finite, got %g", parameter);
+  GS_REQUIRE(method != GS_CAGRAD || (parameter >= 0 && parameter < INFINITY), "c must be >= 0 and finite, got %g",
+             parameter);
+  GS_REQUIRE(method != GS_FAIRGRAD || (parameter > 0 && parameter < INFINITY && max_norm > 0),
+             "alpha and max_norm must be positive and alpha finite, got %g and %g", parameter, max_norm);
   return GS_OK;
 }
 

@@ -29,15 +29,7 @@ gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, co
                         uint64_t step, int mean, double* weights, const gs_parallel* parallel) {
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
-  for (int64_t i = 0; order && i < num_tasks; i++) {
-    bool seen[GS_MAX_TASKS] = {};
-    for (int64_t k = 0; k < num_tasks; k++) {
-      const int64_t j = order[i * num_tasks + k];
-      GS_REQUIRE(j >= 0 && j < num_tasks && !seen[j], "order row %lld must be a permutation of 0..%lld", (long long)i,
-                 (long long)num_tasks - 1);
-      seen[j] = true;
-    }
-  }
+  if (const gs_status status = order ? gs::check_order(order, num_tasks) : GS_OK) return status;
   gs::parallel_for(gs::worth_threads(parallel, batch, num_tasks), batch, [&](int64_t b) {
     const double* problem = gram + b * num_tasks * num_tasks;
     double* w = weights + b * num_tasks;

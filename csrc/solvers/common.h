@@ -5,8 +5,10 @@
 
 #if defined(__CUDACC__)
 #define GS_HOST_DEVICE __host__ __device__
+#define GS_HOST_DEVICE_CALL __host__ __device__ __noinline__  // long, and called in several places
 #else
 #define GS_HOST_DEVICE
+#define GS_HOST_DEVICE_CALL
 #endif
 
 namespace gs {

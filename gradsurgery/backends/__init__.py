@@ -67,6 +67,14 @@ class Backend(Protocol):
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Write the min-norm weights."""
 
+    def weights(
+        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, max_norm: float, out: Tensor
+    ) -> None:
+        """Write the weights of one of the methods of ``solvers.WEIGHTINGS``; ``preference`` is float64 [T]."""
+
+    def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
+        """Write Gradient Vaccine's weights, and move its targets [..., T, T]."""
+
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """Write GradNorm's new weights from (weights, norms, losses, initial losses)."""
 

@@ -21,6 +21,7 @@ if C:
     _COMBINE, _COMBINE_LIST = _OPS.combine.default, _OPS.combine.list
     _TASK_ORDER, _PCGRAD, _MIN_NORM = _OPS.task_order.default, _OPS.pcgrad.default, _OPS.min_norm.default
     _AGGREGATE = {"pcgrad": _OPS.aggregate_pcgrad.default, "min_norm": _OPS.aggregate_min_norm.default}
+    _WEIGHTS, _WEIGHTINGS, _GRADVAC = _OPS.weights.default, C.weightings(), _OPS.gradvac.default
     _GRADNORM, _GRADNORM_STEP = _OPS.gradnorm.default, _OPS.gradnorm_step.default
 
 
@@ -74,6 +75,16 @@ class CpuBackend:
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Write the min-norm weights."""
         _MIN_NORM(gram, exact, max_iter, tol, out)
+
+    def weights(
+        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, max_norm: float, out: Tensor
+    ) -> None:
+        """Write the weights of one of the methods of ``solvers.WEIGHTINGS``."""
+        _WEIGHTS(gram, _WEIGHTINGS[method], preference, parameter, max_norm, out)
+
+    def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
+        """Write Gradient Vaccine's weights, and move its targets."""
+        _GRADVAC(gram, order, beta, targets, out)
 
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """Write GradNorm's new weights."""

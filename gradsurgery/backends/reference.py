@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._gradients import TaskGradients
 from .._philox import philox_words
+from . import solvers
 
 _CHUNK_COLUMNS = 1 << 14
 
@@ -96,6 +97,16 @@ class ReferenceBackend:
         weights = _wolfe(gram) if exact else _frank_wolfe(gram, max_iter, tol)
         out.copy_(torch.where(_finite(gram), weights, torch.nan).view_as(out))
 
+    def weights(
+        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, max_norm: float, out: Tensor
+    ) -> None:
+        """Solve in plain PyTorch."""
+        solvers.solve(gram, method, preference, parameter, max_norm, self.min_norm, out)
+
+    def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
+        """Write Gradient Vaccine's weights, and move its targets."""
+        solvers.gradvac(gram, order, beta, targets, out)
+
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """GradNorm, equations 1 and 2, differentiated by hand."""
         weights, norms, losses, initial_losses = inputs
@@ -167,7 +178,7 @@ def _frank_wolfe(gram: Tensor, max_iter: int, tol: float) -> Tensor:
         moved = (weights * keep).scatter_add(-1, vertex, 1 - keep)
         weights = torch.where(running, moved, weights)
         running = running & (1 - keep >= tol)
-        if _all_done(~running):
+        if solvers.all_done(~running):
             break
     return weights
 
@@ -195,7 +206,7 @@ def _wolfe(gram: Tensor) -> Tensor:
         violation = torch.where(active, -torch.inf, (value - gw) / norms)
         worst, joining = violation.max(-1, keepdim=True)
         settled = settled | (at_minimum & ~(worst > error))
-        if _all_done(settled):
+        if solvers.all_done(settled):
             break
         joins = torch.zeros_like(active).scatter(-1, joining, at_minimum & ~settled)
         active = active | joins
@@ -218,7 +229,3 @@ def _wolfe(gram: Tensor) -> Tensor:
         active = active & (settled | ~leaves)
         at_minimum = ~leaves.any(-1, keepdim=True)
     return weights
-
-
-def _all_done(done: Tensor) -> bool:
-    return done.device.type == "cpu" and bool(done.all())

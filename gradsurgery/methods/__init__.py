@@ -6,29 +6,105 @@ from __future__ import annotations
 from typing import Any
 
 from ._base import Method
+from .aligned_mtl import AlignedMTL
+from .cagrad import CAGrad
+from .config import ConFIG
 from .constant import Constant
+from .cosmos import COSMOS
+from .dtp import DTP
+from .dualproj import DualProj
+from .dwa import DWA
+from .fairgrad import FairGrad
+from .famo import FAMO
+from .gls import GLS
 from .gradnorm import GradNorm
+from .gradvac import GradVac
+from .group_dro import GroupDRO
+from .imtl_g import IMTLG
+from .imtl_l import IMTLL
 from .krum import Krum
 from .mean import Mean
 from .mgda import MGDA
+from .minimax import Minimax
+from .nash_mtl import NashMTL
+from .pbi import PBI
 from .pcgrad import PCGrad
 from .random import Random
+from .scale_invariant import ScaleInvariant
+from .stch import STCH
 from .sum import Sum
+from .tchebycheff import Tchebycheff
+from .upgrad import UPGrad
+from .uw import UW
 
 _METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Constant, GradNorm, Krum, Mean, MGDA, PCGrad, Random, Sum)
+    method.name: method
+    for method in (
+        AlignedMTL,
+        CAGrad,
+        ConFIG,
+        Constant,
+        COSMOS,
+        DTP,
+        DualProj,
+        DWA,
+        FairGrad,
+        FAMO,
+        GLS,
+        GradNorm,
+        GradVac,
+        GroupDRO,
+        IMTLG,
+        IMTLL,
+        Krum,
+        Mean,
+        MGDA,
+        Minimax,
+        NashMTL,
+        PBI,
+        PCGrad,
+        Random,
+        ScaleInvariant,
+        STCH,
+        Sum,
+        Tchebycheff,
+        UPGrad,
+        UW,
+    )
 }
 
 __all__ = [
+    "COSMOS",
+    "DTP",
+    "DWA",
+    "FAMO",
+    "GLS",
+    "IMTLG",
+    "IMTLL",
     "MGDA",
+    "PBI",
+    "STCH",
+    "UW",
+    "AlignedMTL",
+    "CAGrad",
+    "ConFIG",
     "Constant",
+    "DualProj",
+    "FairGrad",
     "GradNorm",
+    "GradVac",
+    "GroupDRO",
     "Krum",
     "Mean",
     "Method",
+    "Minimax",
+    "NashMTL",
     "PCGrad",
     "Random",
+    "ScaleInvariant",
     "Sum",
+    "Tchebycheff",
+    "UPGrad",
     "available",
     "get",
     "resolve",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,13 +11,20 @@ import torch
 from torch import Tensor
 
 from .._extension import NativeSolver
-from ..functional import _check_seed
+from ..functional import _check_seed, solver_weights
 
 
 def check_not_capturing(name: str, device: torch.device) -> None:
     """Raise RuntimeError while a CUDA graph is captured: state made or moved there would start anew at each replay."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"method {name!r} must run once before its steps are captured in a CUDA graph")
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return the value; ValueError unless it is positive and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return value
 
 
 def nan_unless_finite(weights: Tensor, gram: Tensor) -> Tensor:
@@ -105,6 +113,21 @@ class Method:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Take over a state with the right keys."""
+
+
+class SolverMethod(Method):
+    """A method whose weights are a function of G, a preference and numbers, by a solver that every backend has."""
+
+    solver: str
+    """One of ``backends.solvers.WEIGHTINGS``."""
+    parameter: float = 0.0
+    max_norm: float = math.inf
+    pref: PerTask | None = None
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights; NaN where G is not finite."""
+        preference = None if self.pref is None else self.pref.on(gram, self.name)
+        return solver_weights(gram, self.solver, preference, self.parameter, self.max_norm, backend)
 
 
 class SteppedMethod(Method):

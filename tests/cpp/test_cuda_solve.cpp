@@ -5,30 +5,6 @@
 
 namespace {
 
-// Gram matrices of random rows: conflicting, of mixed scales, dependent, with zero rows, and one with a NaN.
-Values grams_of(int64_t num_tasks) {
-  std::mt19937 random(5);
-  Values grams;
-  for (int kind = 0; kind < 5; kind++) {
-    const int64_t columns = kind == 2 ? std::max<int64_t>(1, num_tasks / 2) : num_tasks + 3;
-    Values rows(num_tasks * columns);
-    for (int64_t i = 0; i < num_tasks * columns; i++) {
-      rows[i] = std::normal_distribution<double>(i % 3 == 0 ? -0.5 : 0.2)(random);
-      if (kind == 1) rows[i] *= std::pow(10, i / columns % 7 - 3);
-      if (kind == 3 && i / columns % 4 == 1) rows[i] = 0;
-    }
-    for (int64_t i = 0; i < num_tasks; i++) {
-      for (int64_t j = 0; j < num_tasks; j++) {
-        double sum = 0;
-        for (int64_t c = 0; c < columns; c++) sum += rows[i * columns + c] * rows[j * columns + c];
-        grams.push_back(kind == 4 && i + j == 0 ? NAN : sum);
-      }
-    }
-  }
-  return grams;
-}
-constexpr int64_t kGrams = 5;
-
 void test_task_order(int64_t num_tasks) {
   const int64_t step = (int64_t{1} << 33) + 7;
   std::vector<int64_t> expected(num_tasks * num_tasks), got(num_tasks * num_tasks, -1);

@@ -56,6 +56,19 @@ typedef enum gs_method {
   GS_MIN_NORM = 1,
 } gs_method;
 
+// Weights as functions of G alone, of a preference and of one parameter.
+typedef enum gs_weighting {
+  GS_UPGRAD = 0,           // preference; parameter: ridge > 0
+  GS_DUALPROJ = 1,         // preference; parameter: ridge > 0
+  GS_CAGRAD = 2,           // parameter: c >= 0
+  GS_FAIRGRAD = 3,         // parameter: alpha > 0, 1 is Nash-MTL; max_norm
+  GS_IMTL_G = 4,           //
+  GS_CONFIG = 5,           // preference
+  GS_ALIGNED_MTL_MIN = 6,  // preference
+  GS_ALIGNED_MTL_MEDIAN = 7,
+  GS_ALIGNED_MTL_RMSE = 8,
+} gs_weighting;
+
 // A solver and its options; those of the other method do not matter.
 typedef struct gs_solve {
   gs_method method;
@@ -137,6 +150,25 @@ GS_API gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_
 GS_API gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver,
                                   int64_t max_iter, double tol, double* weights, void* workspace,
                                   int64_t workspace_bytes, gs_stream stream);
+
+// The weights [batch, T] of a gs_weighting. preference is [T], or NULL for 1 / T each (ConFIG: 1 each). max_norm > 0
+// bounds |d| for FairGrad and Nash-MTL, INFINITY does not; the other methods' options do not matter. Every solver ends,
+// with its best iterate; a G that is not finite yields NaN.
+GS_API int64_t gs_weights_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks);
+GS_API gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
+                                const double* preference, double parameter, double max_norm, double* weights,
+                                void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
+GS_API int64_t gs_weights_cuda_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks);
+GS_API gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
+                                 const double* preference, double parameter, double max_norm, double* weights,
+                                 void* workspace, int64_t workspace_bytes, gs_stream stream);
+
+// Gradient Vaccine's weights [batch, T]; targets [batch, T, T], the cosines wanted, move by beta towards those found,
+// but not where G is not finite. order is [T, T], as for PCGrad; every row of a problem visits by its own.
+GS_API gs_status gs_gradvac_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
+                                double* targets, double* weights, const gs_parallel* parallel);
+GS_API gs_status gs_gradvac_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
+                                 double beta, double* targets, double* weights, gs_stream stream);
 
 // Stages 2 to 4 in one call: gram [S, T, T], the solver's weights [S, T], and their directions out [P], as by
 // gs_gram_*, gs_pcgrad_* or gs_min_norm_*, and gs_combine_* with K = 1. On a GPU up to 16 tasks (min-norm: 8, solved

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._gradients import TaskGradients
+from .. import solvers
 
 MAX_TASKS = 128
 _OLDEST = (3, 6)
@@ -58,6 +59,16 @@ class TritonBackend:
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Write the min-norm weights."""
         _launch().min_norm(gram, exact, max_iter, tol, out)
+
+    def weights(
+        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, max_norm: float, out: Tensor
+    ) -> None:
+        """Solve in plain PyTorch, but for the min-norm problems that CAGrad makes."""
+        solvers.solve(gram, method, preference, parameter, max_norm, self.min_norm, out)
+
+    def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
+        """Write Gradient Vaccine's weights, and move its targets, in plain PyTorch."""
+        solvers.gradvac(gram, order, beta, targets, out)
 
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """Write GradNorm's new weights."""

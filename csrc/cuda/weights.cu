@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: MIT
+// Weights from G by the solvers of csrc/solvers/weighting.h, and Gradient Vaccine's, on the GPU: one block per problem.
+#include <algorithm>
+
+#include "cpu/schedule.h"
+#include "cuda/min_norm.cuh"
+#include "solvers/gradvac.h"
+#include "solvers/weighting.h"
+
+namespace gs::gpu {
+namespace {
+
+constexpr int64_t kMostWarps = 8;            // of a block; UPGrad has a part for each task, the other solvers one
+constexpr int64_t kSharedBytes = 48 * 1024;  // every GPU has so much; what needs more works in the workspace
+
+int64_t warps_of(gs_weighting method, int64_t num_tasks) {
+  return method == GS_UPGRAD ? std::min(num_tasks, kMostWarps) : 1;
+}
+
+// Of a problem, in values: each warp's scratch and weights.
+int64_t scratch_of(gs_weighting method, int64_t num_tasks) {
+  return (warps_of(method, num_tasks) * (weighting_scratch(method, num_tasks) + num_tasks) + 7) / 8 * 8;
+}
+
+// The same answer for every thread.
+GS_DEVICE bool block_finite(const double* values, int64_t count) {
+  bool finite = true;
+  for (int64_t i = thread(); i < count; i += threads()) finite = finite && std::isfinite(values[i]);
+  return !any_of_block(!finite);
+}
+
+// scratch_values is 0 where the scratch lies in shared memory. One kernel for all solvers: they share much.
+GS_KERNEL weights_kernel(const double* gram, int64_t num_tasks, gs_weighting method, const double* preference,
+                         double parameter, double max_norm, double* weights, double* workspace, int64_t scratch_values,
+                         int64_t warp_values) {
+  wait_for_previous_kernel();
+  const WarpTeam team;
+  const double* problem = gram + block() * num_tasks * num_tasks;
+  double* result = weights + block() * num_tasks;
+  double* scratch = scratch_values == 0 ? &shared<double>() : workspace + block() * scratch_values;
+  const bool finite = block_finite(problem, num_tasks * num_tasks);
+  let_next_kernel_start();
+  if (!finite) {
+    if (thread() < kWarp) fill_nan(team, result, num_tasks);
+    return;
+  }
+  const int64_t warp = thread() / kWarp, warps = threads() / kWarp;
+  double* part = scratch + warp * num_tasks;
+  solve_weighting(team, method, problem, num_tasks, preference, parameter, max_norm, warp, warps, part,
+                  scratch + warps * num_tasks + warp * warp_values);
+  sync_block();
+  for (int64_t i = thread(); i < num_tasks; i += threads()) {
+    double sum = 0;
+    for (int64_t w = 0; w < warps; w++) sum += scratch[w * num_tasks + i];
+    result[i] = sum;
+  }
+}
+
+// Warps take the rows in turn; their parts are added in the order of the warps.
+GS_KERNEL gradvac_kernel(const double* gram, int64_t num_tasks, const int64_t* order, double beta, double* targets,
+                         double* weights) {
+  wait_for_previous_kernel();
+  const WarpTeam team;
+  const double* problem = gram + block() * num_tasks * num_tasks;
+  const bool finite = block_finite(problem, num_tasks * num_tasks);
+  let_next_kernel_start();
+  const int64_t warp = thread() / kWarp, warps = threads() / kWarp;
+  double *part = &shared<double>() + warp * num_tasks, *v = &shared<double>() + (warps + warp) * num_tasks;
+  for (int64_t j = team.rank(); j < num_tasks; j += team.size()) part[j] = 0;
+  team.sync();
+  for (int64_t i = warp; finite && i < num_tasks; i += warps) {
+    gradvac_row(team, problem, num_tasks, i, order + i * num_tasks, beta,
+                targets + (block() * num_tasks + i) * num_tasks, part, v);
+  }
+  sync_block();
+  for (int64_t j = thread(); j < num_tasks; j += threads()) {
+    double sum = finite ? 1 : NAN;
+    for (int64_t w = 0; w < warps; w++) sum += (&shared<double>())[w * num_tasks + j];
+    weights[block() * num_tasks + j] = sum;
+  }
+}
+
+}  // namespace
+}  // namespace gs::gpu
+
+int64_t gs_weights_cuda_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks) {
+  if (gs::check_problems(batch, num_tasks) != GS_OK) return -1;
+  const int64_t bytes = gs::gpu::scratch_of(method, num_tasks) * 8;
+  return bytes <= gs::gpu::kSharedBytes ? 0 : batch * bytes;
+}
+
+gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
+                          const double* preference, double parameter, double max_norm, double* weights, void* workspace,
+                          int64_t workspace_bytes, gs_stream stream) {
+  using namespace gs::gpu;
+  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
+  if (const gs_status status = gs::check_weighting(method, parameter, max_norm)) return status;
+  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_weights_cuda_workspace_bytes(method, batch, num_tasks));
+  const int64_t values = scratch_of(method, num_tasks), threads = warps_of(method, num_tasks) * kWarp;
+  const bool fits = values * 8 <= kSharedBytes;
+  return launch(weights_kernel, batch, static_cast<int>(threads), fits ? values * 8 : 0, stream, gram, num_tasks,
+                method, preference, parameter, max_norm, weights, static_cast<double*>(workspace), fits ? 0 : values,
+                gs::weighting_scratch(method, num_tasks));
+}
+
+gs_status gs_gradvac_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
+                          double* targets, double* weights, gs_stream stream) {
+  using namespace gs::gpu;
+  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(batch == 0 || (gram && order && targets && weights), "gram, order, targets and weights must not be NULL");
+  const int64_t warps = std::min(num_tasks, kMostWarps);
+  return launch(gradvac_kernel, batch, static_cast<int>(warps * kWarp), 2 * warps * num_tasks * 8, stream, gram,
+                num_tasks, order, beta, targets, weights);
+}

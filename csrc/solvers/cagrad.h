@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: MIT
+// CAGrad (Liu et al., NeurIPS 2021, Algorithm 1).
+#pragma once
+#include "dual_cone.h"
+#include "min_norm.h"
+
+namespace gs {
+
+constexpr int64_t cagrad_scratch(int64_t num_tasks) {
+  const int64_t inner = min_norm_scratch_bytes(num_tasks) / 8, cone = dual_cone_scratch(num_tasks);
+  return num_tasks * (num_tasks + 3) + (inner > cone ? inner : cone);
+}
+
+// With g_0 the mean gradient and g_x = sum_t x_t g_t, x on the simplex, the problem is to minimize g_x . g_0 +
+// kappa |g_x|, kappa = c |g_0|; then d = g_0 + (kappa / |g_x|) g_x. For a given lambda = kappa / |g_x| its conditions
+// are those of the shortest convex combination of the vectors lambda g_t + g_0, so that Wolfe's algorithm yields x.
+// f(lambda) = |lambda g_x| - kappa ascends (the problem is jointly convex in x and |g_x|), and as long as the tasks
+// with x_t > 0 stay the same its first term squared is linear in lambda^2: a bracketed secant on these squares ends in
+// few steps.
+template <class Team>
+class CAGrad {
+ public:
+  // scratch holds cagrad_scratch(num_tasks) values.
+  GS_HOST_DEVICE CAGrad(const Team& team, const double* gram, int64_t num_tasks, double* scratch)
+      : team_(team),
+        gram_(gram),
+        tasks_(num_tasks),
+        mean_(scratch),
+        x_(mean_ + num_tasks),
+        gx_(x_ + num_tasks),
+        shifted_(gx_ + num_tasks),
+        inner_(shifted_ + num_tasks * num_tasks) {
+    for (int64_t i = 0; i < num_tasks; i++) trace_ += gram[i * num_tasks + i];
+    const double even = 1 / static_cast<double>(num_tasks);
+    combine_rows(team, gram, num_tasks, num_tasks, [](int64_t k) { return k; }, [&](int64_t) { return even; }, mean_);
+    double squares = 0;
+    for (int64_t i = 0; i < num_tasks; i++) squares += mean_[i] * even;
+    mean_squared_ = std::fmax(squares, 0.0);
+  }
+
+  GS_HOST_DEVICE void solve(double c, double* weights) {
+    const double even = 1 / static_cast<double>(tasks_), kappa = c * std::sqrt(mean_squared_);
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] = even;
+    team_.sync();
+    // Where the mean gradient is 0 but for rounding, so is d.
+    if (!(c > 0) || !(mean_squared_ > 1e-30 * trace_)) return;
+    const double root = find_root(kappa);
+    if (root > 0) {
+      const double factor = kappa / std::sqrt(length_squared());
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] += factor * x_[i];
+    } else {
+      // Pareto-stationary gradients, g_x = 0: of the directions that solve the problem the one nearest to g_0.
+      DualCone cone(team_, gram_, tasks_, 1e-12, inner_);
+      cone.add_solution({nullptr, even, -1}, weights);
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] -= even;
+      team_.sync();
+    }
+  }
+
+ private:
+  // x for one lambda, with |g_t| <= 1; returns |lambda g_x|^2.
+  GS_HOST_DEVICE_CALL double minimize(double lambda) {
+    for (int64_t e = team_.rank(); e < tasks_ * tasks_; e += team_.size()) {
+      const double sum = mean_[e / tasks_] + mean_[e % tasks_];
+      shifted_[e] = lambda * lambda * gram_[e] + lambda * sum + mean_squared_;
+    }
+    team_.sync();
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      double& entry = shifted_[i * tasks_ + i];
+      entry = std::fmax(entry, 0.0);  // a square, but for rounding
+    }
+    team_.sync();
+    MinNorm(team_, shifted_, tasks_, x_, inner_).solve();
+    team_.sync();
+    multiply(team_, gram_, tasks_, x_, gx_);
+    return lambda * lambda * length_squared();
+  }
+
+  GS_HOST_DEVICE double length_squared() const { return std::fmax(team_dot(team_, x_, gx_, tasks_), 0.0); }
+
+  // lambda with |lambda g_x| = kappa, whose x is left in place; 0 if there is none below 1e7 kappa / |g|.
+  GS_HOST_DEVICE double find_root(double kappa) {
+    const double target = kappa * kappa;
+    double high = 1e7 * kappa / std::sqrt(trace_), low = 0, low_value = -target;
+    double high_value = minimize(high) - target;
+    if (high_value < 0) return 0;
+    low = kappa / std::sqrt(trace_);
+    low_value = minimize(low) - target;
+    int side = 0;
+    double lambda = low;
+    for (int step = 0; step < 100; step++) {
+      if (!(high - low > 1e-15 * high) || low_value >= 0) break;
+      const double a = low * low, b = high * high;
+      // Squares far apart: the geometric mean, until the secant is of use.
+      lambda = step % 3 == 2 || b > 1e6 * a ? std::sqrt(low * high)
+                                            : std::sqrt(a - low_value * (b - a) / (high_value - low_value));
+      lambda = lambda > low ? (lambda < high ? lambda : high) : low;
+      const double value = minimize(lambda) - target;
+      if (std::fabs(value) <= 1e-14 * target) break;
+      if (value < 0) {
+        low = lambda;
+        low_value = value;
+        if (side < 0) high_value /= 2;  // Illinois: neither end stays for good
+        side = -1;
+      } else {
+        high = lambda;
+        high_value = value;
+        if (side > 0) low_value /= 2;
+        side = 1;
+      }
+    }
+    return lambda;
+  }
+
+  const Team team_;
+  const double* gram_;
+  const int64_t tasks_;
+  double *mean_, *x_, *gx_, *shifted_, *inner_;
+  double trace_ = 0, mean_squared_ = 0;
+};
+
+}  // namespace gs

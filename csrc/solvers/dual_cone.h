@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: MIT
+// Projections on the cone of directions that conflict with no task: UPGrad and DualProj.
+#pragma once
+#include "linear.h"
+
+namespace gs {
+
+constexpr int64_t dual_cone_scratch(int64_t num_tasks) { return (num_tasks + 1) * padded(num_tasks) + 6 * num_tasks; }
+
+// The vector u [T]: the given values or one value everywhere, but 0 for all tasks other than `only`, unless that is -1.
+struct Start {
+  const double* values;
+  double value;
+  int64_t only;
+  GS_HOST_DEVICE double operator()(int64_t i) const { return only >= 0 && i != only ? 0 : values ? values[i] : value; }
+};
+
+// argmin v^T H v with v >= u, H = G / trace(G) + ridge I, ridge > 0: the weights of the point nearest to J^T u among
+// those d with g_t . d >= 0 for all t. With z = v - u and y = H v the conditions are z >= 0, y >= 0, z^T y = 0. Block
+// principal pivoting (Judice and Pires 1994): the tasks in the set F have y = 0, the others z = 0, and those that come
+// out negative change sides, all at once while that makes them fewer, the last one alone otherwise (Murty's rule, which
+// ends by itself).
+template <class Team>
+class DualCone {
+ public:
+  // scratch holds dual_cone_scratch(num_tasks) values.
+  GS_HOST_DEVICE DualCone(const Team& team, const double* gram, int64_t num_tasks, double ridge, double* scratch)
+      : team_(team),
+        gram_(gram),
+        tasks_(num_tasks),
+        ridge_(ridge),
+        v_(scratch),
+        product_(v_ + num_tasks),
+        best_(product_ + num_tasks),
+        root_(best_ + num_tasks),
+        free_(root_ + num_tasks),
+        index_(free_ + num_tasks),
+        rows_(index_ + num_tasks) {
+    double trace = 0;
+    for (int64_t i = 0; i < num_tasks; i++) trace += gram[i * num_tasks + i];
+    scale_ = trace > 0 ? 1 / trace : 0;
+    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) root_[i] = std::sqrt(entry(i, i));
+    team.sync();
+  }
+
+  // weights += v.
+  GS_HOST_DEVICE_CALL void add_solution(const Start& u, double* weights) {
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      v_[i] = u(i);
+      free_[i] = 0;
+    }
+    team_.sync();
+    int64_t fewest = tasks_ + 1, last;
+    int patience = kPatience;
+    for (int64_t rest = 8 * tasks_ + 32; rest > 0; rest--) {
+      const int64_t wrong = count_wrong(u, last);
+      if (wrong < fewest) {
+        fewest = wrong;
+        patience = kPatience;
+        for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) best_[i] = v_[i];
+      } else {
+        patience--;
+      }
+      if (wrong == 0) break;
+      team_.sync();
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        if (is_wrong(u, i) && (patience > 0 || i == last)) free_[i] = 1 - free_[i];
+      }
+      team_.sync();
+      solve(u);
+    }
+    // What lies below u by rounding, and of a set that is not the last one by more.
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] += best_[i] > u(i) ? best_[i] : u(i);
+    team_.sync();
+  }
+
+ private:
+  static constexpr int kPatience = 4;
+
+  GS_HOST_DEVICE double entry(int64_t i, int64_t j) const {
+    return gram_[i * tasks_ + j] * scale_ + (i == j ? ridge_ : 0);
+  }
+
+  // Computes y; the number of tasks on the wrong side, and the last of them.
+  GS_HOST_DEVICE int64_t count_wrong(const Start& u, int64_t& last) {
+    multiply(team_, gram_, tasks_, v_, product_);
+    double length = 0;
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      product_[i] = product_[i] * scale_ + ridge_ * v_[i];
+      length += v_[i] * product_[i];
+    }
+    length_ = std::sqrt(std::fmax(team_.sum(length), 0.0));
+    team_.sync();
+    int64_t wrong = 0;
+    last = -1;
+    for (int64_t i = 0; i < tasks_; i++) {
+      if (!is_wrong(u, i)) continue;
+      wrong++;
+      last = i;
+    }
+    return wrong;
+  }
+
+  // Below 0 by more than rounding: |y_i| is at most |H^(1/2) v| H_ii^(1/2).
+  GS_HOST_DEVICE bool is_wrong(const Start& u, int64_t i) const {
+    if (free_[i] == 0) return product_[i] < -1e-13 * length_ * root_[i];
+    return (v_[i] - u(i)) * root_[i] < -1e-12 * length_;
+  }
+
+  // v = u outside F, and H v = 0 on F.
+  GS_HOST_DEVICE void solve(const Start& u) {
+    const int64_t stride = padded(tasks_);
+    int64_t size = 0;
+    for (int64_t i = 0; i < tasks_; i++) {
+      if (free_[i] == 0) continue;
+      if (team_.rank() == 0) index_[size] = static_cast<double>(i);
+      size++;
+    }
+    team_.sync();
+    for (int64_t r = team_.rank(); r < size; r += team_.size()) {
+      const auto i = static_cast<int64_t>(index_[r]);
+      for (int64_t c = 0; c <= r; c++) rows_[r * stride + c] = entry(i, static_cast<int64_t>(index_[c]));
+      double right = 0;
+      for (int64_t j = 0; j < tasks_; j++) right -= free_[j] == 0 ? entry(i, j) * u(j) : 0;
+      rows_[size * stride + r] = right;
+    }
+    team_.sync();
+    solve_positive(team_, rows_, stride, size);
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      if (free_[i] == 0) v_[i] = u(i);
+    }
+    for (int64_t r = team_.rank(); r < size; r += team_.size()) {
+      v_[static_cast<int64_t>(index_[r])] = rows_[size * stride + r];
+    }
+    team_.sync();
+  }
+
+  const Team team_;
+  const double* gram_;
+  const int64_t tasks_;
+  const double ridge_;
+  double scale_;
+  double *v_, *product_, *best_, *root_;  // root: of H_ii
+  double *free_, *index_;                 // 1 for the tasks in F, 0 for the others; the tasks in F
+  double* rows_;
+  double length_ = 0;
+};
+
+// DualProj: the projection of sum_t p_t g_t. preference NULL: 1 / T each.
+template <class Team>
+GS_HOST_DEVICE void dual_proj(const Team& team, const double* gram, int64_t num_tasks, const double* preference,
+                              double ridge, double* weights, double* scratch) {
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = 0;
+  team.sync();
+  DualCone(team, gram, num_tasks, ridge, scratch)
+      .add_solution({preference, 1 / static_cast<double>(num_tasks), -1}, weights);
+}
+
+// UPGrad: the sum of the projections of p_t g_t, here over t = first, first + step, ...
+template <class Team>
+GS_HOST_DEVICE void upgrad(const Team& team, const double* gram, int64_t num_tasks, const double* preference,
+                           double ridge, int64_t first, int64_t step, double* weights, double* scratch) {
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = 0;
+  team.sync();
+  DualCone cone(team, gram, num_tasks, ridge, scratch);
+  for (int64_t t = first; t < num_tasks; t += step) {
+    cone.add_solution({preference, 1 / static_cast<double>(num_tasks), t}, weights);
+  }
+}
+
+}  // namespace gs

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: MIT
+// FairGrad (Ban and Ji, ICML 2024, equation 8), and for alpha = 1 Nash-MTL (Navon et al., ICML 2022, equation 3):
+// (G w)_i = w_i^(-1 / alpha), w > 0.
+#pragma once
+#include "linear.h"
+
+namespace gs {
+
+constexpr int64_t newton_scratch(int64_t num_tasks) {
+  return num_tasks * (num_tasks + 6) + (num_tasks + 1) * padded(num_tasks);
+}
+
+// With n_i = |g_i| / max |g|, y_i = n_i w_i, K the matrix of cosines and p = 1 / alpha this is (K y)_i = n_i^(p - 1)
+// y_i^-p: the minimum of the convex F(y) = y^T K y / 2 - sum_i n_i^(p - 1) phi(y_i), phi'(y) = y^-p. Newton's method
+// with steps that keep y > 0 and lower F. A ridge of 1e-12 on K gives Pareto-stationary gradients an answer too, where
+// y has none or grows without bound.
+template <class Team>
+class Newton {
+ public:
+  // scratch holds newton_scratch(num_tasks) values.
+  GS_HOST_DEVICE Newton(const Team& team, const double* gram, int64_t num_tasks, double alpha, double* scratch)
+      : team_(team),
+        tasks_(num_tasks),
+        power_(1 / alpha),
+        norms_(scratch),
+        c_(norms_ + num_tasks),
+        y_(c_ + num_tasks),
+        ky_(y_ + num_tasks),
+        kd_(ky_ + num_tasks),
+        cosines_(kd_ + num_tasks),
+        rows_(cosines_ + num_tasks * num_tasks) {
+    for (int64_t i = 0; i < num_tasks; i++) largest_ = std::fmax(largest_, std::sqrt(gram[i * num_tasks + i]));
+    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+      norms_[i] = largest_ > 0 ? std::sqrt(gram[i * num_tasks + i]) / largest_ : 0;
+    }
+    team.sync();
+    for (int64_t e = team.rank(); e < num_tasks * num_tasks; e += team.size()) {
+      const int64_t i = e / num_tasks, j = e % num_tasks;
+      const bool some = norms_[i] > 0 && norms_[j] > 0;
+      cosines_[e] = i == j ? 1 + kRidge : some ? gram[e] / largest_ / norms_[i] / largest_ / norms_[j] : 0;
+    }
+    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+      c_[i] = norms_[i] > 0 ? std::pow(norms_[i], power_ - 1) : 1;
+      y_[i] = std::pow(c_[i], 1 / (1 + power_));  // exact where the gradients are orthogonal
+    }
+    team.sync();
+  }
+
+  // The weights; 0 for a zero gradient.
+  GS_HOST_DEVICE void solve(double* weights) {
+    multiply(team_, cosines_, tasks_, y_, ky_);
+    for (int step = 0; step < kSteps; step++) {
+      if (!improve()) break;
+    }
+    const double scale = std::pow(largest_, -2 / (1 + power_));
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      weights[i] = norms_[i] > 0 ? y_[i] / norms_[i] * scale : 0;
+    }
+    team_.sync();
+  }
+
+ private:
+  static constexpr double kRidge = 1e-12;
+  static constexpr int kSteps = 200, kHalvings = 60;
+
+  // F(y + step direction) less the quadratic part, for this member.
+  GS_HOST_DEVICE double barrier(double y, double c) const {
+    return power_ == 1 ? c * std::log(y) : c * std::pow(y, 1 - power_) / (1 - power_);
+  }
+
+  // One step; false if y is as good as rounding allows.
+  GS_HOST_DEVICE bool improve() {
+    const int64_t stride = padded(tasks_);
+    double* const direction = rows_ + tasks_ * stride;
+    double residual = 0;
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      const double pull = c_[i] * std::pow(y_[i], -power_);
+      double* const row = rows_ + i * stride;
+      for (int64_t j = 0; j <= i; j++) row[j] = cosines_[i * tasks_ + j];
+      row[i] += power_ * pull / y_[i];
+      direction[i] = pull - ky_[i];
+      const double error = direction[i] / pull;
+      residual += error * error;
+    }
+    residual = std::sqrt(team_.sum(residual));
+    if (!(residual > 1e-15)) return false;
+    team_.sync();
+    solve_positive(team_, rows_, stride, tasks_);
+    multiply(team_, cosines_, tasks_, direction, kd_);
+    double slope = 0, curvature = 0, most = 0;
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      slope += direction[i] * ky_[i];
+      curvature += direction[i] * kd_[i];
+      most = std::fmax(most, -direction[i] / y_[i]);
+    }
+    slope = team_.sum(slope);
+    curvature = team_.sum(curvature);
+    int64_t unused = 0;
+    most = -most;
+    team_.least(most, unused);
+    double step = most < -0.9 ? -0.9 / most : 1;
+    for (int halving = 0; residual > 1e-3 && halving < kHalvings; halving++, step /= 2) {
+      double gained = 0, promised = 0;
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        gained += barrier(y_[i] + step * direction[i], c_[i]) - barrier(y_[i], c_[i]);
+        promised += direction[i] * c_[i] * std::pow(y_[i], -power_);
+      }
+      gained = team_.sum(gained);
+      promised = team_.sum(promised);
+      if (step * slope + step * step * curvature / 2 - gained <= 1e-4 * step * (slope - promised)) break;
+    }
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) y_[i] += step * direction[i];
+    team_.sync();
+    multiply(team_, cosines_, tasks_, y_, ky_);
+    const bool better = residual > 1e-3 || residual < 0.5 * last_;
+    last_ = residual;
+    return better;
+  }
+
+  const Team team_;
+  const int64_t tasks_;
+  const double power_;
+  double *norms_, *c_, *y_, *ky_, *kd_, *cosines_, *rows_;
+  double largest_ = 0, last_ = INFINITY;
+};
+
+// The weights, all shortened by one factor so that |d| <= max_norm.
+template <class Team>
+GS_HOST_DEVICE void fair_grad(const Team& team, const double* gram, int64_t num_tasks, double alpha, double max_norm,
+                              double* weights, double* scratch) {
+  Newton(team, gram, num_tasks, alpha, scratch).solve(weights);
+  multiply(team, gram, num_tasks, weights, scratch);
+  const double norm = std::sqrt(std::fmax(team_dot(team, weights, scratch, num_tasks), 0.0));
+  const double factor = norm > max_norm ? max_norm / norm : 1;
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] *= factor;
+}
+
+}  // namespace gs

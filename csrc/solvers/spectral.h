@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: MIT
+// The methods that need G's eigenvalues: IMTL-G, ConFIG, Aligned-MTL.
+#pragma once
+#include "gradsurgery/gradsurgery.h"
+#include "linear.h"
+
+namespace gs {
+
+constexpr int64_t spectral_scratch(int64_t num_tasks) { return num_tasks * padded(num_tasks) + 5 * num_tasks; }
+
+// Turns the rows a_k of a symmetric positive semidefinite matrix into lambda_k v_k^T for its eigenvalues and
+// eigenvectors, in no order; lambda_k = |a_k| goes into values. One-sided Jacobi: for each pair of rows a rotation that
+// makes them orthogonal, pairs without a common row side by side. A sum of products Q^T A with orthogonal rows is
+// diag(lambda) V^T. Rows for eigenvalues that are 0 to rounding hold noise.
+template <class Team>
+GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num_tasks, double* values) {
+  const int64_t stride = padded(num_tasks), players = (num_tasks + 1) / 2 * 2, rounds = players - 1;
+  for (int sweep = 0; sweep < 30; sweep++) {
+    double rotated = 0;
+    for (int64_t round = 0; round < rounds; round++) {
+      // A tournament: the last player stays, the others move on by one place a round.
+      for (int64_t k = team.rank(); k < players / 2; k += team.size()) {
+        const int64_t p = k == 0 ? rounds : (round + k) % rounds, q = (round + rounds - k) % rounds;
+        if (p >= num_tasks) continue;  // q sits out
+        double *const a = rows + p * stride, *const b = rows + q * stride;
+        const double aa = dot(a, a, num_tasks), bb = dot(b, b, num_tasks), ab = dot(a, b, num_tasks);
+        if (!(std::fabs(ab) > 1e-15 * std::sqrt(aa) * std::sqrt(bb))) continue;
+        rotated = 1;
+        const double zeta = (bb - aa) / (2 * ab);
+        const double tangent = (zeta < 0 ? -1 : 1) / (std::fabs(zeta) + std::sqrt(1 + zeta * zeta));
+        const double cosine = 1 / std::sqrt(1 + tangent * tangent), sine = cosine * tangent;
+        for (int64_t i = 0; i < num_tasks; i++) {
+          const double x = a[i], y = b[i];
+          a[i] = cosine * x - sine * y;
+          b[i] = sine * x + cosine * y;
+        }
+      }
+      team.sync();
+    }
+    if (team.sum(rotated) == 0) break;
+  }
+  for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
+    values[k] = std::sqrt(dot(rows + k * stride, rows + k * stride, num_tasks));
+  }
+  team.sync();
+}
+
+// c = sum_k factor_k a_k over the rows.
+template <class Team>
+GS_HOST_DEVICE void combine_padded(const Team& team, const double* rows, int64_t num_tasks, const double* factor,
+                                   double* out) {
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+    double sum = 0;
+    for (int64_t k = 0; k < num_tasks; k++) sum += factor[k] * rows[k * padded(num_tasks) + i];
+    out[i] = sum;
+  }
+  team.sync();
+}
+
+GS_HOST_DEVICE inline double largest(const double* values, int64_t count) {
+  double most = 0;
+  for (int64_t i = 0; i < count; i++) most = values[i] > most ? values[i] : most;
+  return most;
+}
+
+// c = pinv(K) p, with K_ij = G_ij / (|g_i| |g_j|) (0 for a zero gradient), and its squared length c^T K c = p^T c.
+// preference NULL: 1 each. Eigenvalues up to 8 T 2^-52 of the largest count as 0; if what is left of p then is no more
+// than rounding, so does c.
+template <class Team>
+GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, int64_t num_tasks,
+                                         const double* preference, double* norms, double* c, double* scratch) {
+  const int64_t stride = padded(num_tasks);
+  double *values = scratch, *factor = values + num_tasks, *rows = factor + num_tasks;
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) norms[i] = std::sqrt(gram[i * num_tasks + i]);
+  team.sync();
+  for (int64_t e = team.rank(); e < num_tasks * num_tasks; e += team.size()) {
+    const int64_t i = e / num_tasks, j = e % num_tasks;
+    rows[i * stride + j] = norms[i] > 0 && norms[j] > 0 ? gram[e] / norms[i] / norms[j] : 0;
+  }
+  team.sync();
+  diagonalize(team, rows, num_tasks, values);
+  const double rounding = 8 * 0x1p-52 * static_cast<double>(num_tasks);
+  const double least = rounding * largest(values, num_tasks);
+  double length = 0, kept = 0, whole = 0;
+  for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
+    const double* const row = rows + k * stride;
+    const double value = values[k];
+    double product = 0;
+    for (int64_t i = 0; i < num_tasks; i++) product += row[i] * (preference ? preference[i] : 1);
+    factor[k] = value > least ? product / value / value / value : 0;
+    length += factor[k] * product;
+    kept += value > least ? product / value * (product / value) : 0;
+    const double wanted = norms[k] > 0 ? (preference ? preference[k] : 1) : 0;
+    whole += wanted * wanted;
+  }
+  length = team.sum(length);
+  kept = team.sum(kept);
+  whole = team.sum(whole);
+  team.sync();
+  combine_padded(team, rows, num_tasks, factor, c);
+  if (kept > rounding * rounding * whole) return length;
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) c[i] = 0;
+  team.sync();
+  return 0;
+}
+
+// IMTL-G (Liu et al., ICLR 2021, equation 4): a direction with the same projection on every gradient's line.
+template <class Team>
+GS_HOST_DEVICE void imtl_g(const Team& team, const double* gram, int64_t num_tasks, double* weights, double* scratch) {
+  double* norms = scratch;
+  solve_cosines(team, gram, num_tasks, nullptr, norms, weights, scratch + num_tasks);
+  double total = 0, size = 0;
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+    weights[i] = norms[i] > 0 ? weights[i] / norms[i] : 0;
+    total += weights[i];
+    size += std::fabs(weights[i]);
+  }
+  total = team.sum(total);
+  size = team.sum(size);
+  const bool any = std::fabs(total) > 1e-12 * size;
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = any ? weights[i] / total : 0;
+}
+
+// ConFIG (Liu, Chu and Thuerey, ICLR 2025, equations 2 and 3).
+template <class Team>
+GS_HOST_DEVICE void config(const Team& team, const double* gram, int64_t num_tasks, const double* preference,
+                           double* weights, double* scratch) {
+  double *norms = scratch, *product = norms + num_tasks;
+  const double length =
+      std::sqrt(solve_cosines(team, gram, num_tasks, preference, norms, weights, product + num_tasks));
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+    weights[i] = norms[i] > 0 && length > 0 ? weights[i] / norms[i] / length : 0;
+  }
+  team.sync();
+  multiply(team, gram, num_tasks, weights, product);
+  double projection = 0;
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) projection += product[i];
+  projection = team.sum(projection);
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] *= projection;
+}
+
+// Aligned-MTL (Senushkin et al., CVPR 2023, Algorithm 1): w = sqrt(scale) V diag(lambda)^(-1/2) V^T p over the
+// eigenvalues above T 2^-23 of the largest one. preference NULL: 1 / T each.
+template <class Team>
+GS_HOST_DEVICE void aligned_mtl(const Team& team, const double* gram, int64_t num_tasks, const double* preference,
+                                gs_weighting method, double* weights, double* scratch) {
+  const int64_t stride = padded(num_tasks);
+  double *values = scratch, *factor = values + num_tasks, *rows = factor + num_tasks;
+  const double even = 1 / static_cast<double>(num_tasks);
+  double trace = 0;
+  for (int64_t i = 0; i < num_tasks; i++) trace += gram[i * num_tasks + i];
+  for (int64_t e = team.rank(); e < num_tasks * num_tasks; e += team.size()) {
+    rows[e / num_tasks * stride + e % num_tasks] = trace > 0 ? gram[e] / trace : 0;
+  }
+  team.sync();
+  diagonalize(team, rows, num_tasks, values);
+  const double least = 0x1p-23 * static_cast<double>(num_tasks) * largest(values, num_tasks);
+  int64_t rank = 0;
+  double smallest = INFINITY, sum = 0;
+  for (int64_t k = 0; k < num_tasks; k++) {
+    if (!(values[k] > least)) continue;
+    rank++;
+    sum += values[k];
+    smallest = values[k] < smallest ? values[k] : smallest;
+  }
+  double scale = method == GS_ALIGNED_MTL_MIN ? smallest : sum / static_cast<double>(rank);
+  if (method == GS_ALIGNED_MTL_MEDIAN) {
+    // The lower median: as many kept values are below it as above, or one less.
+    for (int64_t k = 0; k < num_tasks; k++) {
+      int64_t before = 0;
+      for (int64_t l = 0; l < num_tasks; l++) {
+        before += values[l] > least && (values[l] < values[k] || (values[l] == values[k] && l < k));
+      }
+      if (values[k] > least && before == (rank - 1) / 2) scale = values[k];
+    }
+  }
+  for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
+    const double value = values[k];
+    double product = 0;
+    for (int64_t i = 0; i < num_tasks; i++) product += rows[k * stride + i] * (preference ? preference[i] : even);
+    factor[k] = value > least ? std::sqrt(scale / value) * product / value / value : 0;
+  }
+  team.sync();
+  combine_padded(team, rows, num_tasks, factor, weights);
+  if (rank > 0) return;
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = preference ? preference[i] : even;
+}
+
+}  // namespace gs

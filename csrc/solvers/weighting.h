@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: MIT
+// The solvers by the names of the C boundary.
+#pragma once
+#include "cagrad.h"
+#include "gradsurgery/gradsurgery.h"
+#include "newton.h"
+#include "spectral.h"
+
+namespace gs {
+
+constexpr int64_t weighting_scratch(gs_weighting method, int64_t num_tasks) {
+  switch (method) {
+    case GS_UPGRAD:
+    case GS_DUALPROJ:
+      return dual_cone_scratch(num_tasks);
+    case GS_CAGRAD:
+      return cagrad_scratch(num_tasks);
+    case GS_FAIRGRAD:
+      return newton_scratch(num_tasks);
+    default:
+      return spectral_scratch(num_tasks);
+  }
+}
+
+// The weights of one problem with finite G. UPGrad's are a sum over tasks, here of every step-th one from the first on.
+template <class Team>
+GS_HOST_DEVICE void solve_weighting(const Team& team, gs_weighting method, const double* gram, int64_t num_tasks,
+                                    const double* preference, double parameter, double max_norm, int64_t first,
+                                    int64_t step, double* weights, double* scratch) {
+  switch (method) {
+    case GS_UPGRAD:
+      return upgrad(team, gram, num_tasks, preference, parameter, first, step, weights, scratch);
+    case GS_DUALPROJ:
+      return dual_proj(team, gram, num_tasks, preference, parameter, weights, scratch);
+    case GS_CAGRAD:
+      return CAGrad(team, gram, num_tasks, scratch).solve(parameter, weights);
+    case GS_FAIRGRAD:
+      return fair_grad(team, gram, num_tasks, parameter, max_norm, weights, scratch);
+    case GS_IMTL_G:
+      return imtl_g(team, gram, num_tasks, weights, scratch);
+    case GS_CONFIG:
+      return config(team, gram, num_tasks, preference, weights, scratch);
+    default:
+      return aligned_mtl(team, gram, num_tasks, preference, method, weights, scratch);
+  }
+}
+
+}  // namespace gs

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: MIT
+"""The T x T solvers in plain PyTorch, batched, on any device: the oracle of the compiled ones, and their stand-in.
+
+No value is read on the host, with one exception: on the CPU, where that costs nothing, an iteration ends early when all
+problems have converged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+WEIGHTINGS = (
+    "upgrad",
+    "dualproj",
+    "cagrad",
+    "fairgrad",
+    "imtl_g",
+    "config",
+    "aligned_mtl_min",
+    "aligned_mtl_median",
+    "aligned_mtl_rmse",
+)
+"""The methods whose weights are a function of G, a preference and one parameter."""
+
+MinNorm = Callable[[Tensor, bool, int, float, Tensor], None]
+
+
+def solve(
+    gram: Tensor,
+    method: str,
+    preference: Tensor | None,
+    parameter: float,
+    max_norm: float,
+    min_norm: MinNorm,
+    out: Tensor,
+) -> None:
+    """Write the weights for G [..., T, T]; NaN where it is not finite."""
+    num_tasks = gram.shape[-1]
+    gram = gram.view(-1, num_tasks, num_tasks)
+    finite = gram.isfinite().all(-1).all(-1)[:, None]
+    gram = torch.where(finite[..., None], gram, 0)
+    if preference is None:
+        preference = gram.new_full((num_tasks,), 1 if method == "config" else 1 / num_tasks)
+    if method == "upgrad":
+        weights = _dual_cone(gram, preference.diag(), parameter).sum(-2)
+    elif method == "dualproj":
+        weights = _dual_cone(gram, preference[None], parameter).squeeze(-2)
+    elif method == "cagrad":
+        weights = _cagrad(gram, parameter, min_norm)
+    elif method == "fairgrad":
+        weights = _fairgrad(gram, parameter)
+        norm = (weights * (gram @ weights[..., None]).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0).sqrt()
+        weights = weights * torch.where(norm > max_norm, max_norm / norm, 1)
+    elif method == "imtl_g":
+        weights = _imtl_g(gram)
+    elif method == "config":
+        weights = _config(gram, preference)
+    else:
+        weights = _aligned_mtl(gram, preference, method.removeprefix("aligned_mtl_"))
+    out.copy_(torch.where(finite, weights, torch.nan).view_as(out))
+
+
+def gradvac(gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
+    """Gradient Vaccine, Algorithm 1, all rows i at once: p_i = sum_k c_ik g_k gets the wanted cosine with each g_j."""
+    num_tasks = gram.shape[-1]
+    gram, goals = gram.view(-1, num_tasks, num_tasks), targets.view(-1, num_tasks, num_tasks)
+    finite = gram.isfinite().all(-1).all(-1)[:, None]
+    rows = torch.arange(num_tasks, device=gram.device)
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    c = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
+    goals_after = goals.clone()
+    for j in order.T.unbind():
+        product = (c * gram[:, j]).sum(-1)
+        norm = ((c @ gram) * c).sum(-1).clamp(min=0).sqrt()
+        counts = (norm > 0) & (norms[:, j] > 0) & (j != rows)
+        rho = torch.where(counts, product / norm / norms[:, j], 0).clamp(-1, 1)
+        goal = goals_after[:, rows, j].clamp(max=1 - 1e-8)
+        sine = (1 - goal.square()).sqrt()
+        step = norm / norms[:, j] * (goal * (1 - rho.square()).sqrt() - rho * sine) / sine
+        c[:, rows, j] += torch.where(counts & (rho < goal), step, 0)
+        moved = (1 - beta) * goals_after[:, rows, j] + beta * rho
+        goals_after[:, rows, j] = torch.where(counts, moved, goals_after[:, rows, j])
+    out.copy_(torch.where(finite, c.sum(-2), torch.nan).view_as(out))
+    goals.copy_(torch.where(finite[..., None], goals_after, goals))
+
+
+def all_done(done: Tensor) -> bool:
+    """Whether to end an iteration early."""
+    return done.device.type == "cpu" and bool(done.all())
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues [B, T] of positive semidefinite matrices, and their eigenvectors as rows [B, T, T]."""
+    if matrix.device.type == "cpu":
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors.mT
+    return jacobi(matrix)  # torch.linalg.eigh would synchronise
+
+
+def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what :func:`eigh` does, in no order, by one-sided Jacobi rotations of disjoint pairs of rows at a time.
+
+    Rotations that make the rows of a matrix A = V diag(lambda) V^T orthogonal turn it into diag(lambda) V^T.
+    """
+    num_tasks = matrix.shape[-1]
+    players = num_tasks + num_tasks % 2
+    rows = torch.nn.functional.pad(matrix, (0, 0, 0, players - num_tasks))
+    rounds = max(players - 1, 1)
+    pair = torch.arange(players // 2, device=matrix.device)
+    for _ in range(15):
+        rotated = torch.zeros((), dtype=torch.bool, device=matrix.device)
+        for number in range(rounds):
+            p, q = torch.where(pair == 0, rounds, (number + pair) % rounds), (number - pair) % rounds
+            a, b = rows[:, p], rows[:, q]
+            aa, bb, ab = a.square().sum(-1), b.square().sum(-1), (a * b).sum(-1)
+            rotate = ab.abs() > 1e-15 * aa.sqrt() * bb.sqrt()
+            rotated |= rotate.any()
+            zeta = torch.where(rotate, (bb - aa) / (2 * ab), torch.inf)
+            tangent = torch.where(zeta < 0, -1, 1) / (zeta.abs() + (1 + zeta.square()).sqrt())
+            cosine = (1 + tangent.square()).rsqrt()[..., None]
+            sine = cosine * tangent[..., None]
+            rows[:, p], rows[:, q] = cosine * a - sine * b, sine * a + cosine * b
+        if all_done(~rotated):
+            break
+    rows = rows[:, :num_tasks]  # what was added for an even number is still 0
+    values = rows.norm(dim=-1)
+    return values, torch.where(values[..., None] > 0, rows / values[..., None], 0)
+
+
+def _dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
+    """Return argmin v^T H v with v >= u, H = G / trace(G) + ridge I, for each of several u [P, T]: [B, P, T].
+
+    Block principal pivoting on z = v - u >= 0, y = H v >= 0, z^T y = 0: in the set F y = 0, outside z = 0.
+    """
+    num_tasks = gram.shape[-1]
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    eye = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
+    h = torch.where(trace > 0, gram / trace, 0) + ridge * eye
+    root = h.diagonal(dim1=-2, dim2=-1).sqrt()[:, None]
+    u = u.expand(len(gram), *u.shape)
+    v, free = u, torch.zeros_like(u, dtype=torch.bool)
+    best, fewest = u, torch.full_like(u[..., :1], num_tasks + 1)
+    patience = torch.full_like(fewest, 4)
+    tasks = torch.arange(num_tasks, device=gram.device)
+    for _ in range(8 * num_tasks + 32):
+        y = v @ h
+        length = (v * y).sum(-1, keepdim=True).clamp(min=0).sqrt()
+        wrong = torch.where(free, (v - u) * root < -1e-12 * length, y < -1e-13 * length * root)
+        count = wrong.sum(-1, keepdim=True).to(fewest)
+        better = count < fewest
+        best, fewest = torch.where(better, v, best), torch.where(better, count, fewest)
+        patience = torch.where(better, 4, patience - 1)
+        if all_done(count == 0):
+            break
+        last = torch.where(wrong, tasks, -1).max(-1, keepdim=True).values
+        free = free ^ (wrong & ((patience > 0) | (tasks == last)))
+        pair = free[..., :, None] & free[..., None, :]
+        matrix = torch.where(pair, h[:, None], 0) + torch.where(free, 0, 1)[..., None] * eye
+        right = torch.where(free, -(torch.where(free, 0, u) @ h), u)
+        v = torch.linalg.solve_ex(matrix, right[..., None])[0].squeeze(-1)
+    return torch.maximum(best, u)
+
+
+def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
+    """Return CAGrad's weights.
+
+    For a given lambda = kappa / |g_x| the x of the dual problem is that of the shortest convex combination of the
+    vectors lambda g_t + g_0. The lambda with |lambda g_x| = kappa is found by a bracketed secant on squares.
+    """
+    num_tasks = gram.shape[-1]
+    mean = gram.mean(-1)
+    mean_squared = mean.mean(-1, keepdim=True).clamp(min=0)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    target = c**2 * mean_squared
+    x = torch.empty_like(mean)
+
+    def excess(scale: Tensor) -> Tensor:
+        """|lambda g_x|^2 - kappa^2; x is left in place."""
+        scale = scale[..., None]
+        shifted = scale**2 * gram + scale * (mean[:, :, None] + mean[:, None]) + mean_squared[..., None]
+        shifted.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
+        min_norm(shifted, True, 1, 0.0, x)
+        return scale[..., 0] ** 2 * _square(gram, x) - target
+
+    wanted = (c > 0) & (mean_squared > 1e-30 * trace)
+    low = torch.where(wanted, (target / trace).sqrt(), 1)
+    high = 1e7 * low
+    high_value = excess(high)
+    stationary = high_value < 0
+    low_value = excess(low)
+    found, found_x = low.clone(), x.clone()
+    settled = ~wanted | stationary | (low_value >= 0)
+    side = torch.zeros_like(low)
+    for step in range(100):
+        if all_done(settled):
+            break
+        a, b = low.square(), high.square()
+        secant = (a - low_value * (b - a) / (high_value - low_value)).sqrt()
+        middle = (low * high).sqrt()
+        scale = middle if step % 3 == 2 else torch.where(b > 1e6 * a, middle, secant)
+        scale = torch.where(settled, found, torch.minimum(torch.maximum(scale, low), high))
+        value = excess(scale)
+        found, found_x = scale, torch.where(settled, found_x, x)
+        below, above = (value < 0) & ~settled, (value >= 0) & ~settled
+        high_value = torch.where(below & (side < 0), high_value / 2, high_value)
+        low_value = torch.where(above & (side > 0), low_value / 2, low_value)
+        low, low_value = torch.where(below, scale, low), torch.where(below, value, low_value)
+        high, high_value = torch.where(above, scale, high), torch.where(above, value, high_value)
+        side = torch.where(below, -1, torch.where(above, 1, side))
+        settled = settled | (value.abs() <= 1e-14 * target) | (high - low <= 1e-15 * high)
+    even = 1 / num_tasks
+    weights = even + (target / _square(gram, found_x)).sqrt() * found_x
+    cone = _dual_cone(gram, torch.full_like(mean[:1], even), 1e-12).squeeze(-2)
+    return torch.where(wanted, torch.where(stationary, cone, weights), even)
+
+
+def _square(gram: Tensor, x: Tensor) -> Tensor:
+    return (x * (gram @ x[..., None]).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0)
+
+
+def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
+    """Return w with (G w)_i = w_i^(-1 / alpha), by Newton's method on the convex function whose minimum that is."""
+    power = 1 / alpha
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    largest = norms.max(-1, keepdim=True).values
+    n = torch.where(largest > 0, norms / largest, 0)
+    pair = (n > 0)[..., :, None] & (n > 0)[..., None, :]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    scaled = norms[..., :, None] * norms[..., None, :]
+    cosines = torch.where(eye > 0, 1 + 1e-12, torch.where(pair, gram / scaled, 0))
+    c = torch.where(n > 0, n ** (power - 1), 1)
+    y = c ** (1 / (1 + power))
+    steps = 0.5 ** torch.arange(60, dtype=gram.dtype, device=gram.device)[:, None, None]
+    last = torch.full_like(largest, torch.inf)
+
+    def barrier(y: Tensor) -> Tensor:
+        return (c * y.log() if power == 1 else c * y ** (1 - power) / (1 - power)).sum(-1, keepdim=True)
+
+    settled = torch.zeros_like(largest, dtype=torch.bool)
+    for _ in range(200):
+        ky = (cosines @ y[..., None]).squeeze(-1)
+        pull = c * y**-power
+        residual = ((pull - ky) / pull).norm(dim=-1, keepdim=True)
+        settled = settled | ~(residual > 1e-15)
+        if all_done(settled):
+            break
+        hessian = cosines + (power * pull / y)[..., None] * eye
+        direction = torch.linalg.solve_ex(hessian, (pull - ky)[..., None])[0].squeeze(-1)
+        slope = (direction * (ky - pull)).sum(-1, keepdim=True)
+        limit = 0.9 / (-direction / y).max(-1, keepdim=True).values.clamp(min=0.9)
+        step = limit * steps
+        moved = y + step * direction
+        change = step * (direction * ky).sum(-1, keepdim=True) + step**2 * _square(cosines, direction) / 2
+        lower = change - (barrier(moved) - barrier(y)) <= 1e-4 * step * slope
+        first = torch.where(lower.any(0), lower.to(torch.uint8).argmax(0), len(steps) - 1)
+        first = torch.where(residual > 1e-3, first, 0)
+        y = torch.where(settled, y, y + limit * 0.5**first * direction)
+        settled = settled | ~((residual > 1e-3) | (residual < 0.5 * last))
+        last = residual
+    return torch.where(n > 0, y / torch.where(n > 0, n, 1) * largest ** (-2 / (1 + power)), 0)
+
+
+def _solve_cosines(gram: Tensor, preference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return c = pinv(K) p for the matrix K of cosines, its length sqrt(c^T K c), and the norms."""
+    num_tasks = gram.shape[-1]
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    product = norms[..., :, None] * norms[..., None, :]
+    values, vectors = eigh(torch.where(product > 0, gram / product, 0))
+    rounding = 8 * 2.0**-52 * num_tasks
+    kept = values > rounding * values.max(-1, keepdim=True).values
+    preference = torch.where(norms > 0, preference, 0)
+    along = torch.where(kept, (vectors @ preference[..., None]).squeeze(-1), 0)
+    enough = along.norm(dim=-1, keepdim=True) > rounding * preference.norm(dim=-1, keepdim=True)
+    factor = torch.where(kept & enough, along / values, 0)
+    c = (factor[..., None, :] @ vectors).squeeze(-2)
+    return c, (factor * along).sum(-1, keepdim=True).sqrt(), norms
+
+
+def _imtl_g(gram: Tensor) -> Tensor:
+    c, _, norms = _solve_cosines(gram, gram.new_ones(gram.shape[-1]))
+    v = torch.where(norms > 0, c / norms, 0)
+    total = v.sum(-1, keepdim=True)
+    return torch.where(total.abs() > 1e-12 * v.abs().sum(-1, keepdim=True), v / total, 0)
+
+
+def _config(gram: Tensor, preference: Tensor) -> Tensor:
+    c, length, norms = _solve_cosines(gram, preference)
+    a = torch.where((norms > 0) & (length > 0), c / norms / length, 0)
+    return (gram @ a[..., None]).squeeze(-1).sum(-1, keepdim=True) * a
+
+
+def _aligned_mtl(gram: Tensor, preference: Tensor, mode: str) -> Tensor:
+    num_tasks = gram.shape[-1]
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    values, vectors = eigh(torch.where(trace > 0, gram / trace, 0))
+    kept = values > 2.0**-23 * num_tasks * values.max(-1, keepdim=True).values
+    rank = kept.sum(-1, keepdim=True)
+    ascending = torch.where(kept, values, torch.inf).sort(-1).values
+    if mode == "min":
+        scale = ascending[..., :1]
+    elif mode == "median":  # the lower one
+        scale = ascending.gather(-1, ((rank - 1) // 2).clamp(min=0))
+    else:
+        scale = torch.where(kept, values, 0).sum(-1, keepdim=True) / rank
+    along = (vectors @ preference[..., None]).squeeze(-1)
+    factor = torch.where(kept, (scale / values).sqrt() * along, 0)
+    return torch.where(rank > 0, (factor[..., None, :] @ vectors).squeeze(-2), preference)

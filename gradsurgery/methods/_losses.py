@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""What the methods share whose weights come from the losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._gradients import describe
+from ._base import Method, PerTask, check_not_capturing
+
+
+class LossMethod(Method):
+    """Weights from the losses [T] or [..., T] alone; of G only the shape, the device and whether it is finite count.
+
+    A problem does not count where G or a loss is not finite, or a loss is negative and the method needs logarithms: its
+    weights are NaN and its state stays. Subclasses say in ``_weigh`` what the weights are, and what the state becomes.
+
+    State: float64, int64 or bool tensors by name, the first [..., T], one row for each problem.
+    """
+
+    needs_losses = True
+    weights_losses = True
+    needs = "losses"
+    state_names: ClassVar[tuple[str, ...]] = ()
+    takes_logarithms: ClassVar[bool] = False
+
+    _state: dict[str, Tensor] | None = None
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights [..., T] and update the state, if there is one.
+
+        Args:
+            gram: [..., T, T].
+            losses: [T], or [..., T] for one set for each problem.
+            backend: not needed.
+
+        Raises:
+            ValueError: the losses, the state or an option are for another number of tasks, or losses are missing.
+            RuntimeError: the first call is captured in a CUDA graph.
+        """
+        values = self._read(losses, gram.shape[:-1], gram.device)
+        counts = self._counts(values) & gram.isfinite().all(-1).all(-1)[..., None]
+        return torch.where(counts, self._weigh(values, counts), torch.nan)
+
+    def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
+        """Return the weights for float64 losses [..., T]; keep the new state of those problems that count, [..., 1]."""
+        raise NotImplementedError
+
+    def _initial(self, losses: Tensor) -> dict[str, Tensor]:
+        """Return the initial state for losses [..., T]."""
+        return {}
+
+    def _read(self, losses: Any, shape: torch.Size, device: torch.device) -> Tensor:
+        """Return the losses as float64 of that shape [..., T] on the device, detached."""
+        if not isinstance(losses, Tensor) or losses.shape not in (shape[-1:], shape):
+            raise ValueError(f"method {self.name!r} needs losses, a tensor [{shape[-1]}], got {describe(losses)}")
+        return losses.detach().to(device, torch.float64).expand(shape).contiguous()
+
+    def _counts(self, losses: Tensor) -> Tensor:
+        """Return whether each problem's losses have weights, bool [..., 1]."""
+        counts = losses.isfinite().all(-1, keepdim=True)
+        return counts & (losses >= 0).all(-1, keepdim=True) if self.takes_logarithms else counts
+
+    def _state_for(self, losses: Tensor) -> dict[str, Tensor]:
+        """Return the state for losses [..., T], on their device."""
+        if self._state is None:
+            check_not_capturing(self.name, losses.device)
+            self._state = self._initial(losses)
+        first = self._state[self.state_names[0]]
+        if self._losses_shape(first) != losses.shape:
+            raise ValueError(
+                f"the state of method {self.name!r} is for losses of shape {tuple(self._losses_shape(first))}, got "
+                f"{tuple(losses.shape)}"
+            )
+        if first.device != losses.device:
+            check_not_capturing(self.name, losses.device)
+            self._state = {name: value.to(losses.device) for name, value in self._state.items()}
+        return self._state
+
+    def _keep(self, counts: Tensor, **new: Tensor) -> None:
+        """Write the new state in place where it counts and is finite: a captured graph goes on from there."""
+        assert self._state is not None
+        for name, value in new.items():
+            old = self._state[name]
+            old.copy_(torch.where(counts & value.isfinite(), value, old))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, tensors by name; None each before the first step."""
+        state = self._state or dict.fromkeys(self.state_names)
+        return {name: None if value is None else value.clone() for name, value in state.items()}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if all(value is None for value in state.values()):
+            self._state = None
+            return
+        first = state[self.state_names[0]]
+        if not isinstance(first, Tensor) or first.dim() == 0:
+            raise ValueError(f"{self.state_names[0]} must be a tensor [..., T], got {describe(first)}")
+        like = self._initial(torch.empty(self._losses_shape(first), dtype=torch.float64, device=first.device))
+        for name, wanted in like.items():
+            value = state[name]
+            if not isinstance(value, Tensor) or value.shape != wanted.shape or value.dtype != wanted.dtype:
+                raise ValueError(f"{name} must be {describe(wanted)} in {wanted.dtype}, got {describe(value)}")
+        if self._state is not None and self._state[self.state_names[0]].shape == first.shape:
+            for name, value in state.items():
+                self._state[name].copy_(value)
+        else:
+            self._state = {name: state[name].clone() for name in self.state_names}
+
+    def _losses_shape(self, first: Tensor) -> torch.Size:
+        """Return the shape of the losses that go with the first tensor of the state."""
+        return first.shape
+
+
+class TrainedScales(LossMethod):
+    """Weights that are a function of T numbers s, which plain gradient descent trains.
+
+    Args:
+        lr: step on s, >= 0.
+        initial: s before the first step; a number, or T.
+    """
+
+    state_names = ("s",)
+
+    def __init__(self, lr: float = 0.025, initial: float | Sequence[float] | Tensor = 0.0) -> None:
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr must be >= 0 and finite, got {lr}")
+        self.lr = lr
+        if isinstance(initial, (int, float)) and not math.isfinite(initial):
+            raise ValueError(f"initial must be finite, got {initial}")
+        self._start = float(initial) if isinstance(initial, (int, float)) else PerTask("initial", initial)
+
+    def _initial(self, losses: Tensor) -> dict[str, Tensor]:
+        if isinstance(self._start, float):
+            return {"s": torch.full_like(losses, self._start)}
+        return {"s": self._start.on(losses, self.name).expand_as(losses).clone()}

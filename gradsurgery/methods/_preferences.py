@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""What the scalarisations share that know a preference among the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._base import PerTask
+
+
+class Preferences:
+    """A preference p, T positive numbers, and an ideal point z, T finite numbers, both optional."""
+
+    def __init__(
+        self, preference: Sequence[float] | Tensor | None, ideal: Sequence[float] | Tensor | None = None
+    ) -> None:
+        self._preference = None if preference is None else PerTask("preference", preference, "positive numbers")
+        self._ideal = None if ideal is None else PerTask("ideal", ideal)
+
+    def of(self, losses: Tensor, method: str) -> Tensor:
+        """Return p as [..., T] like the losses, 1 / T each without a preference."""
+        if self._preference is None:
+            return torch.full_like(losses, 1 / losses.shape[-1])
+        return self._preference.on(losses, method).expand_as(losses)
+
+    def excess(self, losses: Tensor, method: str) -> Tensor:
+        """Return L - z [..., T]."""
+        return losses if self._ideal is None else losses - self._ideal.on(losses, method)
+
+
+def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x / |x| [..., T], 0 where x = 0, and |x| [..., 1]; no square overflows."""
+    largest = x.abs().amax(-1, keepdim=True)
+    scaled = x / torch.where(largest == 0, 1, largest)
+    length = scaled.square().sum(-1, keepdim=True).sqrt()
+    return scaled / torch.where(length == 0, 1, length), largest * length
+
+
+def across(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the part [..., T] of the unit vectors a across b, and its length [..., 1]; 0 where they are rounding."""
+    part = a - (a * b).sum(-1, keepdim=True) * b
+    length = part.square().sum(-1, keepdim=True).sqrt()
+    kept = length > 4 * a.shape[-1] * torch.finfo(a.dtype).eps
+    return torch.where(kept, part, 0), torch.where(kept, length, 0)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: MIT
+"""Aligned-MTL: task gradients made orthogonal and equally long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ._base import PerTask, SolverMethod
+
+_SCALE_MODES = ("min", "median", "rmse")
+
+
+class AlignedMTL(SolverMethod):
+    """Independent component alignment (Senushkin et al., CVPR 2023, Algorithm 1).
+
+    With G = V diag(lambda) V^T: w = sqrt(s) V diag(lambda)^(-1/2) V^T p. The principal components of the task gradients
+    are all given one length, sqrt(s), s the least, the median or the mean eigenvalue.
+
+    Conventions: eigenvalues up to T 2^-23 of the largest one, float32's rounding, do not count: s is the least of the
+    others; the median of an even number is the lower one. Without any, w = p.
+    Scale: a mean over tasks. No state. Cost: O(T^3).
+
+    Args:
+        pref: p, T numbers; None: 1 / T each.
+        scale_mode: "min", "median" or "rmse" (the mean eigenvalue).
+    """
+
+    name = "aligned_mtl"
+    scale = "mean"
+    cost = "T^3"
+
+    def __init__(self, pref: Sequence[float] | Tensor | None = None, scale_mode: str = "min") -> None:
+        if scale_mode not in _SCALE_MODES:
+            raise ValueError(f"scale_mode must be one of {', '.join(_SCALE_MODES)}, got {scale_mode!r}")
+        self.pref = None if pref is None else PerTask("pref", pref)
+        self.solver = f"aligned_mtl_{scale_mode}"

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""CAGrad: the best direction for the worst task, near the mean gradient."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ._base import SolverMethod
+
+
+class CAGrad(SolverMethod):
+    """Conflict-averse gradient descent (Liu et al., NeurIPS 2021, Algorithm 1).
+
+    d = argmax over |d - g_0| <= c |g_0| of min_t g_t . d, with g_0 the mean gradient. By duality d = g_0 + c |g_0| g_x
+    / |g_x|, where g_x = sum_t x_t g_t minimises g_x . g_0 + c |g_0| |g_x| over the simplex; w_t = 1 / T + x_t c |g_0|
+    / |g_x|. The solution is exact, without an epsilon.
+
+    Conventions: where the gradients are Pareto-stationary in the ball, g_x = 0, several directions solve the problem,
+    and the one nearest to g_0 is taken (TorchJD returns zeros, also for any gradients of sum |g_t|^2 < 1e-4).
+    d conflicts with no task where c >= 1; c = 0 is the mean.
+    Scale: a mean over tasks, times the factor of ``rescale``. No state. Cost: O(T^3).
+
+    Args:
+        c: radius of the ball, >= 0, relative to |g_0|.
+        rescale: 0: d as above, the paper's; 1: d / (1 + c^2), as in the authors' code; 2: d / (1 + c).
+    """
+
+    name = "cagrad"
+    scale = "mean"
+    non_conflicting = "c >= 1"
+    cost = "T^3"
+    solver = "cagrad"
+
+    def __init__(self, c: float = 0.5, rescale: int = 0) -> None:
+        if not 0 <= c < math.inf:
+            raise ValueError(f"c must be >= 0 and finite, got {c}")
+        if rescale not in (0, 1, 2):
+            raise ValueError(f"rescale must be 0, 1 or 2, got {rescale!r}")
+        self.parameter = c
+        self.factor = (1.0, 1 / (1 + c * c), 1 / (1 + c))[rescale]
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights; NaN where G is not finite."""
+        weights = super().weights(gram, backend=backend)
+        return weights if self.factor == 1 else weights * self.factor

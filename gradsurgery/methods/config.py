@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MIT
+"""ConFIG: a direction with the same angle to all task gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ._base import PerTask, SolverMethod
+
+
+class ConFIG(SolverMethod):
+    """Conflict-free inverse gradients (Liu, Chu & Thuerey, ICLR 2025, equations 2 and 3).
+
+    d = (sum_t g_t . u) u with the unit vector u in the direction of pinv(U) p, U the unit task gradients as rows: u has
+    cosines in proportion to p with all of them. In Gram form, with K = U U^T: c = pinv(K) p, a_t = c_t / (|g_t|
+    sqrt(c^T K c)), w = (1^T G a) a.
+
+    Conventions: eigenvalues of K up to 8 T 2^-52 of the largest one count as 0; where p has no part in the others, as
+    for opposite gradients, w = 0. A zero gradient does not count.
+    Scale: a sum over tasks; d conflicts with none if the gradients are independent and p > 0. No state. Cost: O(T^3).
+
+    Args:
+        pref: p, T numbers; None: 1 each.
+    """
+
+    name = "config"
+    scale = "sum"
+    non_conflicting = "if independent"
+    linear = True
+    cost = "T^3"
+    solver = "config"
+
+    def __init__(self, pref: Sequence[float] | Tensor | None = None) -> None:
+        self.pref = None if pref is None else PerTask("pref", pref)

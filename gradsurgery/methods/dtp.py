@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""DTP: more weight to tasks that do badly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._losses import LossMethod
+
+_LEAST = 1e-6
+
+
+class DTP(LossMethod):
+    """Dynamic task prioritization (Guo et al., ECCV 2018).
+
+    w_t = -(1 - k_t)^gamma log k_t, with k_t a moving average of task t's performance, a KPI in [0, 1] such as accuracy,
+    which :meth:`update` takes: k_t <- alpha kpi_t + (1 - alpha) k_t. The weights are 1 until the first update, which
+    sets k to the KPIs.
+
+    Conventions: k below 1e-6 counts as 1e-6, a weight of at most 13.8, for the logarithm has no end. A task with a KPI
+    of 1 has weight 0. The losses are only checked; all problems of a batch have the same weights. The paper leaves
+    gamma and alpha to the user; the defaults are this library's.
+    Scale: between 0 and 13.8. State: k [T], and whether there has been an update.
+
+    Args:
+        gamma: focusing exponent, >= 0; larger ones take more weight from tasks that do well.
+        alpha: the newest KPI's part of the average, in (0, 1].
+    """
+
+    name = "dtp"
+    needs = "KPIs"
+    scale = "1 until the first KPIs"
+    state_names = ("kpis", "updated")
+
+    def __init__(self, gamma: float = 1.0, alpha: float = 0.5) -> None:
+        if not 0 <= gamma < math.inf:
+            raise ValueError(f"gamma must be >= 0 and finite, got {gamma}")
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be > 0 and <= 1, got {alpha}")
+        self.gamma = gamma
+        self.alpha = alpha
+
+    def update(self, kpis: Sequence[float] | Tensor) -> None:
+        """Take the tasks' newest KPIs, as after each evaluation.
+
+        Args:
+            kpis: T numbers in [0, 1]. Those on a GPU are not read on the host: if one is no such number, nothing
+                changes.
+
+        Raises:
+            ValueError: these are no T numbers in [0, 1].
+        """
+        given = kpis if isinstance(kpis, Tensor) else torch.as_tensor(kpis, dtype=torch.float64, device="cpu")
+        values = given.detach().to(torch.float64)
+        valid = ((values >= 0) & (values <= 1)).all()[None]
+        if values.dim() != 1 or not len(values) or (values.device.type == "cpu" and not valid):
+            raise ValueError(f"kpis must be T numbers in [0, 1], got {kpis!r}")
+        if self._state is not None:
+            values, valid = (value.to(self._state["kpis"].device) for value in (values, valid))
+        k, updated = (self._state_for(values)[name] for name in self.state_names)
+        self._keep(valid, kpis=torch.where(updated, self.alpha * values + (1 - self.alpha) * k, values))
+        self._keep(valid, updated=torch.ones_like(updated))
+
+    def _initial(self, losses: Tensor) -> dict[str, Tensor]:
+        return {"kpis": torch.zeros_like(losses), "updated": torch.zeros_like(losses[:1], dtype=torch.bool)}
+
+    def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
+        state = self._state_for(losses.new_empty(losses.shape[-1]))
+        k = state["kpis"].clamp(min=_LEAST)
+        return torch.where(state["updated"], (1 - k) ** self.gamma * k.log().neg(), 1).expand_as(losses)

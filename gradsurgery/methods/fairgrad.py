@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: MIT
+"""FairGrad: alpha-fair gains."""
+
+from __future__ import annotations
+
+from ._base import SolverMethod, check_positive
+
+
+class FairGrad(SolverMethod):
+    """Fair resource allocation (Ban & Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, equation 8).
+
+    (G w)_t = w_t^(-1 / alpha), w > 0: d maximises the alpha-fair utility of the tasks' gains. alpha = 1 is Nash-MTL
+    without a bound on |d|; a large alpha favours the task that gains least.
+
+    Conventions: as :class:`NashMTL`'s.
+    Scale: factors s on all gradients multiply d by s^((1 - alpha) / (1 + alpha)). No state. Cost: O(T^3).
+
+    Args:
+        alpha: > 0.
+    """
+
+    name = "fairgrad"
+    scale = "as the equation"
+    non_conflicting = "yes"
+    cost = "T^3"
+    solver = "fairgrad"
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        self.parameter = check_positive("alpha", alpha)

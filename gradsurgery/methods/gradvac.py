@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""Gradient Vaccine: projections towards the cosines that tasks usually have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._gradients import describe
+from ..functional import gradvac_step
+from ._base import SteppedMethod, check_not_capturing
+
+
+class GradVac(SteppedMethod):
+    """Gradient Vaccine (Wang et al., ICLR 2021, Algorithm 1 and equations 3 to 5).
+
+    For each task i the running vector p starts at g_i. It visits every j != i in a random order. With rho = cos(p,
+    g_j) below the target r_ij, p becomes p + g_j |p| (r sqrt(1 - rho^2) - rho sqrt(1 - r^2)) / (|g_j| sqrt(1 - r^2)),
+    whose cosine with g_j is r; then r_ij = (1 - beta) r_ij + beta rho in any case. d = sum_i p_i. With targets of 0, as
+    at first, this is PCGrad.
+
+    Conventions: the orders are :func:`gradsurgery.task_order`'s; rho is that of the running vector; g_j is the original
+    gradient; a zero vector has no cosine; a target above 1 - 1e-8 counts as that. A step whose G is not finite leaves
+    the targets as they were. Granularity "per_tensor" or "per_group" is the paper's version by layer.
+    Scale: a sum over tasks. State: the targets [..., T, T] and the step counter. Cost: O(T^3).
+
+    Args:
+        beta: 0 <= beta <= 1, how far a target moves at each visit (the paper's 1e-2; LibMTL 0.5).
+        seed: key of the visiting orders; the same on every rank.
+    """
+
+    name = "gradvac"
+    scale = "sum"
+    cost = "T^3"
+
+    def __init__(self, beta: float = 1e-2, seed: int = 0) -> None:
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta must be in 0..1, got {beta}")
+        super().__init__(seed)
+        self.beta = beta
+        self._targets: Tensor | None = None
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights, move the targets, and advance the step counter."""
+        if self._targets is None:
+            check_not_capturing(self.name, gram.device)
+            self._targets = torch.zeros(gram.shape, dtype=torch.float64, device=gram.device)
+        if self._targets.shape != gram.shape:
+            raise ValueError(
+                f"GradVac's state is for G of shape {tuple(self._targets.shape)}, got shape {tuple(gram.shape)}"
+            )
+        if self._targets.device != gram.device:
+            self._targets = self._targets.to(gram.device)
+        return gradvac_step(gram, self._step_on(gram.device), self.seed, self.beta, self._targets, backend)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the targets (None before the first step), the seed and the step counter."""
+        return {"targets": None if self._targets is None else self._targets.clone(), **super().state_dict()}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        targets = state["targets"]
+        if targets is not None and not (
+            isinstance(targets, Tensor) and targets.dim() >= 2 and targets.shape[-1] == targets.shape[-2]
+        ):
+            raise ValueError(f"targets must be a tensor [..., T, T], got {describe(targets)}")
+        super()._restore(state)
+        if targets is None:
+            self._targets = None
+        elif self._targets is not None and self._targets.shape == targets.shape:
+            self._targets.copy_(targets)  # in place: a captured graph goes on from there
+        else:
+            self._targets = targets.to(torch.float64, copy=True)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""Nash-MTL: the step as a bargain between the tasks."""
+
+from __future__ import annotations
+
+from ._base import SolverMethod
+
+
+class NashMTL(SolverMethod):
+    """Nash bargaining (Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, equation 3).
+
+    (G w)_t = 1 / w_t, w > 0: every task gains by d in proportion to the inverse of its weight. Then d is shortened to
+    |d| <= max_norm.
+
+    Conventions: solved to rounding at each step by Newton's method on the convex function whose minimum w is, with a
+    ridge of 1e-12 on the cosines; other implementations iterate a few convex-concave steps from the last w. |d| =
+    sqrt(T) before it is shortened, whatever the gradients' scale. A zero gradient gets weight 0; where gradients are
+    Pareto-stationary and no solution exists, the ridge's is returned, whose d is about 0.
+    Scale: |d| = min(max_norm, sqrt(T)); scaling all gradients does not change d. No state. Cost: O(T^3).
+
+    Args:
+        max_norm: > 0; infinity for no bound.
+    """
+
+    name = "nash_mtl"
+    scale = "norm max_norm"
+    non_conflicting = "yes"
+    cost = "T^3"
+    solver = "fairgrad"
+    parameter = 1.0
+
+    def __init__(self, max_norm: float = 1.0) -> None:
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be > 0, got {max_norm}")
+        self.max_norm = max_norm

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""PBI: penalty-based boundary intersection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._losses import LossMethod
+from ._preferences import Preferences, across, unit
+
+
+class PBI(LossMethod):
+    """Penalty-based boundary intersection (Zhang & Li, "MOEA/D", IEEE Trans. Evol. Comput. 2007).
+
+    f = d1 + theta d2, where d1 = (L - z) . u is how far the losses are along the preferred direction u = p / |p|, and
+    d2 = |L - z - d1 u| how far off it. w = df / dL = u + theta (L - z - d1 u) / d2.
+
+    Conventions: w = u where d2 is 0 to rounding (4 T eps |L - z|). Weights may be negative: a task that does better
+    than preferred is held back. They do not depend on the scale of the losses.
+    Scale: w . u = 1. Losses of any sign. No state.
+
+    Args:
+        theta: penalty, >= 0 (5 as in the paper).
+        preference: p, T positive numbers, of which the direction counts. None: all alike.
+        ideal: z, T finite numbers. None: 0.
+    """
+
+    name = "pbi"
+    scale = "w . u = 1"
+
+    def __init__(
+        self,
+        theta: float = 5.0,
+        preference: Sequence[float] | Tensor | None = None,
+        ideal: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        if not 0 <= theta < math.inf:
+            raise ValueError(f"theta must be >= 0 and finite, got {theta}")
+        self.theta = theta
+        self._preferences = Preferences(preference, ideal)
+
+    def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
+        direction, _ = unit(self._preferences.of(losses, self.name))
+        excess, _ = unit(self._preferences.excess(losses, self.name))
+        off, length = across(excess, direction)
+        return direction + self.theta * off / torch.where(length == 0, 1, length)

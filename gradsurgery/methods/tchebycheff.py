@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: MIT
+"""Weighted Tchebycheff scalarisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._losses import LossMethod
+from ._preferences import Preferences
+
+
+class Tchebycheff(LossMethod):
+    """Weighted Tchebycheff scalarisation (Bowman 1976; Miettinen 1999): f = max_t p_t (L_t - z_t).
+
+    w_t = df / dL_t: p_t for the task of the maximum, 0 for the others; of equal tasks the first one counts.
+
+    Conventions: no absolute value, so that a loss below its z is not pushed back up; z, a lower bound of the losses,
+    makes no difference between the two.
+    Scale: w sums to the p of the worst task. Losses of any sign. No state.
+
+    Args:
+        preference: p, T positive numbers, taken as given. None: 1 / T each.
+        ideal: z, T finite numbers. None: 0.
+    """
+
+    name = "tchebycheff"
+    scale = "sums to one preference"
+
+    def __init__(
+        self, preference: Sequence[float] | Tensor | None = None, ideal: Sequence[float] | Tensor | None = None
+    ) -> None:
+        self._preferences = Preferences(preference, ideal)
+
+    def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
+        p = self._preferences.of(losses, self.name)
+        worst = (p * self._preferences.excess(losses, self.name)).argmax(-1, keepdim=True)
+        return torch.zeros_like(losses).scatter_(-1, worst, p.gather(-1, worst))

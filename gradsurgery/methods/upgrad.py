@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: MIT
+"""UPGrad: each gradient moved no further than to where it conflicts with none, then averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ._base import PerTask, SolverMethod, check_positive
+
+
+class UPGrad(SolverMethod):
+    """Unconflicting projection of gradients (Quinton & Rey, "Jacobian Descent for Multi-Objective Optimization", 2024).
+
+    d = sum_t P(p_t g_t), P the projection on the cone of the directions that conflict with no task gradient: w = sum_t
+    argmin {v^T H v : v >= p_t e_t} with H = G / trace(G) + reg_eps I.
+
+    Conventions: the ridge makes P unique and its problem well conditioned; it is relative to G, so that scaling the
+    gradients scales d (TorchJD takes the mean instead where trace(G) < 1e-4). d conflicts with no task but for the
+    ridge. For T = 2 and p = 1 this is PCGrad.
+    Scale: a mean over tasks. No state. Cost: O(T^4).
+
+    Args:
+        pref: p, T numbers; None: 1 / T each.
+        reg_eps: the ridge, > 0.
+    """
+
+    name = "upgrad"
+    scale = "mean"
+    non_conflicting = "yes"
+    linear = True
+    cost = "T^4"
+    solver = "upgrad"
+
+    def __init__(self, pref: Sequence[float] | Tensor | None = None, reg_eps: float = 1e-4) -> None:
+        self.pref = None if pref is None else PerTask("pref", pref)
+        self.parameter = check_positive("reg_eps", reg_eps)

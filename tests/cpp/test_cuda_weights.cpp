@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: MIT
+// The solvers of gs_weighting and Gradient Vaccine on the GPU, compiled for the host (emulated.h), against the CPU's
+// results, in several orders of threads and blocks: the same bits in each.
+#include "emulation.h"
+
+namespace {
+
+// d of two sets of weights must agree relative to the longest gradient; G of dependent rows has several weights for it.
+void check_directions(const Values& grams, const Values& got, const Values& expected, int64_t num_tasks,
+                      double tolerance, int method) {
+  for (int64_t b = 0; b < kGrams; b++) {
+    const double *gram = &grams[b * num_tasks * num_tasks], *w = &got[b * num_tasks], *v = &expected[b * num_tasks];
+    if (b == kGrams - 1) {
+      for (int64_t i = 0; i < num_tasks; i++) CHECK(std::isnan(w[i]), "NaN in, %g out", w[i]);
+      continue;
+    }
+    double error = 0, size = 0;
+    for (int64_t i = 0; i < num_tasks; i++) {
+      for (int64_t j = 0; j < num_tasks; j++) {
+        error += (w[i] - v[i]) * gram[i * num_tasks + j] * (w[j] - v[j]);
+        size += v[i] * gram[i * num_tasks + j] * v[j];
+      }
+    }
+    // A length is known to the square root of rounding.
+    double spread = 0;
+    for (int64_t i = 0; i < num_tasks; i++) spread += std::abs(v[i]) * std::sqrt(gram[i * num_tasks + i]);
+    CHECK(std::sqrt(std::max(error, 0.0)) <= tolerance * std::sqrt(std::max(size, 0.0)) + 3e-8 * spread,
+          "method %d T %ld problem %ld: |difference| %g of %g", method, static_cast<long>(num_tasks),
+          static_cast<long>(b), std::sqrt(std::max(error, 0.0)), std::sqrt(std::max(size, 0.0)));
+  }
+}
+
+void test_weights(int64_t num_tasks, gs_weighting method, bool preferred) {
+  const Values grams = grams_of(num_tasks);
+  Values preference(num_tasks);
+  for (int64_t i = 0; i < num_tasks; i++) preference[i] = 0.5 + 0.1 * static_cast<double>(i);
+  const double* given = preferred ? preference.data() : nullptr;
+  const double parameter = method == GS_CAGRAD ? 0.4 : method == GS_FAIRGRAD ? 1.0 : 1e-4, max_norm = 1;
+  const int64_t bytes = gs_weights_workspace_bytes(method, kGrams, num_tasks);
+  Values expected(kGrams * num_tasks);
+  CHECK(gs_weights_cpu(grams.data(), kGrams, num_tasks, method, given, parameter, max_norm, expected.data(),
+                       allocate(bytes).get(), bytes, nullptr) == GS_OK,
+        "%s", gs_last_error());
+  const int64_t gpu_bytes = gs_weights_cuda_workspace_bytes(method, kGrams, num_tasks);
+  const Values got = in_every_order(expected.size(), [&](double* out) {
+    return gs_weights_cuda(grams.data(), kGrams, num_tasks, method, given, parameter, max_norm, out,
+                           allocate(gpu_bytes).get(), gpu_bytes, nullptr);
+  });
+  check_directions(grams, got, expected, num_tasks, 1e-6, method);
+}
+
+void test_gradvac(int64_t num_tasks) {
+  const Values grams = grams_of(num_tasks);
+  std::vector<int64_t> order(num_tasks * num_tasks);
+  CHECK(gs_task_order_cpu(num_tasks, 3, 9, order.data()) == GS_OK, "%s", gs_last_error());
+  Values start(grams.size());
+  for (size_t e = 0; e < start.size(); e++) start[e] = 0.1 * static_cast<double>(e % 7) - 0.2;
+  Values targets = start, expected(kGrams * num_tasks), gpu_targets;
+  CHECK(gs_gradvac_cpu(grams.data(), kGrams, num_tasks, order.data(), 0.3, targets.data(), expected.data(), nullptr) ==
+            GS_OK,
+        "%s", gs_last_error());
+  const Values got = in_every_order(expected.size(), [&](double* out) {
+    gpu_targets = start;
+    return gs_gradvac_cuda(grams.data(), kGrams, num_tasks, order.data(), 0.3, gpu_targets.data(), out, nullptr);
+  });
+  check_directions(grams, got, expected, num_tasks, 1e-9, -1);
+  check_close(gpu_targets, targets, 1e-9, "targets");
+}
+
+void test_arguments() {
+  const double one = 1;
+  double weight = 0;
+  const auto call = [&](gs_weighting method, double parameter, double max_norm) {
+    const int64_t bytes = gs_weights_cuda_workspace_bytes(GS_UPGRAD, 1, 1);
+    return gs_weights_cuda(&one, 1, 1, method, nullptr, parameter, max_norm, &weight, allocate(64).get(), bytes,
+                           nullptr);
+  };
+  CHECK(call(GS_UPGRAD, 1e-4, 1) == GS_OK && weight == 1, "%g", weight);
+  CHECK(call(GS_UPGRAD, 0, 1) == GS_INVALID_ARGUMENT, "ridge");
+  CHECK(call(GS_CAGRAD, -1, 1) == GS_INVALID_ARGUMENT, "c");
+  CHECK(call(GS_FAIRGRAD, 1, 0) == GS_INVALID_ARGUMENT, "max_norm");
+  CHECK(call(static_cast<gs_weighting>(9), 1, 1) == GS_INVALID_ARGUMENT, "method");
+}
+
+}  // namespace
+
+int main() {
+  test_arguments();
+  for (const int64_t num_tasks : {1, 2, 3, 8, 17}) {
+    for (int method = GS_UPGRAD; method <= GS_ALIGNED_MTL_RMSE; method++) {
+      test_weights(num_tasks, static_cast<gs_weighting>(method), method % 2 == 1);
+    }
+    test_gradvac(num_tasks);
+  }
+  test_weights(40, GS_UPGRAD, false);  // scratch in the workspace
+  for (const gs_weighting method : {GS_CAGRAD, GS_CONFIG, GS_FAIRGRAD}) test_weights(70, method, false);
+  test_gradvac(70);
+  std::printf("ok\n");
+  return 0;
+}

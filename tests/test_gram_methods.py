@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: MIT
+"""The methods whose weights one solver yields: golden values, their own problems' conditions, hostile inputs."""
+
+import math
+
+import pytest
+import torch
+
+import gradsurgery
+from gradsurgery.backends import solvers
+from inputs import DEVICE, HOSTILE, hostile, normal
+
+methods = gradsurgery.methods
+TASKS = (1, 2, 3, 8, 33)
+SOLVED = ("upgrad", "dualproj", "cagrad", "nash_mtl", "fairgrad", "imtl_g", "config", "aligned_mtl")
+# METHODS.md's golden matrix, the one that TorchJD pins its aggregators on.
+GOLDEN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+GOLDEN_VALUES = {
+    "upgrad": ([1.1109, 0.7894], [0.2929, 1.9004, 1.9004]),
+    "dualproj": ([0.6109, 0.5], [0.5563, 1.1109, 1.1109]),
+    "cagrad": ([0.7041, 0.5], [0.1835, 1.2041, 1.2041]),
+    "nash_mtl": ([0.5915 / 2**0.5, 0.4071 / 2**0.5], [0.0542, 0.7061, 0.7061]),
+    "imtl_g": ([0.5923, 0.4077], [0.0767, 1.0, 1.0]),
+    "config": (None, [0.1588, 2.0706, 2.0706]),
+    "aligned_mtl": ([0.5591, 0.4083], [0.2133, 0.9673, 0.9673]),
+}
+
+
+def weigh(name, gram, backend=None, **options):
+    return methods.get(name, **options).weights(gram, backend=backend)
+
+
+@pytest.mark.parametrize("method", GOLDEN_VALUES)
+def test_golden_values(backend, method):
+    weights, direction = GOLDEN_VALUES[method]
+    got = weigh(method, gradsurgery.gram(GOLDEN), backend)
+    if weights:
+        torch.testing.assert_close(got, torch.tensor(weights).double(), atol=1e-4, rtol=0)
+    got = gradsurgery.aggregate(GOLDEN, method, backend=backend)
+    torch.testing.assert_close(got, torch.tensor(direction), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("ridge", [1e-4, 1e-8])
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_dualproj_is_optimal(backend, tasks, case, ridge):
+    """v >= u, H v >= 0, (v - u) . (H v) = 0."""
+    gram = gradsurgery.gram(hostile(tasks)[case])
+    u = torch.linspace(0.5, 1.5, tasks, dtype=torch.float64) / tasks
+    v = weigh("dualproj", gram, backend, pref=u, reg_eps=ridge)
+    h = torch.where(gram.trace() > 0, gram / gram.trace(), 0) + ridge * torch.eye(tasks)
+    slack, size = h @ v, (v @ h @ v).sqrt()
+    assert (v >= u).all()
+    assert (slack >= -1e-8 * size).all()
+    assert ((v - u) * slack).abs().max() <= 1e-8 * (v - u).max() * size
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_upgrad_is_the_sum_of_projections(backend, tasks, case):
+    gram = gradsurgery.gram(hostile(tasks)[case])
+    pref = torch.linspace(0.5, 1.5, tasks, dtype=torch.float64)
+    parts = [weigh("dualproj", gram, backend, pref=pref[t] * torch.eye(tasks)[t].double()) for t in range(tasks)]
+    got = weigh("upgrad", gram, backend, pref=pref)
+    torch.testing.assert_close(got, torch.stack(parts).sum(0), rtol=1e-9, atol=1e-11)
+
+
+def test_upgrad_of_two_tasks_is_pcgrad(backend):
+    for seed in range(10):
+        gram = gradsurgery.gram(normal(2, 5, seed=seed))
+        got = weigh("upgrad", gram, backend, pref=[1, 1], reg_eps=1e-12)
+        torch.testing.assert_close(got, gradsurgery.pcgrad_weights(gram), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.2, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_cagrad_closes_the_duality_gap(backend, tasks, case, c):
+    """max over the ball of min_t g_t . d = min over the simplex of g_x . g_0 + c |g_0| |g_x|."""
+    gram = gradsurgery.gram(hostile(tasks)[case])
+    w = weigh("cagrad", gram, backend, c=c)
+    mean = torch.full((tasks,), 1 / tasks, dtype=torch.float64)
+    product = gram @ mean
+    radius = c * (mean @ product).clamp(min=0).sqrt()
+    moved = w - mean
+    scale = gram.diagonal().max()
+    assert (moved >= -1e-12 * w.abs().max()).all()
+    assert (moved @ gram @ moved).clamp(min=0).sqrt() <= radius + 1e-7 * scale.sqrt()
+    points = [moved / moved.sum() if moved.sum() > 0 else mean, gradsurgery.min_norm_weights(gram)]
+    # The second one is for Pareto-stationary gradients: g_x = 0, but for the square root of rounding.
+    dual = min(x @ product + radius * (x @ gram @ x).clamp(min=0).sqrt() for x in points)
+    tolerance = 1e-8 if points[1] @ gram @ points[1] > 1e-12 * scale else 1e-6
+    if c > 0:
+        assert abs((gram @ w).min() - dual) <= tolerance * scale
+    factors = [1, 1 / (1 + c * c), 1 / (1 + c)]
+    for rescale, factor in enumerate(factors):
+        torch.testing.assert_close(weigh("cagrad", gram, backend, c=c, rescale=rescale), w * factor)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_fairgrad_solves_its_equation(backend, tasks, case, alpha):
+    gram = gradsurgery.gram(hostile(tasks)[case])
+    w = weigh("fairgrad", gram, backend, alpha=alpha)
+    norms = gram.diagonal().sqrt()
+    assert w.isfinite().all()
+    assert torch.equal(w > 0, norms > 0)
+    kept = norms > 0
+    if not kept.any():
+        return
+    cosines = (gram / norms[:, None] / norms)[kept][:, kept]
+    shortest = gradsurgery.min_norm_weights(cosines)
+    if shortest @ cosines @ shortest > 1e-8:  # else there is no solution
+        product = (gram @ w)[kept]
+        ridge = 2e-12 * (gram.abs() @ w)[kept] / product  # and rounding, where terms cancel
+        assert ((product * w[kept] ** (1 / alpha) - 1).abs() <= 1e-8 + ridge).all()
+    elif alpha == 1:
+        assert (w @ gram @ w).clamp(min=0).sqrt() <= math.sqrt(tasks) + 1e-6
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_nash_mtl_is_fairgrad_on_a_leash(backend, tasks, case):
+    gram = gradsurgery.gram(hostile(tasks)[case])
+    free = weigh("fairgrad", gram, backend)
+    assert torch.equal(weigh("nash_mtl", gram, backend, max_norm=math.inf), free)
+    for max_norm in (1.0, 100.0):
+        w = weigh("nash_mtl", gram, backend, max_norm=max_norm)
+        factor = w.sum() / free.sum() if gram.trace() > 0 else 1
+        torch.testing.assert_close(w, factor * free)
+        # |d| = sqrt(T), or where there is no solution less, but for the rounding of large weights.
+        norm = (free @ gram @ free).clamp(min=0).sqrt()
+        error = 1e-7 * (free * gram.diagonal().sqrt()).sum()
+        assert norm <= math.sqrt(tasks) + error
+        assert (w @ gram @ w).clamp(min=0).sqrt() <= max_norm + error
+        assert factor == 1 or factor * norm >= max_norm * (1 - 1e-9) - error
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_imtl_g_and_config_solve_the_cosines(backend, tasks, case):
+    gram = gradsurgery.gram(hostile(tasks)[case]).cpu()
+    norms = gram.diagonal().sqrt()
+    kept = norms > 0
+    cosines = torch.zeros_like(gram)
+    cosines[kept[:, None] & kept] = (gram / norms[:, None] / norms)[kept[:, None] & kept]
+    pref = torch.linspace(0.5, 1.5, tasks, dtype=torch.float64, device="cpu")
+    for name, p in (("imtl_g", torch.ones_like(pref)), ("config", pref)):
+        options = {"pref": pref} if name == "config" else {}
+        w = weigh(name, gram.to(DEVICE), backend, **options).cpu()
+        c = torch.linalg.pinv(cosines, hermitian=True, rtol=8 * 2.0**-52 * tasks) @ p
+        u = torch.where(kept, c / norms, 0)
+        # A conflict-free direction with no part in the gradients' span is none.
+        solvable = (cosines @ c).norm() > 1e-9
+        if name == "imtl_g":
+            expected = u / u.sum() if solvable and u.sum().abs() > 1e-12 * u.abs().sum() else 0 * u
+        else:
+            unit = u / (c @ cosines @ c).sqrt() if solvable else 0 * u
+            expected = (gram @ unit).sum() * unit
+        error, size = w - expected, (expected @ gram @ expected).clamp(min=0).sqrt()
+        assert (error @ gram @ error).clamp(min=0).sqrt() <= 1e-6 * size + 1e-12 * norms.max()
+        if case == "normal" and tasks <= 8:
+            product = gram @ w / norms
+            torch.testing.assert_close(product / product.mean(), p / p.mean(), rtol=1e-8, atol=0)
+            assert name == "config" or abs(w.sum() - 1) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["min", "median", "rmse"])
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_aligned_mtl_makes_components_equally_long(backend, tasks, case, mode):
+    """B G B = s P with the projection P on the eigenvectors that count."""
+    gram = gradsurgery.gram(hostile(tasks)[case]).cpu()
+    eye = torch.eye(tasks, dtype=torch.float64, device="cpu")
+    columns = [weigh("aligned_mtl", gram.to(DEVICE), backend, pref=row, scale_mode=mode).cpu() for row in eye]
+    b = torch.stack(columns, 1)
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > 2.0**-23 * tasks * values.max()
+    if not kept.any():
+        assert torch.equal(b, eye)
+        return
+    counted = values[kept]
+    scale = {"min": counted.min(), "median": counted.median(), "rmse": counted.mean()}[mode]
+    projection = vectors[:, kept] @ vectors[:, kept].T
+    # The least eigenvalues are known to 1e-16 of the largest one.
+    error = 1e-12 * values.max() / counted.min()
+    torch.testing.assert_close(b @ gram @ b, scale * projection, rtol=0, atol=float(scale * (1e-9 + error)))
+
+
+def explicit_gradvac(rows, order, beta, targets):
+    """Algorithm 1 on the gradients themselves."""
+    moved = rows.clone()
+    for i, visits in enumerate(order.tolist()):
+        for j in visits:
+            p, other = moved[i], rows[j]
+            if j == i or p.norm() == 0 or other.norm() == 0:
+                continue
+            rho = (p @ other / p.norm() / other.norm()).clamp(-1, 1)
+            goal = targets[i, j].clamp(max=1 - 1e-8)
+            if rho < goal:
+                sine = (1 - goal**2).sqrt()
+                moved[i] = p + other * p.norm() * (goal * (1 - rho**2).sqrt() - rho * sine) / (other.norm() * sine)
+                cosine = moved[i] @ other / moved[i].norm() / other.norm()
+                torch.testing.assert_close(cosine, goal, atol=1e-6, rtol=0)
+            targets[i, j] = (1 - beta) * targets[i, j] + beta * rho
+    return moved.sum(0)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_gradvac_is_algorithm_1(backend, tasks):
+    method = methods.get("gradvac", beta=0.3, seed=4)
+    targets = torch.zeros(tasks, tasks, dtype=torch.float64)
+    for step in range(4):
+        rows = normal(tasks, 40, seed=step) + normal(1, 40, seed=9)
+        order = gradsurgery.task_order(tasks, seed=4, step=step, device=DEVICE)
+        got = method.weights(gradsurgery.gram(rows), backend=backend) @ rows
+        expected = explicit_gradvac(rows, order, 0.3, targets)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(method.state_dict()["targets"], targets, rtol=1e-9, atol=1e-9)
+    if tasks > 1:
+        assert (targets > 0).any()
+    bad = torch.full((tasks, tasks), torch.nan, dtype=torch.float64)
+    assert method.weights(bad, backend=backend).isnan().all()
+    torch.testing.assert_close(method.state_dict()["targets"], targets, rtol=1e-9, atol=1e-9)
+
+
+def test_gradvac_starts_as_pcgrad(backend):
+    gram = gradsurgery.gram(hostile(8)["conflicting"] + 0.1 * normal(8, 37, seed=3))
+    got = weigh("gradvac", gram, backend, beta=0.0, seed=2)
+    torch.testing.assert_close(got, gradsurgery.pcgrad_weights(gram, seed=2), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("tasks", TASKS)
+def test_gradvac_of_hostile_gradients_is_finite(backend, tasks, case):
+    method, gram = methods.get("gradvac", beta=0.5), gradsurgery.gram(hostile(tasks)[case])
+    for _ in range(3):
+        assert method.weights(gram, backend=backend).isfinite().all()
+
+
+def test_gradvac_state(backend):
+    grams = torch.stack([gradsurgery.gram(normal(4, 20, seed=s)) for s in range(6)]).view(2, 3, 4, 4)
+    first, second = methods.get("gradvac", beta=0.5, seed=1), methods.get("gradvac")
+    first.weights(grams, backend=backend)
+    second.load_state_dict(first.state_dict())
+    second.beta = 0.5
+    got, again = first.weights(grams, backend=backend), second.weights(grams, backend=backend)
+    assert torch.equal(got, again)
+    fresh = methods.get("gradvac")
+    fresh.load_state_dict(methods.get("gradvac", seed=7).state_dict())
+    assert fresh.state_dict()["targets"] is None
+    assert fresh.seed == 7
+    with pytest.raises(ValueError, match=r"state is for G of shape \(2, 3, 4, 4\), got shape \(4, 4\)"):
+        first.weights(grams[0, 0], backend=backend)
+    with pytest.raises(ValueError, match=r"targets must be a tensor \[..., T, T\], got a tensor of shape \(3,\)"):
+        fresh.load_state_dict({"targets": torch.ones(3), "seed": 0, "step": torch.tensor(0)})
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e6, 1e20])
+@pytest.mark.parametrize("method", [*SOLVED, "gradvac"])
+@pytest.mark.parametrize("tasks", [2, 5])
+def test_scaling_the_gradients_scales_the_direction(backend, tasks, method, scale):
+    rows = hostile(tasks)["conflicting"] + 0.1 * normal(tasks, 37, seed=9)
+    options = {"alpha": 2.0} if method == "fairgrad" else {}
+    power = {"nash_mtl": 0, "fairgrad": (1 - 2) / (1 + 2)}.get(method, 1)
+    base = gradsurgery.aggregate(rows, method, backend=backend, **options)
+    scaled = gradsurgery.aggregate(rows * scale, method, backend=backend, **options) / scale**power
+    assert (scaled - base).norm() <= 1e-9 * base.norm()
+
+
+@pytest.mark.parametrize("method", [*SOLVED, "gradvac"])
+def test_a_batch_is_its_problems(backend, method):
+    tasks = 5
+    grams = torch.stack([gradsurgery.gram(rows) for rows in list(hostile(tasks).values()) * 2])
+    grams = grams[:24].reshape(4, 6, tasks, tasks)
+    grams[1, 2, 0, 0] = torch.nan
+    grams[3, 1, 0, 1] = torch.inf
+    batched = weigh(method, grams, backend)
+    assert batched.shape == grams.shape[:-1]
+    for index in torch.cartesian_prod(torch.arange(4), torch.arange(6)).tolist():
+        gram, got = grams[tuple(index)], batched[tuple(index)]
+        one = weigh(method, gram, backend)
+        assert one.isfinite().all() == gram.isfinite().all()
+        if backend in ("reference", "triton"):  # batched matrix products may sum in another order
+            error = torch.nan_to_num(one - got)
+            norm = torch.nan_to_num(gram).diagonal().max()
+            assert (error @ torch.nan_to_num(gram) @ error).abs() <= 1e-9 * max(norm, 1)
+        else:
+            torch.testing.assert_close(got, one, rtol=0, atol=0, equal_nan=True)
+    assert weigh(method, grams[:0, 0], backend).shape == (0, tasks)
+
+
+@pytest.mark.parametrize("method", [*SOLVED, "gradvac"])
+@pytest.mark.parametrize("tasks", [1, 2, 64])
+def test_any_number_of_tasks(method, tasks):
+    rows = normal(tasks, 100)
+    weights = weigh(method, gradsurgery.gram(rows))
+    assert weights.isfinite().all()
+    if tasks == 1:
+        factor = 1 / rows.norm() if method in ("nash_mtl", "fairgrad") else 1
+        torch.testing.assert_close(weights * torch.ones(()), torch.ones(1).double() * factor, rtol=1e-3, atol=0) if (
+            method != "cagrad"
+        ) else torch.testing.assert_close(weights, torch.full((1,), 1.5).double())
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 9])
+def test_jacobi_is_an_eigendecomposition(tasks):
+    """What the reference does where torch's own would synchronise."""
+    grams = torch.stack([gradsurgery.gram(rows) for name, rows in hostile(tasks).items() if name not in ("huge",)])
+    grams = grams / grams.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-300)[:, None, None]
+    values, rows = solvers.jacobi(grams)
+    torch.testing.assert_close((rows.mT * values[:, None]) @ rows, grams, rtol=0, atol=1e-13)
+    expected = torch.linalg.eigvalsh(grams).clamp(min=0)
+    torch.testing.assert_close(values.sort(-1).values, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("upgrad", {"reg_eps": 0.0}, "reg_eps must be positive and finite, got 0.0"),
+        ("dualproj", {"reg_eps": math.inf}, "reg_eps must be positive and finite, got inf"),
+        ("dualproj", {"pref": [1.0, math.nan]}, "pref must be T finite numbers"),
+        ("config", {"pref": [[1.0, 2.0]]}, "pref must be T finite numbers"),
+        ("cagrad", {"c": -1.0}, "c must be >= 0 and finite, got -1.0"),
+        ("cagrad", {"rescale": 3}, "rescale must be 0, 1 or 2, got 3"),
+        ("nash_mtl", {"max_norm": 0.0}, "max_norm must be > 0, got 0.0"),
+        ("fairgrad", {"alpha": 0.0}, "alpha must be positive and finite, got 0.0"),
+        ("aligned_mtl", {"scale_mode": "max"}, "scale_mode must be one of min, median, rmse, got 'max'"),
+        ("gradvac", {"beta": 1.5}, r"beta must be in 0..1, got 1.5"),
+    ],
+)
+def test_options_that_cannot_be(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        methods.get(method, **options)
+
+
+def test_a_preference_for_another_number_of_tasks():
+    with pytest.raises(ValueError, match="pref must hold one number for each of 2 tasks, got 3"):
+        weigh("upgrad", torch.eye(2, dtype=torch.float64), pref=[1, 2, 3])
