@@ -14,17 +14,15 @@ from ._base import PerTask
 class Preferences:
     """A preference p, T positive numbers, and an ideal point z, T finite numbers, both optional."""
 
-    def __init__(
-        self, preference: Sequence[float] | Tensor | None, ideal: Sequence[float] | Tensor | None = None
-    ) -> None:
-        self._preference = None if preference is None else PerTask("preference", preference, "positive numbers")
+    def __init__(self, pref: Sequence[float] | Tensor | None, ideal: Sequence[float] | Tensor | None = None) -> None:
+        self._pref = None if pref is None else PerTask("pref", pref, "positive numbers")
         self._ideal = None if ideal is None else PerTask("ideal", ideal)
 
     def of(self, losses: Tensor, method: str) -> Tensor:
         """Return p as [..., T] like the losses, 1 / T each without a preference."""
-        if self._preference is None:
+        if self._pref is None:
             return torch.full_like(losses, 1 / losses.shape[-1])
-        return self._preference.on(losses, method).expand_as(losses)
+        return self._pref.on(losses, method).expand_as(losses)
 
     def excess(self, losses: Tensor, method: str) -> Tensor:
         """Return L - z [..., T]."""

@@ -26,17 +26,17 @@ class COSMOS(LossMethod):
 
     Args:
         penalty: lambda, >= 0. The paper has values from 0.01 to 8.
-        preference: p, T positive numbers, taken as given. None: 1 / T each.
+        pref: p, T positive numbers, taken as given. None: 1 / T each.
     """
 
     name = "cosmos"
     scale = "w . L = p . L"
 
-    def __init__(self, penalty: float = 1.0, preference: Sequence[float] | Tensor | None = None) -> None:
+    def __init__(self, penalty: float = 1.0, pref: Sequence[float] | Tensor | None = None) -> None:
         if not 0 <= penalty < math.inf:
             raise ValueError(f"penalty must be >= 0 and finite, got {penalty}")
         self.penalty = penalty
-        self._preferences = Preferences(preference)
+        self._preferences = Preferences(pref)
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
         p = self._preferences.of(losses, self.name)

@@ -25,7 +25,7 @@ class PBI(LossMethod):
 
     Args:
         theta: penalty, >= 0 (5 as in the paper).
-        preference: p, T positive numbers, of which the direction counts. None: all alike.
+        pref: p, T positive numbers, of which the direction counts. None: all alike.
         ideal: z, T finite numbers. None: 0.
     """
 
@@ -35,13 +35,13 @@ class PBI(LossMethod):
     def __init__(
         self,
         theta: float = 5.0,
-        preference: Sequence[float] | Tensor | None = None,
+        pref: Sequence[float] | Tensor | None = None,
         ideal: Sequence[float] | Tensor | None = None,
     ) -> None:
         if not 0 <= theta < math.inf:
             raise ValueError(f"theta must be >= 0 and finite, got {theta}")
         self.theta = theta
-        self._preferences = Preferences(preference, ideal)
+        self._preferences = Preferences(pref, ideal)
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
         direction, _ = unit(self._preferences.of(losses, self.name))

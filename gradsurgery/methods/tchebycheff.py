@@ -22,7 +22,7 @@ class Tchebycheff(LossMethod):
     Scale: w sums to the p of the worst task. Losses of any sign. No state.
 
     Args:
-        preference: p, T positive numbers, taken as given. None: 1 / T each.
+        pref: p, T positive numbers, taken as given. None: 1 / T each.
         ideal: z, T finite numbers. None: 0.
     """
 
@@ -30,9 +30,9 @@ class Tchebycheff(LossMethod):
     scale = "sums to one preference"
 
     def __init__(
-        self, preference: Sequence[float] | Tensor | None = None, ideal: Sequence[float] | Tensor | None = None
+        self, pref: Sequence[float] | Tensor | None = None, ideal: Sequence[float] | Tensor | None = None
     ) -> None:
-        self._preferences = Preferences(preference, ideal)
+        self._preferences = Preferences(pref, ideal)
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
         p = self._preferences.of(losses, self.name)

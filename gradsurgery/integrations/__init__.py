@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Other libraries' interfaces, one module each. None is imported with gradsurgery itself."""
