@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._gradients import TaskGradients, is_dense, parse, read_lists
+from ._gradients import TaskGradients, assign_grads, is_dense, parse, read_lists
+from .backends import Backend, choose
 from .collect import Collected
+from .combine import combine_of
 
 
 @dataclass(slots=True)
@@ -139,6 +141,35 @@ def _target(parameter: Tensor, accumulate: bool) -> Tensor:
         )
     # An expanded .grad cannot be written in place.
     return parameter.grad if is_dense(parameter.grad) else parameter.grad.contiguous()
+
+
+def add_plain(
+    grads: TaskGradients,
+    params: list[int],
+    weights: Tensor,
+    out: list[Any],
+    accumulate: bool,
+    done: Container[int],
+    backend: Backend,
+) -> None:
+    """Write or add the weighted sums of ``params`` of ``grads``, but for the places where ``done`` says it is there."""
+    left = [i for i in range(len(params)) if i not in done]
+    if left:
+        rest = grads.select([params[i] for i in left], [0] * len(left), 1)
+        combine_of(rest, weights[None], [out[i] for i in left], accumulate, backend)
+
+
+def add_all(collected: Collected, backend: str | None) -> None:
+    """Add the sum of each parameter's gradients to its ``.grad``."""
+    grads, reach, sparse = read(collected)
+    params = [p for p, count in enumerate(reach) if count and p not in sparse]
+    parameters = [collected.parameters[p] for p in params]
+    out, accumulate, done = targets(parameters, grads, params)
+    ones = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device)
+    add_plain(grads, params, ones, out, accumulate, done, choose(backend, grads.device, grads.num_tasks))
+    assign_grads(parameters, out)
+    for p in sparse:
+        add_sparse(collected.parameters[p], [row[p] for row in collected.grads], ones)
 
 
 def _is_sparse(grad: Tensor | None) -> bool:

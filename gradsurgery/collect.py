@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ class Collected:
     Attributes:
         tasks: names.
         parameters: the P parameters.
-        grads: T lists of P gradients, None where a task does not reach a parameter.
+        grads: T lists of P gradients, None where a task does not reach a parameter; for each of the batches in turn.
         losses: [T], detached and unscaled, summed over the micro-batches like the gradients.
         scale: the gradient scaler's factor that ``grads`` still carry, [], or None.
     """
@@ -31,6 +31,7 @@ class Collected:
     grads: list[list[Tensor | None]]
     losses: Tensor
     scale: Tensor | None
+    batches: int = 1
 
     @property
     def reach(self) -> bytes:
@@ -44,12 +45,7 @@ class Collected:
             ValueError: the two do not belong to the same tasks, parameters and scaling.
             RuntimeError: the second backward passes wrote over the first ones' gradients.
         """
-        if self.tasks != other.tasks:
-            raise ValueError(f"every micro-batch must have the same tasks: had {self.tasks}, got {other.tasks}")
-        if [id(p) for p in self.parameters] != [id(p) for p in other.parameters]:
-            raise ValueError("the optimizer's parameters changed between micro-batches: combine() before changing them")
-        if (self.scale is None) != (other.scale is None):
-            raise ValueError("either every micro-batch is given the scaler or none")
+        self._check_like(other)
         for mine, theirs in zip(self.grads, other.grads, strict=True):
             check_memory([mine, theirs])
         grads = [
@@ -57,6 +53,22 @@ class Collected:
             for mine, theirs in zip(self.grads, other.grads, strict=True)
         ]
         return Collected(self.tasks, self.parameters, grads, self.losses + other.losses, other.scale)
+
+    def beside(self, other: Collected) -> Collected:
+        """Return both, as batches of their own; errors as those of :meth:`plus`."""
+        self._check_like(other)
+        grads = self.grads + other.grads
+        check_memory(grads)
+        batches = self.batches + other.batches
+        return Collected(self.tasks, self.parameters, grads, other.losses, other.scale, batches)
+
+    def _check_like(self, other: Collected) -> None:
+        if self.tasks != other.tasks:
+            raise ValueError(f"every micro-batch must have the same tasks: had {self.tasks}, got {other.tasks}")
+        if [id(p) for p in self.parameters] != [id(p) for p in other.parameters]:
+            raise ValueError("the optimizer's parameters changed between micro-batches: combine() before changing them")
+        if (self.scale is None) != (other.scale is None):
+            raise ValueError("either every micro-batch is given the scaler or none")
 
 
 def collect(
@@ -68,6 +80,7 @@ def collect(
     mode: str = "sequential",
     chunk_size: int | None = None,
     features: Tensor | Sequence[Tensor] | None = None,
+    weigh: Callable[[Tensor], Tensor] | None = None,
 ) -> Collected:
     """Return the gradient of every loss with respect to every parameter.
 
@@ -78,6 +91,8 @@ def collect(
         losses, scaler, retain_graph: as in :meth:`gradsurgery.SurgeryOptimizer.backward`.
         parameters: the P parameters.
         mode, chunk_size, features: likewise.
+        weigh: from the losses [T] to weights [T]. Then there is one pass, from the weighted sum, and one row of
+            gradients; how the passes would go otherwise does not matter.
 
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
@@ -93,6 +108,11 @@ def collect(
         features = [features]
     scale = None
     values = torch.stack([loss.detach().to(scalars[0].device, torch.float64) for loss in scalars])
+    if weigh is not None:
+        weights = weigh(values)
+        terms = [loss * weight.to(loss) for weight, loss in zip(weights.unbind(), scalars, strict=True)]
+        scalars = [sum((term.to(terms[0].device) for term in terms[1:]), terms[0])]
+        mode, chunk_size, features = "sequential", None, None
     if scaler is not None:
         scale = scaler.scale(torch.ones((), device=scalars[0].device))
         scalars = [scaler.scale(loss) for loss in scalars]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FIELDS = ("gram", "weights", "norms", "cosines", "conflicts", "magnitude_similarity", "update_norm", "finite")
+
 
 class SurgeryInfo:
     """The Gram matrix and weights of one step, and what follows from them.
@@ -18,14 +20,32 @@ class SurgeryInfo:
 
     Attributes:
         tasks: the tasks' names, or their indices as strings.
-        gram: float64 [T, T], inner products of the task gradients over the shared parameters.
-        weights: float64 [T], d = sum_t w_t g_t.
     """
 
-    def __init__(self, tasks: list[str], gram: Tensor, weights: Tensor) -> None:
+    def __init__(self, tasks: list[str], gram: Tensor | None, weights: Tensor | None) -> None:
         self.tasks = tasks
-        self.gram = gram
-        self.weights = weights
+        self._gram = gram
+        self._weights = weights
+
+    @property
+    def gram(self) -> Tensor:
+        """Inner products of the task gradients over the shared parameters, float64 [T, T].
+
+        ValueError where the step computed none: ``backward`` takes one pass for methods that need none, and
+        coordinate-wise methods read the gradients once.
+        """
+        if self._gram is None:
+            raise ValueError(
+                "this step computed no G, for its method needs none; for loss weights collect() and combine() do"
+            )
+        return self._gram
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights of d = sum_t w_t g_t, float64 [T]; ValueError for coordinate-wise methods, which have none."""
+        if self._weights is None:
+            raise ValueError("a coordinate-wise method has no weights")
+        return self._weights
 
     @property
     def norms(self) -> Tensor:
@@ -65,12 +85,15 @@ class SurgeryInfo:
         return self.gram.isfinite().all(-1).all(-1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as Python numbers and nested lists, by one copy to the host."""
-        fields = ("gram", "weights", "norms", "cosines", "conflicts", "magnitude_similarity", "update_norm", "finite")
-        values = [getattr(self, field).double() for field in fields]
-        host = torch.cat([value.reshape(-1) for value in values]).cpu()
-        parts = host.split([value.numel() for value in values])
-        result = {
-            field: part.reshape(value.shape).tolist() for field, part, value in zip(fields, parts, values, strict=True)
-        }
-        return {"tasks": self.tasks, **result, "finite": parts[-1].bool().reshape(values[-1].shape).tolist()}
+        """Return everything as Python numbers and nested lists, by one copy to the host; None for what is not there."""
+        fields = [] if self._weights is None else ["weights"]
+        if self._gram is not None:
+            fields += ["gram", "norms", "cosines", "conflicts", "magnitude_similarity", "finite"]
+            fields += [] if self._weights is None else ["update_norm"]
+        result: dict[str, Any] = {"tasks": self.tasks, **dict.fromkeys(_FIELDS)}
+        if fields:
+            values = [getattr(self, field) for field in fields]
+            host = torch.cat([value.double().reshape(-1) for value in values]).cpu()
+            for field, value, part in zip(fields, values, host.split([v.numel() for v in values]), strict=True):
+                result[field] = part.to(value.dtype).reshape(value.shape).tolist()
+        return result

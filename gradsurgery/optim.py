@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import methods
 from ._gradients import TaskGradients, assign_grads, check_gradient
-from ._step import Plan, add_sparse, make_plan, read, targets
+from ._step import Plan, add_all, add_plain, add_sparse, make_plan, read, targets
 from .backends import Backend, choose
 from .collect import Collected, Losses, collect
 from .combine import combine_of
@@ -129,9 +129,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             RuntimeError: the batched pass failed, as where vmap does not know an operator; nothing has changed then.
         """
         before = self._pending
-        self.collect(
-            losses, scaler=scaler, retain_graph=retain_graph, mode=mode, chunk_size=chunk_size, features=features
-        )
+        passes = {"scaler": scaler, "retain_graph": retain_graph, "mode": mode, "chunk_size": chunk_size}
+        if before is None and self.method.weights_losses and not self.method.needs_gram:
+            return self._backward_once(losses, features=features, **passes)
+        self.collect(losses, features=features, **passes)  # type: ignore[arg-type]
         try:
             return self.combine()
         except BaseException:
@@ -151,19 +152,26 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """Add one micro-batch's task gradients to those collected so far; ``combine`` then operates on the sums.
 
         Surgery on accumulated gradients differs from accumulating the results of surgery on each micro-batch, which
-        is what several ``backward`` calls do. ``scaler.update()`` belongs after the step,
-        not between micro-batches. Arguments and errors are those of :meth:`backward`.
+        is what several ``backward`` calls do. ``scaler.update()`` belongs after the step, not between micro-batches.
+        Methods of several independent batches (``num_batches``) take each call's as one of them instead of a sum.
+        Arguments and errors are those of :meth:`backward`.
         """
+        before, batches = self._pending, self.method.num_batches
+        if before is not None and 1 < batches == before.batches:
+            raise ValueError(f"a step of method {self.method.name!r} has at most {batches} batches: call combine() now")
         collected = collect(
             losses,
-            [p for group in self.param_groups for p in group["params"] if p.requires_grad],
+            self._trainable(),
             scaler=scaler,
             retain_graph=retain_graph,
             mode=mode,
             chunk_size=chunk_size,
             features=features,
         )
-        self._pending = collected if self._pending is None else self._pending.plus(collected)
+        if before is None:
+            self._pending = collected
+        else:
+            self._pending = before.plus(collected) if batches == 1 else before.beside(collected)
 
     @torch.no_grad()
     def combine(self) -> SurgeryInfo:
@@ -173,33 +181,39 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         if self._pending is None:
             raise ValueError("there is nothing to combine: call collect(losses) first")
-        collected = self._pending
+        collected, num_tasks = self._pending, len(self._pending.tasks)
+        if collected.batches not in (1, self.method.num_batches):
+            raise ValueError(
+                f"a step of method {self.method.name!r} has 1 or {self.method.num_batches} batches, got "
+                f"{collected.batches}"
+            )
         grads, reach, sparse = read(collected)
         plan = self._plan_for(collected, reach)
         for p in plan.shared if sparse else ():
             for t, row in enumerate(collected.grads):
                 if row[p] is not None:
                     check_gradient(row[p], f"grads[{t}][{p}]")
+        backend = choose(self.backend, grads.device, grads.num_tasks)
         plain = [p for p in plan.plain if p not in sparse] if sparse else plan.plain
         parameters = [collected.parameters[p] for p in plan.shared + plain]
-        backend = choose(self.backend, grads.device, grads.num_tasks)
         out, accumulate, done = targets(parameters, grads, plan.shared + plain)
         shared_out, plain_out = out[: len(plan.shared)], out[len(plan.shared) :]
 
         gram, weights = self._operate(collected, grads, plan, backend, shared_out, accumulate)
-        left = list(range(len(plain)))
-        if not self.method.weights_losses:
-            left = [i for i in left if i + len(plan.shared) not in done]
-        if left or sparse:
-            plain_weights = weights[0] if self.method.weights_losses else torch.ones_like(weights[0])
-        if left:
-            rest = grads.select([plain[i] for i in left], [0] * len(left), 1)
-            combine_of(rest, plain_weights[None], [plain_out[i] for i in left], accumulate, backend)
+        if self.method.weights_losses:
+            plain_weights, done = weights[0], set()  # type: ignore[index]
+        elif plain or sparse:
+            plain_weights = torch.full((grads.num_tasks,), 1 / collected.batches, device=grads.device).double()
+            done = {i - len(plan.shared) for i in done} if collected.batches == 1 else set()
+        if plain:
+            add_plain(grads, plain, plain_weights, plain_out, accumulate, done, backend)
         assign_grads(parameters, out)
         for p in sparse:
             add_sparse(collected.parameters[p], [row[p] for row in collected.grads], plain_weights)
         if self.granularity == "global":
-            gram, weights = gram[0], weights[0]
+            gram, weights = (None if value is None else value[0] for value in (gram, weights))
+        if collected.batches > 1:
+            gram, weights = gram[..., -num_tasks:, -num_tasks:], weights[..., -num_tasks:]  # type: ignore[index]
         return SurgeryInfo(collected.tasks, gram, weights)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -253,7 +267,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     def _plan_for(self, collected: Collected, reach: bytes) -> Plan:
         """Return the last step's plan if it still holds, else a new one."""
-        plan, enough, measured = self._plan, min(2, len(collected.tasks)), self.method.gram_parameters
+        plan, measured = self._plan, self.method.gram_parameters
+        enough = collected.batches + 1 if len(collected.tasks) > 1 else 1
         if plan is None or not plan.holds(collected.parameters, reach, enough, measured):
             groups = None
             if self.granularity == "per_group":
@@ -270,6 +285,32 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self._plan = plan
         return plan
 
+    def _backward_once(self, losses: Losses, **passes: Any) -> SurgeryInfo:
+        """Go back from the weighted sum of the losses, in one pass."""
+        before, found = self.method.state_dict(), []
+
+        def weigh(values: Tensor) -> Tensor:
+            gram = values.new_zeros(()).expand(len(values), len(values))
+            found.append(self._weights(gram, values))
+            return found[0]
+
+        try:
+            collected = collect(losses, self._trainable(), weigh=weigh, **passes)
+            with torch.no_grad():
+                add_all(collected, self.backend)
+        except BaseException:
+            self.method.load_state_dict(before)
+            raise
+        return SurgeryInfo(collected.tasks, None, found[0])
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _weights(self, gram: Tensor, losses: Tensor) -> Tensor:
+        # A method of the user's own need not know of backends.
+        named = {} if self.backend is None else {"backend": self.backend}
+        return self.method.weights(gram, losses=losses, **named)
+
     def _operate(
         self,
         collected: Collected,
@@ -278,7 +319,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         backend: Backend,
         out: list[Any],
         accumulate: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Write the shared parameters' directions; return G [S, T, T], unscaled, and the weights [S, T]."""
         shared = grads.select(plan.shared, plan.segments, plan.num_segments)
         scale = None if collected.scale is None else collected.scale.to(torch.float64) ** 2
@@ -294,12 +335,15 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             measured = gram = gram / scale
         if self.method.gram_parameters is not None:
             measured, gram = gram[1:], gram.sum(0, keepdim=True)
-        # A method of the user's own need not know of backends.
-        named = {} if self.backend is None else {"backend": backend.name}
+        if collected.batches > 1:
+            tasks = len(collected.tasks)
+            measured = gram[..., :tasks, tasks : 2 * tasks]
         if self.granularity == "global":
-            weights = self.method.weights(measured[0], losses=collected.losses, **named)[None]
+            weights = self._weights(measured[0], collected.losses)[None]
         else:
-            weights = self.method.weights(measured, losses=collected.losses, **named)
+            weights = self._weights(measured, collected.losses)
+        if collected.batches > 1:
+            weights = torch.nn.functional.pad(weights, (grads.num_tasks - len(collected.tasks), 0))
         self._pending = None
         combine_of(shared, weights, out, accumulate, backend)
         return gram, weights

@@ -167,8 +167,9 @@ def test_one_task_is_a_multiple_of_the_plain_gradient(method):
     info = optimizer.backward([loss])
     torch.testing.assert_close(net["a"].weight.grad, expected * info.weights.float())
     assert info.weights > 0
-    assert info.conflicts == 0
-    assert info.norms > 0
+    if optimizer.method.needs_gram:
+        assert info.conflicts == 0
+        assert info.norms > 0
 
 
 def test_a_method_of_the_users_own():

@@ -60,6 +60,11 @@ class Method:
     name: ClassVar[str]
     """Lower snake case of the paper's name."""
     needs_losses: ClassVar[bool] = False
+    needs_gram: ClassVar[bool] = True
+    """Whether the weights depend on G. If not, only its shape, its device and whether it is finite count, and the
+    optimizers go back once, from the weighted sum of the losses."""
+    num_batches: ClassVar[int] = 1
+    """How many independent batches a step may have; ``weights`` takes J_1 J_2^T then, and the last batch makes d."""
     weights_losses: ClassVar[bool] = False
     """Whether the weights belong to the losses, and so also multiply the gradients of parameters that one task owns."""
 

@@ -24,6 +24,7 @@ class LossMethod(Method):
     """
 
     needs_losses = True
+    needs_gram = False
     weights_losses = True
     needs = "losses"
     state_names: ClassVar[tuple[str, ...]] = ()

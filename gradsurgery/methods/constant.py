@@ -19,6 +19,7 @@ class Constant(Method):
     """
 
     name = "constant"
+    needs_gram = False
     weights_losses = True
     needs = "nothing"
     scale = "as given"

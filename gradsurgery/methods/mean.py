@@ -13,6 +13,7 @@ class Mean(Method):
     """w_t = 1 / T: what ``mean(losses).backward()`` does, the heads included. Scale: sums to 1. No state."""
 
     name = "mean"
+    needs_gram = False
     weights_losses = True
     needs = "nothing"
     scale = "mean"

@@ -30,6 +30,7 @@ class Random(SteppedMethod):
     """
 
     name = "random"
+    needs_gram = False
     weights_losses = True
     needs = "nothing"
     scale = "sums to 1"

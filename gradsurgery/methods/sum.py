@@ -13,6 +13,7 @@ class Sum(Method):
     """w_t = 1: what ``sum(losses).backward()`` does, as a baseline. Scale: a sum over tasks. No state."""
 
     name = "sum"
+    needs_gram = False
     weights_losses = True
     needs = "nothing"
     scale = "sum"
