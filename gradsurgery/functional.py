@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ._constant import constant
-from ._gradients import Grads, as_float64, parse
+from ._gradients import Grads, TaskGradients, as_float64, parse
 from .backends import choose
-from .combine import Direction, _check_out, combine_of, new_out
-from .gram import gram_of
+from .combine import Direction, _check_out, combine, combine_of, new_out
+from .gram import gram, gram_of
 
 if TYPE_CHECKING:
     from .methods import Method
+    from .methods._buffered import BufferedMethod
 
 
 def aggregate(
@@ -45,6 +46,7 @@ def aggregate(
         ValueError, TypeError, RuntimeError: as the stages do; ValueError for options beside a ``Method``.
     """
     from .methods import resolve
+    from .methods._buffered import BufferedMethod
 
     chosen = resolve(method, method_options)
     parsed = parse(grads, segments)
@@ -52,6 +54,9 @@ def aggregate(
         _check_out(out, parsed)
     if chosen.needs_losses and losses is None:
         raise ValueError(f"method {chosen.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
+    if isinstance(chosen, BufferedMethod):
+        result = _aggregate_buffers(chosen, parsed, losses, out, backend)
+        return result if out is not None else constant("aggregate", result, parsed.differentiable)
     stages = choose(backend, parsed.device, parsed.num_tasks)
     solver = None if stages.aggregate is None else chosen.native_solver(parsed.device)
     if stages.aggregate is not None and solver is not None:
@@ -65,6 +70,34 @@ def aggregate(
     weights = chosen.weights(products, losses=losses, **named)
     result = combine_of(parsed, weights, out, False, stages)
     return result if out is not None else constant("aggregate", result, parsed.differentiable)
+
+
+def _aggregate_buffers(
+    method: BufferedMethod, grads: TaskGradients, losses: Tensor | None, out: Direction | None, backend: str | None
+) -> Direction:
+    """Return the direction of what the method keeps in place of the gradients, which every step updates."""
+    if grads.segmented:
+        raise ValueError(f"method {method.name!r} keeps gradients of one segment, got segments")
+    flat = grads.matrix is not None
+    rows = [[row] for row in grads.matrix.unbind()] if grads.matrix is not None else grads.rows
+    assert rows is not None
+    touched = [p for p, column in enumerate(zip(*rows, strict=True)) if any(g is not None for g in column)]
+    kept = [[row[p] for p in touched] for row in rows]
+    if not touched:
+        return [None] * len(rows[0]) if out is None else out
+    replaced = method.replace(kept, losses, None, backend)
+    named = {} if backend is None else {"backend": backend}
+    weights = method.weights(gram(replaced, backend=backend), losses=losses, **named)
+    targets = [out] if flat else None if out is None else [out[p] for p in touched]
+    found = combine(replaced, weights, out=None if out is None else targets, backend=backend)
+    if out is not None:
+        return out
+    if flat:
+        return found[0]
+    each: list[Any] = [None] * len(rows[0])
+    for p, direction in zip(touched, found, strict=True):
+        each[p] = direction
+    return each
 
 
 def task_order(

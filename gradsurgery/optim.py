@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from . import methods
-from ._gradients import TaskGradients, assign_grads, check_gradient
+from ._gradients import TaskGradients, assign_grads, check_gradient, parse
 from ._step import Plan, add_all, add_plain, add_sparse, make_plan, read, targets
 from .backends import Backend, choose
 from .collect import Collected, Losses, collect
 from .combine import combine_of
 from .diagnostics import SurgeryInfo
 from .gram import gram_of
+from .methods._buffered import BufferedMethod
 
 _GRANULARITIES = ("global", "per_group", "per_tensor")
 _HOOKS = [
@@ -67,9 +68,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise ValueError("process_group must be None: surgery runs on one process")
         self.optimizer = optimizer
         self.method = methods.resolve(method, {})
-        if self.method.weights_losses and granularity != "global":
+        whole = "weights losses" if self.method.weights_losses else "keeps gradients"
+        if granularity != "global" and (self.method.weights_losses or isinstance(self.method, BufferedMethod)):
             raise ValueError(
-                f"method {self.method.name!r} weights losses, which needs granularity 'global', got {granularity!r}"
+                f"method {self.method.name!r} {whole}, which needs granularity 'global', got {granularity!r}"
             )
         self.granularity = granularity
         self.backend = backend
@@ -203,7 +205,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if self.method.weights_losses:
             plain_weights, done = weights[0], set()  # type: ignore[index]
         elif plain or sparse:
-            plain_weights = torch.full((grads.num_tasks,), 1 / collected.batches, device=grads.device).double()
+            plain_weights = torch.full(
+                (grads.num_tasks,), 1 / collected.batches, dtype=torch.float64, device=grads.device
+            )
             done = {i - len(plan.shared) for i in done} if collected.batches == 1 else set()
         if plain:
             add_plain(grads, plain, plain_weights, plain_out, accumulate, done, backend)
@@ -321,6 +325,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         accumulate: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Write the shared parameters' directions; return G [S, T, T], unscaled, and the weights [S, T]."""
+        if isinstance(self.method, BufferedMethod):
+            return self._operate_on_buffers(self.method, collected, grads, plan, backend, out, accumulate)
         shared = grads.select(plan.shared, plan.segments, plan.num_segments)
         scale = None if collected.scale is None else collected.scale.to(torch.float64) ** 2
         if backend.aggregate is not None and self.method.gram_parameters is None and shared.lists is not None:
@@ -346,4 +352,29 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             weights = torch.nn.functional.pad(weights, (grads.num_tasks - len(collected.tasks), 0))
         self._pending = None
         combine_of(shared, weights, out, accumulate, backend)
+        return gram, weights
+
+    def _operate_on_buffers(
+        self,
+        method: BufferedMethod,
+        collected: Collected,
+        grads: TaskGradients,
+        plan: Plan,
+        backend: Backend,
+        out: list[Any],
+        accumulate: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Do the same with what the method keeps in place of the task gradients."""
+        shared = grads.select(plan.shared, plan.segments, plan.num_segments)
+        if not plan.shared:
+            gram = gram_of(shared, backend)
+            return gram, torch.ones_like(gram[..., 0])
+        rows = [[row[p] for p in plan.shared] for row in collected.grads]
+        replaced = method.replace(rows, collected.losses, collected.scale, self.backend and backend.name)
+        self._pending = None
+        shared = parse(replaced, None).select(list(range(len(plan.shared))), plan.segments, plan.num_segments)
+        gram = gram_of(shared, backend)
+        weights = self._weights(gram[0], collected.losses)[None]
+        scaled = weights if collected.scale is None else weights * collected.scale.to(weights.dtype)
+        combine_of(shared, scaled, out, accumulate, backend)
         return gram, weights

@@ -165,7 +165,10 @@ def test_one_task_is_a_multiple_of_the_plain_gradient(method):
     loss = two_losses(net, X)[0]
     expected = torch.autograd.grad(loss, net["a"].weight, retain_graph=True)[0]
     info = optimizer.backward([loss])
-    torch.testing.assert_close(net["a"].weight.grad, expected * info.weights.float())
+    got = net["a"].weight.grad
+    torch.testing.assert_close(got / got.norm(), expected / expected.norm())
+    if method not in ("db_mtl", "moco"):  # whose weights are those of averages
+        torch.testing.assert_close(got, expected * info.weights.float())
     assert info.weights > 0
     if optimizer.method.needs_gram:
         assert info.conflicts == 0

@@ -11,9 +11,12 @@ from .cagrad import CAGrad
 from .config import ConFIG
 from .constant import Constant
 from .cosmos import COSMOS
+from .cr_mogm import CRMOGM
+from .db_mtl import DBMTL
 from .dtp import DTP
 from .dualproj import DualProj
 from .dwa import DWA
+from .excess_mtl import ExcessMTL
 from .fairgrad import FairGrad
 from .famo import FAMO
 from .gls import GLS
@@ -26,11 +29,14 @@ from .krum import Krum
 from .mean import Mean
 from .mgda import MGDA
 from .minimax import Minimax
+from .moco import MoCo
+from .modo import MoDo
 from .nash_mtl import NashMTL
 from .pbi import PBI
 from .pcgrad import PCGrad
 from .random import Random
 from .scale_invariant import ScaleInvariant
+from .sdmgrad import SDMGrad
 from .stch import STCH
 from .sum import Sum
 from .tchebycheff import Tchebycheff
@@ -45,9 +51,12 @@ _METHODS: dict[str, type[Method]] = {
         ConFIG,
         Constant,
         COSMOS,
+        CRMOGM,
+        DBMTL,
         DTP,
         DualProj,
         DWA,
+        ExcessMTL,
         FairGrad,
         FAMO,
         GLS,
@@ -60,11 +69,14 @@ _METHODS: dict[str, type[Method]] = {
         Mean,
         MGDA,
         Minimax,
+        MoCo,
+        MoDo,
         NashMTL,
         PBI,
         PCGrad,
         Random,
         ScaleInvariant,
+        SDMGrad,
         STCH,
         Sum,
         Tchebycheff,
@@ -75,6 +87,8 @@ _METHODS: dict[str, type[Method]] = {
 
 __all__ = [
     "COSMOS",
+    "CRMOGM",
+    "DBMTL",
     "DTP",
     "DWA",
     "FAMO",
@@ -90,6 +104,7 @@ __all__ = [
     "ConFIG",
     "Constant",
     "DualProj",
+    "ExcessMTL",
     "FairGrad",
     "GradNorm",
     "GradVac",
@@ -98,9 +113,12 @@ __all__ = [
     "Mean",
     "Method",
     "Minimax",
+    "MoCo",
+    "MoDo",
     "NashMTL",
     "PCGrad",
     "Random",
+    "SDMGrad",
     "ScaleInvariant",
     "Sum",
     "Tchebycheff",

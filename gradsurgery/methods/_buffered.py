@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""Methods that keep something of the size of the task gradients from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..combine import combine
+from ..gram import gram
+from ._base import Method, check_not_capturing
+
+Rows = Sequence[Sequence[Tensor | None]]
+Buffers = list[list[Tensor]]
+
+
+class BufferedMethod(Method):
+    """A method that replaces the task gradients by what G and d are then taken of.
+
+    ``replace`` comes first in a step, ``weights`` second. Buffers are T lists of P tensors in the gradients' dtype; a
+    task without a gradient counts as a zero one. A step with a gradient that is not finite leaves the state as it was,
+    and its weights are NaN. State: the buffers, and float64 or int64 tensors by name, all on the gradients' device.
+    """
+
+    needs: ClassVar[str] = "gradients"
+    state_names: ClassVar[tuple[str, ...]] = ()
+    """The names of the tensors besides the buffers."""
+
+    _buffers: Buffers | None = None
+    _state: dict[str, Tensor] | None = None
+    _finite: Tensor
+
+    def replace(self, rows: Rows, losses: Tensor | None, scale: Tensor | None, backend: str | None) -> Rows:
+        """Return the T lists of P gradients to take G and d of, and update the buffers.
+
+        Args:
+            rows: T lists of P task gradients, None where there is none; every parameter has one.
+            losses: [T] float64, where ``needs_losses``.
+            scale: the gradient scaler's factor on ``rows``, []; None: 1. The result is without it.
+            backend: a name of :func:`gradsurgery.backends`; None chooses.
+        """
+        products = gram(rows, backend=backend)
+        if scale is not None:
+            products = products / scale.double().square()
+        self._finite = products.isfinite().all()
+        if losses is not None:
+            losses = losses.to(products)
+            self._finite = self._finite & losses.isfinite().all()
+        if self._buffers is None or self._state is None:
+            check_not_capturing(self.name, products.device)
+            self._buffers = _zeros_like(rows)
+            self._state = self._initial(products)
+        _check_alike(self._buffers, rows, self.name)
+        return self._replace(rows, products, losses, scale, backend)
+
+    def _replace(
+        self, rows: Rows, gram: Tensor, losses: Tensor | None, scale: Tensor | None, backend: str | None
+    ) -> Rows:
+        """Do it, with the unscaled G [T, T] of the rows."""
+        raise NotImplementedError
+
+    def _initial(self, gram: Tensor) -> dict[str, Tensor]:
+        """Return the tensors besides the buffers before the first step."""
+        raise NotImplementedError
+
+    def _average(self, rows: Rows, keep: Tensor, factor: Tensor, scale: Tensor | None, backend: str | None) -> Buffers:
+        """Replace each buffer b_t by keep b_t + factor_t g_t, in a finite step; keep is [], factor [T]."""
+        assert self._buffers is not None
+        if scale is not None:
+            factor = factor / scale.double()
+        kept = torch.where(self._finite, keep, 1).expand_as(factor)
+        weights = torch.stack([kept, torch.where(self._finite, factor, 0)], 1)
+        # One call for all of them: two "tasks" with T P "parameters", and a segment for each task.
+        flat: list[Any] = [b for row in self._buffers for b in row]
+        segments = [t for t, row in enumerate(rows) for _ in row]
+        combine([flat, [g for row in rows for g in row]], weights, segments=segments, out=flat, backend=backend)
+        return self._buffers
+
+    def _keep(self, **new: Tensor) -> None:
+        """Write the new state in place, in a finite step."""
+        assert self._state is not None
+        for name, value in new.items():
+            self._state[name].copy_(torch.where(self._finite, value, self._state[name]))
+
+    def _nan_unless_finite(self, weights: Tensor) -> Tensor:
+        return torch.where(self._finite, weights, torch.nan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the buffers and the other tensors; None each before the first step."""
+        if self._buffers is None or self._state is None:
+            return {"buffers": None, **dict.fromkeys(self.state_names)}
+        buffers = [[b.clone() for b in row] for row in self._buffers]
+        return {"buffers": buffers, **{name: value.clone() for name, value in self._state.items()}}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["buffers"] is None:
+            self._buffers = self._state = None
+            return
+        for name in self.state_names:
+            if not isinstance(state[name], Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(state[name]).__name__}")
+        if self._buffers is not None and self._state is not None:
+            _check_alike(self._buffers, state["buffers"], self.name)
+            # In place: a captured graph goes on from there.
+            for mine, theirs in zip(self._buffers, state["buffers"], strict=True):
+                torch._foreach_copy_(mine, list(theirs))
+            for name, value in self._state.items():
+                value.copy_(state[name])
+        else:
+            self._buffers = [[b.clone() for b in row] for row in state["buffers"]]
+            self._state = {name: state[name].clone() for name in self.state_names}
+
+
+def _zeros_like(rows: Rows) -> Buffers:
+    like = [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
+    return [[torch.zeros_like(g) for g in like] for _ in rows]
+
+
+def _check_alike(buffers: Buffers, rows: Rows, name: str) -> None:
+    """Raise ValueError unless the rows are those of the buffers' tasks and parameters."""
+    if len(buffers) == len(rows) and all(len(a) == len(b) for a, b in zip(buffers, rows, strict=True)):
+        pairs = ((b, g) for a, row in zip(buffers, rows, strict=True) for b, g in zip(a, row, strict=True))
+        if all(g is None or (b.shape == g.shape and b.dtype == g.dtype) for b, g in pairs):
+            return
+    raise ValueError(
+        f"the state of method {name!r} is for {len(buffers)} tasks and {len(buffers[0])} shared parameters of other "
+        f"shapes, got {len(rows)} and {len(rows[0])}"
+    )

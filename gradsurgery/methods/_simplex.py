@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""Projection on the simplex, and methods whose weights take steps on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._gradients import describe
+from ._base import Method, check_not_capturing
+
+
+def project_on_simplex(x: Tensor) -> Tensor:
+    """Return argmin |w - x| with w >= 0 and sum(w) = 1, for x [..., T] (Held, Wolfe & Crowder 1974)."""
+    number = torch.arange(1, x.shape[-1] + 1, device=x.device)
+    descending = x.sort(-1, descending=True).values
+    shift = (descending.cumsum(-1) - 1) / number
+    positive = (descending > shift).sum(-1, keepdim=True).clamp(min=1)
+    return (x - shift.gather(-1, positive - 1)).clamp(min=0)
+
+
+class SimplexMethod(Method):
+    """A method that keeps its weights w [..., T], uniform at first, and takes a step on them at each call.
+
+    Subclasses say in ``_step`` what w becomes. A problem whose G is not finite gets NaN weights and keeps its w.
+    """
+
+    _w: Tensor | None = None
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights [..., T] for [..., T, T], and take the step."""
+        gram = gram.double()
+        if self._w is None:
+            check_not_capturing(self.name, gram.device)
+            self._w = torch.full_like(gram[..., 0], 1 / gram.shape[-1])
+        if self._w.shape != gram.shape[:-1]:
+            raise ValueError(
+                f"the state of method {self.name!r} is for weights of shape {tuple(self._w.shape)}, got G of shape "
+                f"{tuple(gram.shape)}"
+            )
+        if self._w.device != gram.device:
+            self._w = self._w.to(gram.device)
+        finite = gram.isfinite().all(-1).all(-1)[..., None]
+        moved = self._step(gram, self._w)
+        self._w.copy_(torch.where(finite, moved, self._w))
+        return torch.where(finite, self._direction(moved), torch.nan)
+
+    def _step(self, gram: Tensor, w: Tensor) -> Tensor:
+        """Return the new w."""
+        raise NotImplementedError
+
+    def _direction(self, w: Tensor) -> Tensor:
+        """Return the weights of d."""
+        return w
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return w; None before the first step."""
+        return {"weights": None if self._w is None else self._w.clone()}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        weights = state["weights"]
+        if weights is not None and (not isinstance(weights, Tensor) or weights.dim() == 0):
+            raise ValueError(f"weights must be a tensor [..., T], got {describe(weights)}")
+        if weights is None:
+            self._w = None
+        elif self._w is not None and self._w.shape == weights.shape:
+            self._w.copy_(weights)  # in place: a captured graph goes on from there
+        else:
+            self._w = weights.to(torch.float64, copy=True)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""CR-MOGM: another method's weights, averaged over the steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._base import Method, check_not_capturing
+
+
+class CRMOGM(Method):
+    """Correlation-reduced multi-objective gradient manipulation (Zhou et al., NeurIPS 2022, Algorithm 1).
+
+    w_k = alpha w_{k-1} + (1 - alpha) v_k with the weights v_k of another method at step k, so that the weights depend
+    less on the batch that they weigh. w_1 = v_1.
+
+    Conventions: a step whose v is not finite has weights v, and does not enter the average. Whether losses are needed
+    and heads weighted is as with the other method.
+    Scale: the other method's. State: w, and the other method's. Cost: the other method's.
+
+    Args:
+        method: a name of ``methods.available()``, or a ``Method``; one with weights from G or losses.
+        alpha: 0 <= alpha <= 1.
+        method_options: the named method's options.
+    """
+
+    name = "cr_mogm"
+    scale = "the other method's"
+    cost = "the other method's"
+
+    def __init__(self, method: str | Method = "mgda", alpha: float = 0.9, **method_options: Any) -> None:
+        from . import resolve
+
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in 0..1, got {alpha}")
+        self.method = resolve(method, method_options)
+        if getattr(self.method, "replace", None) or getattr(self.method, "rule", None):
+            raise ValueError(f"method must have weights from G or losses alone, got {self.method.name!r}")
+        self.alpha = alpha
+        self.needs_losses = self.method.needs_losses  # type: ignore[misc]
+        self.needs_gram = self.method.needs_gram  # type: ignore[misc]
+        self.weights_losses = self.method.weights_losses  # type: ignore[misc]
+        self.num_batches = self.method.num_batches  # type: ignore[misc]
+        self.gram_parameters = self.method.gram_parameters
+        self._w: Tensor | None = None
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the average [..., T], after it has taken in the other method's weights."""
+        # A method of the user's own need not know of backends.
+        named = {} if backend is None else {"backend": backend}
+        new = self.method.weights(gram, losses=losses, **named)
+        if self._w is None:
+            check_not_capturing(self.name, gram.device)
+            self._w = torch.full_like(new, torch.nan)
+        if self._w.shape != new.shape:
+            raise ValueError(f"CR-MOGM's state is for weights of shape {tuple(self._w.shape)}, got {tuple(new.shape)}")
+        if self._w.device != new.device:
+            self._w = self._w.to(new.device)
+        averaged = torch.where(self._w.isnan(), new, self.alpha * self._w + (1 - self.alpha) * new)
+        finite = new.isfinite().all(-1, keepdim=True)
+        self._w.copy_(torch.where(finite, averaged, self._w))
+        return torch.where(finite, averaged, new)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average (None before the first step), and the other method's state."""
+        return {"weights": None if self._w is None else self._w.clone(), "method": self.method.state_dict()}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        weights = state["weights"]
+        if weights is not None and not isinstance(weights, Tensor):
+            raise ValueError(f"weights must be a tensor [..., T] or None, got {type(weights).__name__}")
+        self.method.load_state_dict(state["method"])
+        if weights is None:
+            self._w = None
+        elif self._w is not None and self._w.shape == weights.shape:
+            self._w.copy_(weights)  # in place: a captured graph goes on from there
+        else:
+            self._w = weights.to(torch.float64, copy=True)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""DB-MTL: losses balanced by logarithms, gradients by their averaged norms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._buffered import BufferedMethod, Rows
+
+
+class DBMTL(BufferedMethod):
+    """Dual-balancing multi-task learning (Lin et al., 2023, Algorithm 1).
+
+    With the gradients of the losses' logarithms, h_t = g_t / L_t, step k averages b_t <- c b_t + (1 - c) h_t, c = beta
+    / k^sigma, b = 0 at first; then d = sum_t (max_s |b_s| / |b_t|) b_t: all averages made as long as the longest.
+
+    Conventions: no epsilons (the authors': 1e-8 on the loss and on the norm). Losses must be positive, else the weights
+    are NaN and the state stays; a zero b_t has weight 0. Heads get their plain gradients.
+    Scale: a sum over tasks. State: b and k. Memory: T N. G and the weights are those of b.
+
+    Args:
+        beta: 0 <= beta < 1.
+        sigma: >= 0, how fast the averaging ends.
+    """
+
+    name = "db_mtl"
+    needs_losses = True
+    needs = "gradients, losses"
+    scale = "sum"
+    cost = "T"
+    state_names = ("step",)
+
+    def __init__(self, beta: float = 0.9, sigma: float = 0.0) -> None:
+        if not 0 <= beta < 1 or not sigma >= 0:
+            raise ValueError(f"beta must be in [0, 1) and sigma >= 0, got {beta} and {sigma}")
+        self.beta = beta
+        self.sigma = sigma
+
+    def _initial(self, gram: Tensor) -> dict[str, Tensor]:
+        return {"step": torch.zeros((), dtype=torch.int64, device=gram.device)}
+
+    def _replace(
+        self, rows: Rows, gram: Tensor, losses: Tensor | None, scale: Tensor | None, backend: str | None
+    ) -> Rows:
+        assert losses is not None
+        assert self._state is not None
+        self._finite = self._finite & (losses > 0).all()
+        step = self._state["step"] + 1
+        keep = self.beta / step.double() ** self.sigma
+        buffers = self._average(rows, keep, (1 - keep) / losses, scale, backend)
+        self._keep(step=step)
+        return buffers
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights [T] for the averages' G [T, T]."""
+        norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        longest = norms.max(-1, keepdim=True).values
+        return self._nan_unless_finite(torch.where(norms > 0, longest / norms, 0))

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""MoCo: min-norm weights of tracked gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._base import check_positive
+from ._buffered import BufferedMethod, Rows
+from ._simplex import project_on_simplex
+
+
+class MoCo(BufferedMethod):
+    """Multi-objective gradient correction (Fernando et al., ICLR 2023, Algorithm 1).
+
+    At step k the tracked gradients y_t <- y_t - beta_k (y_t - h_t) follow the task gradients, and the weights take a
+    step towards the shortest combination of them: w <- P(w - gamma_k (Y Y^T + rho I) w), P the projection on the
+    simplex; d = sum_t w_t y_t.
+
+    Conventions: h_t = L_t g_t / |g_t|, as in LibMTL, so that the steps do not depend on the gradients' scale; a zero
+    gradient stays 0. beta_k = beta / sqrt(k), gamma_k = gamma / sqrt(k). y = 0 and w = 1 / T at first. The projection
+    is the paper's (LibMTL: a softmax). Heads get their plain gradients.
+    Scale: sums to 1. State: y, w and k. Memory: T N. G and the weights are those of y.
+
+    Args:
+        beta: 0 < beta <= 1.
+        gamma: > 0.
+        rho: >= 0.
+    """
+
+    name = "moco"
+    needs_losses = True
+    needs = "gradients, losses"
+    scale = "sums to 1"
+    cost = "T^2"
+    state_names = ("step", "w")
+
+    def __init__(self, beta: float = 0.5, gamma: float = 0.1, rho: float = 0.0) -> None:
+        if not 0 < beta <= 1 or not rho >= 0:
+            raise ValueError(f"beta must be in (0, 1] and rho >= 0, got {beta} and {rho}")
+        self.beta = beta
+        self.gamma = check_positive("gamma", gamma)
+        self.rho = rho
+
+    def _initial(self, gram: Tensor) -> dict[str, Tensor]:
+        step = torch.zeros((), dtype=torch.int64, device=gram.device)
+        return {"step": step, "w": torch.full_like(gram[0], 1 / len(gram))}
+
+    def _replace(
+        self, rows: Rows, gram: Tensor, losses: Tensor | None, scale: Tensor | None, backend: str | None
+    ) -> Rows:
+        assert losses is not None
+        assert self._state is not None
+        step = self._state["step"] + 1
+        beta = self.beta / step.double().sqrt()
+        norms = gram.diagonal().sqrt()
+        factor = torch.where(norms > 0, beta * losses / norms, 0)
+        buffers = self._average(rows, 1 - beta, factor, scale, backend)
+        self._keep(step=step)
+        return buffers
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights [T] for the tracked gradients' G [T, T], and keep them."""
+        assert self._state is not None
+        step, w = self._state["step"], self._state["w"]
+        gradient = gram @ w + self.rho * w
+        self._keep(w=project_on_simplex(w - self.gamma / step.double().sqrt() * gradient))
+        return self._nan_unless_finite(w)

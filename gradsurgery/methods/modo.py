@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""MoDo: double sampling for the weights' step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._base import check_positive
+from ._simplex import SimplexMethod, project_on_simplex
+
+
+class MoDo(SimplexMethod):
+    """Multi-objective gradient with double sampling (Chen et al., "Three-Way Trade-Off in Multi-Objective Learning",
+    NeurIPS 2023, Algorithm 1).
+
+    w <- P(w - gamma (C w + rho w)), P the projection on the simplex, C = J_1 J_2^T of two independent batches; then d =
+    J_3^T w of a third one.
+
+    Conventions: with the optimizers, three ``collect`` calls and one ``combine`` make a step; after one ``backward`` or
+    ``collect`` all batches are that one, C = G, and the step on w is biased. The heads get the mean over the batches.
+    The step depends on the gradients' scale, as in the paper.
+    Scale: sums to 1. State: w. Cost: O(T^2), and inner products of all pairs of the batches' gradients.
+
+    Args:
+        gamma: step on w, > 0.
+        rho: pull towards short w, >= 0.
+    """
+
+    name = "modo"
+    num_batches = 3
+    needs = "G, of 1 or 3 batches"
+    scale = "sums to 1"
+    cost = "T^2"
+
+    def __init__(self, gamma: float = 1e-3, rho: float = 0.1) -> None:
+        self.gamma = check_positive("gamma", gamma)
+        if not rho >= 0:
+            raise ValueError(f"rho must be >= 0, got {rho}")
+        self.rho = rho
+
+    def _step(self, gram: Tensor, w: Tensor) -> Tensor:
+        gradient = (gram @ w[..., None]).squeeze(-1) + self.rho * w
+        return project_on_simplex(w - self.gamma * gradient)

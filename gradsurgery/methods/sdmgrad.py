@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""SDMGrad: a common descent direction near the preferred one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._base import PerTask, check_positive
+from ._simplex import SimplexMethod, project_on_simplex
+
+
+class SDMGrad(SimplexMethod):
+    """Stochastic direction-oriented multi-objective descent (Xiao, Ban & Ji, NeurIPS 2023, Algorithm 1).
+
+    w takes ``num_iter`` projected gradient steps with momentum towards the minimum of |J^T w + lam J^T p|^2 / 2 over
+    the simplex, with C = J_1 J_2^T of two independent batches for J J^T; then d = J_3^T (w + lam p) / (1 + lam) of a
+    third.
+
+    Conventions: C is divided by s^2, s the mean of sqrt(max(C_tt, 0)), so that the steps do not depend on the
+    gradients' scale (the authors add 1e-8 to s^2; here C = 0 where s = 0). The momentum starts anew at each call, w
+    does not.
+    Batches as in :class:`MoDo`.
+    Scale: sums to 1. State: w. Cost: O(num_iter T^2).
+
+    Args:
+        lam: lambda >= 0, the pull towards the preferred direction.
+        lr: step of the iterations, > 0.
+        momentum: 0 <= momentum < 1.
+        num_iter: iterations a step, >= 1.
+        pref: p, T numbers that sum to 1; None: 1 / T each.
+    """
+
+    name = "sdmgrad"
+    num_batches = 3
+    needs = "G, of 1 or 3 batches"
+    scale = "sums to 1"
+    cost = "T^2"
+
+    def __init__(
+        self,
+        lam: float = 0.3,
+        lr: float = 5.0,
+        momentum: float = 0.5,
+        num_iter: int = 20,
+        pref: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        if not lam >= 0 or not 0 <= momentum < 1:
+            raise ValueError(f"lam must be >= 0 and momentum in [0, 1), got {lam} and {momentum}")
+        if not isinstance(num_iter, int) or num_iter < 1:
+            raise ValueError(f"num_iter must be an int >= 1, got {num_iter!r}")
+        self.lam = lam
+        self.lr = check_positive("lr", lr)
+        self.momentum = momentum
+        self.num_iter = num_iter
+        self._pref = None if pref is None else PerTask("pref", pref)
+
+    def _step(self, gram: Tensor, w: Tensor) -> Tensor:
+        scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().mean(-1)[..., None, None].square()
+        c = torch.where(scale > 0, gram / scale, 0)
+        pull = self.lam * (c @ self._preferred(gram)[:, None]).squeeze(-1)
+        velocity = torch.zeros_like(w)
+        for _ in range(self.num_iter):
+            velocity = self.momentum * velocity + (c @ w[..., None]).squeeze(-1) + pull
+            w = project_on_simplex(w - self.lr * velocity)
+        return w
+
+    def _direction(self, w: Tensor) -> Tensor:
+        return (w + self.lam * self._preferred(w[..., None])) / (1 + self.lam)
+
+    def _preferred(self, like: Tensor) -> Tensor:
+        """Return p [T]."""
+        tasks = like.shape[-2]
+        if self._pref is None:
+            return like.new_full((tasks,), 1 / tasks)
+        return self._pref.on(like[..., 0], self.name)
