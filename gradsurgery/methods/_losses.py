@@ -27,6 +27,7 @@ class LossMethod(Method):
     needs_gram = False
     weights_losses = True
     needs = "losses"
+    linear = True
     state_names: ClassVar[tuple[str, ...]] = ()
     takes_logarithms: ClassVar[bool] = False
 

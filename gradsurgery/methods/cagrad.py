@@ -20,7 +20,7 @@ class CAGrad(SolverMethod):
     Conventions: where the gradients are Pareto-stationary in the ball, g_x = 0, several directions solve the problem,
     and the one nearest to g_0 is taken (TorchJD returns zeros, also for any gradients of sum |g_t|^2 < 1e-4).
     d conflicts with no task where c >= 1; c = 0 is the mean.
-    Scale: a mean over tasks, times the factor of ``rescale``. No state. Cost: O(T^3).
+    Scale: 1 + c times a mean over tasks, times the factor of ``rescale``. No state. Cost: O(T^3).
 
     Args:
         c: radius of the ball, >= 0, relative to |g_0|.
@@ -28,7 +28,7 @@ class CAGrad(SolverMethod):
     """
 
     name = "cagrad"
-    scale = "mean"
+    scale = "mean, times 1 + c"
     non_conflicting = "c >= 1"
     cost = "T^3"
     solver = "cagrad"

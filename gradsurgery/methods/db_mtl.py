@@ -17,7 +17,7 @@ class DBMTL(BufferedMethod):
 
     Conventions: no epsilons (the authors': 1e-8 on the loss and on the norm). Losses must be positive, else the weights
     are NaN and the state stays; a zero b_t has weight 0. Heads get their plain gradients.
-    Scale: a sum over tasks. State: b and k. Memory: T N. G and the weights are those of b.
+    Scale: a sum of vectors as long as the longest average. State: b and k. Memory: T N. G and the weights are those of b.
 
     Args:
         beta: 0 <= beta < 1.
@@ -27,7 +27,7 @@ class DBMTL(BufferedMethod):
     name = "db_mtl"
     needs_losses = True
     needs = "gradients, losses"
-    scale = "sum"
+    scale = "as long as the longest each"
     cost = "T"
     state_names = ("step",)
 

@@ -33,6 +33,7 @@ class GradVac(SteppedMethod):
 
     name = "gradvac"
     scale = "sum"
+    linear = True
     cost = "T^3"
 
     def __init__(self, beta: float = 1e-2, seed: int = 0) -> None:

@@ -25,6 +25,7 @@ class PCGrad(SteppedMethod):
     name = "pcgrad"
     scale = "sum"
     non_conflicting = "T = 2"
+    linear = True
     cost = "T^3"
 
     def __init__(self, reduction: str = "sum", seed: int = 0) -> None:

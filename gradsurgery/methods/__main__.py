@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: MIT
+"""Print docs/methods.md: ``python -m gradsurgery.methods > docs/methods.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import Method, available, get
+from ._base import SteppedMethod
+
+_COLUMNS: dict[str, Callable[[Method], str]] = {
+    "method": lambda m: f"`{m.name}`",
+    "weights come from": lambda m: m.needs,
+    "scale": lambda m: m.scale,
+    "conflicts with no task": lambda m: m.non_conflicting,
+    "linear": lambda m: _yes(m.linear),
+    "state": lambda m: ", ".join(m.state_dict()) or "-",
+    "random": lambda m: _yes(isinstance(m, SteppedMethod)),
+    "weighs heads": lambda m: _yes(m.weights_losses),
+    "backward passes": lambda m: "1" if m.weights_losses and not m.needs_gram else _passes(m),
+    "cost": lambda m: m.cost,
+}
+
+_TEXT = """\
+# Methods and their properties
+
+Written by `python -m gradsurgery.methods` from the classes; the README says what each method does, the docstrings give
+equations, conventions, options and sources.
+
+* *scale*: what the direction is like for orthogonal task gradients of equal length: their sum, their mean, or the weights'
+  own convention.
+* *conflicts with no task*: whether no task gradient has a negative product with the direction.
+* *linear*: whether the direction is linear in factors a_t > 0 on the task gradients.
+* *state*: what `state_dict` holds, with default options.
+* *random*: numbers that are a function of a seed and of the step, the same on every rank; no global generator is read.
+* *weighs heads*: whether w_t also multiplies the gradients of parameters that only loss t reaches.
+* *backward passes*: of `SurgeryOptimizer.backward` for T losses.
+* *cost*: operations on one T x T problem, beside the passes over the gradients.
+
+No method reads a value on the host: G, weights and state stay on the gradients' device, and a step can be captured in a
+CUDA graph once it has run (`tests/test_cuda.py`).
+
+"""
+
+
+def text() -> str:
+    """Return the page."""
+    rows = [list(_COLUMNS), ["---"] * len(_COLUMNS)]
+    rows += [[cell(get(name)) for cell in _COLUMNS.values()] for name in available()]
+    return _TEXT + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _passes(method: Method) -> str:
+    return "T" if method.num_batches == 1 else f"T per batch, of 1 or {method.num_batches}"
+
+
+if __name__ == "__main__":
+    print(text(), end="")

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""What docs/methods.md says of the methods holds, and the page is what the classes say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradsurgery
+from gradsurgery.methods.__main__ import text
+from inputs import normal
+
+methods = gradsurgery.methods
+NAMES = methods.available()
+# So near to their equations that a ridge is no excuse.
+OPTIONS = {"upgrad": {"reg_eps": 1e-10}, "dualproj": {"reg_eps": 1e-10}}
+
+
+def direction(name, rows, losses=None):
+    """Of the method's first step."""
+    losses = torch.linspace(0.5, 1.5, len(rows), dtype=torch.float64) if losses is None else losses
+    return gradsurgery.aggregate(rows, name, losses=losses, **OPTIONS.get(name, {}))
+
+
+def with_value(attribute, *values):
+    return [name for name in NAMES if getattr(methods.get(name), attribute) in values]
+
+
+def conflicting(tasks, seed):
+    rows = normal(tasks, 60, seed=seed)
+    return rows - 1.3 * rows.mean(0) + 0.2 * normal(1, 60, seed=99)
+
+
+def test_the_page_is_what_the_classes_say():
+    assert (Path(__file__).parent.parent / "docs" / "methods.md").read_text() == text()
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 8, 20])
+@pytest.mark.parametrize("name", with_value("non_conflicting", "yes", "T = 2", "c >= 1", "if independent"))
+def test_conflicts_with_no_task(name, tasks):
+    claim = methods.get(name).non_conflicting
+    if claim == "T = 2" and tasks > 2:
+        pytest.skip("for two tasks only")
+    for seed in range(5):
+        rows = conflicting(tasks, seed)
+        options = {"c": 1.0} if claim == "c >= 1" else OPTIONS.get(name, {})
+        d = gradsurgery.aggregate(rows, name, **options)
+        assert (rows @ d >= -1e-7 * rows.norm(dim=1) * d.norm()).all()
+
+
+@pytest.mark.parametrize("name", with_value("linear", True))
+def test_linear_in_factors_on_the_gradients(name):
+    rows, a, b = conflicting(5, 1), 0.3, 1.7
+    first, second = (0.5 + normal(1, 5, seed=s)[0].abs()[:, None] for s in (3, 4))
+    both = direction(name, (a * first + b * second) * rows)
+    torch.testing.assert_close(both, a * direction(name, first * rows) + b * direction(name, second * rows))
+
+
+# The first step of the others is like that of the sum of losses.
+STARTS_LINEAR = {"excess_mtl", "gradnorm", "modo"}
+
+
+@pytest.mark.parametrize("name", sorted(set(with_value("linear", False)) - STARTS_LINEAR))
+def test_not_linear_in_factors_on_the_gradients(name):
+    rows = conflicting(5, 1)
+    first = torch.linspace(0.2, 6, 5, dtype=torch.float64)[:, None]
+    second = first.flip(0)
+    both = direction(name, (first + second) * rows)
+    apart = direction(name, first * rows) + direction(name, second * rows)
+    assert (both - apart).norm() > 1e-6 * apart.norm()
+
+
+SCALES = {"sum": 1.0, "mean": 0.25, "mean, times 1 + c": 0.25 * 1.5}
+
+
+@pytest.mark.parametrize("name", with_value("scale", *SCALES))
+def test_scale_of_orthogonal_gradients(name):
+    rows = 3 * torch.eye(4, 9, dtype=torch.float64)
+    torch.testing.assert_close(direction(name, rows), SCALES[methods.get(name).scale] * rows.sum(0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", with_value("scale", "sums to 1", "sums to T"))
+def test_sums_of_weights(name):
+    rows, losses = conflicting(6, 2), torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
+    # One more column per task, of its own, shows its weight.
+    marked = torch.cat([rows, torch.eye(6, dtype=torch.float64)], 1)
+    weights = gradsurgery.aggregate(marked, name, losses=losses)[60:]
+    if name == "moco":
+        return  # whose weights are those of tracked gradients
+    torch.testing.assert_close(float(weights.sum()), 1.0 if methods.get(name).scale == "sums to 1" else 6.0)
