@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import gradsurgery as gs
+from gradsurgery.methods._base import SolverMethod
 
 from .gpu_timing import FLAT, OURS, TRITON, Call, Case, Spec
 
@@ -28,6 +29,8 @@ LIST_GAPS = 16 << 20
 """Bytes that the list form's alignment may take."""
 SOLVER_INPUTS = 16
 """Different Gram matrices that take turns."""
+SOLVED = [name for name in gs.methods.available() if isinstance(gs.methods.get(name), SolverMethod)]
+"""The methods whose weights one solver yields."""
 BESIDE = (2, 8, 32, 128)
 """T of the matrices whose products PyTorch computes as well."""
 
@@ -207,7 +210,10 @@ def _stage_case(bench: Bench, spec: Spec, calls: dict[str, list[Call]], first: G
 def _solver_case(bench: Bench, spec: Spec) -> Case:
     """Stage 3 alone, on float64 Gram matrices [T, T], or [batch, T, T] at once."""
     function, options = gs.min_norm_weights, {}
-    if spec.stage == "pcgrad_weights":
+    method = spec.stage.removesuffix(" weights")
+    if method in SOLVED:
+        function = gs.methods.get(method).weights
+    elif spec.stage == "pcgrad_weights":
         # A step that is on the device already, as in a captured training loop.
         function, options = gs.pcgrad_weights, {"step": torch.zeros((), dtype=torch.int64, device=bench.device)}
     if spec.batch == 1:
@@ -224,7 +230,7 @@ def _solver_case(bench: Bench, spec: Spec) -> Case:
         return (squares[0] / squares[1]).clamp(min=0).sqrt().max().item()
 
     contenders = {OURS: calls}
-    if bench.device.type == "cuda":
+    if bench.device.type == "cuda" and method not in SOLVED:
         contenders[TRITON] = [partial(function, gram, backend="triton", **options) for gram in inputs]
     return Case(spec, contenders, error)
 

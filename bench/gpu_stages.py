@@ -21,7 +21,7 @@ import torch
 
 import gradsurgery as gs
 
-from .gpu_cases import DTYPES, STAGES, Bench, columns, prepare
+from .gpu_cases import DTYPES, SOLVED, STAGES, Bench, columns, prepare
 from .gpu_ceilings import measure as measure_ceilings
 from .gpu_report import print_ceilings, print_heading, print_row, print_targets, provenance, store
 from .gpu_timing import Row, Spec, measure
@@ -29,6 +29,7 @@ from .gpu_timing import Row, Spec, measure
 RESULTS = Path(__file__).parent / "results"
 SOLVES = [(stage, tasks, 1) for stage in ("pcgrad_weights", "min_norm_weights") for tasks in (8, 64)]
 SOLVES += [("pcgrad_weights", 8, 1000), ("min_norm_weights", 8, 1000)]
+SOLVES += [(f"{name} weights", *size) for name in SOLVED for size in ((8, 1), (64, 1), (8, 1000))]
 COPIES = 8
 """Of the largest J that have to fit: three for each dtype's values, directions, float64 blocks."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .gpu_cases import SOLVED
 from .gpu_timing import OURS, TRITON, Row
 
 LARGE, MEDIUM = 300e6, 28e6
@@ -91,6 +92,8 @@ TARGETS = [
     _solver("min_norm_weights", 64, 200),
     _solver("pcgrad_weights", 8, 60, batch=1000),
     _solver("min_norm_weights", 8, 60, batch=1000),
+    *(_solver(f"{name} weights", 8, 15) for name in SOLVED),
+    *(_solver(f"{name} weights", 8, 1000, batch=1000) for name in SOLVED),
     *(Target("gram", 1e-6, "error", form=form) for form in ("flat", "list", "misaligned")),
 ]
 

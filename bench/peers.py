@@ -28,6 +28,7 @@ from .cases import (
     weights_cases,
 )
 from .report import print_rows, print_targets, provenance, store
+from .targets import TARGETS
 from .timing import Case, Clock, Row
 
 RESULTS = Path(__file__).parent / "results" / "cpu-peers.json"
@@ -71,9 +72,9 @@ def main() -> None:
         print(f"{case.stage} T={case.tasks} N={case.size} {case.dtype}", file=sys.stderr)
         rows += clock.measure(case)
     print_rows(console, rows)
-    print_targets(console, rows)
+    print_targets(console, rows, TARGETS)
     flags = (" --quick" if options.quick else "") + (f" --only {options.only}" if options.only else "")
-    store(options.output, f"python -m bench.peers{flags}", origin, rows)
+    store(options.output, f"python -m bench.peers{flags}", origin, rows, TARGETS)
 
 
 def _fits(tasks: int, size: int) -> bool:

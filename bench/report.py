@@ -20,7 +20,7 @@ from rich.table import Table
 
 import gradsurgery as gs
 
-from .targets import judge
+from .targets import Target, judge
 from .timing import OURS, Row
 
 
@@ -70,19 +70,19 @@ def print_rows(console: Console, rows: list[Row]) -> None:
             console.print(f"{where}, {row.contender}: {row.note}")
 
 
-def print_targets(console: Console, rows: list[Row]) -> None:
+def print_targets(console: Console, rows: list[Row], targets: list[Target]) -> None:
     """Print each target with the measured figure."""
     table = Table("target (float32)", "measured", "", box=box.SIMPLE)
     words = {True: "met", False: "missed", None: "not measured"}
-    for verdict in judge(rows):
+    for verdict in judge(rows, targets):
         figure = "-" if verdict["measured"] is None else f"{verdict['measured']:.3g}"
         table.add_row(verdict["target"], figure, words[verdict["met"]])
     console.print(table)
 
 
-def store(path: Path, command: str, origin: dict[str, object], rows: list[Row]) -> None:
+def store(path: Path, command: str, origin: dict[str, object], rows: list[Row], targets: list[Target]) -> None:
     """Write the run as JSON."""
-    content = {**origin, "command": command, "rows": [asdict(row) for row in rows], "targets": judge(rows)}
+    content = {**origin, "command": command, "rows": [asdict(row) for row in rows], "targets": judge(rows, targets)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
 

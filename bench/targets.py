@@ -62,7 +62,7 @@ TARGETS = [
 ]
 
 
-def judge(rows: list[Row]) -> list[dict[str, str | float | bool | None]]:
+def judge(rows: list[Row], targets: list[Target]) -> list[dict[str, str | float | bool | None]]:
     """Return each target with its measured figure and whether it is met; None where the run has no row."""
     medians = {
         (row.stage, row.contender, row.tasks, row.size): row.median_ms
@@ -70,7 +70,7 @@ def judge(rows: list[Row]) -> list[dict[str, str | float | bool | None]]:
         if row.median_ms is not None and row.dtype != "bfloat16"
     }
     verdicts = []
-    for target in TARGETS:
+    for target in targets:
         measured = target.measured(medians)
         met = None if measured is None else target.met(measured)
         verdicts.append({"target": target.text(), "measured": measured, "met": met})

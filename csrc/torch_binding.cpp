@@ -82,9 +82,6 @@ std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const gs_solve& 
   return {gram, weights};
 }
 
-namespace {
-
-// The flat form of out, cut like the gradients.
 std::vector<void*> cut_out(const Gradients& g, const Tensor& grads, Tensor& out) {
   check_square_data(out, grads.scalar_type(), {grads.size(1)}, grads.device(), "out");
   std::vector<void*> pointers;
@@ -95,6 +92,26 @@ std::vector<void*> cut_out(const Gradients& g, const Tensor& grads, Tensor& out)
   }
   return pointers;
 }
+
+std::vector<void*> pointers_to(const Gradients& g, const c10::List<std::optional<Tensor>>& grads, at::TensorList out) {
+  const auto params = static_cast<int64_t>(out.size());
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(g.numel.size()) == params,
+      message("out must hold one tensor per parameter, got ", params, " for ", static_cast<int64_t>(g.numel.size())));
+  std::vector<void*> pointers;
+  for (int64_t p = 0; p < params; p++) {
+    for (int64_t t = 0; t < g.num_tasks; t++) {
+      const std::optional<Tensor> entry = grads.get(t * params + p);
+      if (entry && entry->defined()) Gradients::check_same_layout(out[p], *entry, p);
+    }
+    TORCH_CHECK_VALUE(out[p].numel() == g.numel[p],
+                      message("out ", p, " must hold ", g.numel[p], " elements, got ", out[p].numel()));
+    pointers.push_back(out[p].mutable_data_ptr());
+  }
+  return pointers;
+}
+
+namespace {
 
 void combine(const Tensor& grads, const Tensor& weights, at::IntArrayRef offsets, bool accumulate, Tensor& out) {
   const Gradients g = Gradients::from_matrix(grads, offsets);
@@ -145,22 +162,8 @@ void gram_list(const c10::List<std::optional<Tensor>>& grads, int64_t num_tasks,
 
 void combine_list(const c10::List<std::optional<Tensor>>& grads, const Tensor& weights, at::IntArrayRef segments,
                   bool accumulate, at::TensorList out) {
-  const int64_t num_segments = segments_of(weights, 2, "weights"), num_tasks = weights.size(-1);
-  const auto params = static_cast<int64_t>(out.size());
-  const Gradients g = Gradients::from_list(grads, num_tasks, segments, num_segments);
-  TORCH_CHECK_VALUE(
-      static_cast<int64_t>(g.numel.size()) == params,
-      message("out must hold one tensor per parameter, got ", params, " for ", static_cast<int64_t>(g.numel.size())));
-  std::vector<void*> pointers;
-  for (int64_t p = 0; p < params; p++) {
-    for (int64_t t = 0; t < num_tasks; t++) {
-      const std::optional<Tensor> entry = grads.get(t * params + p);
-      if (entry && entry->defined()) Gradients::check_same_layout(out[p], *entry, p);
-    }
-    TORCH_CHECK_VALUE(out[p].numel() == g.numel[p],
-                      message("out ", p, " must hold ", g.numel[p], " elements, got ", out[p].numel()));
-    pointers.push_back(out[p].mutable_data_ptr());
-  }
+  const Gradients g = Gradients::from_list(grads, weights.size(-1), segments, segments_of(weights, 2, "weights"));
+  std::vector<void*> pointers = pointers_to(g, grads, out);
   run_combine(g, weights, accumulate, pointers);
 }
 
@@ -208,7 +211,7 @@ void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tens
 }
 
 void weights_of(const Tensor& gram, int64_t method, const std::optional<Tensor>& preference, double parameter,
-                double max_norm, Tensor& weights) {
+                double limit, Tensor& weights) {
   const auto [batch, num_tasks] = check_problems(gram, weights);
   if (preference) check_square_data(*preference, at::kDouble, {num_tasks}, gram.device(), "preference");
   const Target target(gram.device());
@@ -221,10 +224,10 @@ void weights_of(const Tensor& gram, int64_t method, const std::optional<Tensor>&
   auto* out = weights.mutable_data_ptr<double>();
   void* space = workspace.mutable_data_ptr();
   const int64_t bytes = workspace.numel();
-  check_status(target.is_cuda() ? gs_weights_cuda(g, batch, num_tasks, solver, given, parameter, max_norm, out, space,
-                                                  bytes, target.stream())
-                                : gs_weights_cpu(g, batch, num_tasks, solver, given, parameter, max_norm, out, space,
-                                                 bytes, &kTorchThreads));
+  check_status(
+      target.is_cuda()
+          ? gs_weights_cuda(g, batch, num_tasks, solver, given, parameter, limit, out, space, bytes, target.stream())
+          : gs_weights_cpu(g, batch, num_tasks, solver, given, parameter, limit, out, space, bytes, &kTorchThreads));
 }
 
 void gradvac(const Tensor& gram, const Tensor& order, double beta, Tensor& targets, Tensor& weights) {
@@ -304,7 +307,7 @@ TORCH_LIBRARY(gradsurgery, m) {
       "()");
   m.def("min_norm(Tensor gram, bool exact, int max_iter, float tol, Tensor(a!) weights) -> ()");
   m.def(
-      "weights(Tensor gram, int method, Tensor? preference, float parameter, float max_norm, Tensor(a!) weights) -> "
+      "weights(Tensor gram, int method, Tensor? preference, float parameter, float limit, Tensor(a!) weights) -> "
       "()");
   m.def("gradvac(Tensor gram, Tensor order, float beta, Tensor(a!) targets, Tensor(b!) weights) -> ()");
   m.def(
@@ -340,7 +343,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                       {"config", GS_CONFIG},
                                       {"aligned_mtl_min", GS_ALIGNED_MTL_MIN},
                                       {"aligned_mtl_median", GS_ALIGNED_MTL_MEDIAN},
-                                      {"aligned_mtl_rmse", GS_ALIGNED_MTL_RMSE}};
+                                      {"aligned_mtl_rmse", GS_ALIGNED_MTL_RMSE},
+                                      {"krum", GS_KRUM}};
   });
   pybind11::class_<Lists>(m, "Lists")
       .def_static("read", &Lists::read)
@@ -353,6 +357,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("new_out", &Lists::new_out)
       .def("gram", &Lists::gram)
       .def("combine", &Lists::combine)
+      .def("combine_graddrop",
+           [](const Lists& lists, int64_t seed, const Tensor& step, const std::optional<Tensor>& leak,
+              pybind11::handle out, bool accumulate) {
+             const gs_rule rule = graddrop_rule(seed, step, leak, lists.num_tasks(), lists.device());
+             lists.combine_rows(rule, out, accumulate);
+           })
+      .def("combine_trimmed_mean",
+           [](const Lists& lists, int64_t num_trimmed, pybind11::handle out, bool accumulate) {
+             lists.combine_rows(trimmed_mean_rule(num_trimmed), out, accumulate);
+           })
       .def("aggregate_pcgrad",
            [](const Lists& lists, int64_t seed, const Tensor& step, bool mean, pybind11::handle out, bool accumulate) {
              return lists.aggregate(pcgrad_solve(seed, step, mean, lists.device()), out, accumulate);

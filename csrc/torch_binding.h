@@ -199,9 +199,19 @@ inline int64_t segments_of(const Tensor& tensor, int64_t dimensions, const char*
   return tensor.dim() == dimensions ? tensor.size(0) : 1;
 }
 
+// Addresses of the outputs, which are checked: of the flat form, cut like the gradients, and of the list form.
+std::vector<void*> cut_out(const Gradients& g, const Tensor& grads, Tensor& out);
+std::vector<void*> pointers_to(const Gradients& g, const c10::List<std::optional<Tensor>>& grads, at::TensorList out);
+
 // The stages, into outputs that are checked first.
 void run_gram(const Gradients& grads, Tensor& gram);
 void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate, std::vector<void*>& out);
+
+// The rules that run_combine_rows takes. Their tensors must live as long as the call.
+gs_rule graddrop_rule(int64_t seed, const Tensor& step, const std::optional<Tensor>& leak, int64_t num_tasks,
+                      const at::Device& device);
+gs_rule trimmed_mean_rule(int64_t num_trimmed);
+void run_combine_rows(const Gradients& grads, const gs_rule& rule, bool accumulate, std::vector<void*>& out);
 
 // The solvers that run_aggregate takes. The step counter must live as long as the call.
 gs_solve pcgrad_solve(int64_t seed, const Tensor& step, bool mean, const at::Device& device);

@@ -192,6 +192,13 @@ void Lists::combine(const Tensor& weights, pybind11::handle out, bool accumulate
   run_combine(grads_, weights, accumulate, pointers);
 }
 
+void Lists::combine_rows(const gs_rule& rule, pybind11::handle out, bool accumulate) const {
+  RECORD_FUNCTION("gradsurgery::combine_rows", {});
+  std::vector<void*> pointers = pointers_of(out);
+  const pybind11::gil_scoped_release release;
+  run_combine_rows(grads_, rule, accumulate, pointers);
+}
+
 std::pair<Tensor, Tensor> Lists::aggregate(const gs_solve& solve, pybind11::handle out, bool accumulate) const {
   RECORD_FUNCTION("gradsurgery::aggregate", {});
   std::vector<void*> pointers = pointers_of(out);

@@ -29,6 +29,7 @@ class Lists {
   pybind11::list new_out() const;
   void gram(Tensor& out) const;
   void combine(const Tensor& weights, pybind11::handle out, bool accumulate) const;
+  void combine_rows(const gs_rule& rule, pybind11::handle out, bool accumulate) const;
   std::pair<Tensor, Tensor> aggregate(const gs_solve& solve, pybind11::handle out, bool accumulate) const;
   // For the directions of these parameters, which are `params` here: a list of tensors, whether to add to them, and the
   // set of places where a parameter's only gradient stands. Where no parameter has a .grad, the tensors are gradients

@@ -16,3 +16,7 @@ else:
 
 NativeSolver = tuple[str, tuple[Any, ...]]
 """One of the extension's solvers, and its arguments."""
+
+Rule = tuple[str, tuple[Any, ...]]
+"""One of the rules that work coordinate by coordinate: ("graddrop", (seed, step counter, leaks [T] or None)) or
+("trimmed_mean", (number of values left out at either end,))."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._constant import constant
+from ._extension import Rule
 from ._gradients import Grads, TaskGradients, as_float64, parse
 from .backends import Backend, choose
 
@@ -68,12 +69,24 @@ def combine_of(
 ) -> Direction:
     """Combine checked gradients under weights [T] or [S, T]."""
     weights = as_float64(weights)
+    return _write(grads, out, lambda grads, out: backend.combine(grads, weights, out, accumulate))
+
+
+def combine_rows_of(
+    grads: TaskGradients, rule: Rule, out: Direction | None, accumulate: bool, backend: Backend
+) -> Direction:
+    """Combine checked gradients by a rule that works coordinate by coordinate."""
+    return _write(grads, out, lambda grads, out: backend.combine_rows(grads, rule, out, accumulate))
+
+
+def _write(grads: TaskGradients, out: Direction | None, write: Callable[[TaskGradients, Direction], None]) -> Direction:
+    """Have the direction written to ``out``, or to a new one."""
     if out is None:
         out = new_out(grads)
     if grads.matrix is not None or (grads.lists is not None and grads.lists.fits(out)):
-        backend.combine(grads, weights, out, accumulate)
+        write(grads, out)
     else:
-        _combine_lists(backend, grads, weights, list(out), accumulate)
+        _write_lists(grads, list(out), write)
     return out
 
 
@@ -86,7 +99,7 @@ def new_out(grads: TaskGradients) -> Direction:
     return [None if like is None else torch.empty_like(like) for like in grads.like]
 
 
-def _combine_lists(backend: Backend, grads: TaskGradients, weights: Tensor, out: list[Any], accumulate: bool) -> None:
+def _write_lists(grads: TaskGradients, out: list[Any], write: Callable[[TaskGradients, Direction], None]) -> None:
     """Write each touched parameter's direction; by way of a temporary where ``out`` has another memory layout."""
     like = grads.like
     touched = [p for p, first in enumerate(like) if first is not None]
@@ -100,7 +113,7 @@ def _combine_lists(backend: Backend, grads: TaskGradients, weights: Tensor, out:
         for p in touched
     ]
     # What lists do not take, as tensors of subclasses, the operators may.
-    backend.combine(replace(grads, lists=None), weights, written, accumulate)
+    write(replace(grads, lists=None), written)
     for p, result in zip(touched, written, strict=True):
         if result is not out[p]:
             out[p].copy_(result)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ._constant import constant
 from ._gradients import Grads, TaskGradients, as_float64, parse
 from .backends import choose
-from .combine import Direction, _check_out, combine, combine_of, new_out
+from .combine import Direction, _check_out, combine, combine_of, combine_rows_of, new_out
 from .gram import gram, gram_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def aggregate(
 ) -> Direction:
     """Return the direction d = sum_t w_t g_t with the weights that ``method`` gives to G.
 
-    Equal to ``combine(grads, methods.get(method, **method_options).weights(gram(grads), losses=losses))``.
+    Equal to ``combine(grads, methods.get(method, **method_options).weights(gram(grads), losses=losses))``, but for the
+    methods without weights, which work on the gradients coordinate by coordinate.
 
     Args:
         grads, segments, out: as in :func:`gradsurgery.combine`.
@@ -45,7 +46,7 @@ def aggregate(
     Raises:
         ValueError, TypeError, RuntimeError: as the stages do; ValueError for options beside a ``Method``.
     """
-    from .methods import resolve
+    from .methods import CoordinateMethod, resolve
     from .methods._buffered import BufferedMethod
 
     chosen = resolve(method, method_options)
@@ -58,6 +59,9 @@ def aggregate(
         result = _aggregate_buffers(chosen, parsed, losses, out, backend)
         return result if out is not None else constant("aggregate", result, parsed.differentiable)
     stages = choose(backend, parsed.device, parsed.num_tasks)
+    if isinstance(chosen, CoordinateMethod):
+        result = combine_rows_of(parsed, chosen.rule(parsed.device, parsed.num_tasks), out, False, stages)
+        return result if out is not None else constant("aggregate", result, parsed.differentiable)
     solver = None if stages.aggregate is None else chosen.native_solver(parsed.device)
     if stages.aggregate is not None and solver is not None:
         direction = new_out(parsed) if out is None else out
@@ -254,11 +258,11 @@ def pcgrad_step(gram: Tensor, step: Tensor, seed: int, reduction: str, backend: 
 
 
 def solver_weights(
-    gram: Tensor, method: str, preference: Tensor | None, parameter: float, max_norm: float, backend: str | None
+    gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, backend: str | None
 ) -> Tensor:
     """Return the weights by one of the solvers of ``backends.solvers.WEIGHTINGS``."""
     problems, out = _problems(gram)
-    choose(backend, gram.device, gram.shape[-1]).weights(problems, method, preference, parameter, max_norm, out)
+    choose(backend, gram.device, gram.shape[-1]).weights(problems, method, preference, parameter, limit, out)
     return out
 
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from . import methods
-from ._gradients import TaskGradients, assign_grads, check_gradient, parse
+from ._gradients import assign_grads, check_gradient
+from ._operate import Operation, weigh_with
 from ._step import Plan, add_all, add_plain, add_sparse, make_plan, read, targets
-from .backends import Backend, choose
+from .backends import choose
 from .collect import Collected, Losses, collect
-from .combine import combine_of
 from .diagnostics import SurgeryInfo
-from .gram import gram_of
 from .methods._buffered import BufferedMethod
 
 _GRANULARITIES = ("global", "per_group", "per_tensor")
@@ -201,7 +200,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         out, accumulate, done = targets(parameters, grads, plan.shared + plain)
         shared_out, plain_out = out[: len(plan.shared)], out[len(plan.shared) :]
 
-        gram, weights = self._operate(collected, grads, plan, backend, shared_out, accumulate)
+        operation = Operation(self.method, collected, grads, plan, backend, self.backend, self.granularity == "global")
+        gram, weights = operation.write(shared_out, accumulate, self._forget)
         if self.method.weights_losses:
             plain_weights, done = weights[0], set()  # type: ignore[index]
         elif plain or sparse:
@@ -295,7 +295,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
         def weigh(values: Tensor) -> Tensor:
             gram = values.new_zeros(()).expand(len(values), len(values))
-            found.append(self._weights(gram, values))
+            found.append(weigh_with(self.method, gram, values, self.backend))
             return found[0]
 
         try:
@@ -307,74 +307,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise
         return SurgeryInfo(collected.tasks, None, found[0])
 
+    def _forget(self) -> None:
+        self._pending = None
+
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def _weights(self, gram: Tensor, losses: Tensor) -> Tensor:
-        # A method of the user's own need not know of backends.
-        named = {} if self.backend is None else {"backend": self.backend}
-        return self.method.weights(gram, losses=losses, **named)
-
-    def _operate(
-        self,
-        collected: Collected,
-        grads: TaskGradients,
-        plan: Plan,
-        backend: Backend,
-        out: list[Any],
-        accumulate: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Write the shared parameters' directions; return G [S, T, T], unscaled, and the weights [S, T]."""
-        if isinstance(self.method, BufferedMethod):
-            return self._operate_on_buffers(self.method, collected, grads, plan, backend, out, accumulate)
-        shared = grads.select(plan.shared, plan.segments, plan.num_segments)
-        scale = None if collected.scale is None else collected.scale.to(torch.float64) ** 2
-        if backend.aggregate is not None and self.method.gram_parameters is None and shared.lists is not None:
-            solver = self.method.native_solver(grads.device)
-            if solver is not None and out and shared.lists.fits(out):
-                self._pending = None  # which the direction may be written over
-                # The weights do not depend on the scale.
-                gram, weights = backend.aggregate(shared, solver, out, accumulate)  # type: ignore[misc]
-                return gram if scale is None else gram / scale, weights
-        measured = gram = gram_of(grads.select(plan.shared, plan.read_segments, plan.num_read_segments), backend)
-        if scale is not None:
-            measured = gram = gram / scale
-        if self.method.gram_parameters is not None:
-            measured, gram = gram[1:], gram.sum(0, keepdim=True)
-        if collected.batches > 1:
-            tasks = len(collected.tasks)
-            measured = gram[..., :tasks, tasks : 2 * tasks]
-        if self.granularity == "global":
-            weights = self._weights(measured[0], collected.losses)[None]
-        else:
-            weights = self._weights(measured, collected.losses)
-        if collected.batches > 1:
-            weights = torch.nn.functional.pad(weights, (grads.num_tasks - len(collected.tasks), 0))
-        self._pending = None
-        combine_of(shared, weights, out, accumulate, backend)
-        return gram, weights
-
-    def _operate_on_buffers(
-        self,
-        method: BufferedMethod,
-        collected: Collected,
-        grads: TaskGradients,
-        plan: Plan,
-        backend: Backend,
-        out: list[Any],
-        accumulate: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Do the same with what the method keeps in place of the task gradients."""
-        shared = grads.select(plan.shared, plan.segments, plan.num_segments)
-        if not plan.shared:
-            gram = gram_of(shared, backend)
-            return gram, torch.ones_like(gram[..., 0])
-        rows = [[row[p] for p in plan.shared] for row in collected.grads]
-        replaced = method.replace(rows, collected.losses, collected.scale, self.backend and backend.name)
-        self._pending = None
-        shared = parse(replaced, None).select(list(range(len(plan.shared))), plan.segments, plan.num_segments)
-        gram = gram_of(shared, backend)
-        weights = self._weights(gram[0], collected.losses)[None]
-        scaled = weights if collected.scale is None else weights * collected.scale.to(weights.dtype)
-        combine_of(shared, scaled, out, accumulate, backend)
-        return gram, weights

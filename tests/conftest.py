@@ -42,8 +42,10 @@ INTERPRETED_TASKS = {
     "test_any_shape_and_segments": 0,
     "test_batches_equal_loops": 1,
     "test_constant_rows_have_no_bias": 0,
+    "test_kept_gradients_are_those_of_the_explicit_algorithm": 1,
     "test_large_output_past_the_cache": 0,
     "test_no_second_copy_of_the_task_gradients": 0,
+    "test_ours_in_their_interfaces_are_ours": 0,
     "test_scaling_the_gradients_scales_the_direction": 5,
     "test_worst_rounding_of_a_float32_chain": 17,
 }
@@ -56,6 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def worthwhile(item: Any) -> bool:
     parameters = item.callspec.params
+    if item.module.__name__ == "test_gram_methods" and parameters.get("backend") == "reference":
+        return parameters.get("tasks", 1) <= 5 or parameters.get("case", "normal") in ("normal", "duplicate")
     tasks, columns = parameters.get("tasks", 1), parameters.get("columns", 1)
     if parameters.get("backend") != "triton":
         return True

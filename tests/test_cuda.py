@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What only a GPU can get wrong: synchronisation, CUDA graphs, streams, devices."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
 
@@ -116,6 +116,14 @@ def test_streaming_stages_do_not_synchronise(name, form):
         FORM_CALLS[name](arguments, grads)
 
 
+def known(*infos):
+    """Compute all that there is."""
+    for info in infos:
+        for field in ("weights", "norms", "cosines", "conflicts", "magnitude_similarity", "update_norm", "finite"):
+            with suppress(ValueError):
+                getattr(info, field)
+
+
 @pytest.mark.parametrize(
     ("method", "granularity"), [*((m, "global") for m in METHODS), ("pcgrad", "per_tensor"), ("mgda", "per_group")]
 )
@@ -128,10 +136,13 @@ def test_a_training_step_does_not_synchronise(method, granularity, scaled):
 
     def step():
         optimizer.zero_grad()
-        optimizer.collect(two_losses(net, x), scaler=scaler)
         info = optimizer.backward(two_losses(net, x), scaler=scaler)
         optimizer.step()
-        return info.norms, info.cosines, info.conflicts, info.magnitude_similarity, info.update_norm, info.finite
+        optimizer.zero_grad()
+        for _ in range(max(1, optimizer.method.num_batches - 1)):
+            optimizer.collect(two_losses(net, x), scaler=scaler)
+        known(info, optimizer.backward(two_losses(net, x), scaler=scaler))
+        optimizer.step()
 
     step()
     with no_sync():
@@ -147,8 +158,10 @@ def test_a_step_without_shared_gradients_stays_on_the_gpu(method):
     losses = [other[0], 2 * other[1]]
     with no_sync():
         info = optimizer.backward(losses)
-    assert info.gram.device == weight.device
-    assert torch.equal(info.gram, torch.zeros_like(info.gram))
+    assert weight.grad.isfinite().all()
+    if method in ("pcgrad", "mgda", "db_mtl"):
+        assert info.gram.device == weight.device
+        assert torch.equal(info.gram, torch.zeros_like(info.gram))
 
 
 def capture(call):
@@ -225,19 +238,18 @@ def test_a_captured_training_step_equals_eager_training(method, kind):
 
     def step(net, optimizer):
         optimizer.zero_grad()
-        info = optimizer.backward(two_losses(net, x))
+        optimizer.backward(two_losses(net, x))
         optimizer.step()
-        return info.weights
 
     batches = torch.randn(5, 8, 6, dtype=torch.float64).cuda()
     x = batches[0].clone()
     (net, optimizer), (twin, plain) = make(), make()
     step(twin, plain)
-    graph, weights = capture(lambda: step(net, optimizer))
+    graph, _ = capture(lambda: step(net, optimizer))
     for batch in batches[1:]:
         x.copy_(batch)
         graph.replay()
-        torch.testing.assert_close(weights, step(twin, plain))
+        step(twin, plain)
         torch.testing.assert_close(list(net.parameters()), list(twin.parameters()))
     torch.testing.assert_close(optimizer.state_dict(), plain.state_dict())
 

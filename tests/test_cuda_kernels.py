@@ -11,6 +11,7 @@ import torch
 
 import gradsurgery
 from conftest import on_gpu
+from gradsurgery.methods._base import SolverMethod
 from inputs import DTYPES, GRAM_TOLERANCE
 from test_combine import assert_direction
 from test_gram import assert_gram
@@ -244,6 +245,15 @@ def test_sanitize_solvers(tasks):
         torch.testing.assert_close(got, theirs.weights(host, losses=losses))
     got = gradsurgery.gradnorm_update(*[losses.cuda()] * 4).cpu()
     torch.testing.assert_close(got, gradsurgery.gradnorm_update(*[losses] * 4))
+    for name in gradsurgery.methods.available():
+        solver = gradsurgery.methods.get(name)
+        if isinstance(solver, SolverMethod):
+            got, expected = solver.weights(products).cpu(), solver.weights(host)
+            off = got - expected
+            assert (off @ host @ off).clamp(min=0).sqrt() <= 1e-6 * (expected @ host @ expected).clamp(min=1e-12).sqrt()
+    theirs, ours = (gradsurgery.methods.GradVac(beta=0.5, seed=3) for _ in range(2))
+    for _ in range(2):
+        torch.testing.assert_close(ours.weights(products).cpu(), theirs.weights(host), rtol=1e-9, atol=1e-9)
     method, one = gradsurgery.methods.PCGrad(), gradsurgery.pcgrad_weights(products)
     assert torch.equal(method.weights(products.expand(3, tasks, tasks)), one.expand(3, tasks))
     method.weights(products)

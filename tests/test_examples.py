@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import gradsurgery
 from conftest import on_cpu
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +26,47 @@ def test_demo(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert all(0 <= value <= 1 for run in runs for value in run.accuracy)
     assert "plain sum" in capsys.readouterr().out
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny convolutions on the threads of several test processes wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("default")
+def test_every_method_trains_the_demo(tmp_path, one_thread):
+    multi_mnist = pytest.importorskip("examples.multi_mnist")
+    names = gradsurgery.methods.available()
+    train_set, test_set = multi_mnist.multi_mnist(8, 4)
+    for name in names:
+        run = multi_mnist.train_model(name, 0, 4, train_set, test_set, lambda: None)
+        losses = torch.tensor(run.losses)
+        assert losses.isfinite().all(), name
+        assert losses[-1].sum() < losses[0].sum(), name
+    runs = multi_mnist.main(
+        ["--quick", "--seeds", "2", "--epochs", "1", "--output", str(tmp_path / "x.png"), "--methods", "uw", "graddrop"]
+    )
+    assert {run.method for run in runs} == {"Plain sum", "uw", "graddrop"}
+
+
+def test_methods(tmp_path):
+    for package in ("cvxpy", "rich", "torchjd"):
+        pytest.importorskip(package)
+    output = tmp_path / "methods.json"
+    subprocess.run(
+        [sys.executable, "-m", "bench.methods", "--quick", "--output", output],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    run = json.loads(output.read_text())
+    assert {row["contender"] for row in run["rows"]} == {"gradsurgery", "gradsurgery pcgrad", "torchjd"}
+    # Of the targets these sizes reach two, which are ten times and more from their bounds elsewhere.
+    assert all(target["met"] is not False for target in run["targets"] if "weights" in target["target"])
 
 
 def test_peers(tmp_path):

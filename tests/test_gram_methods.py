@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import gradsurgery
+from conftest import USABLE
 from gradsurgery.backends import solvers
 from inputs import DEVICE, HOSTILE, hostile, normal
 
 methods = gradsurgery.methods
-TASKS = (1, 2, 3, 8, 33)
+TASKS = (1, 2, 5, 33)
 SOLVED = ("upgrad", "dualproj", "cagrad", "nash_mtl", "fairgrad", "imtl_g", "config", "aligned_mtl")
 # METHODS.md's golden matrix, the one that TorchJD pins its aggregators on.
 GOLDEN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
@@ -24,6 +25,12 @@ GOLDEN_VALUES = {
     "config": (None, [0.1588, 2.0706, 2.0706]),
     "aligned_mtl": ([0.5591, 0.4083], [0.2133, 0.9673, 0.9673]),
 }
+
+
+@pytest.fixture(params=[name for name in USABLE if name != "triton"])
+def backend(request):
+    """Not Triton: what it has is the reference's."""
+    return request.param
 
 
 def weigh(name, gram, backend=None, **options):
@@ -72,7 +79,7 @@ def test_upgrad_of_two_tasks_is_pcgrad(backend):
         torch.testing.assert_close(got, gradsurgery.pcgrad_weights(gram), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("c", [0.0, 0.2, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("c", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_cagrad_closes_the_duality_gap(backend, tasks, case, c):
@@ -97,7 +104,7 @@ def test_cagrad_closes_the_duality_gap(backend, tasks, case, c):
         torch.testing.assert_close(weigh("cagrad", gram, backend, c=c, rescale=rescale), w * factor)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_fairgrad_solves_its_equation(backend, tasks, case, alpha):
@@ -160,7 +167,7 @@ def test_imtl_g_and_config_solve_the_cosines(backend, tasks, case):
             expected = (gram @ unit).sum() * unit
         error, size = w - expected, (expected @ gram @ expected).clamp(min=0).sqrt()
         assert (error @ gram @ error).clamp(min=0).sqrt() <= 1e-6 * size + 1e-12 * norms.max()
-        if case == "normal" and tasks <= 8:
+        if case == "normal" and tasks <= 5:
             product = gram @ w / norms
             torch.testing.assert_close(product / product.mean(), p / p.mean(), rtol=1e-8, atol=0)
             assert name == "config" or abs(w.sum() - 1) < 1e-12
@@ -235,7 +242,7 @@ def test_gradvac_starts_as_pcgrad(backend):
 @pytest.mark.parametrize("tasks", TASKS)
 def test_gradvac_of_hostile_gradients_is_finite(backend, tasks, case):
     method, gram = methods.get("gradvac", beta=0.5), gradsurgery.gram(hostile(tasks)[case])
-    for _ in range(3):
+    for _ in range(2):
         assert method.weights(gram, backend=backend).isfinite().all()
 
 
@@ -282,7 +289,7 @@ def test_a_batch_is_its_problems(backend, method):
         gram, got = grams[tuple(index)], batched[tuple(index)]
         one = weigh(method, gram, backend)
         assert one.isfinite().all() == gram.isfinite().all()
-        if backend in ("reference", "triton"):  # batched matrix products may sum in another order
+        if backend == "reference":  # batched matrix products may sum in another order
             error = torch.nan_to_num(one - got)
             norm = torch.nan_to_num(gram).diagonal().max()
             assert (error @ torch.nan_to_num(gram) @ error).abs() <= 1e-9 * max(norm, 1)
@@ -302,6 +309,13 @@ def test_any_number_of_tasks(method, tasks):
         torch.testing.assert_close(weights * torch.ones(()), torch.ones(1).double() * factor, rtol=1e-3, atol=0) if (
             method != "cagrad"
         ) else torch.testing.assert_close(weights, torch.full((1,), 1.5).double())
+
+
+@pytest.mark.skipif("triton" not in USABLE, reason="Triton is not usable here")
+@pytest.mark.parametrize("method", [*SOLVED, "gradvac", "krum"])
+def test_triton_has_the_reference(method):
+    gram = gradsurgery.gram(hostile(3)["conflicting"] + 0.1 * normal(3, 37, seed=9))
+    torch.testing.assert_close(weigh(method, gram, "triton"), weigh(method, gram, "reference"))
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 9])

@@ -101,9 +101,12 @@ def test_every_method_gives_what_our_optimizer_gives(method):
         weights = model.backward(losses_of(model))
         optimizer.zero_grad()
         info = optimizer.backward(losses_of(twin))
-        assert isinstance(weights, np.ndarray)
-        assert weights.dtype == np.float64
-        assert weights.tolist() == info.weights.tolist()
+        if isinstance(methods.get(method), methods.CoordinateMethod):
+            assert weights is None
+        else:
+            assert isinstance(weights, np.ndarray)
+            assert weights.dtype == np.float64
+            assert weights.tolist() == info.weights.tolist()
         assert grads_of(model.unused) == [None, None]
         torch.testing.assert_close(grads_of(model), grads_of(twin), rtol=0, atol=0)
         trainer.step()

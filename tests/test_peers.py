@@ -73,7 +73,6 @@ def test_torchjd_weights_of_independent_gradients(backend, tasks, name):
     assert ((ours - theirs) @ rows).norm() <= tolerance * (theirs @ rows).norm()
 
 
-@pytest.mark.filterwarnings("ignore:You are solving a parameterized problem:UserWarning")
 @pytest.mark.parametrize("tasks", [2, 3, 17])
 def test_torchjd_aggregators_of_independent_gradients(backend, tasks):
     rows = normal(tasks, 40) + 0.5 * normal(1, 40, seed=9)
@@ -82,7 +81,6 @@ def test_torchjd_aggregators_of_independent_gradients(backend, tasks):
         assert (ours - theirs(rows)).norm() <= 1e-6 * ours.norm()
 
 
-@pytest.mark.filterwarnings("ignore:You are solving a parameterized problem:UserWarning")
 def test_torchjd_nash_mtl_may_end_far_from_its_equation():
     torch.manual_seed(0)
     rows = torch.randn(8, 40, dtype=torch.float64)

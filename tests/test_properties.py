@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gradsurgery
+from gradsurgery.backends import solvers
 from gradsurgery.methods.__main__ import text
 from inputs import normal
 
@@ -68,6 +69,23 @@ def test_not_linear_in_factors_on_the_gradients(name):
     both = direction(name, (first + second) * rows)
     apart = direction(name, first * rows) + direction(name, second * rows)
     assert (both - apart).norm() > 1e-6 * apart.norm()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "cagrad"])
+def test_nothing_is_read_on_the_host(name):
+    """Tensors without values: whatever reads one raises. What the compiled backends do, test_cuda.py tests."""
+    method = methods.get(name)
+    losses = torch.ones(5, dtype=torch.float64, device="meta")
+    grads = [[torch.ones(7, device="meta")] for _ in range(5)]
+    for _ in range(2):
+        gradsurgery.aggregate(grads, method, losses=losses)
+    assert all(value.is_meta for value in method.state_dict().values() if isinstance(value, torch.Tensor))
+
+
+def test_cagrad_reads_nothing_on_the_host():
+    """With its many min-norm problems, which mgda stands for above, left out."""
+    gram, out = torch.ones(3, 3, dtype=torch.float64, device="meta"), torch.ones(3, dtype=torch.float64, device="meta")
+    solvers.solve(gram, "cagrad", None, 0.5, float("inf"), lambda *_: None, out)
 
 
 SCALES = {"sum": 1.0, "mean": 0.25, "mean, times 1 + c": 0.25 * 1.5}

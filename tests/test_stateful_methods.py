@@ -201,6 +201,8 @@ def test_kept_gradients_belong_to_one_set_of_parameters(name):
         gradsurgery.aggregate(normal(2, 10), method, losses=losses, segments=[0, 4, 10])
     with pytest.raises(ValueError, match="needs granularity 'global', got 'per_tensor'"):
         gradsurgery.SurgeryOptimizer(torch.optim.SGD([torch.ones(2)]), name, granularity="per_tensor")
+    with pytest.raises(ValueError, match=r"keeps: use gradsurgery.aggregate or SurgeryOptimizer"):
+        methods.get(name).weights(torch.eye(2, dtype=torch.float64))
     no_gradient = gradsurgery.aggregate([[None], [None]], methods.get(name), losses=losses)
     assert no_gradient == [None]
 

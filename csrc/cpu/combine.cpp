@@ -1,14 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Stage 4 on the CPU: every output element is summed in one order, so any split of the columns gives the same bits.
+#include "chunks.h"
 #include "kernels.h"
-#include "schedule.h"
 
 namespace gs {
 namespace {
-
-constexpr int64_t kChunk = 16384;           // columns per call of the loop body
-constexpr int64_t kSerialElements = 65536;  // less than this is not worth a second thread
-constexpr int64_t kStreamBytes = 8 << 20;   // an output above this would push the gradients out of the cache
 
 void combine_chunk(const gs_gradients& g, const double* weights, void* out, bool accumulate, bool stream, int64_t p,
                    int64_t begin, int64_t end) {
@@ -44,22 +40,9 @@ gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, int64
   const gs_gradients& g = *grads;
   GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_combine_workspace_bytes(grads));
 
-  int64_t* first_chunk = static_cast<int64_t*>(workspace);
-  int64_t elements = 0, out_bytes = 0;
-  first_chunk[0] = 0;
-  for (int64_t p = 0; p < g.num_params; p++) {
-    first_chunk[p + 1] = first_chunk[p] + (g.numel[p] + kChunk - 1) / kChunk;
-    elements += g.numel[p] * g.num_tasks;
-    out_bytes += g.numel[p] * element_bytes(g.dtype[p]) * num_directions;
-  }
-  const int64_t chunks = first_chunk[g.num_params];
-  const bool stream = !accumulate && out_bytes > kStreamBytes;
-  // In reverse: the Gram pass read the last columns last, so they may still be in the cache. All directions of a chunk
-  // at once, for the same reason.
-  parallel_for(elements < kSerialElements ? nullptr : parallel, chunks, [&](int64_t i) {
-    const int64_t chunk = chunks - 1 - i;
-    const int64_t p = std::upper_bound(first_chunk, first_chunk + g.num_params + 1, chunk) - first_chunk - 1;
-    const int64_t begin = (chunk - first_chunk[p]) * kChunk, end = std::min(begin + kChunk, g.numel[p]);
+  const bool stream = !accumulate && overflow_cache(g, num_directions);
+  // All directions of a chunk at once, while its gradients are in the cache.
+  each_chunk(g, static_cast<int64_t*>(workspace), parallel, [&](int64_t p, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < num_directions; k++) {
       void* target = out[k * g.num_params + p];
       const double* own = weights + k * g.num_segments * g.num_tasks;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The two N-sized kernels, compiled once per instruction set and picked at run time.
+// The N-sized kernels, compiled once per instruction set and picked at run time.
 #pragma once
 // The kernels' standard headers stand here, before any choice of instruction set: an inline function of theirs compiled
 // for AVX-512 could be the copy that the linker keeps for everybody.
@@ -23,6 +23,10 @@ struct KernelTable {
   // written past the cache, which saves reading its lines first.
   void (*combine)(const void* const* rows, const double* weights, int64_t k, gs_dtype dtype, int64_t n, void* out,
                   bool accumulate, bool stream);
+
+  // The same for a rule. Rows that are NULL are zero; `coordinate` is that of the first column.
+  void (*combine_rows)(const void* const* rows, const gs_rule& rule, int64_t k, gs_dtype dtype, int64_t n,
+                       int64_t coordinate, void* out, bool accumulate, bool stream);
 };
 
 extern const KernelTable kBaselineKernels;

@@ -3,14 +3,16 @@
 // vector), GS_PANEL (rows per register tile) and GS_TABLE, after it has chosen the compilation target.
 
 #include "simd.inl"
-// The kernels read the vector types of simd.inl.
+// The kernels read the vector types of simd.inl, and two of them the blocks.
+#include "blocks.inl"
 #include "combine.inl"
 #include "gram.inl"
+#include "rows_combine.inl"
 
 namespace gs {
 
 #define GS_STRING_(x) #x
 #define GS_STRING(x) GS_STRING_(x)
-const KernelTable GS_TABLE = {GS_STRING(GS_ISA), &GS_ISA::gram, &GS_ISA::combine};
+const KernelTable GS_TABLE = {GS_STRING(GS_ISA), &GS_ISA::gram, &GS_ISA::combine, &GS_ISA::combine_rows};
 
 }  // namespace gs

@@ -21,6 +21,12 @@ gs_status gs_combine_cuda(const gs_gradients*, const double*, int64_t, void* con
   return unsupported();
 }
 
+int64_t gs_combine_rows_cuda_workspace_bytes(const gs_gradients*) { return unsupported(), -1; }
+
+gs_status gs_combine_rows_cuda(const gs_gradients*, const gs_rule*, void* const*, int, void*, int64_t, gs_stream) {
+  return unsupported();
+}
+
 gs_status gs_task_order_cuda(int64_t, uint64_t, const int64_t*, int64_t*, gs_stream) { return unsupported(); }
 
 gs_status gs_pcgrad_cuda(const double*, int64_t, int64_t, const int64_t*, uint64_t, int64_t*, int, int, double*,

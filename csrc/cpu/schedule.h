@@ -62,15 +62,27 @@ inline gs_status check_order(const int64_t* order, int64_t num_tasks) {
   return GS_OK;
 }
 
-inline gs_status check_weighting(gs_weighting method, double parameter, double max_norm) {
-  GS_REQUIRE(method >= GS_UPGRAD && method <= GS_ALIGNED_MTL_RMSE, "method is %d, which no gs_weighting is",
-             (int)method);
+inline gs_status check_weighting(gs_weighting method, int64_t num_tasks, double parameter, double limit) {
+  GS_REQUIRE(method >= GS_UPGRAD && method <= GS_KRUM, "method is %d, which no gs_weighting is", (int)method);
   const bool ridge = method == GS_UPGRAD || method == GS_DUALPROJ;
   GS_REQUIRE(!ridge || (parameter > 0 && parameter < INFINITY), "ridge must be positive and finite, got %g", parameter);
   GS_REQUIRE(method != GS_CAGRAD || (parameter >= 0 && parameter < INFINITY), "c must be >= 0 and finite, got %g",
              parameter);
-  GS_REQUIRE(method != GS_FAIRGRAD || (parameter > 0 && parameter < INFINITY && max_norm > 0),
-             "alpha and max_norm must be positive and alpha finite, got %g and %g", parameter, max_norm);
+  GS_REQUIRE(method != GS_FAIRGRAD || (parameter > 0 && parameter < INFINITY && limit > 0),
+             "alpha and limit must be positive and alpha finite, got %g and %g", parameter, limit);
+  GS_REQUIRE(method != GS_KRUM || (parameter >= 0 && limit >= 1 && limit <= static_cast<double>(num_tasks)),
+             "Krum's parameter must be >= 0 and its limit in 1..%lld, got %g and %g", (long long)num_tasks, parameter,
+             limit);
+  return GS_OK;
+}
+
+inline gs_status check_rule(const gs_rule& rule, int64_t num_tasks) {
+  GS_REQUIRE(rule.kind == GS_GRADDROP || rule.kind == GS_TRIMMED_MEAN, "kind is %d, which no gs_rule_kind is",
+             (int)rule.kind);
+  GS_REQUIRE(rule.kind != GS_GRADDROP || rule.step, "step must not be NULL");
+  GS_REQUIRE(rule.kind != GS_TRIMMED_MEAN || (rule.num_trimmed >= 0 && rule.num_trimmed <= (num_tasks - 1) / 2),
+             "num_trimmed must be in 0..%lld for %lld tasks, got %lld", (long long)((num_tasks - 1) / 2),
+             (long long)num_tasks, (long long)rule.num_trimmed);
   return GS_OK;
 }
 

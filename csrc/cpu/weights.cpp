@@ -20,18 +20,18 @@ int64_t gs_weights_workspace_bytes(gs_weighting method, int64_t batch, int64_t n
 }
 
 gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
-                         const double* preference, double parameter, double max_norm, double* weights, void* workspace,
+                         const double* preference, double parameter, double limit, double* weights, void* workspace,
                          int64_t workspace_bytes, const gs_parallel* parallel) {
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
-  if (const gs_status status = gs::check_weighting(method, parameter, max_norm)) return status;
+  if (const gs_status status = gs::check_weighting(method, num_tasks, parameter, limit)) return status;
   GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_weights_workspace_bytes(method, batch, num_tasks));
   gs::parallel_for(batch * num_tasks >= 32 ? parallel : nullptr, batch, [&](int64_t b) {
     const gs::SerialTeam team;
     const double* problem = gram + b * num_tasks * num_tasks;
     double* w = weights + b * num_tasks;
     if (!gs::all_finite(problem, num_tasks * num_tasks)) return gs::fill_nan(team, w, num_tasks);
-    gs::solve_weighting(team, method, problem, num_tasks, preference, parameter, max_norm, 0, 1, w,
+    gs::solve_weighting(team, method, problem, num_tasks, preference, parameter, limit, 0, 1, w,
                         static_cast<double*>(workspace) + b * gs::scratch_of(method, num_tasks));
   });
   return GS_OK;

@@ -79,20 +79,6 @@ GS_DEVICE void add_term(const Terms<K>& terms, int task, double x, double (&sum)
   }
 }
 
-// A lane's vector of step s of a turn: of a whole step or of the rest of a piece.
-template <class In, int kSteps>
-GS_DEVICE void store(const Turns<In, kWarp, kSteps>& turns, int s, In* out, const Vector<In>& vector) {
-  constexpr int64_t kStep = kWarp * kVector<In>;
-  const int lane = thread() % kWarp;
-  if (turns.is_whole()) return store_step<kWarp>(out + turns.column() + s * kStep, turns.aligned(), lane, vector);
-  const Steps steps = turns.rest_steps();
-#pragma unroll
-  for (int e = 0; e < kVector<In>; e++) {
-    const int64_t i = turns.rest_index() + s * kStep + e * kWarp + lane;
-    if (i < steps.rest) out[steps.rest_column(i)] = vector.get(e);
-  }
-}
-
 // With more than one step, kRows holds all tasks, so that the sums of a step do not wait for those of the others.
 template <class In, int K, int kSteps, int kRows, int kBlocks>
 GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
@@ -148,7 +134,7 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
         Vector<In> result = {};
 #pragma unroll
         for (int e = 0; e < kVector<In>; e++) result.set(e, from_double<In>(sum[s][e][k]));
-        store(turns, s, out[k], result);
+        turns.store(out[k], lane, s, result);
       }
     }
   }

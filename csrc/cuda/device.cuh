@@ -247,6 +247,9 @@ gs_status launch_as(bool together, void (*kernel)(P...), int64_t blocks, int thr
 
 namespace gs::gpu {
 
+// Adds 1 to a counter on the device. In entry.cu.
+gs_status advance(int64_t* step, gs_stream stream);
+
 template <class... P>
 gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
                  const std::type_identity_t<P>&... arguments) {

@@ -57,11 +57,6 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
   if (advance && thread() == 0) ++*step;
 }
 
-GS_KERNEL advance_kernel(int64_t* step) {
-  wait_for_previous_kernel();
-  ++*step;
-}
-
 template <int kPerLane>
 gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const int64_t* order, uint64_t seed,
                         int64_t* step, bool advance, bool mean, double* weights, gs_stream stream) {
@@ -94,5 +89,5 @@ gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_tasks, c
   const gs_status status = launch_kernel(gram, batch, static_cast<int>(num_tasks), order, seed, step,
                                          advance != 0 && batch == 1, mean != 0, weights, stream);
   if (status != GS_OK || !advance || batch == 1) return status;
-  return launch(advance_kernel, 1, 1, 0, stream, step);  // after every block has read the counter
+  return gs::gpu::advance(step, stream);  // after every block has read the counter
 }

@@ -19,7 +19,8 @@ struct Run {
 // One parameter: its columns begin at first_column of its run.
 struct Param {
   int64_t first_column, numel;
-  int64_t residue;  // as in Piece
+  int64_t coordinate : 56;  // number of the first column, counted over all parameters
+  int64_t residue : 8;      // as in Piece
 };
 
 constexpr int64_t kTableBytes = 32000;  // of the 32,764 that a launch takes

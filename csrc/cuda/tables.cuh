@@ -62,11 +62,12 @@ class Tables {
       used += int64_t{sizeof(value)};
     };
     each_run(append, table.width);
-    int64_t columns = 0, segment = -1;
+    int64_t columns = 0, segment = -1, coordinate = 0, counted = 0;
     each_param([&](int64_t p) {
+      for (; counted < p; counted++) coordinate += grads_.numel[counted];
       if (segment != segment_of(grads_, p)) columns = 0;
       segment = segment_of(grads_, p);
-      append(Param{columns, grads_.numel[p], residue_of(p)});
+      append(Param{columns, grads_.numel[p], coordinate, residue_of(p)});
       columns += grads_.numel[p];
     });
     each_param([&](int64_t p) { each_pointer(p, append); });

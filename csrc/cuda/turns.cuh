@@ -50,6 +50,8 @@ class Turns {
     table_.get_pointers(param_, t, row);
   }
 
+  GS_DEVICE int64_t coordinate() const { return table_.param(param_).coordinate; }
+
   // Goes on; true if that led to another piece.
   GS_DEVICE bool next() {
     column_ += stride_ * kColumns;
@@ -70,6 +72,16 @@ class Turns {
     for (int s = 0; s < kSteps; s++) {
 #pragma unroll
       for (int r = 0; r < kRows; r++) x[s][r] = load_rest(row[r], steps, lane, s);
+    }
+  }
+  // A lane's vector of step s, as load() has it.
+  GS_DEVICE void store(In* out, int lane, int s, const Vector<In>& vector) const {
+    if (is_whole()) return store_step<kLanes>(out + column_ + s * Rows::kStep, aligned_, lane, vector);
+    const Steps steps = rest_steps();
+#pragma unroll
+    for (int e = 0; e < kVector<In>; e++) {
+      const int64_t i = rest_index() + s * Rows::kStep + e * kLanes + lane;
+      if (i < steps.rest) out[steps.rest_column(i)] = vector.get(e);
     }
   }
   GS_DEVICE Steps rest_steps() const { return Steps(Slot(table_, slot_).piece<In, kLanes>(param_), kColumns); }

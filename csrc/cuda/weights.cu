@@ -31,7 +31,7 @@ GS_DEVICE bool block_finite(const double* values, int64_t count) {
 
 // scratch_values is 0 where the scratch lies in shared memory. One kernel for all solvers: they share much.
 GS_KERNEL weights_kernel(const double* gram, int64_t num_tasks, gs_weighting method, const double* preference,
-                         double parameter, double max_norm, double* weights, double* workspace, int64_t scratch_values,
+                         double parameter, double limit, double* weights, double* workspace, int64_t scratch_values,
                          int64_t warp_values) {
   wait_for_previous_kernel();
   const WarpTeam team;
@@ -46,7 +46,7 @@ GS_KERNEL weights_kernel(const double* gram, int64_t num_tasks, gs_weighting met
   }
   const int64_t warp = thread() / kWarp, warps = threads() / kWarp;
   double* part = scratch + warp * num_tasks;
-  solve_weighting(team, method, problem, num_tasks, preference, parameter, max_norm, warp, warps, part,
+  solve_weighting(team, method, problem, num_tasks, preference, parameter, limit, warp, warps, part,
                   scratch + warps * num_tasks + warp * warp_values);
   sync_block();
   for (int64_t i = thread(); i < num_tasks; i += threads()) {
@@ -90,17 +90,17 @@ int64_t gs_weights_cuda_workspace_bytes(gs_weighting method, int64_t batch, int6
 }
 
 gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
-                          const double* preference, double parameter, double max_norm, double* weights, void* workspace,
+                          const double* preference, double parameter, double limit, double* weights, void* workspace,
                           int64_t workspace_bytes, gs_stream stream) {
   using namespace gs::gpu;
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
-  if (const gs_status status = gs::check_weighting(method, parameter, max_norm)) return status;
+  if (const gs_status status = gs::check_weighting(method, num_tasks, parameter, limit)) return status;
   GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_weights_cuda_workspace_bytes(method, batch, num_tasks));
   const int64_t values = scratch_of(method, num_tasks), threads = warps_of(method, num_tasks) * kWarp;
   const bool fits = values * 8 <= kSharedBytes;
   return launch(weights_kernel, batch, static_cast<int>(threads), fits ? values * 8 : 0, stream, gram, num_tasks,
-                method, preference, parameter, max_norm, weights, static_cast<double*>(workspace), fits ? 0 : values,
+                method, preference, parameter, limit, weights, static_cast<double*>(workspace), fits ? 0 : values,
                 gs::weighting_scratch(method, num_tasks));
 }
 

@@ -88,7 +88,7 @@ class CAGrad {
     low_value = minimize(low) - target;
     int side = 0;
     double lambda = low;
-    for (int step = 0; step < 100; step++) {
+    for (int step = 0; step < 40; step++) {
       if (!(high - low > 1e-15 * high) || low_value >= 0) break;
       const double a = low * low, b = high * high;
       // Squares far apart: the geometric mean, until the secant is of use.

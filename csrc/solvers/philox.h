@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the visiting orders drawn
-// from it.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and what is drawn from
+// it: visiting orders, and a number for each coordinate.
 #pragma once
 #include "common.h"
 
@@ -50,5 +50,15 @@ GS_HOST_DEVICE inline void task_order_row(int64_t num_tasks, uint64_t seed, uint
     }
   }
 }
+
+// The counter of coordinates 4 block to 4 block + 3, a word for each. Its third word is none of a row, nor 2^32 - 1,
+// which methods/random.py has there.
+GS_HOST_DEVICE inline PhiloxBlock coordinate_counter(uint64_t step, uint64_t block) {
+  return {{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32),
+           0x80000000u + static_cast<uint32_t>(block >> 32), static_cast<uint32_t>(block)}};
+}
+
+// In (0, 1). Exact.
+GS_HOST_DEVICE inline double uniform_of(uint32_t word) { return (word + 0.5) * 0x1p-32; }
 
 }  // namespace gs

@@ -3,6 +3,7 @@
 #pragma once
 #include "cagrad.h"
 #include "gradsurgery/gradsurgery.h"
+#include "krum.h"
 #include "newton.h"
 #include "spectral.h"
 
@@ -17,6 +18,8 @@ constexpr int64_t weighting_scratch(gs_weighting method, int64_t num_tasks) {
       return cagrad_scratch(num_tasks);
     case GS_FAIRGRAD:
       return newton_scratch(num_tasks);
+    case GS_KRUM:
+      return krum_scratch(num_tasks);
     default:
       return spectral_scratch(num_tasks);
   }
@@ -25,7 +28,7 @@ constexpr int64_t weighting_scratch(gs_weighting method, int64_t num_tasks) {
 // The weights of one problem with finite G. UPGrad's are a sum over tasks, here of every step-th one from the first on.
 template <class Team>
 GS_HOST_DEVICE void solve_weighting(const Team& team, gs_weighting method, const double* gram, int64_t num_tasks,
-                                    const double* preference, double parameter, double max_norm, int64_t first,
+                                    const double* preference, double parameter, double limit, int64_t first,
                                     int64_t step, double* weights, double* scratch) {
   switch (method) {
     case GS_UPGRAD:
@@ -35,7 +38,10 @@ GS_HOST_DEVICE void solve_weighting(const Team& team, gs_weighting method, const
     case GS_CAGRAD:
       return CAGrad(team, gram, num_tasks, scratch).solve(parameter, weights);
     case GS_FAIRGRAD:
-      return fair_grad(team, gram, num_tasks, parameter, max_norm, weights, scratch);
+      return fair_grad(team, gram, num_tasks, parameter, limit, weights, scratch);
+    case GS_KRUM:
+      return krum(team, gram, num_tasks, static_cast<int64_t>(parameter), static_cast<int64_t>(limit), weights,
+                  scratch);
     case GS_IMTL_G:
       return imtl_g(team, gram, num_tasks, weights, scratch);
     case GS_CONFIG:

@@ -77,7 +77,8 @@ def verdict(runs: Sequence[Run]) -> str:
     return (
         f"{accuracy} That is a rule of thumb for {len(baseline)} seeds, not a significance test. "
         f"With surgery the median step took {min(ratios):.2f} to {max(ratios):.2f} times as long as with the "
-        "plain sum: it runs one backward pass per task, and the surgery itself is "
+        "plain sum: surgery takes one backward pass per task (weights of the losses alone one for all), and the "
+        "surgery itself is "
         f"{min(shares):.1f} to {max(shares):.1f} % of the step."
     )
 
@@ -88,8 +89,8 @@ def _caption(runs: Sequence[Run]) -> str:
         f"learning rate {LEARNING_RATE:g}; torch {torch.__version__}, one CPU thread. Left, right: test "
         "pairs with that digit named correctly after the last step, mean ± standard deviation over seeds. "
         "Times: medians over all steps; a step goes from the forward pass to the end of the optimizer's "
-        "step. Conflict: the two tasks' gradients of the shared parameters have a negative cosine; for the "
-        "plain sum, whose step does not need them, they are computed before the timed step."
+        "step. Conflict: the two tasks' gradients of the shared parameters have a negative cosine; where a "
+        "step does not need their products, as for the plain sum, they are computed before the timed step."
     )
 
 

@@ -31,6 +31,13 @@ OPTIMIZERS: dict[str, Callable[[MultiLeNet], torch.optim.Optimizer]] = {
 }
 
 
+def make_optimizer(method: str, model: MultiLeNet) -> torch.optim.Optimizer:
+    """Return the optimizer of that name here, or with the method of that name in the registry, by default options."""
+    if method in OPTIMIZERS:
+        return OPTIMIZERS[method](model)
+    return gradsurgery.SurgeryOptimizer(_adam(model), method)
+
+
 @dataclass
 class Run:
     """One trained model.
@@ -67,7 +74,7 @@ def train_model(
         torch.manual_seed(seed)
         # Channels last is the faster layout for these convolutions on a CPU.
         model = MultiLeNet().to(memory_format=torch.channels_last)
-    optimizer = OPTIMIZERS[method](model)
+    optimizer = make_optimizer(method, model)
     generator = torch.Generator().manual_seed(seed)
     images, labels = train_set.tensors
     for _ in range(epochs):
@@ -84,13 +91,18 @@ def train_model(
 
 def _train_step(run: Run, model: MultiLeNet, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
     plain = not isinstance(optimizer, gradsurgery.SurgeryOptimizer)
-    if plain:
+    coordinate = not plain and isinstance(optimizer.method, gradsurgery.methods.CoordinateMethod)
+    without_gram = plain or coordinate or not optimizer.method.needs_gram
+    if without_gram:
         run.cosines.append(_cosine(model, images, labels))
     optimizer.zero_grad()
     start = perf_counter()
     losses = _losses(model, images, labels)
     if plain:
         sum(losses).backward()
+        after_backward = after_surgery = perf_counter()
+    elif not optimizer.method.needs_gram:
+        optimizer.backward(losses)
         after_backward = after_surgery = perf_counter()
     else:
         optimizer.collect(losses)
@@ -101,7 +113,7 @@ def _train_step(run: Run, model: MultiLeNet, optimizer: torch.optim.Optimizer, i
     end = perf_counter()
     run.seconds.append((after_backward - start, after_surgery - after_backward, end - start))
     run.losses.append((losses[0].item(), losses[1].item()))
-    if not plain:
+    if not without_gram:
         run.cosines.append(info.cosines[0, 1].item())
 
 

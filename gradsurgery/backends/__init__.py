@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .._extension import NativeSolver
+from .._extension import NativeSolver, Rule
 from .._gradients import TaskGradients
 from . import native, reference
 from .triton import TritonBackend
@@ -56,6 +56,9 @@ class Backend(Protocol):
     def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """Write (or add) the directions under weights [S, T] or [T]; every parameter of the list form has one."""
 
+    def combine_rows(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
+        """Write (or add) the direction of a rule; every parameter of the list form has one. Segments do not matter."""
+
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Write the visiting orders [T, T]."""
 
@@ -68,7 +71,7 @@ class Backend(Protocol):
         """Write the min-norm weights."""
 
     def weights(
-        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, max_norm: float, out: Tensor
+        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
         """Write the weights of one of the methods of ``solvers.WEIGHTINGS``; ``preference`` is float64 [T]."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._extension import WHY_NOT, C, NativeSolver
+from .._extension import WHY_NOT, C, NativeSolver, Rule
 from .._gradients import TaskGradients
 
 _INFO: dict[str, Any] = C.build_info() if C else {}
@@ -19,6 +19,8 @@ if C:
     # Overloads are resolved once: the lookup costs more than a small operator.
     _GRAM, _GRAM_LIST = _OPS.gram.default, _OPS.gram.list
     _COMBINE, _COMBINE_LIST = _OPS.combine.default, _OPS.combine.list
+    _ROWS = {"graddrop": _OPS.graddrop.default, "trimmed_mean": _OPS.trimmed_mean.default}
+    _ROWS_LIST = {"graddrop": _OPS.graddrop.list, "trimmed_mean": _OPS.trimmed_mean.list}
     _TASK_ORDER, _PCGRAD, _MIN_NORM = _OPS.task_order.default, _OPS.pcgrad.default, _OPS.min_norm.default
     _AGGREGATE = {"pcgrad": _OPS.aggregate_pcgrad.default, "min_norm": _OPS.aggregate_min_norm.default}
     _WEIGHTS, _WEIGHTINGS, _GRADVAC = _OPS.weights.default, C.weightings(), _OPS.gradvac.default
@@ -62,6 +64,16 @@ class CpuBackend:
         else:
             _COMBINE_LIST(grads.entries, weights, grads.segments, accumulate, out)
 
+    def combine_rows(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
+        """Write the direction of a rule."""
+        name, arguments = rule
+        if grads.matrix is not None:
+            _ROWS[name](grads.matrix, *arguments, accumulate, out)
+        elif grads.lists is not None:
+            getattr(grads.lists, f"combine_{name}")(*arguments, out, accumulate)
+        else:
+            _ROWS_LIST[name](grads.entries, grads.num_tasks, *arguments, accumulate, out)
+
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Write the visiting orders."""
         _TASK_ORDER(out.shape[0], seed, step, out)
@@ -77,10 +89,10 @@ class CpuBackend:
         _MIN_NORM(gram, exact, max_iter, tol, out)
 
     def weights(
-        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, max_norm: float, out: Tensor
+        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
         """Write the weights of one of the methods of ``solvers.WEIGHTINGS``."""
-        _WEIGHTS(gram, _WEIGHTINGS[method], preference, parameter, max_norm, out)
+        _WEIGHTS(gram, _WEIGHTINGS[method], preference, parameter, limit, out)
 
     def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
         """Write Gradient Vaccine's weights, and move its targets."""

@@ -22,6 +22,7 @@ WEIGHTINGS = (
     "aligned_mtl_min",
     "aligned_mtl_median",
     "aligned_mtl_rmse",
+    "krum",
 )
 """The methods whose weights are a function of G, a preference and one parameter."""
 
@@ -33,7 +34,7 @@ def solve(
     method: str,
     preference: Tensor | None,
     parameter: float,
-    max_norm: float,
+    limit: float,
     min_norm: MinNorm,
     out: Tensor,
 ) -> None:
@@ -53,7 +54,9 @@ def solve(
     elif method == "fairgrad":
         weights = _fairgrad(gram, parameter)
         norm = (weights * (gram @ weights[..., None]).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0).sqrt()
-        weights = weights * torch.where(norm > max_norm, max_norm / norm, 1)
+        weights = weights * torch.where(norm > limit, limit / norm, 1)
+    elif method == "krum":
+        weights = _krum(gram, int(parameter), int(limit))
     elif method == "imtl_g":
         weights = _imtl_g(gram)
     elif method == "config":
@@ -194,7 +197,7 @@ def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
     found, found_x = low.clone(), x.clone()
     settled = ~wanted | stationary | (low_value >= 0)
     side = torch.zeros_like(low)
-    for step in range(100):
+    for step in range(40):
         if all_done(settled):
             break
         a, b = low.square(), high.square()
@@ -261,6 +264,18 @@ def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
         settled = settled | ~((residual > 1e-3) | (residual < 0.5 * last))
         last = residual
     return torch.where(n > 0, y / torch.where(n > 0, n, 1) * largest ** (-2 / (1 + power)), 0)
+
+
+def _krum(gram: Tensor, num_byzantine: int, num_selected: int) -> Tensor:
+    """Return 1 / m for the m tasks whose squared distances to the nearest others have the least sums."""
+    num_tasks = gram.shape[-1]
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    distances = (squares[..., :, None] + squares[..., None, :] - 2 * gram).clamp(min=0)
+    others = distances + torch.diag_embed(torch.full_like(squares, torch.inf))
+    nearest = max(num_tasks - num_byzantine - 2, min(1, num_tasks - 1))
+    scores = others.sort(-1).values[..., :nearest].sum(-1)
+    selected = scores.sort(dim=-1, stable=True).indices[..., :num_selected]
+    return torch.zeros_like(scores).scatter_(-1, selected, 1 / num_selected)
 
 
 def _solve_cosines(gram: Tensor, preference: Tensor) -> tuple[Tensor, Tensor, Tensor]:

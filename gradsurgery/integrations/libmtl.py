@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..methods import Method, resolve
+from ..methods import CoordinateMethod, Method, resolve
 from ..optim import SurgeryOptimizer
 
 
@@ -85,7 +85,7 @@ class SurgeryWeighting(nn.Module):
             weight_args: none; they are here to be refused by name.
 
         Returns:
-            The weights as a numpy array, float64 [T].
+            The weights as a numpy array, float64 [T]; None for coordinate-wise methods.
 
         Raises:
             ValueError: there are ``weight_args``.
@@ -102,7 +102,8 @@ class SurgeryWeighting(nn.Module):
             self._surgery = SurgeryOptimizer(
                 holder, self.surgery_method, shared=self.get_share_params(), backend=self._backend
             )
-        return self._surgery.backward(losses).weights.cpu().numpy()
+        info = self._surgery.backward(losses)
+        return None if isinstance(self.surgery_method, CoordinateMethod) else info.weights.cpu().numpy()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the method's state, for ``state_dict``."""

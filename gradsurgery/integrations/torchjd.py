@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..combine import combine
 from ..gram import gram
-from ..methods import Method, resolve
+from ..methods import CoordinateMethod, Method, resolve
+from ..methods._buffered import BufferedMethod
 
 try:
     from torchjd import Stateful, aggregation
@@ -41,13 +42,19 @@ class SurgeryWeighting(Weighting[PSDMatrix], Stateful):
         method_options: the named method's own options.
 
     Raises:
-        ValueError: the method needs losses, which TorchJD does not hand to a weighting; G is not [T, T].
+        ValueError: the method needs losses, which TorchJD does not hand to a weighting, or the gradients themselves; G
+            is not [T, T].
         TypeError: G is not a real floating-point tensor.
     """
 
     def __init__(self, method: str | Method = "pcgrad", *, backend: str | None = None, **method_options: Any) -> None:
         super().__init__()
         self.method = resolve(method, method_options)
+        if isinstance(self.method, (BufferedMethod, CoordinateMethod)):
+            raise ValueError(
+                f"method {self.method.name!r} takes no weights from the Gramian: use gradsurgery.aggregate or "
+                "gradsurgery.SurgeryOptimizer"
+            )
         if self.method.needs_losses:
             raise ValueError(
                 f"method {self.method.name!r} needs the losses, which TorchJD does not hand to a weighting: use "

@@ -6,10 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 from ._base import Method
+from ._coordinate import CoordinateMethod
 from .aligned_mtl import AlignedMTL
 from .cagrad import CAGrad
 from .config import ConFIG
 from .constant import Constant
+from .coordinate_median import CoordinateMedian
 from .cosmos import COSMOS
 from .cr_mogm import CRMOGM
 from .db_mtl import DBMTL
@@ -20,6 +22,7 @@ from .excess_mtl import ExcessMTL
 from .fairgrad import FairGrad
 from .famo import FAMO
 from .gls import GLS
+from .graddrop import GradDrop
 from .gradnorm import GradNorm
 from .gradvac import GradVac
 from .group_dro import GroupDRO
@@ -40,6 +43,7 @@ from .sdmgrad import SDMGrad
 from .stch import STCH
 from .sum import Sum
 from .tchebycheff import Tchebycheff
+from .trimmed_mean import TrimmedMean
 from .upgrad import UPGrad
 from .uw import UW
 
@@ -50,6 +54,7 @@ _METHODS: dict[str, type[Method]] = {
         CAGrad,
         ConFIG,
         Constant,
+        CoordinateMedian,
         COSMOS,
         CRMOGM,
         DBMTL,
@@ -60,6 +65,7 @@ _METHODS: dict[str, type[Method]] = {
         FairGrad,
         FAMO,
         GLS,
+        GradDrop,
         GradNorm,
         GradVac,
         GroupDRO,
@@ -80,6 +86,7 @@ _METHODS: dict[str, type[Method]] = {
         STCH,
         Sum,
         Tchebycheff,
+        TrimmedMean,
         UPGrad,
         UW,
     )
@@ -103,9 +110,12 @@ __all__ = [
     "CAGrad",
     "ConFIG",
     "Constant",
+    "CoordinateMedian",
+    "CoordinateMethod",
     "DualProj",
     "ExcessMTL",
     "FairGrad",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "GroupDRO",
@@ -122,6 +132,7 @@ __all__ = [
     "ScaleInvariant",
     "Sum",
     "Tchebycheff",
+    "TrimmedMean",
     "UPGrad",
     "available",
     "get",

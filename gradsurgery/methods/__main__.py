@@ -27,8 +27,8 @@ _TEXT = """\
 Written by `python -m gradsurgery.methods` from the classes; the README says what each method does, the docstrings give
 equations, conventions, options and sources.
 
-* *scale*: what the direction is like for orthogonal task gradients of equal length: their sum, their mean, or the weights'
-  own convention.
+* *scale*: what the direction is like for orthogonal task gradients of equal length: their sum, their mean, or the
+  weights' own convention.
 * *conflicts with no task*: whether no task gradient has a negative product with the direction.
 * *linear*: whether the direction is linear in factors a_t > 0 on the task gradients.
 * *state*: what `state_dict` holds, with default options.
@@ -39,6 +39,8 @@ equations, conventions, options and sources.
 
 No method reads a value on the host: G, weights and state stay on the gradients' device, and a step can be captured in a
 CUDA graph once it has run (`tests/test_cuda.py`).
+
+Not here: EPO and PMGDA, which solve a linear program at each step, for which there is no solver on the device.
 
 """
 

@@ -126,13 +126,13 @@ class SolverMethod(Method):
     solver: str
     """One of ``backends.solvers.WEIGHTINGS``."""
     parameter: float = 0.0
-    max_norm: float = math.inf
+    limit: float = math.inf
     pref: PerTask | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights; NaN where G is not finite."""
         preference = None if self.pref is None else self.pref.on(gram, self.name)
-        return solver_weights(gram, self.solver, preference, self.parameter, self.max_norm, backend)
+        return solver_weights(gram, self.solver, preference, self.parameter, self.limit, backend)
 
 
 class SteppedMethod(Method):

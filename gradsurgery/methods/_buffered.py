@@ -85,6 +85,14 @@ class BufferedMethod(Method):
         for name, value in new.items():
             self._state[name].copy_(torch.where(self._finite, value, self._state[name]))
 
+    def _started(self) -> dict[str, Tensor]:
+        """Return the tensors besides the buffers; ValueError before the first step."""
+        if self._state is None:
+            raise ValueError(
+                f"method {self.name!r} weighs gradients that it keeps: use gradsurgery.aggregate or SurgeryOptimizer"
+            )
+        return self._state
+
     def _nan_unless_finite(self, weights: Tensor) -> Tensor:
         return torch.where(self._finite, weights, torch.nan)
 

@@ -17,7 +17,8 @@ class DBMTL(BufferedMethod):
 
     Conventions: no epsilons (the authors': 1e-8 on the loss and on the norm). Losses must be positive, else the weights
     are NaN and the state stays; a zero b_t has weight 0. Heads get their plain gradients.
-    Scale: a sum of vectors as long as the longest average. State: b and k. Memory: T N. G and the weights are those of b.
+    Scale: a sum of vectors as long as the longest average. State: b and k. Memory: T N. G and the weights are those of
+    b.
 
     Args:
         beta: 0 <= beta < 1.
@@ -54,6 +55,7 @@ class DBMTL(BufferedMethod):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [T] for the averages' G [T, T]."""
+        self._started()
         norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
         longest = norms.max(-1, keepdim=True).values
         return self._nan_unless_finite(torch.where(norms > 0, longest / norms, 0))

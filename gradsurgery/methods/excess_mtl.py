@@ -67,5 +67,4 @@ class ExcessMTL(BufferedMethod):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [T]."""
-        assert self._state is not None
-        return self._nan_unless_finite(self._state["w"].clone())
+        return self._nan_unless_finite(self._started()["w"].clone())

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ._base import Method, nan_unless_finite
+from ._base import SolverMethod
 
 
-class Krum(Method):
+class Krum(SolverMethod):
     """The mean of the m gradients that are closest to the others (Blanchard et al., NeurIPS 2017).
 
     score_i = sum of |g_i - g_j|^2 = G_ii + G_jj - 2 G_ij over the T - f - 2 nearest j != i; w_i = 1 / m for the m tasks
@@ -17,7 +16,7 @@ class Krum(Method):
 
     Conventions: squared distances, as in the paper (TorchJD sums plain ones); of equal scores the first task's counts;
     T <= 2 has no T - 2 others, and the nearest one is taken.
-    Scale: sums to 1. No state. Cost: O(T^2 log T).
+    Scale: sums to 1. No state. Cost: O(T^3).
 
     Args:
         num_byzantine: f >= 0, how many gradients may be arbitrary; T must be at least f + 3 if f > 0.
@@ -26,14 +25,15 @@ class Krum(Method):
 
     name = "krum"
     scale = "sums to 1"
-    cost = "T^2 log T"
+    cost = "T^3"
+    solver = "krum"
 
     def __init__(self, num_byzantine: int = 0, num_selected: int = 1) -> None:
         for name, value, least in (("num_byzantine", num_byzantine, 0), ("num_selected", num_selected, 1)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
-        self.num_byzantine = num_byzantine
-        self.num_selected = num_selected
+        self.num_byzantine, self.num_selected = num_byzantine, num_selected
+        self.parameter, self.limit = float(num_byzantine), float(num_selected)
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights; NaN where G is not finite.
@@ -48,11 +48,4 @@ class Krum(Method):
                 f"Krum with num_byzantine={self.num_byzantine} and num_selected={self.num_selected} needs at least "
                 f"{needed} tasks, got {num_tasks}"
             )
-        squares = gram.diagonal(dim1=-2, dim2=-1)
-        distances = (squares[..., :, None] + squares[..., None, :] - 2 * gram).clamp(min=0)
-        others = distances + torch.diag_embed(torch.full_like(squares, torch.inf))
-        nearest = max(num_tasks - self.num_byzantine - 2, min(1, num_tasks - 1))
-        scores = others.sort(-1).values[..., :nearest].sum(-1)
-        selected = scores.sort(dim=-1, stable=True).indices[..., : self.num_selected]
-        weights = torch.zeros_like(scores).scatter_(-1, selected, 1 / self.num_selected)
-        return nan_unless_finite(weights, gram)
+        return super().weights(gram, backend=backend)

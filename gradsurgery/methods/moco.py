@@ -62,8 +62,7 @@ class MoCo(BufferedMethod):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [T] for the tracked gradients' G [T, T], and keep them."""
-        assert self._state is not None
-        step, w = self._state["step"], self._state["w"]
+        step, w = (self._started()[name] for name in self.state_names)
         gradient = gram @ w + self.rho * w
         self._keep(w=project_on_simplex(w - self.gamma / step.double().sqrt() * gradient))
         return self._nan_unless_finite(w)

@@ -32,4 +32,4 @@ class NashMTL(SolverMethod):
     def __init__(self, max_norm: float = 1.0) -> None:
         if not max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
-        self.max_norm = max_norm
+        self.limit = max_norm

@@ -35,15 +35,16 @@ void test_weights(int64_t num_tasks, gs_weighting method, bool preferred) {
   Values preference(num_tasks);
   for (int64_t i = 0; i < num_tasks; i++) preference[i] = 0.5 + 0.1 * static_cast<double>(i);
   const double* given = preferred ? preference.data() : nullptr;
-  const double parameter = method == GS_CAGRAD ? 0.4 : method == GS_FAIRGRAD ? 1.0 : 1e-4, max_norm = 1;
+  const double parameter = method == GS_CAGRAD ? 0.4 : method == GS_FAIRGRAD || method == GS_KRUM ? 1.0 : 1e-4;
+  const double limit = method == GS_KRUM ? static_cast<double>(std::min<int64_t>(num_tasks, 2)) : 1;
   const int64_t bytes = gs_weights_workspace_bytes(method, kGrams, num_tasks);
   Values expected(kGrams * num_tasks);
-  CHECK(gs_weights_cpu(grams.data(), kGrams, num_tasks, method, given, parameter, max_norm, expected.data(),
+  CHECK(gs_weights_cpu(grams.data(), kGrams, num_tasks, method, given, parameter, limit, expected.data(),
                        allocate(bytes).get(), bytes, nullptr) == GS_OK,
         "%s", gs_last_error());
   const int64_t gpu_bytes = gs_weights_cuda_workspace_bytes(method, kGrams, num_tasks);
   const Values got = in_every_order(expected.size(), [&](double* out) {
-    return gs_weights_cuda(grams.data(), kGrams, num_tasks, method, given, parameter, max_norm, out,
+    return gs_weights_cuda(grams.data(), kGrams, num_tasks, method, given, parameter, limit, out,
                            allocate(gpu_bytes).get(), gpu_bytes, nullptr);
   });
   check_directions(grams, got, expected, num_tasks, 1e-6, method);
@@ -70,16 +71,15 @@ void test_gradvac(int64_t num_tasks) {
 void test_arguments() {
   const double one = 1;
   double weight = 0;
-  const auto call = [&](gs_weighting method, double parameter, double max_norm) {
+  const auto call = [&](gs_weighting method, double parameter, double limit) {
     const int64_t bytes = gs_weights_cuda_workspace_bytes(GS_UPGRAD, 1, 1);
-    return gs_weights_cuda(&one, 1, 1, method, nullptr, parameter, max_norm, &weight, allocate(64).get(), bytes,
-                           nullptr);
+    return gs_weights_cuda(&one, 1, 1, method, nullptr, parameter, limit, &weight, allocate(64).get(), bytes, nullptr);
   };
   CHECK(call(GS_UPGRAD, 1e-4, 1) == GS_OK && weight == 1, "%g", weight);
   CHECK(call(GS_UPGRAD, 0, 1) == GS_INVALID_ARGUMENT, "ridge");
   CHECK(call(GS_CAGRAD, -1, 1) == GS_INVALID_ARGUMENT, "c");
-  CHECK(call(GS_FAIRGRAD, 1, 0) == GS_INVALID_ARGUMENT, "max_norm");
-  CHECK(call(static_cast<gs_weighting>(9), 1, 1) == GS_INVALID_ARGUMENT, "method");
+  CHECK(call(GS_FAIRGRAD, 1, 0) == GS_INVALID_ARGUMENT, "limit");
+  CHECK(call(static_cast<gs_weighting>(10), 1, 1) == GS_INVALID_ARGUMENT, "method");
 }
 
 }  // namespace
@@ -87,7 +87,7 @@ void test_arguments() {
 int main() {
   test_arguments();
   for (const int64_t num_tasks : {1, 2, 3, 8, 17}) {
-    for (int method = GS_UPGRAD; method <= GS_ALIGNED_MTL_RMSE; method++) {
+    for (int method = GS_UPGRAD; method <= GS_KRUM; method++) {
       test_weights(num_tasks, static_cast<gs_weighting>(method), method % 2 == 1);
     }
     test_gradvac(num_tasks);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The two N-sized kernels on every instruction set that this machine runs, in all dtypes, against plain loops. Buffers
+// The N-sized kernels on every instruction set that this machine runs, in all dtypes, against plain loops. Buffers
 // have their exact size, so that the sanitizers see any access outside them.
 #include <algorithm>
 
 #include "cpu/kernels.h"
 #include "rows.h"
+#include "rules.h"
 
 namespace {
 
@@ -80,6 +81,38 @@ void test_combine(const gs::KernelTable& table, gs_dtype dtype, int64_t k, int64
   }
 }
 
+void test_rule(const gs::KernelTable& table, const gs_rule& rule, gs_dtype dtype, int64_t k, int64_t n, bool stream) {
+  std::vector<Row> rows = make_rows(k, n, dtype, 1);
+  std::vector<const void*> pointers = pointers_to(rows);
+  if (k > 2) pointers[1] = nullptr;
+  const int64_t coordinate = (int64_t{1} << 34) - 7 * n % 13;  // in some of the cases b exceeds 2^32
+  const Row before = make_rows(1, n, dtype, 2)[0];
+  Row out = before;
+  const bool accumulate = !stream && n % 2 == 1;
+  table.combine_rows(pointers.data(), rule, k, dtype, n, coordinate, out.storage.data() + bytes_of(dtype), accumulate,
+                     stream);
+  for (int64_t c = 0; c < n; c++) {
+    std::vector<double> values;
+    for (int64_t r = 0; r < k; r++) values.push_back(pointers[r] ? rows[r].at(c) : 0);
+    const double exact = expected(rule, values, coordinate + c) + (accumulate ? before.at(c) : 0);
+    CHECK(std::abs(out.at(c) - exact) <= rounding(dtype, exact), "%s rule %d dtype %d k %ld n %ld at %ld: %g, exact %g",
+          table.isa, rule.kind, dtype, (long)k, (long)n, (long)c, out.at(c), exact);
+  }
+}
+
+void test_rules(const gs::KernelTable& table, gs_dtype dtype, int64_t k, int64_t n) {
+  int64_t step = (int64_t{5} << 32) + 3;
+  std::vector<double> leak;
+  for (int64_t r = 0; r < k; r++) leak.push_back(r % 5 / 4.0);
+  for (const bool stream : {false, true}) {
+    test_rule(table, {GS_GRADDROP, 77, &step, nullptr, 0}, dtype, k, n, stream);
+    test_rule(table, {GS_GRADDROP, 78, &step, leak.data(), 0}, dtype, k, n, stream);
+    for (const int64_t trimmed : {int64_t{0}, int64_t{1}, k / 4, (k - 1) / 2}) {
+      if (2 * trimmed < k) test_rule(table, {GS_TRIMMED_MEAN, 0, nullptr, nullptr, trimmed}, dtype, k, n, stream);
+    }
+  }
+}
+
 // Every 16-bit pattern comes back from one row of weight 1.
 void test_every_pattern(const gs::KernelTable& table, gs_dtype dtype) {
   std::vector<uint16_t> in(65536), out(65536);
@@ -117,6 +150,7 @@ void test_table(const gs::KernelTable& table) {
         for (const bool accumulate : {false, true}) test_combine(table, dtype, k, n, accumulate, false);
         test_combine(table, dtype, k, n, false, true);
       }
+      for (const int64_t k : {1, 2, 3, 6, 9}) test_rules(table, dtype, k, n);
     }
   }
   for (const double scale : {1e-30, 1e-20, 3e-15, 1e-10, 1e10, 1e18, 1e30}) {
@@ -130,6 +164,7 @@ void test_table(const gs::KernelTable& table) {
     test_gram(table, GS_FLOAT32, k, 500, 1);
     test_gram(table, GS_FLOAT32, k, 500, 1e-20);
   }
+  test_rules(table, GS_FLOAT32, GS_MAX_TASKS, 70);
   test_every_pattern(table, GS_BFLOAT16);
   test_every_pattern(table, GS_FLOAT16);
   test_rounding(table);

@@ -61,13 +61,29 @@ typedef enum gs_weighting {
   GS_UPGRAD = 0,           // preference; parameter: ridge > 0
   GS_DUALPROJ = 1,         // preference; parameter: ridge > 0
   GS_CAGRAD = 2,           // parameter: c >= 0
-  GS_FAIRGRAD = 3,         // parameter: alpha > 0, 1 is Nash-MTL; max_norm
+  GS_FAIRGRAD = 3,         // parameter: alpha > 0, 1 is Nash-MTL; limit > 0: of |d|, or INFINITY
   GS_IMTL_G = 4,           //
   GS_CONFIG = 5,           // preference
   GS_ALIGNED_MTL_MIN = 6,  // preference
   GS_ALIGNED_MTL_MEDIAN = 7,
   GS_ALIGNED_MTL_RMSE = 8,
+  GS_KRUM = 9,  // parameter: how many gradients may be arbitrary, >= 0; limit: how many are selected, 1..T
 } gs_weighting;
+
+// Directions that the products of the gradients do not determine: each coordinate's comes from its own T values.
+typedef enum gs_rule_kind {
+  GS_GRADDROP = 0,
+  GS_TRIMMED_MEAN = 1,
+} gs_rule_kind;
+
+// A rule and its options; those of the other one do not matter.
+typedef struct gs_rule {
+  gs_rule_kind kind;
+  uint64_t seed;        // GradDrop: the random numbers are those of (seed, *step), and *step grows by 1
+  int64_t* step;        // on the device of the call
+  const double* leak;   // [T] on the device of the call; NULL: 0 each
+  int64_t num_trimmed;  // trimmed mean: of the largest and of the least values each, 0 <= 2 num_trimmed < T
+} gs_rule;
 
 // A solver and its options; those of the other method do not matter.
 typedef struct gs_solve {
@@ -128,6 +144,19 @@ GS_API gs_status gs_combine_cuda(const gs_gradients* grads, const double* weight
                                  void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
                                  gs_stream stream);
 
+// The direction of a gs_rule, in float64 and rounded once; out [P] and accumulate are as above. A task without a
+// gradient counts as zeros, a coordinate with a value that is not finite becomes NaN, and segments do not matter.
+// GradDrop: where P = (1 + sum g / sum |g|) / 2 > u, all of the positive values of a coordinate count, where P < u all
+// of the negative ones, and of the other values leak_t g_t. u = (w + 1/2) / 2^32 with w = word i mod 4 of
+// Philox4x32-10, key seed, counter (*step mod 2^32, *step / 2^32, 2^31 + b / 2^32, b mod 2^32), b = i / 4. The
+// coordinates i number all elements of the parameters, in their order and that of memory.
+GS_API int64_t gs_combine_rows_workspace_bytes(const gs_gradients* grads);
+GS_API gs_status gs_combine_rows_cpu(const gs_gradients* grads, const gs_rule* rule, void* const* out, int accumulate,
+                                     void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
+GS_API int64_t gs_combine_rows_cuda_workspace_bytes(const gs_gradients* grads);
+GS_API gs_status gs_combine_rows_cuda(const gs_gradients* grads, const gs_rule* rule, void* const* out, int accumulate,
+                                      void* workspace, int64_t workspace_bytes, gs_stream stream);
+
 // PCGrad visiting orders [T, T]: row i is a permutation of 0..T-1 that depends only on (seed, step, i).
 // On a GPU the step is read from device memory.
 GS_API gs_status gs_task_order_cpu(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t* order);
@@ -151,16 +180,15 @@ GS_API gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num
                                   int64_t max_iter, double tol, double* weights, void* workspace,
                                   int64_t workspace_bytes, gs_stream stream);
 
-// The weights [batch, T] of a gs_weighting. preference is [T], or NULL for 1 / T each (ConFIG: 1 each). max_norm > 0
-// bounds |d| for FairGrad and Nash-MTL, INFINITY does not; the other methods' options do not matter. Every solver ends,
-// with its best iterate; a G that is not finite yields NaN.
+// The weights [batch, T] of a gs_weighting. preference is [T], or NULL for 1 / T each (ConFIG: 1 each); options
+// that a method has not do not matter. Every solver ends, with its best iterate; a G that is not finite yields NaN.
 GS_API int64_t gs_weights_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks);
 GS_API gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
-                                const double* preference, double parameter, double max_norm, double* weights,
+                                const double* preference, double parameter, double limit, double* weights,
                                 void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
 GS_API int64_t gs_weights_cuda_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks);
 GS_API gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
-                                 const double* preference, double parameter, double max_norm, double* weights,
+                                 const double* preference, double parameter, double limit, double* weights,
                                  void* workspace, int64_t workspace_bytes, gs_stream stream);
 
 // Gradient Vaccine's weights [batch, T]; targets [batch, T, T], the cosines wanted, move by beta towards those found,

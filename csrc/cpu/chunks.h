@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: MIT
+// The loop over the columns of all parameters that writes directions.
+#pragma once
+#include "schedule.h"
+
+namespace gs {
+
+// Whether outputs of these sizes would push the gradients out of the cache.
+inline bool overflow_cache(const gs_gradients& g, int64_t num_directions) {
+  constexpr int64_t kBytes = 8 << 20;
+  int64_t bytes = 0;
+  for (int64_t p = 0; p < g.num_params; p++) bytes += g.numel[p] * element_bytes(g.dtype[p]) * num_directions;
+  return bytes > kBytes;
+}
+
+// Calls body(p, begin, end) for chunks of the columns of each parameter. first_chunk is scratch, [P + 1].
+template <class Body>
+void each_chunk(const gs_gradients& g, int64_t* first_chunk, const gs_parallel* parallel, const Body& body) {
+  constexpr int64_t kChunk = 16384;           // columns
+  constexpr int64_t kSerialElements = 65536;  // less than this is not worth a second thread
+  int64_t elements = 0;
+  first_chunk[0] = 0;
+  for (int64_t p = 0; p < g.num_params; p++) {
+    first_chunk[p + 1] = first_chunk[p] + (g.numel[p] + kChunk - 1) / kChunk;
+    elements += g.numel[p] * g.num_tasks;
+  }
+  const int64_t chunks = first_chunk[g.num_params];
+  // In reverse: the Gram pass read the last columns last, so they may still be in the cache.
+  parallel_for(elements < kSerialElements ? nullptr : parallel, chunks, [&](int64_t i) {
+    const int64_t chunk = chunks - 1 - i;
+    const int64_t p = std::upper_bound(first_chunk, first_chunk + g.num_params + 1, chunk) - first_chunk - 1;
+    const int64_t begin = (chunk - first_chunk[p]) * kChunk;
+    body(p, begin, std::min(begin + kChunk, g.numel[p]));
+  });
+}
+
+}  // namespace gs

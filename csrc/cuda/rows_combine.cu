@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT
+// Stage 4 of the methods that need the gradients themselves, on the GPU.
+#include "cuda/rows_combine.cuh"
+#include "cuda/tables.cuh"
+
+namespace gs::gpu {
+namespace {
+
+// Slots of a few vectors of each lane, of one row, that about eight blocks a multiprocessor share.
+int64_t width_of(int64_t columns, int32_t dtype, int64_t processors) {
+  const int64_t turn = kRowsThreads * 16 / gs::element_bytes(dtype), turns = (columns + turn - 1) / turn;
+  return turn * std::max<int64_t>(1, turns / (8 * processors));
+}
+
+}  // namespace
+}  // namespace gs::gpu
+
+int64_t gs_combine_rows_cuda_workspace_bytes(const gs_gradients* grads) {
+  return gs_combine_cuda_workspace_bytes(grads, 1);
+}
+
+gs_status gs_combine_rows_cuda(const gs_gradients* grads, const gs_rule* rule, void* const* out, int accumulate,
+                               void* workspace, int64_t workspace_bytes, gs_stream stream) {
+  using namespace gs::gpu;
+  GS_REQUIRE(grads && rule && (out || grads->num_params == 0), "grads, rule and out must not be NULL");
+  if (const gs_status status = gs::check(*grads)) return status;
+  if (const gs_status status = gs::check_rule(*rule, grads->num_tasks)) return status;
+  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_combine_rows_cuda_workspace_bytes(grads));
+  Traits traits;
+  if (const gs_status status = get_traits(traits)) return status;
+  gs_gradients whole = *grads;  // without segments, which do not matter
+  whole.segment = nullptr;
+  whole.num_segments = 1;
+  const auto width = [&](int64_t columns, int32_t dtype) { return width_of(columns, dtype, traits.processors); };
+  Tables tables(whole, out, 1, width);
+  Table table;
+  const auto launch_rule = rule->kind == GS_GRADDROP ? launch_graddrop : launch_trimmed_mean;
+  while (tables.next(table)) {
+    if (const gs_status status = tables.fill(table, workspace, stream)) return status;
+    const gs_status status = launch_rule(table, static_cast<int>(whole.num_tasks), *rule, accumulate != 0, stream);
+    if (status != GS_OK) return status;
+  }
+  // After every block has read the counter.
+  return rule->kind == GS_GRADDROP ? advance(rule->step, stream) : GS_OK;
+}

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""Stages 2 to 4 of the optimizers' step, for the shared parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._gradients import TaskGradients, parse
+from ._step import Plan
+from .backends import Backend
+from .collect import Collected
+from .combine import combine_of, combine_rows_of
+from .gram import gram_of
+from .methods import CoordinateMethod, Method
+from .methods._buffered import BufferedMethod
+
+
+def weigh_with(method: Method, gram: Tensor, losses: Tensor, backend: str | None) -> Tensor:
+    """Return the method's weights."""
+    # A method of the user's own need not know of backends.
+    named = {} if backend is None else {"backend": backend}
+    return method.weights(gram, losses=losses, **named)
+
+
+@dataclass(slots=True)
+class Operation:
+    """A method, and what was collected for it."""
+
+    method: Method
+    collected: Collected
+    grads: TaskGradients
+    plan: Plan
+    backend: Backend
+    backend_name: str | None
+    """The user's choice."""
+    whole: bool
+    """One G for all shared parameters."""
+
+    def write(
+        self, out: list[Any], accumulate: bool, before: Callable[[], None]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Write or add the directions; return G [S, T, T], unscaled, and the weights [S, T].
+
+        Calls ``before`` before it writes, be it over the collected gradients. Until then nothing has changed.
+        """
+        method, plan = self.method, self.plan
+        if isinstance(method, BufferedMethod) and plan.shared:
+            return self._write_kept(method, out, accumulate, before)
+        shared = self.grads.select(plan.shared, plan.segments, plan.num_segments)
+        if isinstance(method, CoordinateMethod):
+            rule = method.rule(self.grads.device, self.grads.num_tasks)
+            before()
+            combine_rows_of(shared, rule, out, accumulate, self.backend)
+            return None, None
+        if self.backend.aggregate is not None and method.gram_parameters is None and shared.lists is not None:
+            solver = method.native_solver(self.grads.device)
+            if solver is not None and out and shared.lists.fits(out):
+                before()
+                # The weights do not depend on the scale.
+                gram, weights = self.backend.aggregate(shared, solver, out, accumulate)  # type: ignore[misc]
+                return self._unscaled(gram), weights
+        gram, measured = self._gram()
+        weights = torch.ones_like(gram[..., 0]) if isinstance(method, BufferedMethod) else self._weigh(measured)
+        if self.collected.batches > 1:
+            weights = torch.nn.functional.pad(weights, (self.grads.num_tasks - weights.shape[-1], 0))
+        before()
+        combine_of(shared, weights, out, accumulate, self.backend)
+        return gram, weights
+
+    def _write_kept(
+        self, method: BufferedMethod, out: list[Any], accumulate: bool, before: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
+        """Do the same with what the method keeps in place of the task gradients."""
+        plan, scale = self.plan, self.collected.scale
+        rows = [[row[p] for p in plan.shared] for row in self.collected.grads]
+        kept = method.replace(rows, self.collected.losses, scale, self.backend_name)
+        before()
+        shared = parse(kept, None).select(list(range(len(plan.shared))), plan.segments, plan.num_segments)
+        gram = gram_of(shared, self.backend)
+        weights = self._weigh(gram)
+        combine_of(shared, weights if scale is None else weights * scale.double(), out, accumulate, self.backend)
+        return gram, weights
+
+    def _gram(self) -> tuple[Tensor, Tensor]:
+        """Return G of all shared parameters, and what the method weighs by."""
+        plan, tasks = self.plan, len(self.collected.tasks)
+        gram = gram_of(self.grads.select(plan.shared, plan.read_segments, plan.num_read_segments), self.backend)
+        measured = gram = self._unscaled(gram)
+        if self.method.gram_parameters is not None:
+            measured, gram = gram[1:], gram.sum(0, keepdim=True)
+        if self.collected.batches > 1:
+            measured = gram[..., :tasks, tasks : 2 * tasks]
+        return gram, measured
+
+    def _weigh(self, measured: Tensor) -> Tensor:
+        losses, name = self.collected.losses, self.backend_name and self.backend.name
+        if self.whole:
+            return weigh_with(self.method, measured[0], losses, name)[None]
+        return weigh_with(self.method, measured, losses, name)
+
+    def _unscaled(self, gram: Tensor) -> Tensor:
+        return gram if self.collected.scale is None else gram / self.collected.scale.double().square()

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: MIT
+"""Methods that need the gradients themselves, not only their products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._extension import Rule
+from ._base import Method
+
+
+class CoordinateMethod(Method):
+    """A direction whose every coordinate comes from that coordinate of the T gradients, in place of stages 2 to 4.
+
+    Segments do not matter: the coordinates do not depend on each other. A coordinate with a value that is not finite in
+    any of the gradients is NaN.
+    """
+
+    needs = "gradients"
+
+    def rule(self, device: torch.device, num_tasks: int) -> Rule:
+        """Return what ``Backend.combine_rows`` takes for T gradients on that device. The backend advances the state."""
+        raise NotImplementedError
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Raise ValueError: there are none."""
+        raise ValueError(
+            f"method {self.name!r} has no weights, for it works on the gradients coordinate by coordinate: use "
+            "gradsurgery.aggregate or SurgeryOptimizer"
+        )

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""GradDrop: at each coordinate the gradients of one sign."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._extension import Rule
+from ._base import PerTask, SteppedMethod
+from ._coordinate import CoordinateMethod
+
+
+class GradDrop(SteppedMethod, CoordinateMethod):
+    """Gradient sign dropout (Chen et al., "Just Pick a Sign", NeurIPS 2020, Algorithm 1).
+
+    At each coordinate P = (1 + sum_t g_t / sum_t |g_t|) / 2, and u in (0, 1) is a random number that all tasks share.
+    Kept are the positive values where P > u and the negative ones where P < u; d = sum_t (l_t + (1 - l_t) m_t) g_t with
+    m_t = 1 for what is kept, else 0.
+
+    Conventions: no epsilon; where all gradients are 0 so is d. P is that of the gradients with respect to the
+    parameters, not to features, and f(P) = P. u is a pure function of (seed, step, i), i the number of the coordinate,
+    counted over the parameters that some task has a gradient of, in their order and in the order of their memory:
+    u = (w + 1/2) / 2^32 with w = word i mod 4 of Philox4x32-10, key ``seed``, counter (step, 2^31 + b / 2^32,
+    b mod 2^32), b = i / 4. The same on every backend, rank and number of threads, without a global generator.
+    Scale: a sum over tasks. State: the step counter, which lives on the gradients' device and is not read on the host.
+    Cost: one read of the gradients, one write of the direction, O(T) operations per coordinate.
+
+    Args:
+        seed: key of the random numbers; the same on every rank. 0 <= seed < 2^63.
+        leak: T numbers l_t in [0, 1]; default 0 each.
+    """
+
+    name = "graddrop"
+    scale = "sum"
+    cost = "T per coordinate"
+
+    def __init__(self, seed: int = 0, leak: Sequence[float] | Tensor | None = None) -> None:
+        super().__init__(seed)
+        self.leak = None if leak is None else PerTask("leak", leak, "numbers in [0, 1]")
+        if self.leak is not None and not ((self.leak.values >= 0) & (self.leak.values <= 1)).all():
+            raise ValueError(f"leak must be T numbers in [0, 1], got {leak!r}")
+
+    def rule(self, device: torch.device, num_tasks: int) -> Rule:
+        """Return the seed, the step counter and the leaks.
+
+        Raises:
+            ValueError: ``leak`` is not one number for each task.
+        """
+        step = self._step_on(device)
+        leak = None if self.leak is None else self.leak.on(step.expand(num_tasks), self.name)
+        return "graddrop", (self.seed, step, leak)
