@@ -7,10 +7,11 @@ direction, the optimizer's step.
 
 from . import methods
 from ._constant import NotDifferentiableError
+from .aggregate import aggregate
 from .backends import backends
 from .combine import combine
 from .diagnostics import SurgeryInfo
-from .functional import aggregate, gradnorm_update, min_norm_weights, pcgrad_weights, task_order
+from .functional import gradnorm_update, min_norm_weights, pcgrad_weights, task_order
 from .gram import gram
 from .named import (
     IMTLG,

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: MIT
+// The operators of stage 3.
+#include <torch/library.h>
+
+#include "torch_binding.h"
+
+namespace gs::binding {
+namespace {
+
+void task_order(int64_t num_tasks, int64_t seed, const Tensor& step, Tensor& order) {
+  check_square_data(order, at::kLong, {num_tasks, num_tasks}, order.device(), "order");
+  check_square_data(step, at::kLong, {}, order.device(), "step");
+  const Target target(order.device());
+  const auto* now = step.const_data_ptr<int64_t>();
+  auto* out = order.mutable_data_ptr<int64_t>();
+  const auto key = static_cast<uint64_t>(seed);
+  check_status(target.is_cuda() ? gs_task_order_cuda(num_tasks, key, now, out, target.stream())
+                                : gs_task_order_cpu(num_tasks, key, static_cast<uint64_t>(*now), out));
+}
+
+void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed, Tensor& step, bool advance, bool mean,
+            Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  if (order) check_square_data(*order, at::kLong, {num_tasks, num_tasks}, gram.device(), "order");
+  check_square_data(step, at::kLong, {}, gram.device(), "step");
+  const Target target(gram.device());
+  const auto* g = gram.const_data_ptr<double>();
+  const auto* visit = order ? order->const_data_ptr<int64_t>() : nullptr;
+  auto* now = step.mutable_data_ptr<int64_t>();
+  auto* out = weights.mutable_data_ptr<double>();
+  const auto key = static_cast<uint64_t>(seed);
+  if (target.is_cuda()) {
+    return check_status(gs_pcgrad_cuda(g, batch, num_tasks, visit, key, now, advance, mean, out, target.stream()));
+  }
+  check_status(gs_pcgrad_cpu(g, batch, num_tasks, visit, key, static_cast<uint64_t>(*now), mean, out, &kTorchThreads));
+  if (advance) ++*now;
+}
+
+void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  const Target target(gram.device());
+  const Tensor workspace = target.make_workspace(gs_min_norm_workspace_bytes(batch, num_tasks));
+  const auto* g = gram.const_data_ptr<double>();
+  auto* out = weights.mutable_data_ptr<double>();
+  void* space = workspace.mutable_data_ptr();
+  const int64_t bytes = workspace.numel();
+  const gs_solver solver = exact ? GS_EXACT : GS_FRANK_WOLFE;
+  check_status(target.is_cuda()
+                   ? gs_min_norm_cuda(g, batch, num_tasks, solver, max_iter, tol, out, space, bytes, target.stream())
+                   : gs_min_norm_cpu(g, batch, num_tasks, solver, max_iter, tol, out, space, bytes, &kTorchThreads));
+}
+
+void weights_of(const Tensor& gram, int64_t method, const std::optional<Tensor>& preference, double parameter,
+                double limit, Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  if (preference) check_square_data(*preference, at::kDouble, {num_tasks}, gram.device(), "preference");
+  const Target target(gram.device());
+  const auto solver = static_cast<gs_weighting>(method);
+  const Tensor workspace =
+      target.make_workspace(target.is_cuda() ? gs_weights_cuda_workspace_bytes(solver, batch, num_tasks)
+                                             : gs_weights_workspace_bytes(solver, batch, num_tasks));
+  const auto* g = gram.const_data_ptr<double>();
+  const auto* given = preference ? preference->const_data_ptr<double>() : nullptr;
+  auto* out = weights.mutable_data_ptr<double>();
+  void* space = workspace.mutable_data_ptr();
+  const int64_t bytes = workspace.numel();
+  check_status(
+      target.is_cuda()
+          ? gs_weights_cuda(g, batch, num_tasks, solver, given, parameter, limit, out, space, bytes, target.stream())
+          : gs_weights_cpu(g, batch, num_tasks, solver, given, parameter, limit, out, space, bytes, &kTorchThreads));
+}
+
+void gradvac(const Tensor& gram, const Tensor& order, double beta, Tensor& targets, Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  check_square_data(order, at::kLong, {num_tasks, num_tasks}, gram.device(), "order");
+  check_square_data(targets, at::kDouble, gram.sizes(), gram.device(), "targets");
+  const Target target(gram.device());
+  const auto* g = gram.const_data_ptr<double>();
+  const auto* visit = order.const_data_ptr<int64_t>();
+  auto *wanted = targets.mutable_data_ptr<double>(), *out = weights.mutable_data_ptr<double>();
+  check_status(target.is_cuda() ? gs_gradvac_cuda(g, batch, num_tasks, visit, beta, wanted, out, target.stream())
+                                : gs_gradvac_cpu(g, batch, num_tasks, visit, beta, wanted, out, &kTorchThreads));
+}
+
+void gradnorm(const Tensor& weights, const Tensor& norms, const Tensor& losses, const Tensor& initial_losses,
+              double alpha, double lr, Tensor& new_weights) {
+  TORCH_CHECK_VALUE(weights.dim() >= 1 && weights.size(-1) >= 1,
+                    message("weights must be [..., T], got ", weights.sizes()));
+  const at::Device device = weights.device();
+  check_square_data(weights, at::kDouble, weights.sizes(), device, "weights");
+  check_square_data(norms, at::kDouble, weights.sizes(), device, "norms");
+  check_square_data(losses, at::kDouble, weights.sizes(), device, "losses");
+  check_square_data(initial_losses, at::kDouble, weights.sizes(), device, "initial_losses");
+  check_square_data(new_weights, at::kDouble, weights.sizes(), device, "new_weights");
+  const Target target(device);
+  const auto *w = weights.const_data_ptr<double>(), *n = norms.const_data_ptr<double>();
+  const auto *now = losses.const_data_ptr<double>(), *first = initial_losses.const_data_ptr<double>();
+  auto* out = new_weights.mutable_data_ptr<double>();
+  const int64_t tasks = weights.size(-1), batch = weights.numel() / tasks;
+  check_status(target.is_cuda() ? gs_gradnorm_cuda(w, n, now, first, batch, tasks, alpha, lr, out, target.stream())
+                                : gs_gradnorm_cpu(w, n, now, first, batch, tasks, alpha, lr, out));
+}
+
+void gradnorm_step(const Tensor& gram, const Tensor& losses, double alpha, double lr, Tensor& state_weights,
+                   Tensor& initial_losses, Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  const at::Device device = gram.device();
+  check_square_data(losses, at::kDouble, weights.sizes(), device, "losses");
+  check_square_data(state_weights, at::kDouble, weights.sizes(), device, "state_weights");
+  check_square_data(initial_losses, at::kDouble, weights.sizes(), device, "initial_losses");
+  const Target target(device);
+  const auto *g = gram.const_data_ptr<double>(), *now = losses.const_data_ptr<double>();
+  auto *state = state_weights.mutable_data_ptr<double>(), *first = initial_losses.mutable_data_ptr<double>();
+  auto* out = weights.mutable_data_ptr<double>();
+  check_status(target.is_cuda()
+                   ? gs_gradnorm_step_cuda(g, now, batch, num_tasks, alpha, lr, state, first, out, target.stream())
+                   : gs_gradnorm_step_cpu(g, now, batch, num_tasks, alpha, lr, state, first, out));
+}
+
+// Each finds its device by the tensors.
+void register_operators(torch::Library& m) {
+  m.impl("task_order", &task_order);
+  m.impl("pcgrad", &pcgrad);
+  m.impl("min_norm", &min_norm);
+  m.impl("weights", &weights_of);
+  m.impl("gradvac", &gradvac);
+  m.impl("gradnorm", &gradnorm);
+  m.impl("gradnorm_step", &gradnorm_step);
+}
+
+}  // namespace
+}  // namespace gs::binding
+
+TORCH_LIBRARY_FRAGMENT(gradsurgery, m) {
+  m.def("task_order(int num_tasks, int seed, Tensor step, Tensor(a!) order) -> ()");
+  m.def(
+      "pcgrad(Tensor gram, Tensor? order, int seed, Tensor(a!) step, bool advance, bool mean, Tensor(b!) weights) -> "
+      "()");
+  m.def("min_norm(Tensor gram, bool exact, int max_iter, float tol, Tensor(a!) weights) -> ()");
+  m.def(
+      "weights(Tensor gram, int method, Tensor? preference, float parameter, float limit, Tensor(a!) weights) -> "
+      "()");
+  m.def("gradvac(Tensor gram, Tensor order, float beta, Tensor(a!) targets, Tensor(b!) weights) -> ()");
+  m.def(
+      "gradnorm(Tensor weights, Tensor norms, Tensor losses, Tensor initial_losses, float alpha, float lr, "
+      "Tensor(a!) new_weights) -> ()");
+  m.def(
+      "gradnorm_step(Tensor gram, Tensor losses, float alpha, float lr, Tensor(a!) state_weights, "
+      "Tensor(b!) initial_losses, Tensor(c!) weights) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(gradsurgery, CPU, m) { gs::binding::register_operators(m); }
+TORCH_LIBRARY_IMPL(gradsurgery, CUDA, m) { gs::binding::register_operators(m); }

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""Stages 2 to 4 in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ._constant import constant
+from ._gradients import Grads, TaskGradients, parse
+from .backends import choose
+from .combine import Direction, _check_out, combine, combine_of, combine_rows_of, new_out
+from .gram import gram, gram_of
+from .methods import CoordinateMethod, Method, resolve
+from .methods._buffered import BufferedMethod
+
+
+def aggregate(
+    grads: Grads,
+    method: str | Method = "pcgrad",
+    *,
+    losses: Tensor | None = None,
+    segments: Sequence[int] | None = None,
+    out: Direction | None = None,
+    backend: str | None = None,
+    **method_options: Any,
+) -> Direction:
+    """Return the direction d = sum_t w_t g_t with the weights that ``method`` gives to G.
+
+    Equal to ``combine(grads, methods.get(method, **method_options).weights(gram(grads), losses=losses))``, but for the
+    methods without weights, which work on the gradients coordinate by coordinate.
+
+    Args:
+        grads, segments, out: as in :func:`gradsurgery.combine`.
+        method: a name of ``methods.available()``, which starts from its initial state, or a ``Method``, which
+            carries its state from call to call.
+        losses: [T] loss values, for the methods that need them.
+        backend: a name of :func:`gradsurgery.backends` for all stages; None chooses.
+        method_options: the named method's own options.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as the stages do; ValueError for options beside a ``Method``.
+    """
+    chosen = resolve(method, method_options)
+    parsed = parse(grads, segments)
+    if out is not None:
+        _check_out(out, parsed)
+    if chosen.needs_losses and losses is None:
+        raise ValueError(f"method {chosen.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
+    if isinstance(chosen, BufferedMethod):
+        result = _aggregate_buffers(chosen, parsed, losses, out, backend)
+        return result if out is not None else constant("aggregate", result, parsed.differentiable)
+    stages = choose(backend, parsed.device, parsed.num_tasks)
+    if isinstance(chosen, CoordinateMethod):
+        result = combine_rows_of(parsed, chosen.rule(parsed.device, parsed.num_tasks), out, False, stages)
+        return result if out is not None else constant("aggregate", result, parsed.differentiable)
+    solver = None if stages.aggregate is None else chosen.native_solver(parsed.device)
+    if stages.aggregate is not None and solver is not None:
+        direction = new_out(parsed) if out is None else out
+        if parsed.matrix is not None or (parsed.lists is not None and parsed.lists.fits(direction)):
+            stages.aggregate(parsed, solver, direction)
+            return out if out is not None else constant("aggregate", direction, parsed.differentiable)
+    products = gram_of(parsed, stages)
+    # A method of the user's own need not know of backends.
+    named = {} if backend is None else {"backend": backend}
+    weights = chosen.weights(products, losses=losses, **named)
+    result = combine_of(parsed, weights, out, False, stages)
+    return result if out is not None else constant("aggregate", result, parsed.differentiable)
+
+
+def _aggregate_buffers(
+    method: BufferedMethod, grads: TaskGradients, losses: Tensor | None, out: Direction | None, backend: str | None
+) -> Direction:
+    """Return the direction of what the method keeps in place of the gradients, which every step updates."""
+    if grads.segmented:
+        raise ValueError(f"method {method.name!r} keeps gradients of one segment, got segments")
+    flat = grads.matrix is not None
+    rows = [[row] for row in grads.matrix.unbind()] if grads.matrix is not None else grads.rows
+    assert rows is not None
+    touched = [p for p, column in enumerate(zip(*rows, strict=True)) if any(g is not None for g in column)]
+    kept = [[row[p] for p in touched] for row in rows]
+    if not touched:
+        return [None] * len(rows[0]) if out is None else out
+    replaced = method.replace(kept, losses, None, backend)
+    named = {} if backend is None else {"backend": backend}
+    weights = method.weights(gram(replaced, backend=backend), losses=losses, **named)
+    targets = [out] if flat else None if out is None else [out[p] for p in touched]
+    found = combine(replaced, weights, out=None if out is None else targets, backend=backend)
+    if out is not None:
+        return out
+    if flat:
+        return found[0]
+    each: list[Any] = [None] * len(rows[0])
+    for p, direction in zip(touched, found, strict=True):
+        each[p] = direction
+    return each
