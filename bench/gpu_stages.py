@@ -48,6 +48,8 @@ class Plan:
     form_tasks: tuple[int, ...]
     """For the list form and misaligned rows."""
     form_sizes: tuple[float, ...]
+    solves: list[tuple[str, int, int]]
+    """Stage, T and number of problems of the work on T x T."""
 
 
 FULL = Plan(
@@ -58,6 +60,7 @@ FULL = Plan(
     small=2e6,
     form_tasks=(2, 8, 32),
     form_sizes=(28e6, 300e6),
+    solves=SOLVES,
 )
 QUICK = Plan(
     seconds=0.003,
@@ -67,6 +70,7 @@ QUICK = Plan(
     small=1e5,
     form_tasks=(2,),
     form_sizes=(4e5,),
+    solves=[(stage, tasks, batch) for stage, tasks, batch in SOLVES if tasks == 8 and batch == 1],
 )
 
 
@@ -133,7 +137,7 @@ def _inputs(plan: Plan, device: torch.device) -> tuple[Bench, Iterator[Spec]]:
 
 
 def _specs(plan: Plan) -> Iterator[Spec]:
-    for stage, tasks, batch in SOLVES:
+    for stage, tasks, batch in plan.solves:
         yield Spec(stage, "solve", tasks, None, "float64", "hot", batch)
 
     def of(form: str, nominal: float, tasks: tuple[int, ...], stages: tuple[str, ...], cache: str) -> Iterator[Spec]:

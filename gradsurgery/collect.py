@@ -110,7 +110,9 @@ def collect(
     values = torch.stack([loss.detach().to(scalars[0].device, torch.float64) for loss in scalars])
     if weigh is not None:
         weights = weigh(values)
-        terms = [loss * weight.to(loss) for weight, loss in zip(weights.unbind(), scalars, strict=True)]
+        # In float32 at least, or 16-bit losses would round the weights.
+        wide = [loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in scalars]
+        terms = [loss * weight.to(loss) for weight, loss in zip(weights.unbind(), wide, strict=True)]
         scalars = [sum((term.to(terms[0].device) for term in terms[1:]), terms[0])]
         mode, chunk_size, features = "sequential", None, None
     if scaler is not None:

@@ -170,7 +170,7 @@ def solver_weights(
     """Return the weights by one of the solvers of ``backends.solvers.WEIGHTINGS``."""
     problems, out = _problems(gram)
     choose(backend, gram.device, gram.shape[-1]).weights(problems, method, preference, parameter, limit, out)
-    return out
+    return constant(f"{method} weights", out, [gram])
 
 
 def gradvac_step(gram: Tensor, step: Tensor, seed: int, beta: float, targets: Tensor, backend: str | None) -> Tensor:
@@ -182,7 +182,7 @@ def gradvac_step(gram: Tensor, step: Tensor, seed: int, beta: float, targets: Te
     chosen.task_order(seed, step, order)
     chosen.gradvac(problems, order, beta, targets, out)
     step += 1
-    return out
+    return constant("gradvac weights", out, [gram])
 
 
 def gradnorm_step(
@@ -197,13 +197,18 @@ def gradnorm_step(
 
 def _problems(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return G as contiguous float64, and weights to write."""
+    gram = check_gram(gram)
+    return gram, gram.new_empty(gram.shape[:-1])
+
+
+def check_gram(gram: Tensor) -> Tensor:
+    """Return G as contiguous float64, detached; TypeError or ValueError unless it is [..., T, T]."""
     if not isinstance(gram, Tensor) or not gram.is_floating_point():
         raise TypeError(f"gram must be a real floating-point tensor, got {getattr(gram, 'dtype', type(gram).__name__)}")
     shape = gram.shape
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
         raise ValueError(f"gram must be [..., T, T] with T >= 1, got shape {tuple(shape)}")
-    gram = as_float64(gram)
-    return gram, gram.new_empty(shape[:-1])
+    return as_float64(gram)
 
 
 def _check_order(order: Tensor, num_tasks: int, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self._check_known(self.method.gram_parameters, "norm_parameters")
         self._pending: Collected | None = None
         self._plan: Plan | None = None
+        self._kept: list[Tensor] | None = None
         # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
         super().__setstate__({})
         for name in _HOOKS:
@@ -194,6 +196,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             for t, row in enumerate(collected.grads):
                 if row[p] is not None:
                     check_gradient(row[p], f"grads[{t}][{p}]")
+        if isinstance(self.method, BufferedMethod):
+            self._check_kept([collected.parameters[p] for p in plan.shared])
         backend = choose(self.backend, grads.device, grads.num_tasks)
         plain = [p for p in plan.plain if p not in sparse] if sparse else plan.plain
         parameters = [collected.parameters[p] for p in plan.shared + plain]
@@ -306,6 +310,16 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self.method.load_state_dict(before)
             raise
         return SurgeryInfo(collected.tasks, None, found[0])
+
+    def _check_kept(self, shared: list[Tensor]) -> None:
+        """Raise ValueError where the method's kept gradients are those of other parameters."""
+        if self._kept is None or not shared:
+            self._kept = self._kept or shared or None
+        elif len(shared) != len(self._kept) or not all(map(is_, shared, self._kept)):
+            raise ValueError(
+                f"method {self.method.name!r} keeps gradients of the shared parameters, which must be the same at each "
+                f"step: name them by shared=; had {len(self._kept)}, got {len(shared)}"
+            )
 
     def _forget(self) -> None:
         self._pending = None

@@ -16,7 +16,8 @@ int64_t scratch_of(gs_weighting method, int64_t num_tasks) {
 }  // namespace gs
 
 int64_t gs_weights_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks) {
-  return gs::check_problems(batch, num_tasks) == GS_OK ? batch * gs::scratch_of(method, num_tasks) * 8 : -1;
+  const bool valid = gs::check_problems(batch, num_tasks) == GS_OK && gs::check_method(method) == GS_OK;
+  return valid ? batch * gs::scratch_of(method, num_tasks) * 8 : -1;
 }
 
 gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,

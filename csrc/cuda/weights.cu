@@ -84,7 +84,7 @@ GS_KERNEL gradvac_kernel(const double* gram, int64_t num_tasks, const int64_t* o
 }  // namespace gs::gpu
 
 int64_t gs_weights_cuda_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks) {
-  if (gs::check_problems(batch, num_tasks) != GS_OK) return -1;
+  if (gs::check_problems(batch, num_tasks) != GS_OK || gs::check_method(method) != GS_OK) return -1;
   const int64_t bytes = gs::gpu::scratch_of(method, num_tasks) * 8;
   return bytes <= gs::gpu::kSharedBytes ? 0 : batch * bytes;
 }

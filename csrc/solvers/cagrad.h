@@ -43,7 +43,7 @@ class CAGrad {
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] = even;
     team_.sync();
     // Where the mean gradient is 0 but for rounding, so is d.
-    if (!(c > 0) || !(mean_squared_ > 1e-30 * trace_)) return;
+    if (!(c > 0) || !(mean_squared_ > 1e-15 * trace_)) return;
     const double root = find_root(kappa);
     if (root > 0) {
       const double factor = kappa / std::sqrt(length_squared());

@@ -5,7 +5,7 @@
 
 namespace gs {
 
-constexpr int64_t dual_cone_scratch(int64_t num_tasks) { return (num_tasks + 1) * padded(num_tasks) + 6 * num_tasks; }
+constexpr int64_t dual_cone_scratch(int64_t num_tasks) { return (num_tasks + 1) * padded(num_tasks) + 7 * num_tasks; }
 
 // The vector u [T]: the given values or one value everywhere, but 0 for all tasks other than `only`, unless that is -1.
 struct Start {
@@ -16,10 +16,10 @@ struct Start {
 };
 
 // argmin v^T H v with v >= u, H = G / trace(G) + ridge I, ridge > 0: the weights of the point nearest to J^T u among
-// those d with g_t . d >= 0 for all t. With z = v - u and y = H v the conditions are z >= 0, y >= 0, z^T y = 0. Block
-// principal pivoting (Judice and Pires 1994): the tasks in the set F have y = 0, the others z = 0, and those that come
-// out negative change sides, all at once while that makes them fewer, the last one alone otherwise (Murty's rule, which
-// ends by itself).
+// those d with g_t . d >= 0 for all t. With z = v - u and y = H v the conditions are z >= 0, y >= 0, z^T y = 0: the
+// tasks of a set F have y = 0, the others z = 0. Block principal pivoting (Judice and Pires 1994) lets all that come
+// out negative change sides at once, as long as that makes them fewer; else Lawson and Hanson's method (1974) starts
+// anew, which lowers v^T H v at each step.
 template <class Team>
 class DualCone {
  public:
@@ -35,7 +35,7 @@ class DualCone {
         root_(best_ + num_tasks),
         free_(root_ + num_tasks),
         index_(free_ + num_tasks),
-        rows_(index_ + num_tasks) {
+        rows_(index_ + 2 * num_tasks) {  // after descend()'s target
     double trace = 0;
     for (int64_t i = 0; i < num_tasks; i++) trace += gram[i * num_tasks + i];
     scale_ = trace > 0 ? 1 / trace : 0;
@@ -45,31 +45,8 @@ class DualCone {
 
   // weights += v.
   GS_HOST_DEVICE_CALL void add_solution(const Start& u, double* weights) {
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-      v_[i] = u(i);
-      free_[i] = 0;
-    }
-    team_.sync();
-    int64_t fewest = tasks_ + 1, last;
-    int patience = kPatience;
-    for (int64_t rest = 8 * tasks_ + 32; rest > 0; rest--) {
-      const int64_t wrong = count_wrong(u, last);
-      if (wrong < fewest) {
-        fewest = wrong;
-        patience = kPatience;
-        for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) best_[i] = v_[i];
-      } else {
-        patience--;
-      }
-      if (wrong == 0) break;
-      team_.sync();
-      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-        if (is_wrong(u, i) && (patience > 0 || i == last)) free_[i] = 1 - free_[i];
-      }
-      team_.sync();
-      solve(u);
-    }
-    // What lies below u by rounding, and of a set that is not the last one by more.
+    if (!pivot(u)) descend(u);
+    // What lies below u by rounding.
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] += best_[i] > u(i) ? best_[i] : u(i);
     team_.sync();
   }
@@ -81,8 +58,93 @@ class DualCone {
     return gram_[i * tasks_ + j] * scale_ + (i == j ? ridge_ : 0);
   }
 
-  // Computes y; the number of tasks on the wrong side, and the last of them.
-  GS_HOST_DEVICE int64_t count_wrong(const Start& u, int64_t& last) {
+  GS_HOST_DEVICE void start(const Start& u) {
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      v_[i] = u(i);
+      free_[i] = 0;
+    }
+    team_.sync();
+  }
+
+  GS_HOST_DEVICE void keep() {
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) best_[i] = v_[i];
+  }
+
+  // True if that led to the solution, which is kept.
+  GS_HOST_DEVICE bool pivot(const Start& u) {
+    start(u);
+    int64_t fewest = tasks_ + 1;
+    for (int patience = kPatience; patience > 0; patience--) {
+      multiply_v();
+      const int64_t wrong = count_wrong(u);
+      if (wrong == 0) {
+        keep();
+        return true;
+      }
+      if (wrong < fewest) {
+        fewest = wrong;
+        patience = kPatience + 1;
+      }
+      team_.sync();
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        if (is_wrong(u, i)) free_[i] = 1 - free_[i];
+      }
+      team_.sync();
+      solve(u, v_);
+    }
+    return false;
+  }
+
+  // The task with the most negative y joins F; on the way to the minimum over F those whose z would become negative
+  // leave. Ends where rounding no longer lets v^T H v descend; the last v that did is kept.
+  GS_HOST_DEVICE void descend(const Start& u) {
+    double* const target = index_ + tasks_;
+    start(u);
+    keep();
+    double shortest = INFINITY;
+    for (int64_t solves = 4 * tasks_ + 32; solves > 0;) {
+      multiply_v();
+      if (!(length_ < shortest)) return;
+      shortest = length_;
+      keep();
+      double least = INFINITY;
+      int64_t joining = -1;
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        const double slope = product_[i] / root_[i];
+        if (free_[i] == 0 && slope < -1e-13 * length_ && slope < least) {
+          least = slope;
+          joining = i;
+        }
+      }
+      team_.least(least, joining);
+      if (joining < 0) return;
+      if (team_.rank() == 0) free_[joining] = 1;
+      team_.sync();
+      for (bool blocked = true; blocked && solves > 0; solves--) {
+        solve(u, target);
+        double reach = INFINITY;
+        int64_t leaving = -1;
+        for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+          const double ratio = (v_[i] - u(i)) / (v_[i] - target[i]);
+          if (free_[i] != 0 && target[i] < u(i) && ratio < reach) {
+            reach = ratio;
+            leaving = i;
+          }
+        }
+        team_.least(reach, leaving);
+        blocked = leaving >= 0;
+        team_.sync();
+        for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+          v_[i] = i == leaving ? u(i) : blocked ? v_[i] + reach * (target[i] - v_[i]) : target[i];
+          if (i == leaving) free_[i] = 0;
+        }
+        team_.sync();
+      }
+    }
+  }
+
+  // y = H v, and its length sqrt(v^T H v).
+  GS_HOST_DEVICE void multiply_v() {
     multiply(team_, gram_, tasks_, v_, product_);
     double length = 0;
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
@@ -91,13 +153,11 @@ class DualCone {
     }
     length_ = std::sqrt(std::fmax(team_.sum(length), 0.0));
     team_.sync();
+  }
+
+  GS_HOST_DEVICE int64_t count_wrong(const Start& u) const {
     int64_t wrong = 0;
-    last = -1;
-    for (int64_t i = 0; i < tasks_; i++) {
-      if (!is_wrong(u, i)) continue;
-      wrong++;
-      last = i;
-    }
+    for (int64_t i = 0; i < tasks_; i++) wrong += is_wrong(u, i);
     return wrong;
   }
 
@@ -107,8 +167,8 @@ class DualCone {
     return (v_[i] - u(i)) * root_[i] < -1e-12 * length_;
   }
 
-  // v = u outside F, and H v = 0 on F.
-  GS_HOST_DEVICE void solve(const Start& u) {
+  // target = u outside F, and H target = 0 on F.
+  GS_HOST_DEVICE void solve(const Start& u, double* target) {
     const int64_t stride = padded(tasks_);
     int64_t size = 0;
     for (int64_t i = 0; i < tasks_; i++) {
@@ -127,10 +187,10 @@ class DualCone {
     team_.sync();
     solve_positive(team_, rows_, stride, size);
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-      if (free_[i] == 0) v_[i] = u(i);
+      if (free_[i] == 0) target[i] = u(i);
     }
     for (int64_t r = team_.rank(); r < size; r += team_.size()) {
-      v_[static_cast<int64_t>(index_[r])] = rows_[size * stride + r];
+      target[static_cast<int64_t>(index_[r])] = rows_[size * stride + r];
     }
     team_.sync();
   }

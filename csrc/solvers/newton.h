@@ -61,7 +61,7 @@ class Newton {
 
  private:
   static constexpr double kRidge = 1e-12;
-  static constexpr int kSteps = 200, kHalvings = 60;
+  static constexpr int kSteps = 100, kHalvings = 60;
 
   // F(y + step direction) less the quadratic part, for this member.
   GS_HOST_DEVICE double barrier(double y, double c) const {

@@ -64,8 +64,8 @@ GS_HOST_DEVICE inline double largest(const double* values, int64_t count) {
 }
 
 // c = pinv(K) p, with K_ij = G_ij / (|g_i| |g_j|) (0 for a zero gradient), and its squared length c^T K c = p^T c.
-// preference NULL: 1 each. Eigenvalues up to 8 T 2^-52 of the largest count as 0; if what is left of p then is no more
-// than rounding, so does c.
+// preference NULL: 1 each. Eigenvalues up to T 2^-23 of the largest count as 0: float32's rounding of dependent
+// gradients leaves such. If hardly more is left of p then, c = 0.
 template <class Team>
 GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, int64_t num_tasks,
                                          const double* preference, double* norms, double* c, double* scratch) {
@@ -79,7 +79,7 @@ GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, i
   }
   team.sync();
   diagonalize(team, rows, num_tasks, values);
-  const double rounding = 8 * 0x1p-52 * static_cast<double>(num_tasks);
+  const double rounding = 0x1p-23 * static_cast<double>(num_tasks);
   const double least = rounding * largest(values, num_tasks);
   double length = 0, kept = 0, whole = 0;
   for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {

@@ -136,7 +136,9 @@ def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
     """Return argmin v^T H v with v >= u, H = G / trace(G) + ridge I, for each of several u [P, T]: [B, P, T].
 
-    Block principal pivoting on z = v - u >= 0, y = H v >= 0, z^T y = 0: in the set F y = 0, outside z = 0.
+    With z = v - u and y = H v: z >= 0, y >= 0, z^T y = 0. Lawson & Hanson 1974, which lowers v^T H v at each step: the
+    task with the most negative y joins the set F where y = 0; on the way to the minimum over F those leave whose z
+    would become negative.
     """
     num_tasks = gram.shape[-1]
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
@@ -144,26 +146,29 @@ def _dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
     h = torch.where(trace > 0, gram / trace, 0) + ridge * eye
     root = h.diagonal(dim1=-2, dim2=-1).sqrt()[:, None]
     u = u.expand(len(gram), *u.shape)
-    v, free = u, torch.zeros_like(u, dtype=torch.bool)
-    best, fewest = u, torch.full_like(u[..., :1], num_tasks + 1)
-    patience = torch.full_like(fewest, 4)
-    tasks = torch.arange(num_tasks, device=gram.device)
-    for _ in range(8 * num_tasks + 32):
+    v, best, free = u, u, torch.zeros_like(u, dtype=torch.bool)
+    shortest = torch.full_like(u[..., :1], torch.inf)
+    at_minimum = torch.ones_like(shortest, dtype=torch.bool)
+    settled = ~at_minimum
+    for _ in range(4 * num_tasks + 32):
         y = v @ h
         length = (v * y).sum(-1, keepdim=True).clamp(min=0).sqrt()
-        wrong = torch.where(free, (v - u) * root < -1e-12 * length, y < -1e-13 * length * root)
-        count = wrong.sum(-1, keepdim=True).to(fewest)
-        better = count < fewest
-        best, fewest = torch.where(better, v, best), torch.where(better, count, fewest)
-        patience = torch.where(better, 4, patience - 1)
-        if all_done(count == 0):
+        descends = at_minimum & ~settled & (length < shortest)
+        best, shortest = torch.where(descends, v, best), torch.where(descends, length, shortest)
+        least, joining = torch.where(free, torch.inf, y / root).min(-1, keepdim=True)
+        settled = settled | (at_minimum & ~(descends & (least < -1e-13 * length)))
+        if all_done(settled):
             break
-        last = torch.where(wrong, tasks, -1).max(-1, keepdim=True).values
-        free = free ^ (wrong & ((patience > 0) | (tasks == last)))
+        free = free | torch.zeros_like(free).scatter(-1, joining, at_minimum & ~settled)
         pair = free[..., :, None] & free[..., None, :]
         matrix = torch.where(pair, h[:, None], 0) + torch.where(free, 0, 1)[..., None] * eye
         right = torch.where(free, -(torch.where(free, 0, u) @ h), u)
-        v = torch.linalg.solve_ex(matrix, right[..., None])[0].squeeze(-1)
+        target = torch.linalg.solve_ex(matrix, right[..., None])[0].squeeze(-1)
+        blocked = free & (target < u)
+        reach, leaving = torch.where(blocked, (v - u) / (v - target), torch.inf).min(-1, keepdim=True)
+        leaves = blocked & torch.zeros_like(free).scatter(-1, leaving, blocked.any(-1, keepdim=True))
+        v = torch.where(settled, v, torch.where(leaves, u, v + reach.clamp(max=1) * (target - v)))
+        free, at_minimum = free & ~leaves, ~leaves.any(-1, keepdim=True)
     return torch.maximum(best, u)
 
 
@@ -188,7 +193,7 @@ def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
         min_norm(shifted, True, 1, 0.0, x)
         return scale[..., 0] ** 2 * _square(gram, x) - target
 
-    wanted = (c > 0) & (mean_squared > 1e-30 * trace)
+    wanted = (c > 0) & (mean_squared > 1e-15 * trace)
     low = torch.where(wanted, (target / trace).sqrt(), 1)
     high = 1e7 * low
     high_value = excess(high)
@@ -243,7 +248,7 @@ def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
         return (c * y.log() if power == 1 else c * y ** (1 - power) / (1 - power)).sum(-1, keepdim=True)
 
     settled = torch.zeros_like(largest, dtype=torch.bool)
-    for _ in range(200):
+    for _ in range(100):
         ky = (cosines @ y[..., None]).squeeze(-1)
         pull = c * y**-power
         residual = ((pull - ky) / pull).norm(dim=-1, keepdim=True)
@@ -284,7 +289,7 @@ def _solve_cosines(gram: Tensor, preference: Tensor) -> tuple[Tensor, Tensor, Te
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     product = norms[..., :, None] * norms[..., None, :]
     values, vectors = eigh(torch.where(product > 0, gram / product, 0))
-    rounding = 8 * 2.0**-52 * num_tasks
+    rounding = 2.0**-23 * num_tasks
     kept = values > rounding * values.max(-1, keepdim=True).values
     preference = torch.where(norms > 0, preference, 0)
     along = torch.where(kept, (vectors @ preference[..., None]).squeeze(-1), 0)

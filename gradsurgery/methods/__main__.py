@@ -52,8 +52,8 @@ def text() -> str:
     return _TEXT + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+def _yes(value: bool | str) -> str:
+    return value if isinstance(value, str) else "yes" if value else "no"
 
 
 def _passes(method: Method) -> str:

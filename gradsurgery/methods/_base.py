@@ -75,8 +75,8 @@ class Method:
     own convention, as "sums to 1"."""
     non_conflicting: ClassVar[str] = "no"
     """Whether the direction has no negative product with any task gradient: "yes", "no", or when."""
-    linear: ClassVar[bool] = False
-    """Whether d, as a function of factors a_t > 0 on the task gradients, is linear."""
+    linear: ClassVar[bool | str] = False
+    """Whether d, as a function of factors a_t > 0 on the task gradients, is linear, or when."""
     cost: ClassVar[str] = "T"
     """Operations per problem, in T."""
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._gradients import describe
 from ..combine import combine
 from ..gram import gram
 from ._base import Method, check_not_capturing
@@ -42,6 +43,10 @@ class BufferedMethod(Method):
             scale: the gradient scaler's factor on ``rows``, []; None: 1. The result is without it.
             backend: a name of :func:`gradsurgery.backends`; None chooses.
         """
+        if losses is not None and losses.shape != (len(rows),):
+            raise ValueError(f"losses must be a tensor [{len(rows)}], got {describe(losses)}")
+        if self._buffers is not None:
+            _check_alike(self._buffers, rows, self.name)
         products = gram(rows, backend=backend)
         if scale is not None:
             products = products / scale.double().square()
@@ -51,9 +56,12 @@ class BufferedMethod(Method):
             self._finite = self._finite & losses.isfinite().all()
         if self._buffers is None or self._state is None:
             check_not_capturing(self.name, products.device)
-            self._buffers = _zeros_like(rows)
+            self._buffers = self._new_buffers(rows)
             self._state = self._initial(products)
-        _check_alike(self._buffers, rows, self.name)
+        if next(iter(self._state.values())).device != products.device:
+            check_not_capturing(self.name, products.device)
+            self._buffers = [[b.to(products.device) for b in row] for row in self._buffers]
+            self._state = {name: value.to(products.device) for name, value in self._state.items()}
         return self._replace(rows, products, losses, scale, backend)
 
     def _replace(
@@ -61,6 +69,10 @@ class BufferedMethod(Method):
     ) -> Rows:
         """Do it, with the unscaled G [T, T] of the rows."""
         raise NotImplementedError
+
+    def _new_buffers(self, rows: Rows) -> Buffers:
+        like = [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
+        return [[torch.zeros_like(g) for g in like] for _ in rows]
 
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
         """Return the tensors besides the buffers before the first step."""
@@ -107,9 +119,15 @@ class BufferedMethod(Method):
         if state["buffers"] is None:
             self._buffers = self._state = None
             return
-        for name in self.state_names:
-            if not isinstance(state[name], Tensor):
-                raise ValueError(f"{name} must be a tensor, got {type(state[name]).__name__}")
+        kept = state["buffers"]
+        if not isinstance(kept, Sequence) or not all(
+            isinstance(row, Sequence) and all(isinstance(b, Tensor) for b in row) for row in kept
+        ):
+            raise ValueError(f"buffers must be T lists of tensors, got {describe(kept)}")
+        wanted = self._initial(torch.empty(len(kept), len(kept), dtype=torch.float64, device="cpu"))
+        for name, like in wanted.items():
+            if not isinstance(state[name], Tensor) or state[name].shape != like.shape:
+                raise ValueError(f"{name} must be {describe(like)}, got {describe(state[name])}")
         if self._buffers is not None and self._state is not None:
             _check_alike(self._buffers, state["buffers"], self.name)
             # In place: a captured graph goes on from there.
@@ -122,16 +140,11 @@ class BufferedMethod(Method):
             self._state = {name: state[name].clone() for name in self.state_names}
 
 
-def _zeros_like(rows: Rows) -> Buffers:
-    like = [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
-    return [[torch.zeros_like(g) for g in like] for _ in rows]
-
-
 def _check_alike(buffers: Buffers, rows: Rows, name: str) -> None:
     """Raise ValueError unless the rows are those of the buffers' tasks and parameters."""
     if len(buffers) == len(rows) and all(len(a) == len(b) for a, b in zip(buffers, rows, strict=True)):
         pairs = ((b, g) for a, row in zip(buffers, rows, strict=True) for b, g in zip(a, row, strict=True))
-        if all(g is None or (b.shape == g.shape and b.dtype == g.dtype) for b, g in pairs):
+        if all(g is None or b.shape == g.shape for b, g in pairs):
             return
     raise ValueError(
         f"the state of method {name!r} is for {len(buffers)} tasks and {len(buffers[0])} shared parameters of other "

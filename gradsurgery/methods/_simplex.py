@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .._gradients import describe
+from ..functional import check_gram
 from ._base import Method, check_not_capturing
 
 
 def project_on_simplex(x: Tensor) -> Tensor:
     """Return argmin |w - x| with w >= 0 and sum(w) = 1, for x [..., T] (Held, Wolfe & Crowder 1974)."""
+    x = x - x.amax(-1, keepdim=True)  # or large entries would swallow the 1
     number = torch.arange(1, x.shape[-1] + 1, device=x.device)
     descending = x.sort(-1, descending=True).values
     shift = (descending.cumsum(-1) - 1) / number
@@ -31,21 +33,23 @@ class SimplexMethod(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [..., T] for [..., T, T], and take the step."""
-        gram = gram.double()
-        if self._w is None:
+        gram = check_gram(gram)
+        w = self._w
+        if w is None:
             check_not_capturing(self.name, gram.device)
-            self._w = torch.full_like(gram[..., 0], 1 / gram.shape[-1])
-        if self._w.shape != gram.shape[:-1]:
+            w = torch.full_like(gram[..., 0], 1 / gram.shape[-1])
+        if w.shape != gram.shape[:-1]:
             raise ValueError(
-                f"the state of method {self.name!r} is for weights of shape {tuple(self._w.shape)}, got G of shape "
+                f"the state of method {self.name!r} is for weights of shape {tuple(w.shape)}, got G of shape "
                 f"{tuple(gram.shape)}"
             )
-        if self._w.device != gram.device:
-            self._w = self._w.to(gram.device)
+        w = w.to(gram.device)
         finite = gram.isfinite().all(-1).all(-1)[..., None]
-        moved = self._step(gram, self._w)
-        self._w.copy_(torch.where(finite, moved, self._w))
-        return torch.where(finite, self._direction(moved), torch.nan)
+        moved = self._step(gram, w)
+        weights = torch.where(finite, self._direction(moved), torch.nan)
+        w.copy_(torch.where(finite, moved, w))
+        self._w = w  # last: a step that raised has not begun
+        return weights
 
     def _step(self, gram: Tensor, w: Tensor) -> Tensor:
         """Return the new w."""

@@ -17,8 +17,8 @@ class ConFIG(SolverMethod):
     cosines in proportion to p with all of them. In Gram form, with K = U U^T: c = pinv(K) p, a_t = c_t / (|g_t|
     sqrt(c^T K c)), w = (1^T G a) a.
 
-    Conventions: eigenvalues of K up to 8 T 2^-52 of the largest one count as 0; where p has no part in the others, as
-    for opposite gradients, w = 0. A zero gradient does not count.
+    Conventions: eigenvalues of K up to T 2^-23 of the largest one, float32's rounding, count as 0; where p has no part
+    in the others, as for opposite gradients, w = 0. A zero gradient does not count.
     Scale: a sum over tasks; d conflicts with none if the gradients are independent and p > 0. No state. Cost: O(T^3).
 
     Args:

@@ -51,12 +51,14 @@ class CRMOGM(Method):
         """Return the average [..., T], after it has taken in the other method's weights."""
         # A method of the user's own need not know of backends.
         named = {} if backend is None else {"backend": backend}
-        new = self.method.weights(gram, losses=losses, **named)
+        if self._w is not None and self._w.shape != gram.shape[:-1]:
+            raise ValueError(
+                f"CR-MOGM's state is for weights of shape {tuple(self._w.shape)}, got {tuple(gram.shape[:-1])}"
+            )
+        new = self.method.weights(gram.detach(), losses=losses, **named)
         if self._w is None:
             check_not_capturing(self.name, gram.device)
             self._w = torch.full_like(new, torch.nan)
-        if self._w.shape != new.shape:
-            raise ValueError(f"CR-MOGM's state is for weights of shape {tuple(self._w.shape)}, got {tuple(new.shape)}")
         if self._w.device != new.device:
             self._w = self._w.to(new.device)
         averaged = torch.where(self._w.isnan(), new, self.alpha * self._w + (1 - self.alpha) * new)

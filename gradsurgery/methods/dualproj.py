@@ -26,7 +26,7 @@ class DualProj(SolverMethod):
 
     name = "dualproj"
     scale = "mean"
-    non_conflicting = "yes"
+    non_conflicting = "but for reg_eps"
     cost = "T^3"
     solver = "dualproj"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._base import check_positive
-from ._buffered import BufferedMethod, Rows
+from ._buffered import BufferedMethod, Buffers, Rows
 
 
 class ExcessMTL(BufferedMethod):
@@ -22,7 +22,7 @@ class ExcessMTL(BufferedMethod):
     Conventions: S = 0 adds nothing to e (the authors add 1e-7 to S); where e_t(0) = 0 the first later e_t > 0 takes its
     place. They are loss weights: they also multiply the gradients of the heads. The step does not depend on the
     gradients' scale.
-    Scale: sums to T. State: S, w and e(0). Memory: T N.
+    Scale: sums to T. State: sqrt(S), in float32 at least, w and e(0). Memory: T N.
 
     Args:
         eta: > 0.
@@ -45,24 +45,34 @@ class ExcessMTL(BufferedMethod):
     ) -> Rows:
         assert self._buffers is not None
         assert self._state is not None
-        if scale is not None:
-            rows = [[None if g is None else g / scale.to(g.dtype) for g in row] for row in rows]
-        excess = torch.stack([self._excess(row, sums) for row, sums in zip(rows, self._buffers, strict=True)])
+        excess = torch.stack([self._excess(row, r, scale) for row, r in zip(rows, self._buffers, strict=True)])
         first = torch.where(self._state["first"] > 0, self._state["first"], excess)
         started = self._state["first"] > 0
         growth = torch.where(started, self.eta * excess / first, 0)
         w = len(gram) * (self._state["w"].log() + growth).softmax(0)
         self._keep(w=w, first=first)
-        return rows
+        if scale is None:
+            return rows
+        return [
+            [None if g is None else (g.to(r.dtype) / scale).to(g.dtype) for g, r in zip(row, kept, strict=True)]
+            for row, kept in zip(rows, self._buffers, strict=True)
+        ]
 
-    def _excess(self, row: Sequence[Tensor | None], sums: list[Tensor]) -> Tensor:
-        """Return e of one task, float64 [], and add its squares to S."""
-        pairs = [(g, s) for g, s in zip(row, sums, strict=True) if g is not None]
-        total = torch.zeros((), dtype=torch.float64, device=sums[0].device)
-        for g, s in pairs:
-            square = torch.where(self._finite, g, 0).square()
-            s += square
-            total += torch.where(s > 0, square / s.sqrt(), 0).sum(dtype=torch.float64)
+    def _new_buffers(self, rows: Rows) -> Buffers:
+        # Sums of 16-bit squares would round to nothing, or overflow.
+        return [[r.to(torch.promote_types(r.dtype, torch.float32)) for r in row] for row in super()._new_buffers(rows)]
+
+    def _excess(self, row: Sequence[Tensor | None], roots: list[Tensor], scale: Tensor | None) -> Tensor:
+        """Return e of one task, float64 [], and add its squares to S, whose root does not overflow."""
+        total = torch.zeros((), dtype=torch.float64, device=roots[0].device)
+        for g, root in zip(row, roots, strict=True):
+            if g is None:
+                continue
+            size = torch.where(self._finite, g, 0).abs().to(root.dtype)
+            if scale is not None:
+                size = size / scale.to(root.dtype)
+            root.copy_(torch.hypot(root, size))
+            total += torch.where(root > 0, size * (size / root), 0).sum(dtype=torch.float64)
         return total
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:

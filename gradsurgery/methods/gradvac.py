@@ -45,16 +45,16 @@ class GradVac(SteppedMethod):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights, move the targets, and advance the step counter."""
-        if self._targets is None:
+        targets = self._targets
+        if targets is None:
             check_not_capturing(self.name, gram.device)
-            self._targets = torch.zeros(gram.shape, dtype=torch.float64, device=gram.device)
-        if self._targets.shape != gram.shape:
-            raise ValueError(
-                f"GradVac's state is for G of shape {tuple(self._targets.shape)}, got shape {tuple(gram.shape)}"
-            )
-        if self._targets.device != gram.device:
-            self._targets = self._targets.to(gram.device)
-        return gradvac_step(gram, self._step_on(gram.device), self.seed, self.beta, self._targets, backend)
+            targets = torch.zeros(gram.shape, dtype=torch.float64, device=gram.device)
+        if targets.shape != gram.shape:
+            raise ValueError(f"GradVac's state is for G of shape {tuple(targets.shape)}, got shape {tuple(gram.shape)}")
+        targets = targets.to(gram.device)
+        weights = gradvac_step(gram, self._step_on(gram.device), self.seed, self.beta, targets, backend)
+        self._targets = targets  # last: a step that raised has not begun
+        return weights
 
     def state_dict(self) -> dict[str, Any]:
         """Return the targets (None before the first step), the seed and the step counter."""

@@ -12,10 +12,10 @@ class IMTLG(SolverMethod):
     d . g_t / |g_t| is the same for all t, and the weights sum to 1 (equation 4): with K_ij = G_ij / (|g_i| |g_j|) and
     c = pinv(K) 1, w_t = (c_t / |g_t|) / sum_k (c_k / |g_k|).
 
-    Conventions: eigenvalues of K up to 8 T 2^-52 of the largest one count as 0; for dependent gradients the projections
-    are equal in the sense of least squares, with the pseudo-inverse of K, which does not depend on the gradients'
-    lengths (TorchJD takes that of G). Weights may be negative. Where they sum to 0 but for rounding, as for opposite
-    gradients, they are all 0; so is that of a zero gradient.
+    Conventions: eigenvalues of K up to T 2^-23 of the largest one, float32's rounding, count as 0; for dependent
+    gradients the projections are equal in the sense of least squares, with the pseudo-inverse of K, which does not
+    depend on the gradients' lengths (TorchJD takes that of G). Weights may be negative. Where they sum to 0 but for
+    rounding, as for opposite gradients, they are all 0; so is that of a zero gradient.
     Scale: sums to 1. No state. Cost: O(T^3).
     """
 

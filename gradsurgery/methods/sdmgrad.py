@@ -60,7 +60,7 @@ class SDMGrad(SimplexMethod):
     def _step(self, gram: Tensor, w: Tensor) -> Tensor:
         scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().mean(-1)[..., None, None].square()
         c = torch.where(scale > 0, gram / scale, 0)
-        pull = self.lam * (c @ self._preferred(gram)[:, None]).squeeze(-1)
+        pull = self.lam * (c @ self._preferred(w)[:, None]).squeeze(-1)
         velocity = torch.zeros_like(w)
         for _ in range(self.num_iter):
             velocity = self.momentum * velocity + (c @ w[..., None]).squeeze(-1) + pull
@@ -68,11 +68,10 @@ class SDMGrad(SimplexMethod):
         return w
 
     def _direction(self, w: Tensor) -> Tensor:
-        return (w + self.lam * self._preferred(w[..., None])) / (1 + self.lam)
+        return (w + self.lam * self._preferred(w)) / (1 + self.lam)
 
-    def _preferred(self, like: Tensor) -> Tensor:
-        """Return p [T]."""
-        tasks = like.shape[-2]
+    def _preferred(self, w: Tensor) -> Tensor:
+        """Return p [T], for weights [..., T]."""
         if self._pref is None:
-            return like.new_full((tasks,), 1 / tasks)
-        return self._pref.on(like[..., 0], self.name)
+            return w.new_full(w.shape[-1:], 1 / w.shape[-1])
+        return self._pref.on(w, self.name)

@@ -17,8 +17,9 @@ class UPGrad(SolverMethod):
     argmin {v^T H v : v >= p_t e_t} with H = G / trace(G) + reg_eps I.
 
     Conventions: the ridge makes P unique and its problem well conditioned; it is relative to G, so that scaling the
-    gradients scales d (TorchJD takes the mean instead where trace(G) < 1e-4). d conflicts with no task but for the
-    ridge. For T = 2 and p = 1 this is PCGrad.
+    gradients scales d (TorchJD takes the mean instead where trace(G) < 1e-4). It is one ridge for all tasks: those with
+    |g_t|^2 not far above reg_eps trace(G) are not protected from conflicts. For T = 2 and p = 1 this is PCGrad but for
+    the ridge.
     Scale: a mean over tasks. No state. Cost: O(T^4).
 
     Args:
@@ -28,8 +29,8 @@ class UPGrad(SolverMethod):
 
     name = "upgrad"
     scale = "mean"
-    non_conflicting = "yes"
-    linear = True
+    non_conflicting = "but for reg_eps"
+    linear = "but for reg_eps"
     cost = "T^4"
     solver = "upgrad"
 

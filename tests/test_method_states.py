@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""What a method keeps when a call fails, when parameters change, and when values are out of the usual range."""
+
+import pytest
+import torch
+
+import gradsurgery
+from gradsurgery.methods._simplex import project_on_simplex
+from inputs import normal
+
+methods = gradsurgery.methods
+EYE = torch.eye(3, dtype=torch.float64)
+NEW = {"gradvac": "targets", "modo": "weights", "sdmgrad": "weights", "cr_mogm": "weights"}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_first_call_that_fails_begins_nothing(name):
+    method = methods.get(name)
+    for gram in (torch.ones(2, 3), torch.ones(2, 2, dtype=torch.int64)):
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            method.weights(gram)
+    assert method.state_dict()[NEW[name]] is None
+    method.weights(EYE)
+
+
+def test_options_for_other_tasks_begin_nothing():
+    method = methods.get("sdmgrad", pref=[0.5, 0.5])
+    with pytest.raises(ValueError, match="pref must hold one number for each of 3 tasks, got 2"):
+        method.weights(EYE)
+    method.weights(EYE[:2, :2])
+    averaged = methods.get("cr_mogm", method="pcgrad")
+    averaged.weights(EYE[:2, :2])
+    with pytest.raises(ValueError, match=r"weights of shape \(2,\), got \(3,\)"):
+        averaged.weights(EYE)
+    assert averaged.method.state_dict()["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["moco", "db_mtl"])
+def test_losses_for_other_tasks_begin_nothing(name):
+    method = methods.get(name)
+    for losses in (torch.ones(1), torch.ones(3)):
+        with pytest.raises(ValueError, match=r"losses must be a tensor \[2\], got a tensor of shape"):
+            gradsurgery.aggregate(normal(2, 5), method, losses=losses)
+    assert method.state_dict()["buffers"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"buffers": "abc"}, "buffers must be T lists of tensors, got str 'abc'"),
+        ({"buffers": [1, 2]}, "buffers must be T lists of tensors, got list"),
+        ({"w": torch.ones(7)}, r"w must be a tensor of shape \(2,\), got a tensor of shape \(7,\)"),
+    ],
+)
+def test_states_of_kept_gradients_that_cannot_be(change, message):
+    method = methods.get("moco")
+    gradsurgery.aggregate(normal(2, 5), method, losses=torch.ones(2))
+    state = method.state_dict()
+    for other in (methods.get("moco"), method):
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict({**state, **change})
+    torch.testing.assert_close(method.state_dict(), state, rtol=0, atol=0)
+
+
+def test_kept_gradients_stay_with_their_parameters():
+    a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([a, b], lr=0.1), "moco")
+    optimizer.backward([a.sum(), a.square().sum()])
+    with pytest.raises(
+        ValueError, match="shared parameters, which must be the same at each step: name them by shared="
+    ):
+        optimizer.backward([b.sum(), b.square().sum()])
+    assert b.grad is None
+    optimizer.backward([a.sum(), a.square().sum()])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 1e20), (torch.float32, 1e-20), (torch.float16, 300.0), (torch.float16, 1e-4)]
+)
+def test_excess_risks_in_the_whole_range(dtype, scale):
+    method, expected = methods.get("excess_mtl", eta=0.3), methods.get("excess_mtl", eta=0.3)
+    for step in range(3):
+        rows = normal(3, 40, seed=step).clamp(-3, 3)
+        gradsurgery.aggregate((scale * rows).to(dtype), method)
+        gradsurgery.aggregate(rows, expected)
+    got, wanted = (m.state_dict()["w"] for m in (method, expected))
+    torch.testing.assert_close(got, wanted, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=0)
+    assert (wanted != 1).all()
+
+
+def test_the_simplex_of_large_values():
+    for scale in (1e10, 1e18, 1e300):
+        w = project_on_simplex(-scale * torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64))
+        assert w.tolist() == [0.5, 0.5, 0]
+
+
+@pytest.mark.parametrize("name", ["upgrad", "cagrad", "gradvac", "krum", "modo", "sdmgrad", "cr_mogm"])
+def test_weights_are_constants_to_autograd(name):
+    method, gram = methods.get(name), EYE.clone().requires_grad_()
+    for _ in range(2):
+        weights = method.weights(gram)
+        if weights.requires_grad:
+            with pytest.raises(gradsurgery.NotDifferentiableError):
+                weights.sum().backward()
+    assert not any(v.requires_grad for v in method.state_dict().values() if isinstance(v, torch.Tensor))
+
+
+def test_dependent_float32_gradients_have_a_direction():
+    """Rounding leaves eigenvalues of the cosines far above float64's."""
+    for seed in range(5):
+        basis = normal(4, 10_000, torch.float32, seed=seed)
+        rows = torch.cat([basis, basis[:1] + 0.7 * basis[1:2]])
+        for name in ("imtl_g", "config"):
+            d = gradsurgery.aggregate(rows, name)
+            assert d.norm() > 0.1 * rows.norm(dim=1).min()
+
+
+@pytest.mark.parametrize("tasks", [40, 64])
+def test_many_stationary_gradients(tasks):
+    """Where pivots alone cycle."""
+    for seed in range(20):
+        rank = tasks // 4 * (1 + seed % 3)
+        rows = normal(tasks, rank, seed=seed) @ normal(rank, 200, seed=100 + seed)
+        gram, mean = gradsurgery.gram(rows), rows.mean(0)
+        d = methods.get("cagrad", c=1.5).weights(gram) @ rows
+        assert (d - mean).norm() <= 1.5001 * mean.norm()
+        assert (rows @ d >= -1e-4 * rows.norm(dim=1) * mean.norm()).all()
+        u = torch.full((tasks,), 1 / tasks, dtype=torch.float64)
+        v = methods.get("dualproj", reg_eps=1e-7).weights(gram)
+        y = (gram / gram.trace() + 1e-7 * torch.eye(tasks)) @ v
+        size = (v @ y).sqrt()
+        assert (y >= -1e-8 * size).all()
+        assert ((v - u) * y).abs().max() <= 1e-8 * (v - u).max() * size
+
+
+def test_weights_of_16_bit_losses_are_not_rounded():
+    grads = []
+    for dtype in (torch.float64, torch.bfloat16):
+        p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p], lr=0.1), "random")
+        optimizer.backward([p.sum().to(dtype), (2 * p).sum().to(dtype)])
+        grads.append(p.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-2, atol=0)
