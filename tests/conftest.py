@@ -40,10 +40,11 @@ on_gpu = pytest.mark.skipif("cuda" not in AVAILABLE, reason=f"needs the cuda bac
 # What takes Triton's interpreter longer than it is worth, beyond this many tasks.
 INTERPRETED_TASKS = {
     "test_any_shape_and_segments": 0,
-    "test_batches_equal_loops": 1,
+    "test_batches_equal_loops": 0,
     "test_constant_rows_have_no_bias": 0,
     "test_kept_gradients_are_those_of_the_explicit_algorithm": 1,
     "test_large_output_past_the_cache": 0,
+    "test_one_bad_value_marks_its_row_only": 8,
     "test_no_second_copy_of_the_task_gradients": 0,
     "test_ours_in_their_interfaces_are_ours": 0,
     "test_scaling_the_gradients_scales_the_direction": 2,
@@ -58,6 +59,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def worthwhile(item: Any) -> bool:
     parameters = item.callspec.params
+    if item.module.__name__ == "test_coordinate" and parameters.get("backend") == "triton":
+        # Which has what the reference has.
+        return item.originalname in ("test_golden_values", "test_lists_are_the_flat_form_cut")
     if item.module.__name__ == "test_gram_methods" and parameters.get("backend") == "reference":
         return parameters.get("tasks", 1) <= 5 or parameters.get("case", "normal") in ("normal", "duplicate")
     tasks, columns = parameters.get("tasks", 1), parameters.get("columns", 1)
@@ -65,7 +69,7 @@ def worthwhile(item: Any) -> bool:
         return True
     if not INTERPRETED:
         return tasks <= 128
-    if parameters.get("case", "normal") not in ("normal", "mixed scales") and tasks > 8:
+    if parameters.get("case", "normal") not in ("normal", "mixed scales") and tasks > 3:
         return False
     return tasks <= INTERPRETED_TASKS.get(item.originalname, 128) and tasks * columns <= 5_000
 

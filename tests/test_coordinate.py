@@ -10,26 +10,26 @@ from gradsurgery import _gradients
 from gradsurgery._gradients import parse
 from gradsurgery.backends import choose
 from gradsurgery.combine import combine_rows_of
-from inputs import DTYPES, HOSTILE, UNIT_ROUNDOFF, hostile, normal
+from inputs import DTYPES, UNIT_ROUNDOFF, hostile, normal
 from rules import METHODS, TASKS, assert_direction, direction, make
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("columns", [0, 1, 17, 1003])
 @pytest.mark.parametrize("method", METHODS)
-def test_matches_float64(backend, tasks, columns, dtype, method):
-    rows = normal(tasks, columns, dtype)
-    assert_direction(direction(method, rows, backend=backend), method, rows)
+def test_matches_float64(backend, tasks, dtype, method):
+    for columns in (0, 1, 17, 1003):
+        rows = normal(tasks, columns, dtype)
+        assert_direction(direction(method, rows, backend=backend), method, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("tasks", [2, 3, 17])
-@pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.parametrize("method", METHODS)
-def test_hostile_inputs(backend, tasks, case, dtype, method):
-    rows = hostile(tasks)[case].to(dtype)
-    assert_direction(direction(method, rows, backend=backend), method, rows)
+def test_hostile_inputs(backend, tasks, dtype, method):
+    for rows in hostile(tasks).values():
+        rounded = rows.to(dtype)
+        assert_direction(direction(method, rounded, backend=backend), method, rounded)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -21,8 +21,10 @@ pytestmark = on_cpu
 def test_demo(tmp_path, capsys):
     multi_mnist = pytest.importorskip("examples.multi_mnist")
     picture = tmp_path / "curves.png"
-    runs = multi_mnist.main(["--quick", "--seeds", "2", "--epochs", "1", "--output", str(picture)])
-    assert {run.method for run in runs} == {"Plain sum", "PCGrad", "MGDA", "GradNorm"}
+    names = ["PCGrad", "GradNorm", "uw", "graddrop"]
+    options = ["--quick", "--seeds", "2", "--epochs", "1", "--methods", *names]
+    runs = multi_mnist.main([*options, "--output", str(picture)])
+    assert {run.method for run in runs} == {"Plain sum", *names}
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert all(0 <= value <= 1 for run in runs for value in run.accuracy)
     assert "plain sum" in capsys.readouterr().out
@@ -38,7 +40,7 @@ def one_thread():
 
 
 @pytest.mark.filterwarnings("default")
-def test_every_method_trains_the_demo(tmp_path, one_thread):
+def test_every_method_trains_the_demo(one_thread):
     multi_mnist = pytest.importorskip("examples.multi_mnist")
     names = gradsurgery.methods.available()
     train_set, test_set = multi_mnist.multi_mnist(8, 4)
@@ -47,10 +49,6 @@ def test_every_method_trains_the_demo(tmp_path, one_thread):
         losses = torch.tensor(run.losses)
         assert losses.isfinite().all(), name
         assert losses[-1].sum() < losses[0].sum(), name
-    runs = multi_mnist.main(
-        ["--quick", "--seeds", "2", "--epochs", "1", "--output", str(tmp_path / "x.png"), "--methods", "uw", "graddrop"]
-    )
-    assert {run.method for run in runs} == {"Plain sum", "uw", "graddrop"}
 
 
 def test_methods(tmp_path):

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // argmin w^T G w over the simplex: the shortest convex combination of the task gradients (MGDA), exactly.
 #pragma once
-#include "common.h"
+#include "linear.h"
 
 namespace gs {
 
@@ -142,17 +142,6 @@ class MinNorm {
       }
     }
     team_.sync();
-  }
-
-  // x^T y in interleaved sums.
-  GS_HOST_DEVICE static double dot(const double* x, const double* y, int64_t count) {
-    double sum[4] = {};
-    int64_t i = 0;
-    for (; i + 4 <= count; i += 4) {
-      for (int64_t k = 0; k < 4; k++) sum[k] += x[i + k] * y[i + k];
-    }
-    for (; i < count; i++) sum[0] += x[i] * y[i];
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
   // Appends the row of task j to R and its part to u. With g its column of M and l = R g the row is (-l^T R, 1) / p,

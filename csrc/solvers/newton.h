@@ -63,7 +63,7 @@ class Newton {
   static constexpr double kRidge = 1e-12;
   static constexpr int kSteps = 100, kHalvings = 60;
 
-  // F(y + step direction) less the quadratic part, for this member.
+  // c phi(y).
   GS_HOST_DEVICE double barrier(double y, double c) const {
     return power_ == 1 ? c * std::log(y) : c * std::pow(y, 1 - power_) / (1 - power_);
   }

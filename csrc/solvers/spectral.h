@@ -16,6 +16,11 @@ template <class Team>
 GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num_tasks, double* values) {
   const int64_t stride = padded(num_tasks), players = (num_tasks + 1) / 2 * 2, rounds = players - 1;
   for (int sweep = 0; sweep < 30; sweep++) {
+    // The squared lengths, which a sweep keeps up to date, but for rounding.
+    for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
+      values[k] = dot(rows + k * stride, rows + k * stride, num_tasks);
+    }
+    team.sync();
     double rotated = 0;
     for (int64_t round = 0; round < rounds; round++) {
       // A tournament: the last player stays, the others move on by one place a round.
@@ -23,12 +28,14 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num
         const int64_t p = k == 0 ? rounds : (round + k) % rounds, q = (round + rounds - k) % rounds;
         if (p >= num_tasks) continue;  // q sits out
         double *const a = rows + p * stride, *const b = rows + q * stride;
-        const double aa = dot(a, a, num_tasks), bb = dot(b, b, num_tasks), ab = dot(a, b, num_tasks);
+        const double aa = values[p], bb = values[q], ab = dot(a, b, num_tasks);
         if (!(std::fabs(ab) > 1e-15 * std::sqrt(aa) * std::sqrt(bb))) continue;
         rotated = 1;
         const double zeta = (bb - aa) / (2 * ab);
         const double tangent = (zeta < 0 ? -1 : 1) / (std::fabs(zeta) + std::sqrt(1 + zeta * zeta));
         const double cosine = 1 / std::sqrt(1 + tangent * tangent), sine = cosine * tangent;
+        values[p] = std::fmax(aa - tangent * ab, 0.0);
+        values[q] = std::fmax(bb + tangent * ab, 0.0);
         for (int64_t i = 0; i < num_tasks; i++) {
           const double x = a[i], y = b[i];
           a[i] = cosine * x - sine * y;
