@@ -37,8 +37,9 @@ equations, conventions, options and sources.
 * *backward passes*: of `SurgeryOptimizer.backward` for T losses.
 * *cost*: operations on one T x T problem, beside the passes over the gradients.
 
-No method reads a value on the host: G, weights and state stay on the gradients' device, and a step can be captured in a
-CUDA graph once it has run (`tests/test_cuda.py`).
+No method reads a value on the host: G, weights and state stay on the gradients' device. `tests/test_properties.py`
+holds the plain PyTorch of each to that; `tests/test_cuda.py` holds the CUDA kernels to it and to capture in CUDA
+graphs, which has run on a GPU for `pcgrad`, `mgda` and `gradnorm` so far.
 
 Not here: EPO and PMGDA, which solve a linear program at each step, for which there is no solver on the device.
 

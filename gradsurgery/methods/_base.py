@@ -27,6 +27,13 @@ def check_positive(name: str, value: float) -> float:
     return value
 
 
+def taken_over(own: Tensor | None, value: Tensor | None) -> Tensor | None:
+    """Return a state's float64 tensor with that value: itself where the shape allows, as a captured graph reads it."""
+    if own is None or value is None or own.shape != value.shape:
+        return None if value is None else value.to(torch.float64, copy=True)
+    return own.copy_(value)
+
+
 def nan_unless_finite(weights: Tensor, gram: Tensor) -> Tensor:
     """Return weights [..., T] of their own memory, NaN for the problems whose G [..., T, T] is not finite."""
     return torch.where(gram.isfinite().all(-1).all(-1)[..., None], weights, torch.nan)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._gradients import describe
 from ..functional import check_gram
-from ._base import Method, check_not_capturing
+from ._base import Method, check_not_capturing, taken_over
 
 
 def project_on_simplex(x: Tensor) -> Tensor:
@@ -67,9 +67,4 @@ class SimplexMethod(Method):
         weights = state["weights"]
         if weights is not None and (not isinstance(weights, Tensor) or weights.dim() == 0):
             raise ValueError(f"weights must be a tensor [..., T], got {describe(weights)}")
-        if weights is None:
-            self._w = None
-        elif self._w is not None and self._w.shape == weights.shape:
-            self._w.copy_(weights)  # in place: a captured graph goes on from there
-        else:
-            self._w = weights.to(torch.float64, copy=True)
+        self._w = taken_over(self._w, weights)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._base import Method, check_not_capturing
+from ._base import Method, check_not_capturing, taken_over
 
 
 class CRMOGM(Method):
@@ -75,9 +75,4 @@ class CRMOGM(Method):
         if weights is not None and not isinstance(weights, Tensor):
             raise ValueError(f"weights must be a tensor [..., T] or None, got {type(weights).__name__}")
         self.method.load_state_dict(state["method"])
-        if weights is None:
-            self._w = None
-        elif self._w is not None and self._w.shape == weights.shape:
-            self._w.copy_(weights)  # in place: a captured graph goes on from there
-        else:
-            self._w = weights.to(torch.float64, copy=True)
+        self._w = taken_over(self._w, weights)

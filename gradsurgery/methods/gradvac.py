@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._gradients import describe
 from ..functional import gradvac_step
-from ._base import SteppedMethod, check_not_capturing
+from ._base import SteppedMethod, check_not_capturing, taken_over
 
 
 class GradVac(SteppedMethod):
@@ -67,9 +67,4 @@ class GradVac(SteppedMethod):
         ):
             raise ValueError(f"targets must be a tensor [..., T, T], got {describe(targets)}")
         super()._restore(state)
-        if targets is None:
-            self._targets = None
-        elif self._targets is not None and self._targets.shape == targets.shape:
-            self._targets.copy_(targets)  # in place: a captured graph goes on from there
-        else:
-            self._targets = targets.to(torch.float64, copy=True)
+        self._targets = taken_over(self._targets, targets)
