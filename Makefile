@@ -4,13 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench lint cpp clean
+.PHONY: demo test bench lint cpp sass clean
 .DEFAULT_GOAL := test
 
 .venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools ninja
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,demo,bench]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch setuptools ninja
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[test,demo,bench]'
 	touch $@
 
 demo: .venv/installed
@@ -35,6 +35,13 @@ cpp:
 	cmake -S . -B build/cmake
 	cmake --build build/cmake --parallel
 	ctest --test-dir build/cmake --output-on-failure --parallel 2
+
+# What nvcc makes of the kernels with planned hot loops on the oldest GPUs.
+sass: .venv/installed
+	mkdir -p build/sass
+	printf '%s\n' fused gram_tiles gram_staged gram_direct combine | xargs -P 2 -I NAME \
+		nvcc -std=c++20 -O3 -arch=sm_80 -Icsrc -Icsrc/include -c csrc/cuda/NAME.cu -o build/sass/NAME.o
+	$(BIN)/python tests/cpp/check_sass.py build/sass/*.o
 
 clean:
 	rm -rf .venv build gradsurgery/*.so *.egg-info

@@ -53,8 +53,8 @@ def test_arithmetics(monkeypatch, dtype, tasks, expected):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tasks", [3, 12, 20, 40, 70])
 def test_every_arithmetic(fast, tasks, dtype):
-    if tasks == 70 and dtype is torch.float16:
-        pytest.skip("slow to interpret, and bfloat16 stands for it")
+    if tasks == 70 and (not fast or dtype not in (torch.float32, torch.bfloat16)):
+        pytest.skip("slow to interpret, and others stand for it")
     rows = normal(tasks, max(34, 1000 // tasks), dtype)
     assert_gram(gradsurgery.gram(rows, backend="triton"), rows, dtype)
     if dtype in (torch.float32, torch.bfloat16):  # rows that are not aligned
@@ -128,7 +128,7 @@ if "triton" in USABLE:
         tl.store(out, FITS(RAISED(top, x)))
 
 
-@pytest.mark.parametrize("tasks", [5, 20, 70])
+@pytest.mark.parametrize("tasks", [5, 20])
 def test_dtypes_of_different_arithmetics_share_a_gram_matrix(fast, tasks):
     grads = [
         [normal(1, 20, dtype, seed=t)[0] * 10.0**-k for k, dtype in enumerate(DTYPES)] + [normal(1, 9, seed=t)[0]]
