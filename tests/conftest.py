@@ -63,7 +63,7 @@ def worthwhile(item: Any) -> bool:
         # Which has what the reference has.
         return item.originalname in ("test_golden_values", "test_lists_are_the_flat_form_cut")
     if item.module.__name__ == "test_gram_methods" and parameters.get("backend") == "reference":
-        return parameters.get("tasks", 1) <= 5 or parameters.get("case", "normal") in ("normal", "duplicate")
+        return parameters.get("tasks", 1) <= 5
     tasks, columns = parameters.get("tasks", 1), parameters.get("columns", 1)
     if parameters.get("backend") != "triton":
         return True
