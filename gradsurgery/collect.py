@@ -110,9 +110,7 @@ def collect(
     values = torch.stack([loss.detach().to(scalars[0].device, torch.float64) for loss in scalars])
     if weigh is not None:
         weights = weigh(values)
-        # In float32 at least, or 16-bit losses would round the weights.
-        wide = [loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in scalars]
-        terms = [loss * weight.to(loss) for weight, loss in zip(weights.unbind(), wide, strict=True)]
+        terms = [loss * weight.to(loss) for weight, loss in zip(weights.unbind(), scalars, strict=True)]
         scalars = [sum((term.to(terms[0].device) for term in terms[1:]), terms[0])]
         mode, chunk_size, features = "sequential", None, None
     if scaler is not None:
@@ -121,6 +119,12 @@ def collect(
     passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph)
     grads = passes.from_losses(scalars) if features is None else passes.by_features(scalars, features)
     return Collected(tasks, list(parameters), grads, values, scale)
+
+
+def holds_weights(losses: Losses) -> bool:
+    """Whether weights are no more than rounded in the losses' dtype, which their gradients have; 16 bits do not do."""
+    each = losses.values() if isinstance(losses, Mapping) else [losses] if isinstance(losses, Tensor) else losses
+    return not any(isinstance(loss, Tensor) and loss.dtype in (torch.bfloat16, torch.float16) for loss in each)
 
 
 def _check_losses(losses: Losses) -> tuple[list[str], list[Tensor]]:

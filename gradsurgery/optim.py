@@ -15,7 +15,7 @@ from ._gradients import assign_grads, check_gradient
 from ._operate import Operation, weigh_with
 from ._step import Plan, add_all, add_plain, add_sparse, make_plan, read, targets
 from .backends import choose
-from .collect import Collected, Losses, collect
+from .collect import Collected, Losses, collect, holds_weights
 from .diagnostics import SurgeryInfo
 from .methods._buffered import BufferedMethod
 
@@ -133,7 +133,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         before = self._pending
         passes = {"scaler": scaler, "retain_graph": retain_graph, "mode": mode, "chunk_size": chunk_size}
-        if before is None and self.method.weights_losses and not self.method.needs_gram:
+        once = self.method.weights_losses and not self.method.needs_gram
+        if once and before is None and holds_weights(losses):
             return self._backward_once(losses, features=features, **passes)
         self.collect(losses, features=features, **passes)  # type: ignore[arg-type]
         try:

@@ -11,7 +11,7 @@ from gradsurgery.backends import choose
 from inputs import DEVICE
 
 # Tests that need one of these skip without it.
-OPTIONAL = {"matplotlib", "mlxtend", "pytorch_optimizer", "rich", "torchjd"}
+OPTIONAL = {"cvxpy", "ecos", "matplotlib", "mlxtend", "pytorch_optimizer", "rich", "torchjd"}
 
 
 def serves(name: str) -> bool:

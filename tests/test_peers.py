@@ -49,23 +49,32 @@ def test_our_exact_minimum_is_below_torchjds():
     assert max(gaps) > 1.001  # theirs stops early
 
 
+def made(make):
+    """What TorchJD makes; a skip where a package that it needs for it is not there."""
+    try:
+        return make()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
 PARITY = {
-    "upgrad": (torchjd.UPGradWeighting(), {}, 1e-12),
-    "dualproj": (torchjd.DualProjWeighting(), {}, 1e-12),
-    "imtl_g": (torchjd.IMTLGWeighting(), {}, 1e-12),
-    "aligned_mtl": (torchjd.AlignedMTLWeighting(), {}, 1e-12),
-    "aligned_mtl median": (torchjd.AlignedMTLWeighting(scale_mode="median"), {"scale_mode": "median"}, 1e-12),
-    "aligned_mtl rmse": (torchjd.AlignedMTLWeighting(scale_mode="rmse"), {"scale_mode": "rmse"}, 1e-12),
-    "fairgrad": (torchjd.FairGradWeighting(2.0), {"alpha": 2.0}, 1e-6),
+    "upgrad": (lambda: torchjd.UPGradWeighting(), {}, 1e-12),
+    "dualproj": (lambda: torchjd.DualProjWeighting(), {}, 1e-12),
+    "imtl_g": (lambda: torchjd.IMTLGWeighting(), {}, 1e-12),
+    "aligned_mtl": (lambda: torchjd.AlignedMTLWeighting(), {}, 1e-12),
+    "aligned_mtl median": (lambda: torchjd.AlignedMTLWeighting(scale_mode="median"), {"scale_mode": "median"}, 1e-12),
+    "aligned_mtl rmse": (lambda: torchjd.AlignedMTLWeighting(scale_mode="rmse"), {"scale_mode": "rmse"}, 1e-12),
+    "fairgrad": (lambda: torchjd.FairGradWeighting(2.0), {"alpha": 2.0}, 1e-6),
     # Their solver, an interior-point method, stops at a relative error of about 1e-4.
-    "cagrad": (torchjd.CAGradWeighting(c=0.4), {"c": 0.4}, 2e-3),
+    "cagrad": (lambda: torchjd.CAGradWeighting(c=0.4), {"c": 0.4}, 2e-3),
 }
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 8, 17])
 @pytest.mark.parametrize("name", PARITY)
 def test_torchjd_weights_of_independent_gradients(backend, tasks, name):
-    weighting, options, tolerance = PARITY[name]
+    make, options, tolerance = PARITY[name]
+    weighting = made(make)
     rows = normal(tasks, 40) - 1.2 * normal(tasks, 40).mean(0)
     gram = gradsurgery.gram(rows)
     ours = gradsurgery.methods.get(name.split()[0], **options).weights(gram, backend=backend)
@@ -76,8 +85,8 @@ def test_torchjd_weights_of_independent_gradients(backend, tasks, name):
 @pytest.mark.parametrize("tasks", [2, 3, 17])
 def test_torchjd_aggregators_of_independent_gradients(backend, tasks):
     rows = normal(tasks, 40) + 0.5 * normal(1, 40, seed=9)
-    for name, theirs in (("config", torchjd.ConFIG()), ("nash_mtl", torchjd.NashMTL(n_tasks=tasks))):
-        ours = gradsurgery.aggregate(rows, name, backend=backend)
+    for name, make in (("config", torchjd.ConFIG), ("nash_mtl", lambda: torchjd.NashMTL(n_tasks=tasks))):
+        ours, theirs = gradsurgery.aggregate(rows, name, backend=backend), made(make)
         assert (ours - theirs(rows)).norm() <= 1e-6 * ours.norm()
 
 
@@ -86,7 +95,7 @@ def test_torchjd_nash_mtl_may_end_far_from_its_equation():
     rows = torch.randn(8, 40, dtype=torch.float64)
     rows -= 1.2 * rows.mean(0)
     residuals = []
-    for direction in (torchjd.NashMTL(n_tasks=8)(rows), gradsurgery.aggregate(rows, "nash_mtl")):
+    for direction in (made(lambda: torchjd.NashMTL(n_tasks=8))(rows), gradsurgery.aggregate(rows, "nash_mtl")):
         gains = rows @ direction
         weights = torch.linalg.lstsq(rows.T, direction[:, None]).solution[:, 0]
         products = gains * weights  # the same for all tasks in Nash's solution
@@ -101,12 +110,13 @@ def test_torchjd_gives_up_on_small_gradients(scale):
     rows = (normal(3, 40) - 1.2 * normal(3, 40).mean(0)) * scale
     gram = gradsurgery.gram(rows)
     assert gram.trace() < 1e-4
-    for name, theirs in (("upgrad", torchjd.UPGradWeighting()), ("dualproj", torchjd.DualProjWeighting())):
+    for name, make in (("upgrad", torchjd.UPGradWeighting), ("dualproj", torchjd.DualProjWeighting)):
+        theirs = made(make)
         torch.testing.assert_close(theirs(gram), torch.full((3,), 1 / 3, dtype=torch.float64))
         ours = gradsurgery.methods.get(name).weights(gram)
         torch.testing.assert_close(ours, gradsurgery.methods.get(name).weights(gram / scale**2))
         assert (ours > 0.334).any()
-    assert torchjd.CAGradWeighting(c=0.5)(gram).tolist() == [0, 0, 0]
+    assert made(lambda: torchjd.CAGradWeighting(c=0.5))(gram).tolist() == [0, 0, 0]
     assert (gradsurgery.methods.get("cagrad").weights(gram) > 0.3).all()
 
 
