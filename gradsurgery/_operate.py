@@ -17,14 +17,8 @@ from .collect import Collected
 from .combine import combine_of, combine_rows_of
 from .gram import gram_of
 from .methods import CoordinateMethod, Method
+from .methods._base import weigh
 from .methods._buffered import BufferedMethod
-
-
-def weigh_with(method: Method, gram: Tensor, losses: Tensor, backend: str | None) -> Tensor:
-    """Return the method's weights."""
-    # A method of the user's own need not know of backends.
-    named = {} if backend is None else {"backend": backend}
-    return method.weights(gram, losses=losses, **named)
 
 
 @dataclass(slots=True)
@@ -100,8 +94,8 @@ class Operation:
     def _weigh(self, measured: Tensor) -> Tensor:
         losses, name = self.collected.losses, self.backend_name and self.backend.name
         if self.whole:
-            return weigh_with(self.method, measured[0], losses, name)[None]
-        return weigh_with(self.method, measured, losses, name)
+            return weigh(self.method, measured[0], losses, name)[None]
+        return weigh(self.method, measured, losses, name)
 
     def _unscaled(self, gram: Tensor) -> Tensor:
         return gram if self.collected.scale is None else gram / self.collected.scale.double().square()

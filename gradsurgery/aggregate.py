@@ -14,6 +14,7 @@ from .backends import choose
 from .combine import Direction, _check_out, combine, combine_of, combine_rows_of, new_out
 from .gram import gram, gram_of
 from .methods import CoordinateMethod, Method, resolve
+from .methods._base import weigh
 from .methods._buffered import BufferedMethod
 
 
@@ -63,9 +64,7 @@ def aggregate(
             stages.aggregate(parsed, solver, direction)
             return out if out is not None else constant("aggregate", direction, parsed.differentiable)
     products = gram_of(parsed, stages)
-    # A method of the user's own need not know of backends.
-    named = {} if backend is None else {"backend": backend}
-    weights = chosen.weights(products, losses=losses, **named)
+    weights = weigh(chosen, products, losses, backend)
     result = combine_of(parsed, weights, out, False, stages)
     return result if out is not None else constant("aggregate", result, parsed.differentiable)
 
@@ -84,8 +83,7 @@ def _aggregate_buffers(
     if not touched:
         return [None] * len(rows[0]) if out is None else out
     replaced = method.replace(kept, losses, None, backend)
-    named = {} if backend is None else {"backend": backend}
-    weights = method.weights(gram(replaced, backend=backend), losses=losses, **named)
+    weights = weigh(method, gram(replaced, backend=backend), losses, backend)
     targets = [out] if flat else None if out is None else [out[p] for p in touched]
     found = combine(replaced, weights, out=None if out is None else targets, backend=backend)
     if out is not None:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from . import methods
 from ._gradients import assign_grads, check_gradient
-from ._operate import Operation, weigh_with
+from ._operate import Operation
 from ._step import Plan, add_all, add_plain, add_sparse, make_plan, read, targets
 from .backends import choose
 from .collect import Collected, Losses, collect, holds_weights
 from .diagnostics import SurgeryInfo
+from .methods._base import weigh
 from .methods._buffered import BufferedMethod
 
 _GRANULARITIES = ("global", "per_group", "per_tensor")
@@ -80,7 +81,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self._check_known(self.method.gram_parameters, "norm_parameters")
         self._pending: Collected | None = None
         self._plan: Plan | None = None
-        self._kept: list[Tensor] | None = None
+        self._kept: list[Tensor] = []
         # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
         super().__setstate__({})
         for name in _HOOKS:
@@ -207,6 +208,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
         operation = Operation(self.method, collected, grads, plan, backend, self.backend, self.granularity == "global")
         gram, weights = operation.write(shared_out, accumulate, self._forget)
+        if isinstance(self.method, BufferedMethod) and not self._kept:
+            self._kept = parameters[: len(plan.shared)]
         if self.method.weights_losses:
             plain_weights, done = weights[0], set()  # type: ignore[index]
         elif plain or sparse:
@@ -298,13 +301,13 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """Go back from the weighted sum of the losses, in one pass."""
         before, found = self.method.state_dict(), []
 
-        def weigh(values: Tensor) -> Tensor:
+        def weigh_by(values: Tensor) -> Tensor:
             gram = values.new_zeros(()).expand(len(values), len(values))
-            found.append(weigh_with(self.method, gram, values, self.backend))
+            found.append(weigh(self.method, gram, values, self.backend))
             return found[0]
 
         try:
-            collected = collect(losses, self._trainable(), weigh=weigh, **passes)
+            collected = collect(losses, self._trainable(), weigh=weigh_by, **passes)
             with torch.no_grad():
                 add_all(collected, self.backend)
         except BaseException:
@@ -314,9 +317,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     def _check_kept(self, shared: list[Tensor]) -> None:
         """Raise ValueError where the method's kept gradients are those of other parameters."""
-        if self._kept is None or not shared:
-            self._kept = self._kept or shared or None
-        elif len(shared) != len(self._kept) or not all(map(is_, shared, self._kept)):
+        if not self._kept or not shared:
+            return
+        if len(shared) != len(self._kept) or not all(map(is_, shared, self._kept)):
             raise ValueError(
                 f"method {self.method.name!r} keeps gradients of the shared parameters, which must be the same at each "
                 f"step: name them by shared=; had {len(self._kept)}, got {len(shared)}"

@@ -305,10 +305,8 @@ def test_any_number_of_tasks(method, tasks):
     weights = weigh(method, gradsurgery.gram(rows))
     assert weights.isfinite().all()
     if tasks == 1:
-        factor = 1 / rows.norm() if method in ("nash_mtl", "fairgrad") else 1
-        torch.testing.assert_close(weights * torch.ones(()), torch.ones(1).double() * factor, rtol=1e-3, atol=0) if (
-            method != "cagrad"
-        ) else torch.testing.assert_close(weights, torch.full((1,), 1.5).double())
+        expected = {"nash_mtl": 1 / rows.norm(), "fairgrad": 1 / rows.norm(), "cagrad": 1.5}.get(method, 1.0)
+        torch.testing.assert_close(float(weights), float(expected), rtol=1e-3, atol=0)
 
 
 @pytest.mark.skipif("triton" not in USABLE, reason="Triton is not usable here")

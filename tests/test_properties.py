@@ -9,7 +9,7 @@ import torch
 import gradsurgery
 from gradsurgery.backends import solvers
 from gradsurgery.methods.__main__ import text
-from inputs import normal
+from inputs import hostile, normal
 
 methods = gradsurgery.methods
 NAMES = methods.available()
@@ -82,6 +82,18 @@ def test_nothing_is_read_on_the_host(name):
     for _ in range(2):
         gradsurgery.aggregate(grads, method, losses=losses)
     assert all(value.is_meta for value in method.state_dict().values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_hostile_gradients_have_a_direction_and_a_nan_is_one(name, tasks):
+    losses = torch.linspace(0.5, 1.5, tasks, dtype=torch.float64)
+    for case, rows in hostile(tasks).items():
+        method = methods.get(name)
+        for _ in range(2):
+            assert gradsurgery.aggregate(rows, method, losses=losses).isfinite().all(), case
+        rows[-1, 0] = torch.nan
+        assert gradsurgery.aggregate(rows, method, losses=losses).isnan().any(), case
 
 
 def test_cagrad_reads_nothing_on_the_host():

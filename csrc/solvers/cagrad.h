@@ -44,8 +44,7 @@ class CAGrad {
     team_.sync();
     // Where the mean gradient is 0 but for rounding, so is d.
     if (!(c > 0) || !(mean_squared_ > 1e-15 * trace_)) return;
-    const double root = find_root(kappa);
-    if (root > 0) {
+    if (find_root(kappa)) {
       const double factor = kappa / std::sqrt(length_squared());
       for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] += factor * x_[i];
     } else {
@@ -58,7 +57,7 @@ class CAGrad {
   }
 
  private:
-  // x for one lambda, with |g_t| <= 1; returns |lambda g_x|^2.
+  // x for one lambda; returns |lambda g_x|^2.
   GS_HOST_DEVICE_CALL double minimize(double lambda) {
     for (int64_t e = team_.rank(); e < tasks_ * tasks_; e += team_.size()) {
       const double sum = mean_[e / tasks_] + mean_[e % tasks_];
@@ -78,22 +77,20 @@ class CAGrad {
 
   GS_HOST_DEVICE double length_squared() const { return std::fmax(team_dot(team_, x_, gx_, tasks_), 0.0); }
 
-  // lambda with |lambda g_x| = kappa, whose x is left in place; 0 if there is none below 1e7 kappa / |g|.
-  GS_HOST_DEVICE double find_root(double kappa) {
+  // Leaves in place the x of the lambda with |lambda g_x| = kappa; false if there is none below 1e7 kappa / |g|.
+  GS_HOST_DEVICE bool find_root(double kappa) {
     const double target = kappa * kappa;
-    double high = 1e7 * kappa / std::sqrt(trace_), low = 0, low_value = -target;
+    double low = kappa / std::sqrt(trace_), high = 1e7 * low;
     double high_value = minimize(high) - target;
-    if (high_value < 0) return 0;
-    low = kappa / std::sqrt(trace_);
-    low_value = minimize(low) - target;
+    if (high_value < 0) return false;
+    double low_value = minimize(low) - target;
     int side = 0;
-    double lambda = low;
     for (int step = 0; step < 40; step++) {
       if (!(high - low > 1e-15 * high) || low_value >= 0) break;
       const double a = low * low, b = high * high;
       // Squares far apart: the geometric mean, until the secant is of use.
-      lambda = step % 3 == 2 || b > 1e6 * a ? std::sqrt(low * high)
-                                            : std::sqrt(a - low_value * (b - a) / (high_value - low_value));
+      double lambda = step % 3 == 2 || b > 1e6 * a ? std::sqrt(low * high)
+                                                   : std::sqrt(a - low_value * (b - a) / (high_value - low_value));
       lambda = lambda > low ? (lambda < high ? lambda : high) : low;
       const double value = minimize(lambda) - target;
       if (std::fabs(value) <= 1e-14 * target) break;
@@ -109,7 +106,7 @@ class CAGrad {
         side = 1;
       }
     }
-    return lambda;
+    return true;
   }
 
   const Team team_;

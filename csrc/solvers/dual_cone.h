@@ -35,7 +35,8 @@ class DualCone {
         root_(best_ + num_tasks),
         free_(root_ + num_tasks),
         index_(free_ + num_tasks),
-        rows_(index_ + 2 * num_tasks) {  // after descend()'s target
+        target_(index_ + num_tasks),
+        rows_(target_ + num_tasks) {
     double trace = 0;
     for (int64_t i = 0; i < num_tasks; i++) trace += gram[i * num_tasks + i];
     scale_ = trace > 0 ? 1 / trace : 0;
@@ -98,7 +99,6 @@ class DualCone {
   // The task with the most negative y joins F; on the way to the minimum over F those whose z would become negative
   // leave. Ends where rounding no longer lets v^T H v descend; the last v that did is kept.
   GS_HOST_DEVICE void descend(const Start& u) {
-    double* const target = index_ + tasks_;
     start(u);
     keep();
     double shortest = INFINITY;
@@ -121,12 +121,12 @@ class DualCone {
       if (team_.rank() == 0) free_[joining] = 1;
       team_.sync();
       for (bool blocked = true; blocked && solves > 0; solves--) {
-        solve(u, target);
+        solve(u, target_);
         double reach = INFINITY;
         int64_t leaving = -1;
         for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-          const double ratio = (v_[i] - u(i)) / (v_[i] - target[i]);
-          if (free_[i] != 0 && target[i] < u(i) && ratio < reach) {
+          const double ratio = (v_[i] - u(i)) / (v_[i] - target_[i]);
+          if (free_[i] != 0 && target_[i] < u(i) && ratio < reach) {
             reach = ratio;
             leaving = i;
           }
@@ -135,7 +135,7 @@ class DualCone {
         blocked = leaving >= 0;
         team_.sync();
         for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-          v_[i] = i == leaving ? u(i) : blocked ? v_[i] + reach * (target[i] - v_[i]) : target[i];
+          v_[i] = i == leaving ? u(i) : blocked ? v_[i] + reach * (target_[i] - v_[i]) : target_[i];
           if (i == leaving) free_[i] = 0;
         }
         team_.sync();
@@ -202,6 +202,7 @@ class DualCone {
   double scale_;
   double *v_, *product_, *best_, *root_;  // root: of H_ii
   double *free_, *index_;                 // 1 for the tasks in F, 0 for the others; the tasks in F
+  double* target_;                        // the minimum over F
   double* rows_;
   double length_ = 0;
 };

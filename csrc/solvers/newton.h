@@ -87,18 +87,17 @@ class Newton {
     team_.sync();
     solve_positive(team_, rows_, stride, tasks_);
     multiply(team_, cosines_, tasks_, direction, kd_);
-    double slope = 0, curvature = 0, most = 0;
+    double slope = 0, curvature = 0, lowest = 0;
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       slope += direction[i] * ky_[i];
       curvature += direction[i] * kd_[i];
-      most = std::fmax(most, -direction[i] / y_[i]);
+      lowest = std::fmin(lowest, direction[i] / y_[i]);
     }
     slope = team_.sum(slope);
     curvature = team_.sum(curvature);
     int64_t unused = 0;
-    most = -most;
-    team_.least(most, unused);
-    double step = most < -0.9 ? -0.9 / most : 1;
+    team_.least(lowest, unused);
+    double step = lowest < -0.9 ? -0.9 / lowest : 1;
     for (int halving = 0; residual > 1e-3 && halving < kHalvings; halving++, step /= 2) {
       double gained = 0, promised = 0;
       for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._extension import Rule
 from .._gradients import TaskGradients
 from .._philox import philox_words
-from . import coordinate, solvers
+from . import solvers
+from .plain import PlainStages
 
 _CHUNK_COLUMNS = 1 << 14
 
 
-class ReferenceBackend:
+class ReferenceBackend(PlainStages):
     """Serves every call."""
 
     name = "reference"
@@ -58,10 +58,6 @@ class ReferenceBackend:
                 if row is not None:
                     direction += torch.where(weight != 0, weight * row.double(), 0)
             target.copy_(target.double() + direction if accumulate else direction)
-
-    def combine_rows(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
-        """Write the direction of a rule."""
-        coordinate.combine_rows(grads, rule, out, accumulate)
 
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Fisher-Yates on all rows at once, with the words of Philox4x32-10."""
@@ -101,16 +97,6 @@ class ReferenceBackend:
         gram = gram.view(-1, *gram.shape[-2:])
         weights = _wolfe(gram) if exact else _frank_wolfe(gram, max_iter, tol)
         out.copy_(torch.where(_finite(gram), weights, torch.nan).view_as(out))
-
-    def weights(
-        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
-    ) -> None:
-        """Solve in plain PyTorch."""
-        solvers.solve(gram, method, preference, parameter, limit, self.min_norm, out)
-
-    def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
-        """Write Gradient Vaccine's weights, and move its targets."""
-        solvers.gradvac(gram, order, beta, targets, out)
 
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """GradNorm, equations 1 and 2, differentiated by hand."""

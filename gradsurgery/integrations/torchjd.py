@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..combine import combine
 from ..gram import gram
 from ..methods import CoordinateMethod, Method, resolve
+from ..methods._base import weigh
 from ..methods._buffered import BufferedMethod
 
 try:
@@ -70,9 +71,7 @@ class SurgeryWeighting(Weighting[PSDMatrix], Stateful):
             raise TypeError(f"gramian must be a real floating-point tensor, got {gramian.dtype}")
         if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
             raise ValueError(f"gramian must be [T, T] with T >= 1, got shape {tuple(gramian.shape)}")
-        # A method of the user's own need not know of backends.
-        named = {} if self.backend is None else {"backend": self.backend}
-        return self.method.weights(gramian.double(), losses=None, **named).to(gramian.dtype)
+        return weigh(self.method, gramian.double(), None, self.backend).to(gramian.dtype)
 
     def reset(self) -> None:
         """Take the method's state back to what it was at construction."""

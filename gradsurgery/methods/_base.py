@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -42,11 +42,16 @@ def nan_unless_finite(weights: Tensor, gram: Tensor) -> Tensor:
 class PerTask:
     """Numbers that a user gives, one per task. They move to G's device once, for a copy from the host waits."""
 
-    def __init__(self, name: str, values: Sequence[float] | Tensor, wanted: str = "finite numbers") -> None:
+    def __init__(
+        self,
+        name: str,
+        values: Sequence[float] | Tensor,
+        wanted: str = "finite numbers",
+        valid: Callable[[Tensor], Tensor] = torch.isfinite,
+    ) -> None:
         self.name = name
         self.values = torch.as_tensor(values, dtype=torch.float64).detach().clone()
-        positive = wanted != "positive numbers" or bool((self.values > 0).all())
-        if self.values.dim() != 1 or not self.values.isfinite().all() or not positive:
+        if self.values.dim() != 1 or not (self.values.isfinite() & valid(self.values)).all():
             raise ValueError(f"{name} must be T {wanted}, got {values!r}")
 
     def on(self, gram: Tensor, method: str) -> Tensor:
@@ -125,6 +130,13 @@ class Method:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Take over a state with the right keys."""
+
+
+def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | None) -> Tensor:
+    """Return the method's weights."""
+    # A method of the user's own need not know of backends.
+    named = {} if backend is None else {"backend": backend}
+    return method.weights(gram, losses=losses, **named)
 
 
 class SolverMethod(Method):

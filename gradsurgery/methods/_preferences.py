@@ -15,7 +15,7 @@ class Preferences:
     """A preference p, T positive numbers, and an ideal point z, T finite numbers, both optional."""
 
     def __init__(self, pref: Sequence[float] | Tensor | None, ideal: Sequence[float] | Tensor | None = None) -> None:
-        self._pref = None if pref is None else PerTask("pref", pref, "positive numbers")
+        self._pref = None if pref is None else PerTask("pref", pref, "positive numbers", lambda p: p > 0)
         self._ideal = None if ideal is None else PerTask("ideal", ideal)
 
     def of(self, losses: Tensor, method: str) -> Tensor:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._base import Method, check_not_capturing, taken_over
+from ._base import Method, check_not_capturing, taken_over, weigh
+from ._buffered import BufferedMethod
+from ._coordinate import CoordinateMethod
 
 
 class CRMOGM(Method):
@@ -37,7 +39,7 @@ class CRMOGM(Method):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in 0..1, got {alpha}")
         self.method = resolve(method, method_options)
-        if getattr(self.method, "replace", None) or getattr(self.method, "rule", None):
+        if isinstance(self.method, (BufferedMethod, CoordinateMethod)):
             raise ValueError(f"method must have weights from G or losses alone, got {self.method.name!r}")
         self.alpha = alpha
         self.needs_losses = self.method.needs_losses  # type: ignore[misc]
@@ -49,13 +51,11 @@ class CRMOGM(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the average [..., T], after it has taken in the other method's weights."""
-        # A method of the user's own need not know of backends.
-        named = {} if backend is None else {"backend": backend}
         if self._w is not None and self._w.shape != gram.shape[:-1]:
             raise ValueError(
                 f"CR-MOGM's state is for weights of shape {tuple(self._w.shape)}, got {tuple(gram.shape[:-1])}"
             )
-        new = self.method.weights(gram.detach(), losses=losses, **named)
+        new = weigh(self.method, gram.detach(), losses, backend)
         if self._w is None:
             check_not_capturing(self.name, gram.device)
             self._w = torch.full_like(new, torch.nan)

@@ -39,9 +39,9 @@ class GradDrop(SteppedMethod, CoordinateMethod):
 
     def __init__(self, seed: int = 0, leak: Sequence[float] | Tensor | None = None) -> None:
         super().__init__(seed)
-        self.leak = None if leak is None else PerTask("leak", leak, "numbers in [0, 1]")
-        if self.leak is not None and not ((self.leak.values >= 0) & (self.leak.values <= 1)).all():
-            raise ValueError(f"leak must be T numbers in [0, 1], got {leak!r}")
+        self.leak = None
+        if leak is not None:
+            self.leak = PerTask("leak", leak, "numbers in [0, 1]", lambda share: (share >= 0) & (share <= 1))
 
     def rule(self, device: torch.device, num_tasks: int) -> Rule:
         """Return the seed, the step counter and the leaks.

@@ -14,15 +14,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..._extension import Rule
 from ..._gradients import TaskGradients
-from .. import coordinate, solvers
+from ..plain import PlainStages
 
 MAX_TASKS = 128
 _OLDEST = (3, 6)
 
 
-class TritonBackend:
+class TritonBackend(PlainStages):
     """Kernels in Triton."""
 
     name = "triton"
@@ -47,10 +46,6 @@ class TritonBackend:
         """Write the directions."""
         _launch().combine(grads, weights, out, accumulate)
 
-    def combine_rows(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
-        """Write the direction of a rule, in plain PyTorch."""
-        coordinate.combine_rows(grads, rule, out, accumulate)
-
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Write the visiting orders."""
         _launch().task_order(seed, step, out)
@@ -64,16 +59,6 @@ class TritonBackend:
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Write the min-norm weights."""
         _launch().min_norm(gram, exact, max_iter, tol, out)
-
-    def weights(
-        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
-    ) -> None:
-        """Solve in plain PyTorch, but for the min-norm problems that CAGrad makes."""
-        solvers.solve(gram, method, preference, parameter, limit, self.min_norm, out)
-
-    def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
-        """Write Gradient Vaccine's weights, and move its targets, in plain PyTorch."""
-        solvers.gradvac(gram, order, beta, targets, out)
 
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """Write GradNorm's new weights."""
