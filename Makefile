@@ -36,12 +36,13 @@ cpp:
 	cmake --build build/cmake --parallel
 	ctest --test-dir build/cmake --output-on-failure --parallel 2
 
-# What nvcc makes of the kernels with planned hot loops on the oldest GPUs.
+# What nvcc makes of the kernels with planned hot loops on the oldest GPUs, and Triton of all of its kernels.
 sass: .venv/installed
 	mkdir -p build/sass
 	printf '%s\n' fused gram_tiles gram_staged gram_direct combine | xargs -P 2 -I NAME \
 		nvcc -std=c++20 -O3 -arch=sm_80 -Icsrc -Icsrc/include -c csrc/cuda/NAME.cu -o build/sass/NAME.o
 	$(BIN)/python tests/cpp/check_sass.py build/sass/*.o
+	TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=triton GRADSURGERY_TEST_WHOLE=1 $(BIN)/python -m pytest tests/test_triton_compile.py
 
 clean:
 	rm -rf .venv build gradsurgery/*.so *.egg-info

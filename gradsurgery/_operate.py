@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Stages 2 to 4 of the optimizers' step, for the shared parameters."""
+"""Stages 2 to 4 of the optimizers' step, for the shared parameters; for weights of the losses, one pass instead."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ._gradients import TaskGradients, parse
-from ._step import Plan
-from .backends import Backend
-from .collect import Collected
+from ._step import Plan, add_all
+from .backends import Backend, choose
+from .collect import Collected, Losses, collect
 from .combine import combine_of, combine_rows_of
+from .diagnostics import SurgeryInfo
 from .gram import gram_of
 from .methods import CoordinateMethod, Method
 from .methods._base import weigh
@@ -70,14 +71,15 @@ class Operation:
         self, method: BufferedMethod, out: list[Any], accumulate: bool, before: Callable[[], None]
     ) -> tuple[Tensor, Tensor]:
         """Do the same with what the method keeps in place of the task gradients."""
-        plan, scale = self.plan, self.collected.scale
-        rows = [[row[p] for p in plan.shared] for row in self.collected.grads]
+        scale, grads = self.collected.scale, self.grads
+        backend = choose(self.backend_name, grads.device, method.num_terms * grads.num_tasks)
+        rows = [[row[p] for p in self.plan.shared] for row in self.collected.grads]
         kept = method.replace(rows, self.collected.losses, scale, self.backend_name)
         before()
-        shared = parse(kept, None).select(list(range(len(plan.shared))), plan.segments, plan.num_segments)
-        gram = gram_of(shared, self.backend)
+        gram = gram_of(parse(kept, None), self.backend)[None]
         weights = self._weigh(gram)
-        combine_of(shared, weights if scale is None else weights * scale.double(), out, accumulate, self.backend)
+        terms, factors = method.terms(rows, kept, weights[0], scale)
+        combine_of(parse(terms, None), factors, out, accumulate, backend)
         return gram, weights
 
     def _gram(self) -> tuple[Tensor, Tensor]:
@@ -99,3 +101,24 @@ class Operation:
 
     def _unscaled(self, gram: Tensor) -> Tensor:
         return gram if self.collected.scale is None else gram / self.collected.scale.double().square()
+
+
+def backward_once(
+    method: Method, losses: Losses, parameters: list[Tensor], backend: str | None, **passes: Any
+) -> SurgeryInfo:
+    """Go back from the weighted sum of the losses, in one pass, and add the gradients; a failure changes nothing."""
+    before, found = method.state_dict(), []
+
+    def weigh_by(values: Tensor) -> Tensor:
+        gram = values.new_zeros(()).expand(len(values), len(values))
+        found.append(weigh(method, gram, values, backend))
+        return found[0]
+
+    try:
+        collected = collect(losses, parameters, weigh=weigh_by, **passes)
+        with torch.no_grad():
+            add_all(collected, backend)
+    except BaseException:
+        method.load_state_dict(before)
+        raise
+    return SurgeryInfo(collected.tasks, None, found[0])

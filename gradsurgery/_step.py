@@ -101,6 +101,17 @@ def make_plan(
     )
 
 
+def check_kept(name: str, kept: list[Tensor], shared: list[Tensor]) -> None:
+    """Raise ValueError where the gradients that a method keeps are those of other parameters."""
+    if not kept or not shared:
+        return
+    if len(shared) != len(kept) or not all(map(is_, shared, kept)):
+        raise ValueError(
+            f"method {name!r} keeps gradients of the shared parameters, which must be the same at each step: name them "
+            f"by shared=; had {len(kept)}, got {len(shared)}"
+        )
+
+
 def read(collected: Collected) -> tuple[TaskGradients, bytes, list[int]]:
     """Return the gradients, how many losses reach each parameter, and the parameters with sparse gradients.
 

@@ -82,10 +82,12 @@ def _aggregate_buffers(
     kept = [[row[p] for p in touched] for row in rows]
     if not touched:
         return [None] * len(rows[0]) if out is None else out
+    choose(backend, grads.device, method.num_terms * len(rows))  # raises before anything changes
     replaced = method.replace(kept, losses, None, backend)
     weights = weigh(method, gram(replaced, backend=backend), losses, backend)
+    terms, factors = method.terms(kept, replaced, weights, None)
     targets = [out] if flat else None if out is None else [out[p] for p in touched]
-    found = combine(replaced, weights, out=None if out is None else targets, backend=backend)
+    found = combine(terms, factors, out=None if out is None else targets, backend=backend)
     if out is not None:
         return out
     if flat:

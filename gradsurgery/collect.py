@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ._passes import Passes, check_memory
 
-Losses = Sequence[Tensor] | Tensor | Mapping[str, Tensor]
+Losses = Sequence[Tensor | None] | Tensor | Mapping[str, Tensor | None]
 
 
 @dataclass(slots=True)
@@ -22,7 +22,8 @@ class Collected:
         tasks: names.
         parameters: the P parameters.
         grads: T lists of P gradients, None where a task does not reach a parameter; for each of the batches in turn.
-        losses: [T], detached and unscaled, summed over the micro-batches like the gradients.
+        losses: [T], detached and unscaled, summed over the micro-batches like the gradients; 0 for an absent one.
+        present: of each task, whether a micro-batch had its loss.
         scale: the gradient scaler's factor that ``grads`` still carry, [], or None.
     """
 
@@ -30,6 +31,7 @@ class Collected:
     parameters: list[Tensor]
     grads: list[list[Tensor | None]]
     losses: Tensor
+    present: list[bool]
     scale: Tensor | None
     batches: int = 1
 
@@ -52,7 +54,8 @@ class Collected:
             [a if b is None else b if a is None else a + b for a, b in zip(mine, theirs, strict=True)]
             for mine, theirs in zip(self.grads, other.grads, strict=True)
         ]
-        return Collected(self.tasks, self.parameters, grads, self.losses + other.losses, other.scale)
+        present = [a or b for a, b in zip(self.present, other.present, strict=True)]
+        return Collected(self.tasks, self.parameters, grads, self.losses + other.losses, present, other.scale)
 
     def beside(self, other: Collected) -> Collected:
         """Return both, as batches of their own; errors as those of :meth:`plus`."""
@@ -60,7 +63,16 @@ class Collected:
         grads = self.grads + other.grads
         check_memory(grads)
         batches = self.batches + other.batches
-        return Collected(self.tasks, self.parameters, grads, other.losses, other.scale, batches)
+        return Collected(self.tasks, self.parameters, grads, other.losses, other.present, other.scale, batches)
+
+    def covering(self, parameters: Sequence[Tensor]) -> Collected:
+        """Return the same with a zero gradient, of the first task there, for each of these that no loss reaches."""
+        named, first = {id(p) for p in parameters}, self.present.index(True)
+        row = [
+            torch.zeros_like(p) if id(p) in named and not count else grad
+            for p, count, grad in zip(self.parameters, self.reach, self.grads[first], strict=True)
+        ]
+        return replace(self, grads=[*self.grads[:first], row, *self.grads[first + 1 :]])
 
     def _check_like(self, other: Collected) -> None:
         if self.tasks != other.tasks:
@@ -81,6 +93,7 @@ def collect(
     chunk_size: int | None = None,
     features: Tensor | Sequence[Tensor] | None = None,
     weigh: Callable[[Tensor], Tensor] | None = None,
+    partial: bool = False,
 ) -> Collected:
     """Return the gradient of every loss with respect to every parameter.
 
@@ -93,13 +106,15 @@ def collect(
         mode, chunk_size, features: likewise.
         weigh: from the losses [T] to weights [T]. Then there is one pass, from the weighted sum, and one row of
             gradients; how the passes would go otherwise does not matter.
+        partial: take None for a loss that is absent; its row is of None.
 
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
         TypeError: a loss is not a tensor.
         RuntimeError: the batched pass failed, or passes returned gradients in the same memory.
     """
-    tasks, scalars = _check_losses(losses)
+    tasks, each = _check_losses(losses, partial)
+    scalars = [loss for loss in each if loss is not None]
     if mode not in ("sequential", "batched"):
         raise ValueError(f'mode must be "sequential" or "batched", got {mode!r}')
     if chunk_size is not None and (mode != "batched" or not isinstance(chunk_size, int) or chunk_size < 1):
@@ -107,7 +122,8 @@ def collect(
     if isinstance(features, Tensor):
         features = [features]
     scale = None
-    values = torch.stack([loss.detach().to(scalars[0].device, torch.float64) for loss in scalars])
+    absent = torch.zeros((), dtype=torch.float64, device=scalars[0].device)
+    values = torch.stack([absent if loss is None else loss.detach().to(absent) for loss in each])
     if weigh is not None:
         weights = weigh(values)
         terms = [loss * weight.to(loss) for weight, loss in zip(weights.unbind(), scalars, strict=True)]
@@ -118,7 +134,11 @@ def collect(
         scalars = [scaler.scale(loss) for loss in scalars]
     passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph)
     grads = passes.from_losses(scalars) if features is None else passes.by_features(scalars, features)
-    return Collected(tasks, list(parameters), grads, values, scale)
+    present = [loss is not None for loss in each]
+    if not all(present):
+        found = iter(grads)
+        grads = [next(found) if there else [None] * len(parameters) for there in present]
+    return Collected(tasks, list(parameters), grads, values, present, scale)
 
 
 def holds_weights(losses: Losses) -> bool:
@@ -127,7 +147,7 @@ def holds_weights(losses: Losses) -> bool:
     return not any(isinstance(loss, Tensor) and loss.dtype in (torch.bfloat16, torch.float16) for loss in each)
 
 
-def _check_losses(losses: Losses) -> tuple[list[str], list[Tensor]]:
+def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor | None]]:
     """Return the tasks' names and their scalar losses."""
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
@@ -142,9 +162,11 @@ def _check_losses(losses: Losses) -> tuple[list[str], list[Tensor]]:
         tasks, scalars = [str(t) for t in range(len(losses))], list(losses)
     else:
         raise TypeError(f"losses must be a sequence, a 1-D tensor or a dict of losses, got {type(losses).__name__}")
-    if not scalars:
+    if all(loss is None for loss in scalars):
         raise ValueError("losses must hold at least one loss, got none")
     for task, loss in zip(tasks, scalars, strict=True):
+        if loss is None and partial:
+            continue
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss {task!r} must be a tensor, got {type(loss).__name__}")
         if loss.numel() != 1:
@@ -154,4 +176,4 @@ def _check_losses(losses: Losses) -> tuple[list[str], list[Tensor]]:
                 f"loss {task!r} has no graph to go back through: it must depend on a parameter, and not be detached or "
                 "computed under no_grad"
             )
-    return tasks, [loss if loss.dim() == 0 else loss.reshape(()) for loss in scalars]
+    return tasks, [loss if loss is None or loss.dim() == 0 else loss.reshape(()) for loss in scalars]

@@ -86,6 +86,12 @@ class IMTLG(_NamedOptimizer):
     method_class = methods.IMTLG
 
 
+class MConFIG(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.MConFIG`, whose options it takes by keyword."""
+
+    method_class = methods.MConFIG
+
+
 class MGDA(_NamedOptimizer):
     """``SurgeryOptimizer`` with :class:`gradsurgery.methods.MGDA`, whose options it takes by keyword."""
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import is_
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from . import methods
 from ._gradients import assign_grads, check_gradient
-from ._operate import Operation
-from ._step import Plan, add_all, add_plain, add_sparse, make_plan, read, targets
+from ._operate import Operation, backward_once
+from ._step import Plan, add_plain, add_sparse, check_kept, make_plan, read, targets
 from .backends import choose
 from .collect import Collected, Losses, collect, holds_weights
 from .diagnostics import SurgeryInfo
-from .methods._base import weigh
 from .methods._buffered import BufferedMethod
 
 _GRANULARITIES = ("global", "per_group", "per_tensor")
@@ -116,7 +114,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """Go back from the losses, operate on the task gradients, and add the result to ``.grad``.
 
         Args:
-            losses: one scalar per task: a sequence, a 1-D tensor, or a dict from name to scalar.
+            losses: one scalar per task: a sequence, a 1-D tensor, or a dict from name to scalar. None for a loss that
+                this step lacks, where the method takes that (``takes_absent``): its task has no gradients then.
             scaler: a gradient scaler. The losses are given unscaled; ``.grad`` comes out scaled, for
                 ``scaler.unscale_`` and ``scaler.step``; the method sees unscaled values.
             retain_graph: keep the graph after the last pass.
@@ -136,7 +135,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         passes = {"scaler": scaler, "retain_graph": retain_graph, "mode": mode, "chunk_size": chunk_size}
         once = self.method.weights_losses and not self.method.needs_gram
         if once and before is None and holds_weights(losses):
-            return self._backward_once(losses, features=features, **passes)
+            return backward_once(self.method, losses, self._trainable(), self.backend, features=features, **passes)
         self.collect(losses, features=features, **passes)  # type: ignore[arg-type]
         try:
             return self.combine()
@@ -172,6 +171,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             mode=mode,
             chunk_size=chunk_size,
             features=features,
+            partial=self.method.takes_absent,
         )
         if before is None:
             self._pending = collected
@@ -192,14 +192,22 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 f"a step of method {self.method.name!r} has 1 or {self.method.num_batches} batches, got "
                 f"{collected.batches}"
             )
+        named = self._shared
+        if not all(collected.present):
+            named = self._kept or named
+            if not named:
+                raise ValueError(
+                    "what is shared cannot be told without every loss: name it by shared=, or give all of them first"
+                )
+            collected = collected.covering(named)
         grads, reach, sparse = read(collected)
-        plan = self._plan_for(collected, reach)
+        plan = self._plan_for(collected, reach, named)
         for p in plan.shared if sparse else ():
             for t, row in enumerate(collected.grads):
                 if row[p] is not None:
                     check_gradient(row[p], f"grads[{t}][{p}]")
         if isinstance(self.method, BufferedMethod):
-            self._check_kept([collected.parameters[p] for p in plan.shared])
+            check_kept(self.method.name, self._kept, [collected.parameters[p] for p in plan.shared])
         backend = choose(self.backend, grads.device, grads.num_tasks)
         plain = [p for p in plan.plain if p not in sparse] if sparse else plan.plain
         parameters = [collected.parameters[p] for p in plan.shared + plain]
@@ -245,8 +253,15 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state, and the method's under "surgery"."""
-        return {**self.optimizer.state_dict(), "surgery": self.method.state_dict()}
+        """Return the wrapped optimizer's state, and the method's under "surgery".
+
+        Also, under "shared", the places of the parameters whose gradients the method keeps, if it does.
+        """
+        state = {**self.optimizer.state_dict(), "surgery": self.method.state_dict()}
+        if self._kept:
+            places = {id(p): place for place, p in enumerate(self._parameters())}
+            state["shared"] = [places[id(p)] for p in self._kept]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned.
@@ -254,7 +269,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         Without "surgery", as in a plain optimizer's checkpoint, the method keeps its state.
         """
         state = dict(state_dict)
-        surgery = state.pop("surgery", None)
+        surgery, shared = state.pop("surgery", None), state.pop("shared", [])
         before = self.method.state_dict()
         try:
             if surgery is not None:
@@ -263,6 +278,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.method.load_state_dict(before)
             raise
+        if surgery is not None:
+            parameters = self._parameters()
+            self._kept = [parameters[place] for place in shared]
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler leaves a bound step behind, which belongs to this object alone.
@@ -272,12 +290,12 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         return f"{type(self).__name__}(method={self.method.name}, granularity={self.granularity}, {self.optimizer!r})"
 
     def _check_known(self, parameters: Iterable[Tensor] | None, name: str) -> None:
-        known = {id(p) for group in self.param_groups for p in group["params"]}
+        known = {id(p) for p in self._parameters()}
         unknown = [p for p in parameters or () if id(p) not in known]
         if unknown:
             raise ValueError(f"{name} holds {len(unknown)} tensors that are not parameters of the wrapped optimizer")
 
-    def _plan_for(self, collected: Collected, reach: bytes) -> Plan:
+    def _plan_for(self, collected: Collected, reach: bytes, shared: Sequence[Tensor] | None) -> Plan:
         """Return the last step's plan if it still holds, else a new one."""
         plan, measured = self._plan, self.method.gram_parameters
         enough = collected.batches + 1 if len(collected.tasks) > 1 else 1
@@ -288,7 +306,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             plan = make_plan(
                 collected.parameters,
                 reach,
-                shared=self._shared,
+                shared=shared,
                 enough=enough,
                 groups=groups,
                 per_tensor=self.granularity == "per_tensor",
@@ -297,36 +315,11 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self._plan = plan
         return plan
 
-    def _backward_once(self, losses: Losses, **passes: Any) -> SurgeryInfo:
-        """Go back from the weighted sum of the losses, in one pass."""
-        before, found = self.method.state_dict(), []
-
-        def weigh_by(values: Tensor) -> Tensor:
-            gram = values.new_zeros(()).expand(len(values), len(values))
-            found.append(weigh(self.method, gram, values, self.backend))
-            return found[0]
-
-        try:
-            collected = collect(losses, self._trainable(), weigh=weigh_by, **passes)
-            with torch.no_grad():
-                add_all(collected, self.backend)
-        except BaseException:
-            self.method.load_state_dict(before)
-            raise
-        return SurgeryInfo(collected.tasks, None, found[0])
-
-    def _check_kept(self, shared: list[Tensor]) -> None:
-        """Raise ValueError where the method's kept gradients are those of other parameters."""
-        if not self._kept or not shared:
-            return
-        if len(shared) != len(self._kept) or not all(map(is_, shared, self._kept)):
-            raise ValueError(
-                f"method {self.method.name!r} keeps gradients of the shared parameters, which must be the same at each "
-                f"step: name them by shared=; had {len(self._kept)}, got {len(shared)}"
-            )
-
     def _forget(self) -> None:
         self._pending = None
 
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _trainable(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return [p for p in self._parameters() if p.requires_grad]

@@ -29,6 +29,7 @@ from .group_dro import GroupDRO
 from .imtl_g import IMTLG
 from .imtl_l import IMTLL
 from .krum import Krum
+from .m_config import MConFIG
 from .mean import Mean
 from .mgda import MGDA
 from .minimax import Minimax
@@ -72,6 +73,7 @@ _METHODS: dict[str, type[Method]] = {
         IMTLG,
         IMTLL,
         Krum,
+        MConFIG,
         Mean,
         MGDA,
         Minimax,
@@ -120,6 +122,7 @@ __all__ = [
     "GradVac",
     "GroupDRO",
     "Krum",
+    "MConFIG",
     "Mean",
     "Method",
     "Minimax",

@@ -80,6 +80,9 @@ class Method:
     weights_losses: ClassVar[bool] = False
     """Whether the weights belong to the losses, and so also multiply the gradients of parameters that one task owns."""
 
+    takes_absent: ClassVar[bool] = False
+    """Whether a step may lack some of the losses."""
+
     needs: ClassVar[str] = "G"
     """What the weights come from."""
     scale: ClassVar[str] = ""

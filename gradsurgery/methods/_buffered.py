@@ -21,14 +21,17 @@ Buffers = list[list[Tensor]]
 class BufferedMethod(Method):
     """A method that replaces the task gradients by what G and d are then taken of.
 
-    ``replace`` comes first in a step, ``weights`` second. Buffers are T lists of P tensors in the gradients' dtype; a
-    task without a gradient counts as a zero one. A step with a gradient that is not finite leaves the state as it was,
-    and its weights are NaN. State: the buffers, and float64 or int64 tensors by name, all on the gradients' device.
+    ``replace`` comes first in a step, ``weights`` second, ``terms`` third. Buffers are T lists of P tensors in the
+    gradients' dtype; a task without a gradient counts as a zero one. A step with a gradient that is not finite leaves
+    the state as it was, and its weights are NaN. State: the buffers, and float64 or int64 tensors by name, all on the
+    gradients' device.
     """
 
     needs: ClassVar[str] = "gradients"
     state_names: ClassVar[tuple[str, ...]] = ()
     """The names of the tensors besides the buffers."""
+    num_terms: ClassVar[int] = 1
+    """How many gradients d may be a sum of, per task."""
 
     _buffers: Buffers | None = None
     _state: dict[str, Tensor] | None = None
@@ -70,6 +73,16 @@ class BufferedMethod(Method):
         """Do it, with the unscaled G [T, T] of the rows."""
         raise NotImplementedError
 
+    def terms(self, rows: Rows, kept: Rows, weights: Tensor, scale: Tensor | None) -> tuple[Rows, Tensor]:
+        """Return what d is the weighted sum of, and the weights.
+
+        Args:
+            rows, scale: as in ``replace``. d has the scale of ``rows``.
+            kept: what ``replace`` returned.
+            weights: [T], the weights of ``kept``.
+        """
+        return kept, weights if scale is None else weights * scale.double()
+
     def _new_buffers(self, rows: Rows) -> Buffers:
         like = [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
         return [[torch.zeros_like(g) for g in like] for _ in rows]
@@ -79,7 +92,7 @@ class BufferedMethod(Method):
         raise NotImplementedError
 
     def _average(self, rows: Rows, keep: Tensor, factor: Tensor, scale: Tensor | None, backend: str | None) -> Buffers:
-        """Replace each buffer b_t by keep b_t + factor_t g_t, in a finite step; keep is [], factor [T]."""
+        """Replace each buffer b_t by keep b_t + factor_t g_t, in a finite step; keep is [] or [T], factor [T]."""
         assert self._buffers is not None
         if scale is not None:
             factor = factor / scale.double()

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""M-ConFIG: ConFIG of averaged gradients, of which a step may bring as few as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..functional import solver_weights
+from ._base import PerTask
+from ._buffered import BufferedMethod, Rows
+
+
+class MConFIG(BufferedMethod):
+    """Momentum ConFIG (Liu, Chu & Thuerey, ICLR 2025, Algorithm 1), for an optimizer with momentum.
+
+    A step goes back from the losses that it is given, one or more; the others are None. For each of them the
+    bias-corrected average of the task's gradients moves, after n_t of them a_t = (1 - beta) sum_i beta^(n_t - i) g_ti /
+    (1 - beta^n_t); c = ConFIG(a_1 .. a_T) comes of all averages. d is the gradient whose own average is c: with m_k =
+    (1 - beta^k) c_k at step k, d = (m_k - beta m_(k-1)) / (1 - beta).
+
+    So ``Adam`` with betas (beta, beta2) takes Algorithm 1's step, c over the root of the averaged d^2, and ``SGD`` with
+    momentum and dampening beta steps along m.
+
+    Conventions: the first step needs every loss, which also tells shared parameters from heads (the authors' step is 0
+    until each has been seen once). A task without any gradient is absent, and its average stays. The wrapped optimizer
+    divides and has the epsilon. Heads get their plain gradients; ``aggregate`` wants a gradient of each parameter.
+    Scale: a sum over tasks. State: a, the numbers n of gradients and k of steps, and m's weights. Memory: T N. G and
+    the weights are those of a; ``update_norm`` is c's.
+
+    Args:
+        beta: 0 <= beta < 1, the wrapped optimizer's.
+        pref: ConFIG's, T numbers; None: 1 each.
+    """
+
+    name = "m_config"
+    takes_absent = True
+    scale = "sum"
+    linear = True
+    cost = "T^3"
+    state_names = ("step", "counts", "previous")
+    num_terms = 2
+
+    _present: Tensor
+
+    def __init__(self, beta: float = 0.9, pref: Sequence[float] | Tensor | None = None) -> None:
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta must be in [0, 1), got {beta}")
+        self.beta = beta
+        self.pref = None if pref is None else PerTask("pref", pref)
+
+    def replace(self, rows: Rows, losses: Tensor | None, scale: Tensor | None, backend: str | None) -> Rows:
+        """Average the gradients that there are."""
+        absent = [t for t, row in enumerate(rows) if all(g is None for g in row)]
+        if self._buffers is None and absent:
+            raise ValueError(f"the first step of method {self.name!r} needs gradients of every task, not of {absent}")
+        # Of constants on the device: a copy from the host would wait.
+        yes = torch.ones((), dtype=torch.bool, device=next(g for row in rows for g in row if g is not None).device)
+        self._present = torch.stack([~yes if t in absent else yes for t in range(len(rows))])
+        return super().replace(rows, losses, scale, backend)
+
+    def _initial(self, gram: Tensor) -> dict[str, Tensor]:
+        counts = torch.zeros(len(gram), dtype=torch.int64, device=gram.device)
+        return {"step": counts.new_zeros(()), "counts": counts, "previous": torch.zeros_like(gram[0])}
+
+    def _replace(
+        self, rows: Rows, gram: Tensor, losses: Tensor | None, scale: Tensor | None, backend: str | None
+    ) -> Rows:
+        assert self._state is not None
+        counts = self._state["counts"] + self._present
+        new = torch.where(self._present, (1 - self.beta) / self._total(counts), 0)
+        averages = self._average(rows, 1 - new, new, scale, backend)
+        self._keep(step=self._state["step"] + 1, counts=counts)
+        return averages
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return ConFIG's weights [T] for the averages' G [T, T]."""
+        self._started()
+        preference = None if self.pref is None else self.pref.on(gram, self.name)
+        return self._nan_unless_finite(solver_weights(gram, "config", preference, 0, torch.inf, backend))
+
+    def terms(self, rows: Rows, kept: Rows, weights: Tensor, scale: Tensor | None) -> tuple[Rows, Tensor]:
+        """Return the averages and the gradients, of which d is the sum with the weights that come with them."""
+        step, counts, previous = (self._started()[name] for name in self.state_names)
+        m = self._total(step) * weights
+        # m_(k-1) was of averages a' of before; a gradient g moved one to a, with beta a' = r a - (1 - beta) g / b.
+        before = torch.where(counts > 1, self._total(counts - 1), 1)
+        ratio = torch.where(self._present, self._total(counts) / before, self.beta)
+        of_averages = (m - ratio * previous) / (1 - self.beta)
+        of_gradients = torch.where(self._present, previous / before, 0)
+        self._keep(previous=m)
+        if scale is not None:
+            of_averages = of_averages * scale.double()
+        return [*kept, *rows], torch.cat([of_averages, of_gradients])
+
+    def _total(self, count: Tensor) -> Tensor:
+        """Return the sum of an average's factors, 1 - beta^n."""
+        return 1 - self.beta ** count.double()

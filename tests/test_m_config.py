@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MIT
+"""M-ConFIG: the authors' steps, steps that lack losses, and what is shared then."""
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import grads_of, two_losses, two_task_net
+from inputs import DEVICE, normal
+
+methods = gradsurgery.methods
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+
+
+def explicit(inputs, beta):
+    """The algorithm, from steps of {task: gradient}, with m kept as it is."""
+    averages, counts, last = {}, {}, 0
+    for k, given in enumerate(inputs, 1):
+        for t, g in given.items():
+            counts[t] = counts.get(t, 0) + 1
+            averages[t] = beta * averages.get(t, 0) + (1 - beta) * g
+        rows = torch.stack([averages[t] / (1 - beta ** counts[t]) for t in sorted(averages)])
+        m = (1 - beta**k) * gradsurgery.aggregate(rows, "config")
+        yield (m - beta * last) / (1 - beta)
+        last = m
+
+
+def rows_of(given, tasks):
+    return [[given[t][:12].reshape(3, 4), given[t][12:]] if t in given else [None, None] for t in range(tasks)]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_d_is_what_averages_to_config(backend, tasks, beta):
+    method = methods.get("m_config", beta=beta)
+    inputs = [dict(enumerate(normal(tasks, 60, seed=1)))]
+    for k in range(7):
+        those = {(3 * k + i) % tasks for i in range(1 + k % 3)}
+        inputs.append({t: normal(tasks, 60, seed=2 + k)[t] for t in those})
+    average = 0
+    for given, expected in zip(inputs, explicit(inputs, beta), strict=True):
+        got = gradsurgery.aggregate(rows_of(given, tasks), method, backend=backend)
+        got = torch.cat([g.reshape(-1) for g in got])
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+        average = beta * average + (1 - beta) * got
+    rows = torch.stack([torch.cat([b.reshape(-1) for b in row]) for row in method.state_dict()["buffers"]])
+    torch.testing.assert_close(average / (1 - beta ** len(inputs)), gradsurgery.aggregate(rows, "config"))
+
+
+def test_more_tasks_than_half_of_what_a_backend_takes():
+    rows = normal(70, 30)
+    got = gradsurgery.aggregate(rows, "m_config")
+    torch.testing.assert_close(got, gradsurgery.aggregate(rows, "config"))
+    method = methods.get("m_config")
+    with pytest.raises(RuntimeError, match="it takes at most 128 tasks, got 140"):
+        gradsurgery.aggregate(rows, method, backend="triton")
+    assert method.state_dict()["buffers"] is None
+
+
+def test_adam_takes_the_authors_steps():
+    operators = pytest.importorskip("conflictfree.momentum_operator")
+    # float32: theirs is of torch's default dtype.
+    targets = normal(3, 20).float()
+    ours, theirs = (torch.nn.Parameter(torch.ones(20)) for _ in range(2))
+
+    def losses(x):
+        return [(i + 1) * ((x - target).square() * target.abs()).sum() for i, target in enumerate(targets)]
+
+    optimizer = gradsurgery.MConFIG(torch.optim.Adam([ours], lr=0.05, betas=(0.9, 0.99), eps=1e-8), beta=0.9)
+    operator = operators.PseudoMomentumOperator(num_vectors=3, beta_1=0.9, beta_2=0.99)
+    sgd = torch.optim.SGD([theirs], lr=0.05)
+    for step in range(40):
+        indexes = list(range(3)) if step == 0 else [step % 3]
+        optimizer.zero_grad()
+        optimizer.backward([loss if t in indexes else None for t, loss in enumerate(losses(ours))])
+        optimizer.step()
+        grads = [torch.autograd.grad(losses(theirs)[t], theirs)[0] for t in indexes]
+        theirs.grad = operator.calculate_gradient(indexes, grads)
+        sgd.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - 1).abs().max() > 0.5
+
+
+def make(method="m_config", **options):
+    torch.manual_seed(2)
+    net = two_task_net(torch.float64)
+    return net, gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method, **options)
+
+
+def one_of(net, present, x=X):
+    return [loss if t == present else None for t, loss in enumerate(two_losses(net, x.double()))]
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_a_step_of_one_loss(mode):
+    net, optimizer = make(method=methods.MConFIG(beta=0.5))
+    trunk = list(net["trunk"].parameters())
+    inputs = []
+    for step in range(5):
+        optimizer.zero_grad()
+        x, present = (X + 0.1 * step).double(), range(2) if step == 0 else [step % 2]
+        losses = two_losses(net, x)
+        inputs.append({})
+        for t in present:
+            grads = torch.autograd.grad(losses[t], trunk, retain_graph=True)
+            inputs[-1][t] = torch.cat([g.reshape(-1) for g in grads])
+        given = {name: losses[t] if t in present else None for t, name in enumerate("ab")}
+        info = optimizer.backward(given, mode=mode)
+        *_, expected = explicit(inputs, 0.5)
+        torch.testing.assert_close(torch.cat([p.grad.reshape(-1) for p in trunk]), expected)
+        for t, name in enumerate("ab"):
+            assert (net[name].weight.grad is None) == (t not in present)
+        assert info.tasks == ["a", "b"]
+        optimizer.step()
+
+
+def test_losses_one_by_one_make_a_first_step():
+    results = []
+    for apart in (True, False):
+        net, optimizer = make()
+        if apart:
+            for t in range(2):
+                optimizer.collect(one_of(net, t))
+            optimizer.combine()
+        else:
+            optimizer.backward(two_losses(net, X.double()))
+        results.append(grads_of(net))
+    torch.testing.assert_close(*results)
+
+
+def test_what_is_shared_where_losses_are_absent():
+    net, optimizer = make()
+    with pytest.raises(ValueError, match="what is shared cannot be told without every loss: name it by shared="):
+        optimizer.backward(one_of(net, 0))
+    net, optimizer = make()
+    trunk = list(net["trunk"].parameters())
+    unused = torch.nn.Parameter(torch.ones(2))
+    sgd = torch.optim.SGD([*net.parameters(), unused], lr=0.1)
+    named = gradsurgery.SurgeryOptimizer(sgd, "m_config", shared=[*trunk, unused])
+    with pytest.raises(
+        ValueError, match=r"first step of method 'm_config' needs gradients of every task, not of \[1\]"
+    ):
+        named.backward(one_of(net, 0))
+    assert grads_of(net) == [None] * len(grads_of(net))
+    assert named.method.state_dict()["buffers"] is None
+    named.zero_grad()
+    named.backward(two_losses(net, X.double()))
+    named.backward(one_of(net, 1))
+    assert unused.grad is None
+
+
+def test_shared_parameters_that_a_step_does_not_reach():
+    """The present loss reaches p alone; the averages of the others still move q."""
+    p, q = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p, q], lr=0.1), methods.MConFIG(beta=0.5))
+    c = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    first = {0: torch.cat([c, 0 * c]), 1: torch.cat([2 * c, c]), 2: torch.cat([-c, c.flip(0)])}
+    second = {0: torch.cat([c.flip(0), 0 * c])}
+    optimizer.backward([(p * c).sum(), (p * 2 * c + q * c).sum(), (q * c.flip(0) - p * c).sum()])
+    optimizer.zero_grad()
+    optimizer.backward([(p * c.flip(0)).sum(), None, None])
+    *_, expected = explicit([first, second], 0.5)
+    torch.testing.assert_close(torch.cat([p.grad, q.grad]), expected)
+    assert q.grad.abs().min() > 0
+
+
+def test_a_checkpoint_between_steps_of_one_loss():
+    net, optimizer = make()
+    optimizer.backward(two_losses(net, X.double()))
+    optimizer.step()
+    saved = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+    other, resumed = make()
+    other.load_state_dict(saved["net"])
+    resumed.load_state_dict(saved["optimizer"])
+    for n, o in ((net, optimizer), (other, resumed)):
+        o.zero_grad()
+        o.backward(one_of(n, 1, X + 0.2))
+    assert all(a is b or torch.equal(a, b) for a, b in zip(grads_of(net), grads_of(other), strict=True))
+    _, fresh = make()
+    resumed.load_state_dict(fresh.state_dict())
+    with pytest.raises(ValueError, match="cannot be told without every loss"):
+        resumed.backward(one_of(other, 1))
+
+
+def test_a_scaler_with_steps_of_one_loss():
+    results = []
+    for scaler in (None, torch.amp.GradScaler(DEVICE, init_scale=1024.0)):
+        net, optimizer = make()
+        for step in range(4):
+            optimizer.zero_grad()
+            losses = two_losses(net, X.double()) if step == 0 else one_of(net, step % 2)
+            optimizer.backward(losses, scaler=scaler)
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+                scaler.update(512.0 * (step + 1))
+            optimizer.step()
+        results.append(grads_of(net))
+    torch.testing.assert_close(*results)
+
+
+def test_absent_losses_are_for_methods_that_take_them():
+    net, optimizer = make("pcgrad")
+    with pytest.raises(TypeError, match="loss '1' must be a tensor, got NoneType"):
+        optimizer.backward(one_of(net, 0))
+    net, optimizer = make()
+    with pytest.raises(ValueError, match="losses must hold at least one loss, got none"):
+        optimizer.backward([None, None])
+    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\), got 1.0"):
+        methods.MConFIG(beta=1.0)
