@@ -154,14 +154,33 @@ def test_shared_parameters_that_a_step_does_not_reach():
     p, q = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p, q], lr=0.1), methods.MConFIG(beta=0.5))
     c = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    first = {0: torch.cat([c, 0 * c]), 1: torch.cat([2 * c, c]), 2: torch.cat([-c, c.flip(0)])}
-    second = {0: torch.cat([c.flip(0), 0 * c])}
-    optimizer.backward([(p * c).sum(), (p * 2 * c + q * c).sum(), (q * c.flip(0) - p * c).sum()])
+    first = {0: torch.cat([2 * c, c]), 1: torch.cat([c, 0 * c]), 2: torch.cat([-c, c.flip(0)])}
+    second = {1: torch.cat([c.flip(0), 0 * c])}
+    optimizer.backward([(p * 2 * c + q * c).sum(), (p * c).sum(), (q * c.flip(0) - p * c).sum()])
     optimizer.zero_grad()
-    optimizer.backward([(p * c.flip(0)).sum(), None, None])
+    optimizer.backward([None, (p * c.flip(0)).sum(), None])
     *_, expected = explicit([first, second], 0.5)
     torch.testing.assert_close(torch.cat([p.grad, q.grad]), expected)
     assert q.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_step_that_is_not_finite_leaves_the_state(bad):
+    method = methods.get("m_config")
+    rows = normal(3, 60)
+    gradsurgery.aggregate([[row[:12].reshape(3, 4), row[12:]] for row in rows], method)
+    state = method.state_dict()
+    given = {1: rows[1].clone()}
+    given[1][4] = bad
+    got = gradsurgery.aggregate(rows_of(given, 3), method)
+    assert all(g.isnan().all() for g in got)
+    torch.testing.assert_close(method.state_dict(), state, rtol=0, atol=0)
+
+
+def test_a_preference_is_configs():
+    rows = normal(3, 60)
+    expected = gradsurgery.aggregate(rows, "config", pref=[1.0, 2.0, 0.5])
+    torch.testing.assert_close(gradsurgery.aggregate(rows, "m_config", pref=[1.0, 2.0, 0.5]), expected)
 
 
 def test_a_checkpoint_between_steps_of_one_loss():

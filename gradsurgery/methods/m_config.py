@@ -89,7 +89,7 @@ class MConFIG(BufferedMethod):
         before = torch.where(counts > 1, self._total(counts - 1), 1)
         ratio = torch.where(self._present, self._total(counts) / before, self.beta)
         of_averages = (m - ratio * previous) / (1 - self.beta)
-        of_gradients = torch.where(self._present, previous / before, 0)
+        of_gradients = previous / before
         self._keep(previous=m)
         if scale is not None:
             of_averages = of_averages * scale.double()
