@@ -14,7 +14,7 @@ from inputs import DEVICE, HOSTILE, hostile, normal
 methods = gradsurgery.methods
 TASKS = (1, 2, 5, 33)
 SOLVED = ("upgrad", "dualproj", "cagrad", "nash_mtl", "fairgrad", "imtl_g", "config", "aligned_mtl")
-# METHODS.md's golden matrix, the one that TorchJD pins its aggregators on.
+# The matrix that TorchJD pins its aggregators on.
 GOLDEN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 GOLDEN_VALUES = {
     "upgrad": ([1.1109, 0.7894], [0.2929, 1.9004, 1.9004]),
@@ -171,6 +171,26 @@ def test_imtl_g_and_config_solve_the_cosines(backend, tasks, case):
             product = gram @ w / norms
             torch.testing.assert_close(product / product.mean(), p / p.mean(), rtol=1e-8, atol=0)
             assert name == "config" or abs(w.sum() - 1) < 1e-12
+
+
+@pytest.mark.parametrize("least", [1e-6, 2e-5, 6e-5, 1e-4, 1e-2])
+@pytest.mark.parametrize("tasks", [3, 16])
+def test_cosines_near_the_cutoff(backend, tasks, least):
+    """Almost equal gradients leave one small eigenvalue, here below and above T 2^-23 of the largest."""
+    rows = (1 - 0.1 * (tasks - 1) / tasks) ** 0.5 * torch.ones(tasks, 1, dtype=torch.float64)
+    rows = torch.cat([rows, 0.3 * torch.eye(tasks, dtype=torch.float64)], 1)
+    rows[-1] = rows[-2]
+    rows[-1, -1] += (2 * least) ** 0.5
+    rows = rows * torch.logspace(-2, 2, tasks, dtype=torch.float64)[:, None]
+    gram, pref = rows @ rows.T, normal(1, tasks)[0].abs() + 0.1
+    norms = gram.diagonal().sqrt()
+    cosines = gram / norms[:, None] / norms
+    values = torch.linalg.eigvalsh(cosines)
+    assert 0.5 * least < values[0] < 2 * least
+    c = torch.linalg.pinv(cosines, hermitian=True, rtol=2.0**-23 * tasks) @ pref
+    a = c / norms / (c @ cosines @ c).sqrt()
+    expected = (gram @ a).sum() * a
+    torch.testing.assert_close(weigh("config", gram, backend, pref=pref.tolist()), expected, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["min", "median", "rmse"])

@@ -11,7 +11,7 @@ import gradsurgery
 from gradsurgery._philox import philox_words
 from inputs import DEVICE, HOSTILE, TASKS, exact_gram, hostile, normal
 
-# METHODS.md's golden matrix, the one that TorchJD pins its aggregators on.
+# The matrix that TorchJD pins its aggregators on.
 GOLDEN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 
 task_order = partial(gradsurgery.task_order, device=DEVICE)

@@ -7,12 +7,11 @@ namespace gs {
 
 GS_HOST_DEVICE constexpr int64_t krum_scratch(int64_t num_tasks) { return num_tasks * (num_tasks + 1); }
 
-// How many values come before value j in ascending order, of equal ones the first first; value `without` does not
-// count.
-GS_HOST_DEVICE inline int64_t rank_of(const double* values, int64_t count, int64_t j, int64_t without) {
+// How many values come before value j in ascending order, of equal ones the first first.
+GS_HOST_DEVICE inline int64_t rank_of(const double* values, int64_t count, int64_t j) {
   int64_t rank = 0;
   for (int64_t k = 0; k < count; k++) rank += k < j ? values[k] <= values[j] : values[k] < values[j];
-  return rank - (without >= 0 && (without < j ? values[without] <= values[j] : values[without] < values[j]));
+  return rank;
 }
 
 // 1 / m for the m tasks of least score, 0 for the others; a task's score is the sum of its squared distances to the T -
@@ -28,15 +27,19 @@ GS_HOST_DEVICE void krum(const Team& team, const double* gram, int64_t num_tasks
       const double square = gram[i * num_tasks + i] + gram[j * num_tasks + j] - 2 * gram[i * num_tasks + j];
       row[j] = square > 0 ? square : 0;  // but for rounding
     }
-    double score = 0;
-    for (int64_t j = 0; j < num_tasks; j++) {
-      if (j != i && rank_of(row, num_tasks, j, i) < nearest) score += row[j];
+    row[i] = -1;
+    for (int64_t left = num_tasks - 1; left > nearest; left--) {
+      int64_t farthest = 0;
+      for (int64_t j = 1; j < num_tasks; j++) farthest = row[j] > row[farthest] ? j : farthest;
+      row[farthest] = -1;
     }
+    double score = 0;
+    for (int64_t j = 0; j < num_tasks; j++) score += row[j] > 0 ? row[j] : 0;
     scores[i] = score;
   }
   team.sync();
   for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
-    weights[i] = rank_of(scores, num_tasks, i, -1) < num_selected ? 1 / static_cast<double>(num_selected) : 0;
+    weights[i] = rank_of(scores, num_tasks, i) < num_selected ? 1 / static_cast<double>(num_selected) : 0;
   }
 }
 

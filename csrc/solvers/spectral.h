@@ -6,7 +6,7 @@
 
 namespace gs {
 
-constexpr int64_t spectral_scratch(int64_t num_tasks) { return num_tasks * padded(num_tasks) + 5 * num_tasks; }
+constexpr int64_t spectral_scratch(int64_t num_tasks) { return (num_tasks + 1) * padded(num_tasks) + 5 * num_tasks; }
 
 // Turns the rows a_k of a symmetric positive semidefinite matrix into lambda_k v_k^T for its eigenvalues and
 // eigenvectors, in no order; lambda_k = |a_k| goes into values. One-sided Jacobi: for each pair of rows a rotation that
@@ -70,23 +70,69 @@ GS_HOST_DEVICE inline double largest(const double* values, int64_t count) {
   return most;
 }
 
-// c = pinv(K) p, with K_ij = G_ij / (|g_i| |g_j|) (0 for a zero gradient), and its squared length c^T K c = p^T c.
+// rows: K_ij = G_ij / (|g_i| |g_j|), in the row and column of a zero gradient those of the identity times `of_zero`.
+template <class Team>
+GS_HOST_DEVICE void write_cosines(const Team& team, const double* gram, int64_t num_tasks, const double* norms,
+                                  double of_zero, double* rows) {
+  for (int64_t e = team.rank(); e < num_tasks * num_tasks; e += team.size()) {
+    const int64_t i = e / num_tasks, j = e % num_tasks;
+    const double none = i == j ? of_zero : 0;
+    rows[i * padded(num_tasks) + j] = norms[i] > 0 && norms[j] > 0 ? gram[e] / norms[i] / norms[j] : none;
+  }
+  team.sync();
+}
+
+// c = K^-1 p by Cholesky's method, if that shows that all eigenvalues of K are above `rounding` times the largest one:
+// the least is at least 1 / trace(K^-1), the largest at most T. rows has a row more than K.
+template <class Team>
+GS_HOST_DEVICE_CALL bool solve_independent(const Team& team, const double* gram, int64_t num_tasks,
+                                           const double* preference, const double* norms, double rounding, double* c,
+                                           double* rows) {
+  const int64_t stride = padded(num_tasks);
+  double* const x = rows + num_tasks * stride;
+  write_cosines(team, gram, num_tasks, norms, 1, rows);
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+    x[i] = norms[i] > 0 ? (preference ? preference[i] : 1) : 0;
+  }
+  team.sync();
+  solve_positive(team, rows, stride, num_tasks);
+  // Column j of the factor's inverse, right of the diagonal in row j.
+  double trace = 0;
+  for (int64_t j = team.rank(); j < num_tasks; j += team.size()) {
+    double* const column = rows + j * stride;
+    const double first = 1 / column[j];
+    double sum = first * first;
+    for (int64_t i = j + 1; i < num_tasks; i++) {
+      const double* const row = rows + i * stride;
+      column[i] = -(row[j] * first + dot(row + j + 1, column + j + 1, i - j - 1)) / row[i];
+      sum += column[i] * column[i];
+    }
+    trace += sum;
+  }
+  trace = team.sum(trace);
+  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) c[i] = x[i];
+  team.sync();
+  return trace * rounding * static_cast<double>(num_tasks) < 1;
+}
+
+// c = pinv(K) p, with the matrix K of cosines (0 for a zero gradient), and its squared length c^T K c = p^T c.
 // preference NULL: 1 each. Eigenvalues up to T 2^-23 of the largest count as 0: float32's rounding of dependent
 // gradients leaves such. If hardly more is left of p then, c = 0.
 template <class Team>
 GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, int64_t num_tasks,
                                          const double* preference, double* norms, double* c, double* scratch) {
   const int64_t stride = padded(num_tasks);
+  const double rounding = 0x1p-23 * static_cast<double>(num_tasks);
   double *values = scratch, *factor = values + num_tasks, *rows = factor + num_tasks;
   for (int64_t i = team.rank(); i < num_tasks; i += team.size()) norms[i] = std::sqrt(gram[i * num_tasks + i]);
   team.sync();
-  for (int64_t e = team.rank(); e < num_tasks * num_tasks; e += team.size()) {
-    const int64_t i = e / num_tasks, j = e % num_tasks;
-    rows[i * stride + j] = norms[i] > 0 && norms[j] > 0 ? gram[e] / norms[i] / norms[j] : 0;
+  if (solve_independent(team, gram, num_tasks, preference, norms, rounding, c, rows)) {
+    double product = 0;
+    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) product += (preference ? preference[i] : 1) * c[i];
+    return team.sum(product);
   }
-  team.sync();
+  write_cosines(team, gram, num_tasks, norms, 0, rows);
   diagonalize(team, rows, num_tasks, values);
-  const double rounding = 0x1p-23 * static_cast<double>(num_tasks);
   const double least = rounding * largest(values, num_tasks);
   double length = 0, kept = 0, whole = 0;
   for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
