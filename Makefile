@@ -22,7 +22,7 @@ test: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only
 	$(BIN)/python -m bench.peers
-	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench.report
 
 lint: .venv/installed
 	$(BIN)/ruff check .

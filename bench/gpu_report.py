@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import subprocess
@@ -18,6 +17,7 @@ import gradsurgery as gs
 
 from .gpu_targets import judge
 from .gpu_timing import Row
+from .origin import commit
 
 HEADING = ["stage", "form", "T", "N", "dtype", "cache", "contender"]
 FIGURES = ["median us", "p20", "p80", "x floor", "x flat", "host us", "error", "rounds"]
@@ -48,7 +48,7 @@ def provenance(device: torch.device) -> dict[str, object]:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
         },
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -114,19 +114,3 @@ def _driver(device: torch.device) -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         return {}
     return dict(zip(fields.split(","), (value.strip() for value in answer.split(",")), strict=False))
-
-
-def _commit() -> str:
-    """Return $GIT_COMMIT, else the checkout's commit, with -dirty where anything but stored results differs from it."""
-    if commit := os.environ.get("GIT_COMMIT"):
-        return commit
-    root = Path(__file__).parent.parent
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", ":!bench/results"])
-    try:
-        head, changes = (
-            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + ("-dirty" if changes else "")

@@ -20,7 +20,7 @@ from torchjd import aggregation
 import gradsurgery as gs
 
 from .cases import exact_gram, task_gradients
-from .report import print_rows, print_targets, provenance, store
+from .tables import print_rows, print_targets, provenance, store
 from .targets import Target
 from .timing import OURS, Case, Clock
 

@@ -27,7 +27,7 @@ from .cases import (
     task_gradients,
     weights_cases,
 )
-from .report import print_rows, print_targets, provenance, store
+from .tables import print_rows, print_targets, provenance, store
 from .targets import TARGETS
 from .timing import Case, Clock, Row
 

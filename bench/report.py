@@ -1,118 +1,176 @@
 # SPDX-License-Identifier: MIT
-"""Print the rows of a run, and store them with what is needed to repeat it."""
+"""Write the README's figures and plots from the stored results: ``python -m bench.report``.
+
+With ``--check`` nothing is written, and what disagrees with the stored results is an error.
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
-import os
-import platform
-import subprocess
-from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import version
-from itertools import groupby
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from matplotlib.figure import Figure
 
-import gradsurgery as gs
+from . import plots
 
-from .targets import Target, judge
-from .timing import OURS, Row
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+CPU, GPU, STEPS = (RESULTS / f"{name}.json" for name in ("cpu-peers", "gpu-stages-nvidia-h200", "step-nvidia-h200"))
+SHOWN = [(2, 10**5), (2, 10**6), (8, 10**6), (2, 10**7), (8, 10**7), (32, 10**7)]
 
 
-def provenance() -> dict[str, object]:
-    """Return the machine, the versions, the commit and the date."""
-    return {
-        "machine": {
-            "cpu": _cpu_model(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_at_start": round(os.getloadavg()[0], 2),
-            "backend": gs.backends()["cpu"],
-        },
-        "versions": {
-            "gradsurgery": gs.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchjd": version("torchjd"),
-            "pytorch_optimizer": version("pytorch_optimizer"),
-        },
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+def cpu_section(run: dict[str, Any]) -> str:
+    """Return the Markdown for one stored run."""
+    medians = {
+        (row["stage"], row["contender"], row["tasks"], row["size"]): row["median_ms"]
+        for row in run["rows"]
+        if row["dtype"] == "float32" and row["median_ms"] is not None
     }
 
+    def times(stage: str, contender: str, tasks: int, size: int) -> str:
+        other = medians.get((stage, contender, tasks, size))
+        return "-" if other is None else f"{other / medians[stage, 'gradsurgery', tasks, size]:.1f}x"
 
-def print_rows(console: Console, rows: list[Row]) -> None:
-    """Print one table, the contenders of a case below each other."""
-    headings = ["stage", "T", "N", "dtype", "contender", "median", "p20 .. p80", "x ours", "error", "rounds"]
-    table = Table(*headings, box=box.SIMPLE, title="Time of one call in milliseconds")
-    for column in table.columns:
-        column.no_wrap = True
-    for column in table.columns[5:]:
-        column.justify = "right"
-    for _, group in groupby(rows, lambda row: (row.stage, row.tasks, row.size, row.dtype)):
-        case = list(group)
-        ours = next((row.median_ms for row in case if row.contender == OURS), None)
-        for row in case:
-            size = "-" if row.size is None else f"{row.size:g}"
-            table.add_row(row.stage, str(row.tasks), size, row.dtype, row.contender, *_cells(row, ours))
-        table.add_section()
-    console.print(table)
-    console.print("Error: relative, against float64; - where random orders leave nothing to compare with.")
-    console.print("At N = 1e7 gradients take 40 MB to 1.3 GB and exceed the caches; smaller ones may fit.")
-    for row in rows:
-        if row.note:
-            where = f"{row.stage} T={row.tasks} N={row.size:g} {row.dtype}"
-            console.print(f"{where}, {row.contender}: {row.note}")
-
-
-def print_targets(console: Console, rows: list[Row], targets: list[Target]) -> None:
-    """Print each target with the measured figure."""
-    table = Table("target (float32)", "measured", "", box=box.SIMPLE)
-    words = {True: "met", False: "missed", None: "not measured"}
-    for verdict in judge(rows, targets):
-        figure = "-" if verdict["measured"] is None else f"{verdict['measured']:.3g}"
-        table.add_row(verdict["target"], figure, words[verdict["met"]])
-    console.print(table)
+    lines = [
+        "From float32 task gradients [T, N] to the direction: the time of one call here, and the others' as multiples",
+        "of it.",
+        "",
+        "| T | N | PCGrad | torchjd | pytorch_optimizer | plain loop | MGDA | torchjd |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for tasks, size in SHOWN:
+        pcgrad, mgda = (f"{medians[stage, 'gradsurgery', tasks, size]:.2f} ms" for stage in ("pcgrad", "mgda"))
+        others = [times("pcgrad", name, tasks, size) for name in ("torchjd", "pytorch_optimizer", "plain loop")]
+        cells = [tasks, f"{size:.0e}".replace("e+0", "e"), pcgrad, *others, mgda, times("mgda", "torchjd", tasks, size)]
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    machine, versions = run["machine"], run["versions"]
+    lines += [
+        "",
+        "MGDA is not the same work everywhere: the weights here are exact, torchjd's are those of at most 100",
+        "Frank-Wolfe steps. Surgery is one part of a step: the T backward passes before it remain.",
+        "",
+        f"Medians of one run of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch "
+        f"{versions['torch']}, torchjd {versions['torchjd']}, pytorch_optimizer {versions['pytorch_optimizer']}; "
+        f"commit {run['commit'][:12]}, {run['date'][:10]}. All rows, with spreads, bfloat16 and errors:",
+        "[bench/results/cpu-peers.json](bench/results/cpu-peers.json). How they are taken:",
+        "[bench/NOTES.md](bench/NOTES.md).",
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def store(path: Path, command: str, origin: dict[str, object], rows: list[Row], targets: list[Target]) -> None:
-    """Write the run as JSON."""
-    content = {**origin, "command": command, "rows": [asdict(row) for row in rows], "targets": judge(rows, targets)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def gpu_section(run: dict[str, Any]) -> str:
+    """Return the Markdown for the stages on a GPU."""
+    rows = {
+        (row["tasks"], row["dtype"], row["contender"]): row
+        for row in run["rows"]
+        if (row["stage"], row["form"]) == ("chain", "flat")
+        and row["floor_us"]
+        and abs(row["tasks"] * row["size"] * plots.BYTES[row["dtype"]] - 300e6) < 1e6
+    }
+
+    def cell(*key: object) -> str:
+        row = rows[key]  # type: ignore[index]
+        return f"{row['median_us']:.0f} ({100 / row['x_floor']:.0f} %)"
+
+    lines = [
+        f"On one {run['machine']['name']}, from 300 MB of task gradients [T, N] to PCGrad's direction: microseconds,",
+        "and the time that the bytes need at the bandwidth measured in the same run, as a share of it.",
+        "`torch.mm + mv` computes products and a sum in the gradients' dtype, and no weights.",
+        "",
+        f"| T | dtype | {' | '.join(f'`{label}`' for label in plots.LINES.values())} |",
+        "|--:|---|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {tasks} | {dtype} | {' | '.join(cell(tasks, dtype, contender) for contender in plots.LINES)} |"
+        for dtype in plots.BYTES
+        for tasks in (2, 8, 32)
+    ]
+    missed = sum(verdict["met"] is False for verdict in run["targets"])
+    met = sum(verdict["met"] is True for verdict in run["targets"])
+    lines += [
+        "",
+        f"Medians of `{run['command']}`; torch {run['versions']['torch']}, CUDA {run['versions']['cuda']}; commit "
+        f"{run['commit'][:12]}, {run['date'][:10]}.",
+        f"Of the targets of `bench/gpu_targets.py` it met {met} and missed {missed}:",
+        f"[{GPU.relative_to(ROOT)}]({GPU.relative_to(ROOT)}), [bench/NOTES.md](bench/NOTES.md#on-an-h200).",
+        "",
+        "![Share of the bandwidth over the size of the gradients](docs/bandwidth.svg)",
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def _cells(row: Row, ours: float | None) -> list[str]:
-    if row.median_ms is None:
-        return ["skipped", "", "", "", ""]
-    ratio = _short(row.median_ms / ours) if ours else ""
-    error = "-" if row.error is None else f"{row.error:.0e}"
-    spread = f"{_short(row.p20_ms)} .. {_short(row.p80_ms)}"
-    return [_short(row.median_ms), spread, ratio, error, str(row.rounds)]
+def steps_section(run: dict[str, Any]) -> str:
+    """Return the Markdown for whole training steps."""
+    lines = [
+        f"Whole training steps on one {run['machine']['name']} by what takes the time",
+        f"([{STEPS.relative_to(ROOT)}]({STEPS.relative_to(ROOT)}), commit {run['commit'][:12]}, {run['date'][:10]}):",
+        "",
+        "![Time of training steps, split into forward, backward, surgery and optimizer](docs/steps.svg)",
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+SECTIONS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
+    "benchmark": (CPU, cpu_section),
+    "gpu": (GPU, gpu_section),
+    "steps": (STEPS, steps_section),
+}
+PLOTS: dict[str, tuple[Path, Callable[[dict[str, Any]], Figure]]] = {
+    "docs/bandwidth.svg": (GPU, plots.bandwidth),
+    "docs/steps.svg": (STEPS, plots.steps),
+}
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def with_sections(text: str) -> str:
+    """Return the README's text with the sections that the stored results yield."""
+    for name, (source, section) in SECTIONS.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        before, rest = text.split(begin)
+        text = before + begin + section(json.loads(source.read_text())) + end + rest.split(end)[1]
+    return text
 
 
-def _commit() -> str:
-    """Return the commit, with -dirty where anything but stored results differs from it."""
-    root = Path(__file__).parent.parent
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    if head.returncode != 0:
-        return "unknown"
-    status = ["git", "status", "--porcelain", "--", ".", ":!bench/results"]
-    changes = subprocess.run(status, cwd=root, capture_output=True, text=True, check=True)
-    return head.stdout.strip() + ("-dirty" if changes.stdout else "")
+def digest(source: Path) -> str:
+    """Return what a plot of these results, by the code as it is, is marked with."""
+    return hashlib.sha256(source.read_bytes() + Path(plots.__file__).read_bytes()).hexdigest()
+
+
+def differences(root: Path) -> list[str]:
+    """Return what in this folder does not agree with the stored results."""
+    readme = (root / "README.md").read_text()
+    found = [] if with_sections(readme) == readme else ["README.md"]
+    for name, (source, _) in PLOTS.items():
+        path = root / name
+        mark = re.search(r"results: ([0-9a-f]+)", path.read_text()) if path.exists() else None
+        if mark is None or mark[1] != digest(source):
+            found.append(name)
+    return found
+
+
+def write(root: Path) -> None:
+    """Write the README's sections and the plots."""
+    readme = root / "README.md"
+    readme.write_text(with_sections(readme.read_text()))
+    for name, (source, plot) in PLOTS.items():
+        figure = plot(json.loads(source.read_text()))
+        figure.savefig(root / name, metadata={"Date": None, "Description": f"results: {digest(source)}"})
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail where something disagrees")
+    if not parser.parse_args().check:
+        write(ROOT)
+    elif found := differences(ROOT):
+        sys.exit(f"not what the stored results say: {', '.join(found)} (python -m bench.report writes them)")
+
+
+if __name__ == "__main__":
+    main()

@@ -47,12 +47,9 @@ def test_golden_values(backend, method):
     torch.testing.assert_close(got, torch.tensor(direction), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("ridge", [1e-4, 1e-8])
-@pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("case", HOSTILE)
-def test_dualproj_is_optimal(backend, tasks, case, ridge):
+def assert_dualproj_is_optimal(gram, backend, ridge):
     """v >= u, H v >= 0, (v - u) . (H v) = 0."""
-    gram = gradsurgery.gram(hostile(tasks)[case])
+    tasks = len(gram)
     u = torch.linspace(0.5, 1.5, tasks, dtype=torch.float64) / tasks
     v = weigh("dualproj", gram, backend, pref=u, reg_eps=ridge)
     h = torch.where(gram.trace() > 0, gram / gram.trace(), 0) + ridge * torch.eye(tasks)
@@ -60,6 +57,20 @@ def test_dualproj_is_optimal(backend, tasks, case, ridge):
     assert (v >= u).all()
     assert (slack >= -1e-8 * size).all()
     assert ((v - u) * slack).abs().max() <= 1e-8 * (v - u).max() * size
+
+
+@pytest.mark.parametrize("ridge", [1e-4, 1e-8])
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_dualproj_is_optimal(backend, tasks, case, ridge):
+    assert_dualproj_is_optimal(gradsurgery.gram(hostile(tasks)[case]), backend, ridge)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("tasks", [16, 33, 64])
+def test_dualproj_where_pivots_go_round(backend, tasks, seed):
+    """Twice as many tasks as parameters: then most block pivots never end."""
+    assert_dualproj_is_optimal(gradsurgery.gram(normal(tasks, tasks // 2 + 1, seed=seed)), backend, 1e-8)
 
 
 @pytest.mark.parametrize("tasks", TASKS)
@@ -102,6 +113,13 @@ def test_cagrad_closes_the_duality_gap(backend, tasks, case, c):
     factors = [1, 1 / (1 + c * c), 1 / (1 + c)]
     for rescale, factor in enumerate(factors):
         torch.testing.assert_close(weigh("cagrad", gram, backend, c=c, rescale=rescale), w * factor)
+
+
+def test_cagrad_of_gradients_that_sum_to_rounding(backend):
+    rows = normal(3, 50)
+    rows[2] = -(rows[0] + rows[1]) * (1 + 1e-15)
+    w = weigh("cagrad", gradsurgery.gram(rows), backend)
+    torch.testing.assert_close(w, torch.full_like(w, 1 / 3))
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
@@ -171,6 +189,13 @@ def test_imtl_g_and_config_solve_the_cosines(backend, tasks, case):
             product = gram @ w / norms
             torch.testing.assert_close(product / product.mean(), p / p.mean(), rtol=1e-8, atol=0)
             assert name == "config" or abs(w.sum() - 1) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["imtl_g", "config"])
+def test_opposite_gradients_have_no_common_angle(backend, name):
+    rows = normal(6, 40)
+    both = torch.cat([rows, -torch.linspace(0.3, 3, 6, dtype=torch.float64)[:, None] * rows])
+    assert (weigh(name, gradsurgery.gram(both), backend) == 0).all()
 
 
 @pytest.mark.parametrize("least", [1e-6, 2e-5, 6e-5, 1e-4, 1e-2])
@@ -264,6 +289,13 @@ def test_gradvac_of_hostile_gradients_is_finite(backend, tasks, case):
     method, gram = methods.get("gradvac", beta=0.5), gradsurgery.gram(hostile(tasks)[case])
     for _ in range(2):
         assert method.weights(gram, backend=backend).isfinite().all()
+
+
+def test_gradvac_of_targets_of_one(backend):
+    method = methods.get("gradvac", beta=1.0)
+    method.weights(torch.ones(4, 4, dtype=torch.float64), backend=backend)
+    assert method.state_dict()["targets"].sum() == 12
+    assert method.weights(gradsurgery.gram(normal(4, 20)), backend=backend).isfinite().all()
 
 
 def test_gradvac_state(backend):

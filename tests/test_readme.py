@@ -3,10 +3,11 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import gradsurgery
-from bench import readme
+from bench import report
 from conftest import on_cpu
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +44,17 @@ def test_tables_name_every_method_and_backend():
         assert f"| `{backend}` |" in README
 
 
-def test_speed_section_is_what_the_stored_results_say():
-    run = json.loads(readme.RESULTS.read_text())
-    assert readme.BEGIN + readme.section(run) + readme.END in README
-    assert not run["commit"].endswith("-dirty")
+def test_figures_and_plots_are_what_the_stored_results_say(tmp_path):
+    assert report.differences(ROOT) == []
+    for source, _ in report.SECTIONS.values():
+        assert not json.loads(source.read_text())["commit"].endswith("-dirty")
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/steps.svg"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "README.md").write_text(README.replace("| 2 | float32 | 2", "| 2 | float32 | 1"))
+    assert report.differences(tmp_path) == ["README.md", "docs/bandwidth.svg"]
+    (tmp_path / "docs/steps.svg").write_text((ROOT / "docs/bandwidth.svg").read_text())
+    assert report.differences(tmp_path) == ["README.md", *report.PLOTS]
+    report.write(tmp_path)
+    assert report.differences(tmp_path) == []
+    assert (tmp_path / "README.md").read_text() == README

@@ -89,11 +89,11 @@ class CAGrad {
       if (!(high - low > 1e-15 * high) || low_value >= 0) break;
       const double a = low * low, b = high * high;
       // Squares far apart: the geometric mean, until the secant is of use.
-      double lambda = step % 3 == 2 || b > 1e6 * a ? std::sqrt(low * high)
-                                                   : std::sqrt(a - low_value * (b - a) / (high_value - low_value));
+      double lambda =
+          b > 1e6 * a ? std::sqrt(low * high) : std::sqrt(a - low_value * (b - a) / (high_value - low_value));
       lambda = lambda > low ? (lambda < high ? lambda : high) : low;
       const double value = minimize(lambda) - target;
-      if (std::fabs(value) <= 1e-14 * target) break;
+      if (std::fabs(value) <= 1e-12 * target) break;
       if (value < 0) {
         low = lambda;
         low_value = value;

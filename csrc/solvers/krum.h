@@ -15,27 +15,24 @@ GS_HOST_DEVICE inline int64_t rank_of(const double* values, int64_t count, int64
 }
 
 // 1 / m for the m tasks of least score, 0 for the others; a task's score is the sum of its squared distances to the T -
-// f - 2 nearest others, at least one.
+// f - 2 nearest others, all but the f + 1 farthest.
 template <class Team>
 GS_HOST_DEVICE void krum(const Team& team, const double* gram, int64_t num_tasks, int64_t num_byzantine,
                          int64_t num_selected, double* weights, double* scratch) {
   double *const scores = scratch, *const distances = scores + num_tasks;
-  const int64_t wanted = num_tasks - num_byzantine - 2, nearest = wanted > 1 ? wanted : 1;
   for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
     double* const row = distances + i * num_tasks;
     for (int64_t j = 0; j < num_tasks; j++) {
       const double square = gram[i * num_tasks + i] + gram[j * num_tasks + j] - 2 * gram[i * num_tasks + j];
       row[j] = square > 0 ? square : 0;  // but for rounding
     }
-    row[i] = -1;
-    for (int64_t left = num_tasks - 1; left > nearest; left--) {
+    for (int64_t dropped = 0; dropped <= num_byzantine; dropped++) {
       int64_t farthest = 0;
       for (int64_t j = 1; j < num_tasks; j++) farthest = row[j] > row[farthest] ? j : farthest;
-      row[farthest] = -1;
+      row[farthest] = 0;
     }
-    double score = 0;
-    for (int64_t j = 0; j < num_tasks; j++) score += row[j] > 0 ? row[j] : 0;
-    scores[i] = score;
+    scores[i] = 0;
+    for (int64_t j = 0; j < num_tasks; j++) scores[i] += row[j];
   }
   team.sync();
   for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {

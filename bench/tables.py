@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""Print the rows of a run, and store them with what is needed to repeat it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import gradsurgery as gs
+
+from .origin import commit
+from .targets import Target, judge
+from .timing import OURS, Row
+
+
+def provenance() -> dict[str, object]:
+    """Return the machine, the versions, the commit and the date."""
+    return {
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_at_start": round(os.getloadavg()[0], 2),
+            "backend": gs.backends()["cpu"],
+        },
+        "versions": {
+            "gradsurgery": gs.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchjd": version("torchjd"),
+            "pytorch_optimizer": version("pytorch_optimizer"),
+        },
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def print_rows(console: Console, rows: list[Row]) -> None:
+    """Print one table, the contenders of a case below each other."""
+    headings = ["stage", "T", "N", "dtype", "contender", "median", "p20 .. p80", "x ours", "error", "rounds"]
+    table = Table(*headings, box=box.SIMPLE, title="Time of one call in milliseconds")
+    for column in table.columns:
+        column.no_wrap = True
+    for column in table.columns[5:]:
+        column.justify = "right"
+    for _, group in groupby(rows, lambda row: (row.stage, row.tasks, row.size, row.dtype)):
+        case = list(group)
+        ours = next((row.median_ms for row in case if row.contender == OURS), None)
+        for row in case:
+            size = "-" if row.size is None else f"{row.size:g}"
+            table.add_row(row.stage, str(row.tasks), size, row.dtype, row.contender, *_cells(row, ours))
+        table.add_section()
+    console.print(table)
+    console.print("Error: relative, against float64; - where random orders leave nothing to compare with.")
+    console.print("At N = 1e7 gradients take 40 MB to 1.3 GB and exceed the caches; smaller ones may fit.")
+    for row in rows:
+        if row.note:
+            where = f"{row.stage} T={row.tasks} N={row.size:g} {row.dtype}"
+            console.print(f"{where}, {row.contender}: {row.note}")
+
+
+def print_targets(console: Console, rows: list[Row], targets: list[Target]) -> None:
+    """Print each target with the measured figure."""
+    table = Table("target (float32)", "measured", "", box=box.SIMPLE)
+    words = {True: "met", False: "missed", None: "not measured"}
+    for verdict in judge(rows, targets):
+        figure = "-" if verdict["measured"] is None else f"{verdict['measured']:.3g}"
+        table.add_row(verdict["target"], figure, words[verdict["met"]])
+    console.print(table)
+
+
+def store(path: Path, command: str, origin: dict[str, object], rows: list[Row], targets: list[Target]) -> None:
+    """Write the run as JSON."""
+    content = {**origin, "command": command, "rows": [asdict(row) for row in rows], "targets": judge(rows, targets)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _cells(row: Row, ours: float | None) -> list[str]:
+    if row.median_ms is None:
+        return ["skipped", "", "", "", ""]
+    ratio = _short(row.median_ms / ours) if ours else ""
+    error = "-" if row.error is None else f"{row.error:.0e}"
+    spread = f"{_short(row.p20_ms)} .. {_short(row.p80_ms)}"
+    return [_short(row.median_ms), spread, ratio, error, str(row.rounds)]
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
