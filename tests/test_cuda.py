@@ -149,6 +149,18 @@ def test_a_training_step_does_not_synchronise(method, granularity, scaled):
         step()
 
 
+def test_a_step_of_one_loss_does_not_synchronise():
+    net = two_task_net().cuda()
+    optimizer = gradsurgery.MConFIG(torch.optim.SGD(net.parameters(), lr=0.1))
+    x = torch.randn(8, 6, device="cuda")
+    optimizer.backward(two_losses(net, x))
+    with no_sync():
+        for present in range(2):
+            optimizer.zero_grad()
+            optimizer.backward([loss if t == present else None for t, loss in enumerate(two_losses(net, x))])
+            optimizer.step()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_without_shared_gradients_stays_on_the_gpu(method):
     weight, other = (torch.nn.Parameter(torch.ones(2, device="cuda")) for _ in range(2))

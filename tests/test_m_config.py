@@ -177,6 +177,12 @@ def test_a_step_that_is_not_finite_leaves_the_state(bad):
     torch.testing.assert_close(method.state_dict(), state, rtol=0, atol=0)
 
 
+def test_a_step_of_one_loss_reads_nothing_on_the_host():
+    method, grad = methods.get("m_config"), torch.ones(7, device="meta")
+    gradsurgery.aggregate([[grad], [grad]], method)
+    gradsurgery.aggregate([[None], [grad]], method)
+
+
 def test_a_preference_is_configs():
     rows = normal(3, 60)
     expected = gradsurgery.aggregate(rows, "config", pref=[1.0, 2.0, 0.5])
