@@ -66,6 +66,13 @@ def test_dualproj_is_optimal(backend, tasks, case, ridge):
     assert_dualproj_is_optimal(gradsurgery.gram(hostile(tasks)[case]), backend, ridge)
 
 
+@pytest.mark.parametrize("conflict", [1e-2, 1e-4, 1e-6])
+def test_dualproj_of_a_slight_conflict(backend, conflict):
+    product = -1 / 3 * (1 + conflict)  # with u of 1 / 4 and 3 / 4 the mean gradient meets the first at that angle
+    gram = torch.tensor([[1, product], [product, 4]], dtype=torch.float64, device=DEVICE)
+    assert_dualproj_is_optimal(gram, backend, 1e-12)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tasks", [16, 33, 64])
 def test_dualproj_where_pivots_go_round(backend, tasks, seed):

@@ -29,7 +29,7 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num
         if (p >= num_tasks) continue;  // q sits out
         double *const a = rows + p * stride, *const b = rows + q * stride;
         const double aa = values[p], bb = values[q], ab = dot(a, b, num_tasks);
-        if (!(std::fabs(ab) > 1e-15 * std::sqrt(aa) * std::sqrt(bb))) continue;
+        if (!(ab * ab > 1e-30 * (aa * bb))) continue;
         rotated = 1;
         const double zeta = (bb - aa) / (2 * ab);
         const double tangent = (zeta < 0 ? -1 : 1) / (std::fabs(zeta) + std::sqrt(1 + zeta * zeta));
