@@ -46,7 +46,7 @@ def bandwidth(run: dict[str, Any]) -> Figure:
                     and row["x_floor"]
                 )
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-            axis.set(title=f"T = {count}, {dtype}", xscale="log", ylim=(0, 100))
+            axis.set(title=f"T = {count}, {dtype}", xscale="log", ylim=(0, 105))
             axis.set_xticks(SIZES, [str(size) for size in SIZES])
             axis.minorticks_off()
             axis.grid(alpha=0.3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import re
 import sys
@@ -22,6 +23,8 @@ from . import plots
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 CPU, GPU, STEPS = (RESULTS / f"{name}.json" for name in ("cpu-peers", "gpu-stages-nvidia-h200", "step-nvidia-h200"))
+MARK = "results: none yet"
+"""What stands in a plot in place of its mark."""
 SHOWN = [(2, 10**5), (2, 10**6), (8, 10**6), (2, 10**7), (8, 10**7), (32, 10**7)]
 
 
@@ -136,9 +139,9 @@ def with_sections(text: str) -> str:
     return text
 
 
-def digest(source: Path) -> str:
-    """Return what a plot of these results, by the code as it is, is marked with."""
-    return hashlib.sha256(source.read_bytes() + Path(plots.__file__).read_bytes()).hexdigest()
+def digest(source: Path, text: str) -> str:
+    """Return what a plot, as text with MARK in it, of these results and by the code as it is, is marked with."""
+    return hashlib.sha256(source.read_bytes() + Path(plots.__file__).read_bytes() + text.encode()).hexdigest()
 
 
 def differences(root: Path) -> list[str]:
@@ -146,9 +149,9 @@ def differences(root: Path) -> list[str]:
     readme = (root / "README.md").read_text()
     found = [] if with_sections(readme) == readme else ["README.md"]
     for name, (source, _) in PLOTS.items():
-        path = root / name
-        mark = re.search(r"results: ([0-9a-f]+)", path.read_text()) if path.exists() else None
-        if mark is None or mark[1] != digest(source):
+        text = (root / name).read_text() if (root / name).exists() else ""
+        mark = re.search(r"results: ([0-9a-f]+)", text)
+        if mark is None or mark[1] != digest(source, text.replace(mark[0], MARK)):
             found.append(name)
     return found
 
@@ -158,8 +161,10 @@ def write(root: Path) -> None:
     readme = root / "README.md"
     readme.write_text(with_sections(readme.read_text()))
     for name, (source, plot) in PLOTS.items():
-        figure = plot(json.loads(source.read_text()))
-        figure.savefig(root / name, metadata={"Date": None, "Description": f"results: {digest(source)}"})
+        file = io.StringIO()
+        plot(json.loads(source.read_text())).savefig(file, format="svg", metadata={"Date": None, "Description": MARK})
+        text = file.getvalue()
+        (root / name).write_text(text.replace(MARK, f"results: {digest(source, text)}"))
 
 
 def main() -> None:

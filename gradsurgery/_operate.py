@@ -74,7 +74,8 @@ class Operation:
         scale, grads = self.collected.scale, self.grads
         backend = choose(self.backend_name, grads.device, method.num_terms * grads.num_tasks)
         rows = [[row[p] for p in self.plan.shared] for row in self.collected.grads]
-        kept = method.replace(rows, self.collected.losses, scale, self.backend_name)
+        losses = self.collected.losses if method.needs_losses else None
+        kept = method.replace(rows, losses, scale, self.backend_name)
         before()
         gram = gram_of(parse(kept, None), self.backend)[None]
         weights = self._weigh(gram)

@@ -66,12 +66,16 @@ class Collected:
         return Collected(self.tasks, self.parameters, grads, other.losses, other.present, other.scale, batches)
 
     def covering(self, parameters: Sequence[Tensor]) -> Collected:
-        """Return the same with a zero gradient, of the first task there, for each of these that no loss reaches."""
-        named, first = {id(p) for p in parameters}, self.present.index(True)
-        row = [
-            torch.zeros_like(p) if id(p) in named and not count else grad
-            for p, count, grad in zip(self.parameters, self.reach, self.grads[first], strict=True)
-        ]
+        """Return the same with a zero gradient, of the first task that reaches any of these, where no task has one."""
+        named = {id(p) for p in parameters}
+        places = [place for place, p in enumerate(self.parameters) if id(p) in named]
+        first = next((t for t, row in enumerate(self.grads) if any(row[p] is not None for p in places)), None)
+        if first is None:
+            return self
+        reach, row = self.reach, list(self.grads[first])
+        for p in places:
+            if not reach[p]:
+                row[p] = torch.zeros_like(self.parameters[p])
         return replace(self, grads=[*self.grads[:first], row, *self.grads[first + 1 :]])
 
     def _check_like(self, other: Collected) -> None:

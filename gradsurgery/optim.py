@@ -80,6 +80,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self._pending: Collected | None = None
         self._plan: Plan | None = None
         self._kept: list[Tensor] = []
+        self._kept_tasks: list[str] | None = None
         # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
         super().__setstate__({})
         for name in _HOOKS:
@@ -125,7 +126,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             chunk_size: the number of losses of a batched pass; None: all.
             features: the shared representation, one tensor or several that do not depend on each other. Then each loss
                 goes back to the features, through its head alone, and from there to the parameters below them, one by
-                one or batched. Every parameter must lie either above or below.
+                one or batched. Every parameter must lie either above or below, and a loss depend on each feature.
 
         Raises:
             ValueError, TypeError: a loss or a gradient is not what it must be; nothing has changed then.
@@ -193,13 +194,13 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 f"{collected.batches}"
             )
         named = self._shared
-        if not all(collected.present):
+        if self.method.takes_absent:
             named = self._kept or named
-            if not named:
+            if not named and not all(collected.present):
                 raise ValueError(
                     "what is shared cannot be told without every loss: name it by shared=, or give all of them first"
                 )
-            collected = collected.covering(named)
+            collected = collected.covering(self._kept)
         grads, reach, sparse = read(collected)
         plan = self._plan_for(collected, reach, named)
         for p in plan.shared if sparse else ():
@@ -208,6 +209,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                     check_gradient(row[p], f"grads[{t}][{p}]")
         if isinstance(self.method, BufferedMethod):
             check_kept(self.method.name, self._kept, [collected.parameters[p] for p in plan.shared])
+            if self._kept_tasks not in (None, collected.tasks):
+                raise ValueError(f"every step must have the same tasks: had {self._kept_tasks}, got {collected.tasks}")
         backend = choose(self.backend, grads.device, grads.num_tasks)
         plain = [p for p in plan.plain if p not in sparse] if sparse else plan.plain
         parameters = [collected.parameters[p] for p in plan.shared + plain]
@@ -218,6 +221,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         gram, weights = operation.write(shared_out, accumulate, self._forget)
         if isinstance(self.method, BufferedMethod) and not self._kept:
             self._kept = parameters[: len(plan.shared)]
+        if self._kept:
+            self._kept_tasks = collected.tasks
         if self.method.weights_losses:
             plain_weights, done = weights[0], set()  # type: ignore[index]
         elif plain or sparse:
@@ -269,7 +274,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         Without "surgery", as in a plain optimizer's checkpoint, the method keeps its state.
         """
         state = dict(state_dict)
-        surgery, shared = state.pop("surgery", None), state.pop("shared", [])
+        surgery, places = state.pop("surgery", None), state.pop("shared", [])
+        parameters = dict(enumerate(self._parameters()))
+        if not set(places) <= set(parameters):
+            raise ValueError(f"shared must hold places of {len(parameters)} parameters, got {places}")
         before = self.method.state_dict()
         try:
             if surgery is not None:
@@ -279,8 +287,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self.method.load_state_dict(before)
             raise
         if surgery is not None:
-            parameters = self._parameters()
-            self._kept = [parameters[place] for place in shared]
+            self._kept, self._kept_tasks, self._plan = [parameters[place] for place in places], None, None
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler leaves a bound step behind, which belongs to this object alone.

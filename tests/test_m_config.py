@@ -189,6 +189,65 @@ def test_a_preference_is_configs():
     torch.testing.assert_close(gradsurgery.aggregate(rows, "m_config", pref=[1.0, 2.0, 0.5]), expected)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_what_was_shared_stays_shared(before):
+    """A loss that no longer reaches p is as good as absent, whatever came before."""
+    p, h = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+    c = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p, h], lr=0.1), methods.MConFIG(beta=0.5))
+    inputs = [{0: c, 1: c.flip(0)}]
+    optimizer.backward([(p * c).sum(), (p * c.flip(0)).sum()])
+    if before:
+        inputs.append({0: 2 * c})
+        optimizer.backward([(p * 2 * c).sum(), None])
+    optimizer.zero_grad()
+    inputs.append({0: c.square()})
+    optimizer.backward([(p * c.square()).sum(), (h * c).sum()])
+    *_, expected = explicit(inputs, 0.5)
+    torch.testing.assert_close(p.grad, expected)
+    torch.testing.assert_close(h.grad, c)
+    state = optimizer.method.state_dict()
+    optimizer.zero_grad()
+    optimizer.backward([None, (h * c).sum()])
+    assert p.grad is None
+    torch.testing.assert_close(optimizer.method.state_dict(), state, rtol=0, atol=0)
+
+
+def test_a_loss_of_a_head_alone_is_as_good_as_absent():
+    p, q, h = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(3))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p, q, h], lr=0.1), "m_config")
+    optimizer.backward([(p + q).sum(), (p - 2 * q).sum(), (p.square() + q).sum()])
+    optimizer.backward([h.sum(), None, p.sum()])
+    assert optimizer.method.state_dict()["counts"].tolist() == [1, 1, 2]
+
+
+def test_failed_calls_begin_nothing():
+    net, optimizer = make(method=methods.MConFIG(pref=[1.0, 2.0, 3.0]))
+    optimizer.collect(two_losses(net, X.double()))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="pref must hold one number for each of 2 tasks, got 3"):
+            optimizer.combine()  # what was collected is still there
+    assert optimizer.method.state_dict()["buffers"] is None
+    net, optimizer = make()
+    optimizer.backward(dict(zip("ab", two_losses(net, X.double()), strict=True)))
+    with pytest.raises(ValueError, match=r"same tasks: had \['a', 'b'\], got \['b', 'a'\]"):
+        optimizer.backward(dict(zip("ba", one_of(net, 0), strict=True)))
+    state = optimizer.state_dict()
+    for places in ([0, 99], [-1]):
+        with pytest.raises(ValueError, match=r"shared must hold places of 8 parameters, got"):
+            optimizer.load_state_dict({**state, "shared": places, "surgery": make()[1].state_dict()["surgery"]})
+    torch.testing.assert_close(optimizer.method.state_dict(), state["surgery"], rtol=0, atol=0)
+
+
+def test_losses_are_not_looked_at():
+    net, optimizer = make()
+    for factor in (1.0, torch.inf):
+        losses = [loss + factor - 1 for loss in two_losses(net, X.double())]
+        optimizer.backward(losses)
+    assert all(g is None or g.isfinite().all() for g in grads_of(net))
+    assert optimizer.method.state_dict()["step"] == 2
+
+
 def test_a_checkpoint_between_steps_of_one_loss():
     net, optimizer = make()
     optimizer.backward(two_losses(net, X.double()))

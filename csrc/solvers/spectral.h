@@ -6,7 +6,7 @@
 
 namespace gs {
 
-constexpr int64_t spectral_scratch(int64_t num_tasks) { return (num_tasks + 1) * padded(num_tasks) + 5 * num_tasks; }
+constexpr int64_t spectral_scratch(int64_t num_tasks) { return (num_tasks + 1) * padded(num_tasks) + 4 * num_tasks; }
 
 // Turns the rows a_k of a symmetric positive semidefinite matrix into lambda_k v_k^T for its eigenvalues and
 // eigenvectors, in no order; lambda_k = |a_k| goes into values. One-sided Jacobi: for each pair of rows a rotation that
@@ -70,7 +70,7 @@ GS_HOST_DEVICE inline double largest(const double* values, int64_t count) {
   return most;
 }
 
-// rows: K_ij = G_ij / (|g_i| |g_j|), in the row and column of a zero gradient those of the identity times `of_zero`.
+// rows: K_ij = G_ij / (|g_i| |g_j|); of a zero gradient, `of_zero` on the diagonal and 0 beside it.
 template <class Team>
 GS_HOST_DEVICE void write_cosines(const Team& team, const double* gram, int64_t num_tasks, const double* norms,
                                   double of_zero, double* rows) {

@@ -31,7 +31,7 @@ class BufferedMethod(Method):
     state_names: ClassVar[tuple[str, ...]] = ()
     """The names of the tensors besides the buffers."""
     num_terms: ClassVar[int] = 1
-    """How many gradients d may be a sum of, per task."""
+    """d is a sum of at most num_terms T tensors."""
 
     _buffers: Buffers | None = None
     _state: dict[str, Tensor] | None = None

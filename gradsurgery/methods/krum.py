@@ -15,7 +15,7 @@ class Krum(SolverMethod):
     of least score, else 0. m = 1 is Krum, m > 1 multi-Krum.
 
     Conventions: squared distances, as in the paper (TorchJD sums plain ones); of equal scores the first task's counts;
-    T <= 2 leaves no others, and the first gradient is taken.
+    T <= 2 leaves no others, and all scores are 0.
     Scale: sums to 1. No state. Cost: O(T^3).
 
     Args:

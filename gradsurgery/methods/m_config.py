@@ -24,9 +24,11 @@ class MConFIG(BufferedMethod):
     So ``Adam`` with betas (beta, beta2) takes Algorithm 1's step, c over the root of the averaged d^2, and ``SGD`` with
     momentum and dampening beta steps along m.
 
-    Conventions: the first step needs every loss, which also tells shared parameters from heads (the authors' step is 0
-    until each has been seen once). A task without any gradient is absent, and its average stays. The wrapped optimizer
-    divides and has the epsilon. Heads get their plain gradients; ``aggregate`` wants a gradient of each parameter.
+    Conventions: the first step needs every loss, which also settles what is shared (the authors' step is 0 until each
+    has been seen once). A task without any gradient is absent, and its average stays; a step that reaches no shared
+    parameter is none. The wrapped optimizer divides and has the epsilon; it must step once for each d, unclipped, for
+    its average to be c: one that skips a step is beta^i off i steps later. Heads get their plain gradients;
+    ``aggregate`` wants a gradient of each parameter. A captured CUDA graph is of the losses that it was captured with.
     Scale: a sum over tasks. State: a, the numbers n of gradients and k of steps, and m's weights. Memory: T N. G and
     the weights are those of a; ``update_norm`` is c's.
 
@@ -56,9 +58,13 @@ class MConFIG(BufferedMethod):
         absent = [t for t, row in enumerate(rows) if all(g is None for g in row)]
         if self._buffers is None and absent:
             raise ValueError(f"the first step of method {self.name!r} needs gradients of every task, not of {absent}")
-        # Of constants on the device: a copy from the host would wait.
-        yes = torch.ones((), dtype=torch.bool, device=next(g for row in rows for g in row if g is not None).device)
-        self._present = torch.stack([~yes if t in absent else yes for t in range(len(rows))])
+        device = next(g for row in rows for g in row if g is not None).device
+        present = torch.ones(len(rows), dtype=torch.bool, device=device)
+        for t in absent:
+            present[t].fill_(False)  # an assignment would copy from the host
+        if self.pref is not None:
+            self.pref.on(present, self.name)
+        self._present = present
         return super().replace(rows, losses, scale, backend)
 
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
