@@ -247,6 +247,14 @@ def test_aligned_mtl_makes_components_equally_long(backend, tasks, case, mode):
     torch.testing.assert_close(b @ gram @ b, scale * projection, rtol=0, atol=float(scale * (1e-9 + error)))
 
 
+@pytest.mark.parametrize("columns", [60, 300])
+def test_aligned_mtl_of_many_tasks(columns):
+    gram = gradsurgery.gram(normal(130, columns))
+    torch.testing.assert_close(
+        weigh("aligned_mtl", gram), weigh("aligned_mtl", gram, "reference"), rtol=1e-7, atol=1e-9
+    )
+
+
 def explicit_gradvac(rows, order, beta, targets):
     """Algorithm 1 on the gradients themselves."""
     moved = rows.clone()

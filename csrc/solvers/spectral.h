@@ -3,6 +3,7 @@
 #pragma once
 #include "gradsurgery/gradsurgery.h"
 #include "linear.h"
+#include "tridiagonal.h"
 
 namespace gs {
 
@@ -50,6 +51,18 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num
     values[k] = std::sqrt(dot(rows + k * stride, rows + k * stride, num_tasks));
   }
   team.sync();
+}
+
+// The same by one thread, which has no use for pairs side by side.
+inline void diagonalize(const SerialTeam&, double* rows, int64_t num_tasks, double* values) {
+  double below[GS_MAX_TASKS];
+  const int64_t stride = padded(num_tasks);
+  tridiagonalize(rows, stride, num_tasks, values, below);
+  diagonalize_tridiagonal(rows, stride, num_tasks, values, below);
+  for (int64_t k = 0; k < num_tasks; k++) {
+    values[k] = std::fmax(values[k], 0.0);
+    for (int64_t i = 0; i < num_tasks; i++) rows[k * stride + i] *= values[k];
+  }
 }
 
 // c = sum_k factor_k a_k over the rows.
