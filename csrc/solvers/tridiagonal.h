@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Eigenvalues and eigenvectors by one thread: a tridiagonal form by Householder's reflections, diagonalized by implicit
-// QL steps (Golub and Van Loan, Matrix Computations, sections 8.3.1 and 8.3.3).
+// QL steps (Golub and Van Loan, Matrix Computations, section 8.3).
 #pragma once
 #include <limits>
 
