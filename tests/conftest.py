@@ -43,11 +43,13 @@ INTERPRETED_TASKS = {
     "test_batches_equal_loops": 0,
     "test_constant_rows_have_no_bias": 0,
     "test_kept_gradients_are_those_of_the_explicit_algorithm": 1,
+    "test_d_is_what_averages_to_config": 2,
     "test_large_output_past_the_cache": 0,
     "test_one_bad_value_marks_its_row_only": 8,
     "test_no_second_copy_of_the_task_gradients": 0,
     "test_ours_in_their_interfaces_are_ours": 0,
     "test_scaling_the_gradients_scales_the_direction": 2,
+    "test_torchjd_weights_of_independent_gradients": 2,
     "test_worst_rounding_of_a_float32_chain": 17,
 }
 

@@ -14,7 +14,7 @@ from conftest import USABLE, on_cpu
 pytestmark = [on_cpu, pytest.mark.skipif("triton" not in USABLE, reason="needs Triton")]
 
 TOOL = Path(__file__).with_name("triton_compile.py")
-# Every padded number of tasks, for older GPUs too: `make sass`.
+# Every padded number of tasks, for older GPUs too: `make gpu-code`.
 WHOLE = "GRADSURGERY_TEST_WHOLE" in os.environ
 STREAMING = ("slot_sums", "sum_slots", "weighted_sums")
 ROWS, FLOAT64, FLOAT32 = ("constexpr[0]", "constexpr[1]", "constexpr[2]")
