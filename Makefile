@@ -49,7 +49,7 @@ sass: .venv/installed
 gpu-code: .venv/installed
 	$(MAKE) sass ARCH=80
 	TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=triton GRADSURGERY_TEST_WHOLE=1 $(BIN)/python -m pytest tests/test_triton_compile.py
-	cmake -S . -B build/cuda -DGRADSURGERY_CUDA=ON -DBUILD_TESTING=OFF
+	cmake -S . -B build/cuda -DGRADSURGERY_CUDA=ON -DBUILD_TESTING=OFF -DCMAKE_CUDA_ARCHITECTURES=90a-real
 	cmake --build build/cuda --parallel 2
 	! readelf -d build/cuda/libgradsurgery.so | grep NEEDED | grep -E 'torch|c10'
 
