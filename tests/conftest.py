@@ -11,7 +11,7 @@ from gradsurgery.backends import choose
 from inputs import DEVICE
 
 # Tests that need one of these skip without it.
-OPTIONAL = {"cvxpy", "ecos", "matplotlib", "mlxtend", "pytorch_optimizer", "rich", "torchjd"}
+OPTIONAL = {"conflictfree", "cvxpy", "ecos", "matplotlib", "mlxtend", "pytorch_optimizer", "rich", "torchjd"}
 
 
 def serves(name: str) -> bool:
@@ -64,7 +64,7 @@ def worthwhile(item: Any) -> bool:
     if item.module.__name__ == "test_coordinate" and parameters.get("backend") == "triton":
         # Which has what the reference has.
         return item.originalname in ("test_golden_values", "test_lists_are_the_flat_form_cut")
-    if item.module.__name__ == "test_gram_methods" and parameters.get("backend") == "reference":
+    if item.module.__name__ in ("test_gram_methods", "test_gradvac") and parameters.get("backend") == "reference":
         return parameters.get("tasks", 1) <= 5
     tasks, columns = parameters.get("tasks", 1), parameters.get("columns", 1)
     if parameters.get("backend") != "triton":

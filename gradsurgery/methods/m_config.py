@@ -63,7 +63,7 @@ class MConFIG(BufferedMethod):
         for t in absent:
             present[t].fill_(False)  # an assignment would copy from the host
         if self.pref is not None:
-            self.pref.on(present, self.name)
+            self.pref.on(present, self.name)  # raises before anything changes
         self._present = present
         return super().replace(rows, losses, scale, backend)
 

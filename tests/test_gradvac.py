@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""Gradient Vaccine: its algorithm, its targets, its state."""
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import USABLE
+from inputs import DEVICE, HOSTILE, hostile, normal
+
+methods = gradsurgery.methods
+TASKS = (1, 2, 5, 33)
+
+
+@pytest.fixture(params=[name for name in USABLE if name != "triton"])
+def backend(request):
+    """Not Triton: what it has is the reference's."""
+    return request.param
+
+
+def explicit_gradvac(rows, order, beta, targets):
+    """Algorithm 1 on the gradients themselves."""
+    moved = rows.clone()
+    for i, visits in enumerate(order.tolist()):
+        for j in visits:
+            p, other = moved[i], rows[j]
+            if j == i or p.norm() == 0 or other.norm() == 0:
+                continue
+            rho = (p @ other / p.norm() / other.norm()).clamp(-1, 1)
+            goal = targets[i, j].clamp(max=1 - 1e-8)
+            if rho < goal:
+                sine = (1 - goal**2).sqrt()
+                moved[i] = p + other * p.norm() * (goal * (1 - rho**2).sqrt() - rho * sine) / (other.norm() * sine)
+                cosine = moved[i] @ other / moved[i].norm() / other.norm()
+                torch.testing.assert_close(cosine, goal, atol=1e-6, rtol=0)
+            targets[i, j] = (1 - beta) * targets[i, j] + beta * rho
+    return moved.sum(0)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_gradvac_is_algorithm_1(backend, tasks):
+    method = methods.get("gradvac", beta=0.3, seed=4)
+    targets = torch.zeros(tasks, tasks, dtype=torch.float64)
+    for step in range(4):
+        rows = normal(tasks, 40, seed=step) + normal(1, 40, seed=9)
+        order = gradsurgery.task_order(tasks, seed=4, step=step, device=DEVICE)
+        got = method.weights(gradsurgery.gram(rows), backend=backend) @ rows
+        expected = explicit_gradvac(rows, order, 0.3, targets)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(method.state_dict()["targets"], targets, rtol=1e-9, atol=1e-9)
+    if tasks > 1:
+        assert (targets > 0).any()
+    bad = torch.full((tasks, tasks), torch.nan, dtype=torch.float64)
+    assert method.weights(bad, backend=backend).isnan().all()
+    torch.testing.assert_close(method.state_dict()["targets"], targets, rtol=1e-9, atol=1e-9)
+
+
+def test_gradvac_starts_as_pcgrad(backend):
+    gram = gradsurgery.gram(hostile(8)["conflicting"] + 0.1 * normal(8, 37, seed=3))
+    got = methods.get("gradvac", beta=0.0, seed=2).weights(gram, backend=backend)
+    torch.testing.assert_close(got, gradsurgery.pcgrad_weights(gram, seed=2), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("tasks", TASKS)
+def test_gradvac_of_hostile_gradients_is_finite(backend, tasks, case):
+    method, gram = methods.get("gradvac", beta=0.5), gradsurgery.gram(hostile(tasks)[case])
+    for _ in range(2):
+        assert method.weights(gram, backend=backend).isfinite().all()
+
+
+def test_gradvac_of_targets_of_one(backend):
+    method = methods.get("gradvac", beta=1.0)
+    method.weights(torch.ones(4, 4, dtype=torch.float64), backend=backend)
+    assert method.state_dict()["targets"].sum() == 12
+    assert method.weights(gradsurgery.gram(normal(4, 20)), backend=backend).isfinite().all()
+
+
+def test_gradvac_state(backend):
+    grams = torch.stack([gradsurgery.gram(normal(4, 20, seed=s)) for s in range(6)]).view(2, 3, 4, 4)
+    first, second = methods.get("gradvac", beta=0.5, seed=1), methods.get("gradvac")
+    first.weights(grams, backend=backend)
+    second.load_state_dict(first.state_dict())
+    second.beta = 0.5
+    got, again = first.weights(grams, backend=backend), second.weights(grams, backend=backend)
+    assert torch.equal(got, again)
+    fresh = methods.get("gradvac")
+    fresh.load_state_dict(methods.get("gradvac", seed=7).state_dict())
+    assert fresh.state_dict()["targets"] is None
+    assert fresh.seed == 7
+    with pytest.raises(ValueError, match=r"state is for G of shape \(2, 3, 4, 4\), got shape \(4, 4\)"):
+        first.weights(grams[0, 0], backend=backend)
+    with pytest.raises(ValueError, match=r"targets must be a tensor \[..., T, T\], got a tensor of shape \(3,\)"):
+        fresh.load_state_dict({"targets": torch.ones(3), "seed": 0, "step": torch.tensor(0)})
