@@ -149,16 +149,18 @@ def test_what_is_shared_where_losses_are_absent():
     assert unused.grad is None
 
 
-def test_shared_parameters_that_a_step_does_not_reach():
-    """The present loss reaches p alone; the averages of the others still move q."""
-    p, q = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
-    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p, q], lr=0.1), methods.MConFIG(beta=0.5))
+@pytest.mark.parametrize("others", ["absent", "of a head alone"])
+def test_shared_parameters_that_a_step_does_not_reach(others):
+    """One loss reaches p, and none q; the averages of the others still move q."""
+    p, q, h = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(3))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p, q, h], lr=0.1), methods.MConFIG(beta=0.5))
     c = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     first = {0: torch.cat([2 * c, c]), 1: torch.cat([c, 0 * c]), 2: torch.cat([-c, c.flip(0)])}
     second = {1: torch.cat([c.flip(0), 0 * c])}
     optimizer.backward([(p * 2 * c + q * c).sum(), (p * c).sum(), (q * c.flip(0) - p * c).sum()])
     optimizer.zero_grad()
-    optimizer.backward([None, (p * c.flip(0)).sum(), None])
+    other = None if others == "absent" else h.sum()
+    optimizer.backward([other, (p * c.flip(0)).sum(), other], retain_graph=True)
     *_, expected = explicit([first, second], 0.5)
     torch.testing.assert_close(torch.cat([p.grad, q.grad]), expected)
     assert q.grad.abs().min() > 0
@@ -264,6 +266,23 @@ def test_a_checkpoint_between_steps_of_one_loss():
     resumed.load_state_dict(fresh.state_dict())
     with pytest.raises(ValueError, match="cannot be told without every loss"):
         resumed.backward(one_of(other, 1))
+
+
+def test_a_checkpoint_with_other_shared_parameters():
+    def trained(second):
+        """p is shared, and q if the second loss reaches it too; the next step has the first loss alone."""
+        p, q = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p, q], lr=0.1), "m_config")
+        optimizer.backward([(p + q).sum(), second(p, q).sum()])
+        optimizer.backward([(p + q).sum(), None])
+        return p, q, optimizer
+
+    _, _, both = trained(lambda p, q: p - 2 * q)
+    p, q, one = trained(lambda p, q: p)
+    one.method.load_state_dict(methods.get("m_config").state_dict())
+    one.load_state_dict(both.state_dict())
+    one.backward([(p + q).sum(), None])
+    assert one.method.state_dict()["counts"].tolist() == [3, 1]
 
 
 def test_a_scaler_with_steps_of_one_loss():
