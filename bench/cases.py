@@ -7,12 +7,12 @@ import random
 from collections.abc import Callable, Iterator
 
 import torch
-from pytorch_optimizer import PCGrad as ProjectionOptimizer
 from torch import Tensor
 from torchjd.aggregation import MGDA, MGDAWeighting, PCGrad, PCGradWeighting
 
 import gradsurgery as gs
 
+from .others import conflict_projection
 from .timing import FLOOR, OURS, Case
 
 
@@ -59,9 +59,6 @@ def combine_case(gradients: Tensor) -> Case:
 def pcgrad_case(gradients: Tensor) -> Case:
     """PCGrad from J to the direction. The orders are random, which matters from three tasks on."""
     rows = list(gradients.unbind())
-    # One-element masks: with reduction="sum" they have no use, so only the projections take time.
-    masks = [torch.ones(1) for _ in rows]
-    wrapper = ProjectionOptimizer(torch.optim.SGD([torch.zeros(1)], lr=1.0), reduction="sum")
     out = torch.empty_like(rows[0])
     aggregator = PCGrad()
     error = None
@@ -74,7 +71,7 @@ def pcgrad_case(gradients: Tensor) -> Case:
         {
             OURS: lambda: gs.aggregate(gradients, "pcgrad", out=out, backend="cpu"),
             "torchjd": lambda: aggregator(gradients),
-            "pytorch_optimizer": lambda: wrapper.project_conflicting(rows, masks),
+            "pytorch_optimizer": conflict_projection(rows),
             "plain loop": lambda: plain_pcgrad(rows),
         },
         error,

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// What a GPU reaches at most: bandwidths, instruction rates, the time from one kernel to the next. gpu_ceilings.py
-// compiles this into a library and calls it through ctypes. Every function returns microseconds, the best of kRepeats,
+// What a GPU reaches at most: bandwidths, instruction rates, barriers, the time from one kernel to the next.
+// gpu_ceilings.py compiles this into a library and calls it through ctypes. Every function returns microseconds, the best of kRepeats,
 // or -1 where CUDA reports an error.
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -140,6 +141,16 @@ __global__ void empty_kernel() {
 #endif
 }
 
+// Barriers one after the other: of all blocks, or of those of a cluster.
+__global__ void grid_barrier_kernel(int barriers) {
+  for (int i = 0; i < barriers; i++) cooperative_groups::this_grid().sync();
+}
+__global__ void cluster_barrier_kernel(int barriers) {
+#if __CUDA_ARCH__ >= 900
+  for (int i = 0; i < barriers; i++) cooperative_groups::this_cluster().sync();
+#endif
+}
+
 // Keeps the GPU busy while the host enqueues what is timed.
 __global__ void wait_kernel(uint64_t nanoseconds) {
   uint64_t begin, now;
@@ -229,6 +240,33 @@ double ceiling_rate_us(int instruction, const void* words, int iterations, int b
 }
 
 int ceiling_chains() { return kChains; }
+
+// Of one barrier of so many blocks: all of a grid, or clusters of kClusterBlocks.
+double ceiling_barrier_us(int barriers, int blocks, int clusters) {
+  constexpr int kThreads = 256, kClusterBlocks = 8;
+  cudaLaunchAttribute attribute = {};
+  if (clusters) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = kClusterBlocks;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    blocks = blocks / kClusterBlocks * kClusterBlocks;
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const auto us = [&](int count) {
+    return best_us(nullptr, kOneLaunchNs, [&] {
+      cudaLaunchKernelEx(&config, clusters ? &cluster_barrier_kernel : &grid_barrier_kernel, count);
+    });
+  };
+  const double none = us(0), all = us(barriers);
+  return none < 0 || all < 0 ? -1 : (all - none) / barriers;
+}
 
 // From the start of one empty kernel to the next one's, with kernels of them enqueued one by one or as a CUDA graph.
 double ceiling_gap_us(int kernels, int blocks, int overlap, int as_graph) {

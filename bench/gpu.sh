@@ -1,19 +1,27 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Builds, tests, sanitizes and benchmarks the cuda backend where there is a GPU. It needs nvcc, and a Python with torch,
-# pytest, hypothesis and numpy, but no network. Each part ends within 9 minutes and leaves its log in the output folder.
+# Builds, tests, sanitizes, benchmarks and profiles the cuda backend where there is a GPU. It needs nvcc, and a Python with
+# torch, pytest, hypothesis and numpy, but no network. Each part ends in time and leaves its log in the output folder.
 set -euo pipefail
 
-usage='usage: bench/gpu.sh [--build] [--test] [--sanitize] [--bench] [--step] [--output DIR]
+usage='usage: bench/gpu.sh [--build] [--test] [--sanitize] [--bench] [--peers] [--step] [--profile] [--limit SECONDS]
+                    [--output DIR]
 
-Without a part: all of them. DIR is bench/results unless given. PYTHON names the interpreter (python3).'
+Without a part: all of them. A part may take SECONDS (520); benchmarks leave cases out rather than take longer. DIR is
+bench/results unless given. PYTHON names the interpreter (python3).'
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 output=$root/bench/results
+limit=520
 parts=()
 while (($#)); do
   case $1 in
-    --build | --test | --sanitize | --bench | --step) parts+=("${1#--}") ;;
+    --build | --test | --sanitize | --bench | --peers | --step | --profile) parts+=("${1#--}") ;;
+    --limit)
+      [[ ${2-} =~ ^[1-9][0-9]*$ ]] || { echo "$usage" >&2; exit 2; }
+      limit=$2
+      shift
+      ;;
     --output)
       (($# > 1)) || { echo "$usage" >&2; exit 2; }
       output=$(realpath -m "$2")
@@ -30,7 +38,7 @@ while (($#)); do
   esac
   shift
 done
-((${#parts[@]})) || parts=(build test sanitize bench step)
+((${#parts[@]})) || parts=(build test sanitize bench peers step profile)
 
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
@@ -64,11 +72,11 @@ within() { timeout --signal=INT --kill-after=10 "$@"; }
 
 part_build() {
   nvcc --version | tail -n 2
-  GRADSURGERY_BUILD=cuda within 520 "$python" setup.py build_ext --inplace
+  GRADSURGERY_BUILD=cuda within "$limit" "$python" setup.py build_ext --inplace
   "$python" -c 'import gradsurgery; print(gradsurgery.backends())'
 }
 
-part_test() { within 520 "${pytest[@]}" tests -rs; }
+part_test() { within "$limit" "${pytest[@]}" tests -rs; }
 
 part_sanitize() {
   local tool option failed=0 ours=()
@@ -84,15 +92,27 @@ part_sanitize() {
     # initcheck has to see torch's kernels write what ours read.
     [[ $tool != initcheck ]] || filter=()
     echo "== $tool"
-    within 120 "${settings[@]}" compute-sanitizer --tool "$tool" "${options[@]}" "${filter[@]}" \
+    within "$((limit / 4))" "${settings[@]}" compute-sanitizer --tool "$tool" "${options[@]}" "${filter[@]}" \
       "${pytest[@]}" tests/test_cuda_kernels.py -k sanitize || { echo "== $tool failed: $?"; failed=1; }
   done
   return "$failed"
 }
 
-part_bench() { within 520 "$python" -m bench.gpu_stages --output "$output"; }
+# The rest of the time is for what runs before the first case and ends after the last one.
+part_bench() { within "$limit" "$python" -m bench.gpu_stages --budget "$((limit * 4 / 5))" --output "$output"; }
 
-part_step() { within 520 "$python" -m bench.step --device cuda --output "$output"; }
+part_peers() { within "$limit" "$python" -m bench.gpu_peers --budget "$((limit * 4 / 5))" --output "$output"; }
+
+# Four models with some ten contenders.
+part_step() {
+  within "$limit" "$python" -m bench.step --device cuda --seconds "$((limit < 130 ? 1 : limit / 130))" --output "$output"
+}
+
+part_profile() {
+  within "$limit" ncu --clock-control none --profile-from-start off --section SpeedOfLight --section LaunchStats \
+    --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis \
+    "$python" -m bench.gpu_profile
+}
 
 mkdir -p "$output"
 nvidia-smi -L 2> /dev/null || true

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -48,13 +48,15 @@ class Bench:
     values: dict[str, Tensor]
 
     @classmethod
-    def create(cls, device: torch.device, cache_bytes: int, largest: int) -> Bench:
-        """Draw enough values for every set of inputs of up to ``largest`` bytes."""
+    def create(
+        cls, device: torch.device, cache_bytes: int, largest: int, dtypes: Mapping[str, torch.dtype] = DTYPES
+    ) -> Bench:
+        """Draw enough values of each dtype for every set of inputs of up to ``largest`` bytes."""
         size = 2 * max(cache_bytes, largest) + largest
         generator = torch.Generator(device).manual_seed(0)
         values = {
             name: torch.empty((size + LIST_GAPS) // dtype.itemsize, dtype=dtype, device=device)
-            for name, dtype in DTYPES.items()
+            for name, dtype in dtypes.items()
         }
         for tensor in values.values():
             tensor.normal_(generator=generator)
@@ -237,9 +239,13 @@ def _solver_case(bench: Bench, spec: Spec) -> Case:
 
 def exact_gram(matrix: Tensor) -> Tensor:
     """Return J J^T, with float64 products and sums."""
-    # Many short products use more of a GPU than one long one.
-    blocks = (block.unflatten(1, (-1, COLUMNS)).movedim(1, 0) for block in _widened(matrix))
-    return sum((block @ block.mT).sum(0) for block in blocks)
+    products = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
+    for block in _widened(matrix):
+        # Many short products use more of a GPU than one long one.
+        rest = block.shape[1] % COLUMNS
+        parts = block[:, rest:].unflatten(1, (-1, COLUMNS)).movedim(1, 0)
+        products += (parts @ parts.mT).sum(0) + block[:, :rest] @ block[:, :rest].mT
+    return products
 
 
 def direction_error(matrix: Tensor, weights: Tensor, direction: Out) -> float:

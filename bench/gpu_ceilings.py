@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the machine reaches at most: bandwidths, instruction rates, the time from one kernel to the next."""
+"""What the machine reaches at most: bandwidths, instruction rates, barriers, the time from one kernel to the next."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 SOURCE = Path(__file__).parent / "ceilings.cu"
 WARP = 32
 GAP_KERNELS = 400
+BARRIERS = 200
 
 # In the order of ceiling_rate_us: name, floating-point operations of one instruction of a warp, words per lane, the
 # words' dtype, compute capability from which it exists.
@@ -56,6 +57,7 @@ def _gpu_ceilings(device: torch.device, size: int) -> dict[str, float]:
         "ceiling_read_us": [pointer, size_type, number, number, number, pointer],
         "ceiling_copy_us": [pointer, size_type, number, number, number, pointer],
         "ceiling_rate_us": [number, pointer, number, number, number, pointer],
+        "ceiling_barrier_us": [number, number, number],
         "ceiling_gap_us": [number, number, number, number],
     }.items():
         function = getattr(library, name)
@@ -63,6 +65,7 @@ def _gpu_ceilings(device: torch.device, size: int) -> dict[str, float]:
     return {
         **_bandwidths(library, device, processors, size),
         **_rates(library, device, processors, capability[0]),
+        **_barriers(library, processors, capability[0]),
         **_gaps(library, processors),
     }
 
@@ -99,6 +102,14 @@ def _rates(library: ctypes.CDLL, device: torch.device, processors: int, major: i
             best = max(best, grid * threads // WARP * issued * operations / _checked(us) / 1e6)
         rates[f"{name} TFLOP/s"] = best
     return rates
+
+
+def _barriers(library: ctypes.CDLL, processors: int, major: int) -> dict[str, float]:
+    kinds = ("grid", "cluster") if major >= 9 else ("grid",)
+    return {
+        f"barrier {kind} us": _checked(library.ceiling_barrier_us(BARRIERS, processors, clusters))
+        for clusters, kind in enumerate(kinds)
+    }
 
 
 def _gaps(library: ctypes.CDLL, processors: int) -> dict[str, float]:

@@ -7,17 +7,22 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import gradsurgery as gs
 
-from .gpu_targets import judge
 from .gpu_timing import Row
 from .origin import commit
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 HEADING = ["stage", "form", "T", "N", "dtype", "cache", "contender"]
 FIGURES = ["median us", "p20", "p80", "x floor", "x flat", "host us", "error", "rounds"]
@@ -47,6 +52,7 @@ def provenance(device: torch.device) -> dict[str, object]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
+            **_others(),
         },
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -74,27 +80,29 @@ def print_row(row: Row) -> None:
     print(_line(where, [row.note] if row.note else [*cells, str(row.rounds)]), flush=True)
 
 
-def print_targets(rows: list[Row]) -> None:
+def print_targets(verdicts: list[dict[str, Any]]) -> None:
     """Print each target with the measured figure and the case it comes from."""
     words = {True: "met", False: "missed", None: "not measured"}
-    for verdict in judge(rows):
+    for verdict in verdicts:
         figure = "-" if verdict["measured"] is None else f"{verdict['measured']:.3g}"
-        print(f"{words[verdict['met']]:13}{figure:>9}  {verdict['target']:74}{verdict['worst']}".rstrip())
+        print(f"{words[verdict['met']]:13}{figure:>9}  {verdict['target']:74}{verdict.get('worst', '')}".rstrip())
 
 
-def store(folder: Path, command: str, origin: dict[str, object], ceilings: dict[str, float], rows: list[Row]) -> Path:
-    """Write the run as JSON, named after the machine."""
+def store(
+    folder: Path,
+    benchmark: str,
+    command: str,
+    origin: dict[str, object],
+    rows: Sequence[DataclassInstance],
+    verdicts: list[dict[str, Any]],
+    **measured: object,
+) -> Path:
+    """Write a run as JSON, named after the benchmark and the machine."""
     machine = origin["machine"]
     assert isinstance(machine, dict)
-    slug = re.sub(r"[^a-z0-9]+", "-", str(machine["name"]).lower()).strip("-")
-    path = folder / f"gpu-stages-{slug}.json"
-    content = {
-        **origin,
-        "command": command,
-        "ceilings": ceilings,
-        "rows": [asdict(row) for row in rows],
-        "targets": judge(rows),
-    }
+    slug = re.sub(r"[^a-z0-9]+", "-", str(machine["name"]).lower()).strip("-") if "capability" in machine else "cpu"
+    path = folder / f"{benchmark}-{slug}.json"
+    content = {**origin, "command": command, **measured, "rows": [asdict(row) for row in rows], "targets": verdicts}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
@@ -103,6 +111,17 @@ def store(folder: Path, command: str, origin: dict[str, object], ceilings: dict[
 def _line(where: list[str], figures: list[str]) -> str:
     left = " ".join(f"{cell:{width}}" for cell, width in zip(where, WIDTHS, strict=True))
     return f"{left} {' '.join(f'{cell:>9}' for cell in figures)}"
+
+
+def _others() -> dict[str, str]:
+    """Return the versions of the other packages that are installed."""
+    found = {}
+    for name in ("torchjd", "pytorch_optimizer"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _driver(device: torch.device) -> dict[str, str]:

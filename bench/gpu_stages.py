@@ -24,6 +24,7 @@ import gradsurgery as gs
 from .gpu_cases import DTYPES, SOLVED, STAGES, Bench, columns, prepare
 from .gpu_ceilings import measure as measure_ceilings
 from .gpu_report import print_ceilings, print_heading, print_row, print_targets, provenance, store
+from .gpu_targets import judge
 from .gpu_timing import Row, Spec, measure
 
 RESULTS = Path(__file__).parent / "results"
@@ -117,8 +118,9 @@ def main() -> int:
             print_row(row)
         rows += measured
     print()
-    print_targets(rows)
-    path = store(options.output, command, origin, ceilings, rows)
+    verdicts = judge(rows)
+    print_targets(verdicts)
+    path = store(options.output, "gpu-stages", command, origin, rows, verdicts, ceilings=ceilings)
     left_out = sum(row.note.startswith("left out") for row in rows)
     print(f"\n{len(rows)} rows in {path}; {failures} cases failed, {left_out} left out")
     return 1 if failures else 0

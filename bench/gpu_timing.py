@@ -6,8 +6,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy
 import torch
@@ -29,6 +30,7 @@ MIN_SAMPLE_S = 1e-3
 HOST_ROUNDS, HOST_CALLS = 7, 50
 
 Call = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass
@@ -88,21 +90,21 @@ class Row(Spec):
 
 def measure(case: Case, device: torch.device, seconds: float, ceilings: dict[str, float]) -> list[Row]:
     """Return one row per contender, each measured for about ``seconds``."""
-    sampler = _graph_sampler if device.type == "cuda" else _host_sampler
+    sampler = graph_sampler if device.type == "cuda" else eager_sampler
     rows = {name: Row(**asdict(case.spec), contender=name) for name in case.calls}
     samplers = {}
     for name, calls in case.calls.items():
         try:
-            samplers[name] = sampler(calls)
+            samplers[name] = sampler(calls, device)
         except RuntimeError as error:
             if name == OURS:
                 raise
             rows[name].note = f"failed: {error}"
     floor_us = (case.read_bytes / ceilings["read GB/s"] + case.copy_bytes / ceilings["copy GB/s"]) / 1e3
-    for name, times in _interleave(samplers, seconds).items():
+    for name, times in interleave(samplers, seconds).items():
         row = rows[name]
         row.rounds = len(times)
-        row.p20_us, row.median_us, row.p80_us = (1e6 * numpy.quantile(times, (0.2, 0.5, 0.8))).tolist()
+        row.p20_us, row.median_us, row.p80_us = quantiles(times)
         if row.cache == "hot":
             row.host_us = 1e6 * _host_seconds(case.calls[name], device, seconds)
         elif floor_us:
@@ -116,9 +118,14 @@ def measure(case: Case, device: torch.device, seconds: float, ceilings: dict[str
     return list(rows.values())
 
 
-def _interleave(samplers: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
+def quantiles(times: list[float]) -> list[float]:
+    """Return the 20th percentile, the median and the 80th percentile in microseconds."""
+    return (1e6 * numpy.quantile(times, (0.2, 0.5, 0.8))).tolist()  # type: ignore[no-any-return]
+
+
+def interleave(samplers: dict[Name, Callable[[], float]], seconds: float) -> dict[Name, list[float]]:
     """Return seconds per call, one value per round, the contenders in a new order in each round."""
-    first: dict[str, list[float]] = {}
+    first: dict[Name, list[float]] = {}
     planned = {}
     for name, sample in samplers.items():
         begin = time.perf_counter()
@@ -130,9 +137,9 @@ def _interleave(samplers: dict[str, Callable[[], float]], seconds: float) -> dic
     return {name: first[name] + times[name] for name in samplers}
 
 
-def _graph_sampler(calls: list[Call]) -> Callable[[], float]:
+def graph_sampler(calls: list[Call], device: torch.device) -> Callable[[], float]:
     """Capture the calls in one graph; return a function that times one replay of it."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # What calls allocate or move to the device once has to be there before the capture.
@@ -164,32 +171,25 @@ def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def _host_sampler(calls: list[Call]) -> Callable[[], float]:
-    once = min(_pass_seconds(calls, 1) for _ in range(2))
+def eager_sampler(calls: list[Call], device: torch.device) -> Callable[[], float]:
+    """Return a function that times calls as a program without graphs makes them."""
+    once = min(_pass_seconds(calls, 1, device) for _ in range(2))
     passes = math.ceil(MIN_SAMPLE_S / (once * len(calls)))
-    return lambda: _pass_seconds(calls, passes)
+    return lambda: _pass_seconds(calls, passes, device)
 
 
-def _pass_seconds(calls: list[Call], passes: int) -> float:
+def _pass_seconds(calls: list[Call], passes: int, device: torch.device) -> float:
+    """Return seconds per call, all enqueued in a row, with one wait at the end."""
     begin = time.perf_counter()
     for _ in range(passes):
         for call in calls:
             call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return (time.perf_counter() - begin) / (passes * len(calls))
 
 
 def _host_seconds(calls: list[Call], device: torch.device, seconds: float) -> float:
-    """Return seconds per call as a program without graphs sees them: enqueued in a row, one wait at the end."""
-
-    def sample(passes: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(passes):
-            for call in calls:
-                call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - begin) / (passes * len(calls))
-
-    once = min(sample(1), sample(1))
+    once = min(_pass_seconds(calls, 1, device) for _ in range(2))
     passes = math.ceil(min(HOST_CALLS, seconds / HOST_ROUNDS / once) / len(calls))
-    return statistics.median(sample(passes) for _ in range(HOST_ROUNDS))
+    return statistics.median(_pass_seconds(calls, passes, device) for _ in range(HOST_ROUNDS))

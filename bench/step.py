@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from .gpu_report import provenance
+from .counts import peak_bytes
+from .gpu_report import print_targets, provenance, store
 from .step_contenders import METHODS, PARTS, Step, contenders
 from .step_models import WORKLOADS, MultiTaskModel, Workload
 from .step_targets import judge
@@ -88,16 +88,9 @@ def main() -> int:
             print_rows(measured)
             rows += measured
     verdicts = judge(rows, device.type)
-    for verdict in verdicts:
-        figure = "-" if verdict["measured"] is None else f"{verdict['measured']:.3g}"
-        word = {True: "met", False: "missed", None: "not measured"}[verdict["met"]]
-        print(f"{verdict['target']}: {figure}, {word}")
-    name = "cpu" if device.type == "cpu" else origin["machine"]["name"].lower().replace(" ", "-")  # type: ignore[index]
-    path = options.output / f"step-{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    print_targets(verdicts)
     command = " ".join(["python -m bench.step", *sys.argv[1:]])
-    content = {**origin, "command": command, "rows": [asdict(row) for row in rows], "targets": verdicts}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path = store(options.output, "step", command, origin, rows, verdicts)
     print(f"{len(rows)} rows in {path}")
     return int(any(row.note for row in rows if row.contender.startswith(METHODS)))
 
@@ -141,23 +134,6 @@ def _time(step: Step, device: torch.device) -> dict[str, float]:
     watch = Watch(device)
     step(watch.part)
     return watch.seconds
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes of a device's memory that tensors take during a call, above those before it."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def print_rows(rows: list[Row]) -> None:

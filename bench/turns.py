@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 Sample = TypeVar("Sample")
+Name = TypeVar("Name", bound=Hashable)
 
 
 def take_turns(
-    samplers: Mapping[str, Callable[[], Sample]],
-    rounds: Mapping[str, int],
+    samplers: Mapping[Name, Callable[[], Sample]],
+    rounds: Mapping[Name, int],
     after_round: Callable[[], object] | None = None,
-) -> dict[str, list[Sample]]:
+) -> dict[Name, list[Sample]]:
     """Call each sampler so many times; return what came. Garbage is collected by ``after_round`` at most."""
-    samples: dict[str, list[Sample]] = {name: [] for name in samplers}
+    samples: dict[Name, list[Sample]] = {name: [] for name in samplers}
     total = max(rounds.values(), default=0)
     shuffle = random.Random(0).shuffle
     gc.disable()

@@ -140,9 +140,10 @@ def test_forms_hold_the_same_bytes():
 def test_script_parses_and_explains_itself():
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
     assert "--sanitize" in run_script("--help").stdout
-    wrong = run_script("--tests")
-    assert wrong.returncode == 2
-    assert "usage" in wrong.stderr
+    for arguments in (["--tests"], ["--limit"], ["--limit", "0"], ["--limit", "soon"]):
+        wrong = run_script(*arguments)
+        assert wrong.returncode == 2
+        assert "usage" in wrong.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""How much faster than other packages the cuda backend is meant to be, and whether a run reached it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .gpu_peer_contenders import PRODUCTS
+from .gpu_timing import Row
+from .targets import Target
+
+SIZES = (10**5, 10**6, 10**7, 10**8)
+TARGETS = [
+    *(Target("pcgrad", tasks, 10**5, 5, PRODUCTS, faster=True) for tasks in (2, 8, 32)),
+    *(Target("pcgrad", tasks, size, 2, PRODUCTS, faster=True) for tasks in (2, 8, 32) for size in SIZES[2:]),
+    *(Target("pcgrad", 8, size, 20, "pytorch_optimizer", faster=True) for size in SIZES),
+    Target("pcgrad", 32, 10**5, 300, "pytorch_optimizer", faster=True),
+]
+
+
+def judge(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return each target with the measured figure, per dtype and way to call; None where there is no row at all."""
+    medians: dict[tuple[str, str], dict[tuple[str, str, int, int | None], float]] = {}
+    for row in rows:
+        if row.median_us is not None:
+            key = row.stage, row.contender, row.tasks, row.size
+            medians.setdefault((row.dtype, getattr(row, "how", "eager")), {})[key] = row.median_us
+    verdicts: list[dict[str, Any]] = []
+    for target in TARGETS:
+        figures = [(*way, target.measured(found)) for way, found in medians.items()]
+        measured = [(dtype, how, figure) for dtype, how, figure in figures if figure is not None]
+        for dtype, how, figure in measured:
+            verdicts.append(
+                {"target": f"{target.text()}, {dtype}, {how}", "measured": figure, "met": target.met(figure)}
+            )
+        if not measured:
+            verdicts.append({"target": target.text(), "measured": None, "met": None})
+    return verdicts

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""From task gradients to the direction on a GPU: this package beside others, in one process.
+
+Run ``bench/gpu.sh --peers``, or ``python -m bench.gpu_peers`` from the repository's root. Inputs take turns that
+together exceed the level-2 cache twice. Each contender is timed as a program calls it ("eager": enqueued in a row, with
+one wait at the end), and as a CUDA graph where it does not wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+import gradsurgery as gs
+
+from .counts import launches, peak_bytes, synchronisations
+from .gpu_cases import DTYPES, Bench, direction_error, exact_gram
+from .gpu_ceilings import measure as measure_ceilings
+from .gpu_peer_contenders import METHODS, Contender, contenders
+from .gpu_peer_targets import judge
+from .gpu_report import print_ceilings, print_targets, provenance, store
+from .gpu_timing import OURS, TRITON, Call, Row, Spec, eager_sampler, graph_sampler, interleave, quantiles
+
+RESULTS = Path(__file__).parent / "results"
+CAP_S = 2.0
+"""A contender is skipped where one call should take longer, judged by the square of T from a case with fewer tasks."""
+COPIES = 5
+"""Of the largest J that have to fit: three that inputs are views of, a stack of its rows, a margin."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which cases a run takes, the ones that matter most first."""
+
+    seconds: float
+    """For each contender of a case."""
+    ceiling_bytes: int
+    tasks: tuple[int, ...]
+    """Ascending: what a contender takes is foreseen from fewer tasks."""
+    sizes: tuple[int, ...]
+    counted: tuple[int, ...]
+    """The sizes at which launches are counted, which takes long and seldom depends on N."""
+
+
+FULL = Plan(0.05, 2 << 30, (2, 4, 8, 16, 32, 64), (10**5, 10**7, 10**8, 10**6), (10**5, 10**7))
+QUICK = Plan(0.002, 16 << 20, (2, 4), (10**4,), (10**4,))
+
+
+@dataclass
+class PeerRow(Row):
+    """What was measured of one contender, called in one way."""
+
+    how: str = "eager"
+    """eager or graph."""
+    peak_mb: float | None = None
+    """The most memory that a call takes on top of what lay there before it."""
+    launches: int | None = None
+    """Kernels, copies and fills of a call."""
+    synchronisations: int | None = None
+    """Waits of the host in a call."""
+
+
+def main() -> int:
+    """Measure, print and store; return 1 if one of our contenders failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_peers", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few sizes and few rounds")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try this script out")
+    parser.add_argument("--budget", type=float, default=420, help="seconds after which the other cases are left out")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the JSON")
+    options = parser.parse_args()
+    if not gs.backends()[options.device].startswith("available"):
+        parser.error(f"the {options.device} backend cannot be measured: {gs.backends()[options.device]}")
+
+    deadline = time.monotonic() + options.budget
+    plan = QUICK if options.quick else FULL
+    device = torch.device(options.device)
+    origin = provenance(device)
+    ceilings = measure_ceilings(device, plan.ceiling_bytes)
+    print(f"{origin['machine']}\n{origin['versions']}\ncommit {origin['commit']}\n")
+    print_ceilings(ceilings)
+    rows: list[PeerRow] = []
+    clock = Clock(device, plan, ceilings)
+    for bench, specs in _inputs(plan, device):
+        for spec in specs:
+            if bench is None or time.monotonic() > deadline:
+                why = "the memory is too small" if bench is None else "the time is up"
+                rows.append(PeerRow(**asdict(spec), note=f"left out: {why}"))
+                continue
+            measured = clock.measure(bench, spec)
+            print_case(spec, measured)
+            rows += measured
+    verdicts = judge(rows)
+    print_targets(verdicts)
+    command = f"python -m bench.gpu_peers --device {options.device}{' --quick' * options.quick}"
+    path = store(options.output, "gpu-peers", command, origin, rows, verdicts, ceilings=ceilings)
+    left_out = sum(row.note.startswith("left out") for row in rows)
+    print(f"\n{len(rows)} rows in {path}; {left_out} cases left out")
+    return int(any(row.note.startswith("failed") and row.contender in (OURS, TRITON) for row in rows))
+
+
+def _inputs(plan: Plan, device: torch.device) -> Iterator[tuple[Bench | None, Iterator[Spec]]]:
+    """Yield inputs of one dtype and what to measure on them; None where they do not fit into memory."""
+    for method, (name, dtype) in product(METHODS, DTYPES.items()):
+        cache, fitting = 0, float("inf")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            fitting = torch.cuda.mem_get_info(device)[0] / COPIES
+        shapes = [Spec(method, "flat", tasks, size, name, "cold") for size, tasks in product(plan.sizes, plan.tasks)]
+        largest = max(spec.bytes for spec in shapes if spec.bytes <= fitting)
+        bench = Bench.create(device, cache, largest + largest // 100, {name: dtype})
+        yield bench, iter([spec for spec in shapes if spec.bytes <= largest])
+        yield None, iter([spec for spec in shapes if spec.bytes > largest])
+        del bench  # before there is the next one
+
+
+class Clock:
+    """Measures cases, and remembers what each contender took to foresee which ones take too long."""
+
+    def __init__(self, device: torch.device, plan: Plan, ceilings: dict[str, float]) -> None:
+        """Measure on a device whose ceilings are known."""
+        self.device, self.plan, self.ceilings = device, plan, ceilings
+        self._seen: dict[tuple[str, str, int | None, str], tuple[int, float]] = {}
+
+    def measure(self, bench: Bench, spec: Spec) -> list[PeerRow]:
+        """Return a row for each contender and way to call it."""
+        matrices = bench.matrices(spec)
+        exact = exact_gram(matrices[0])
+        direction_bytes = spec.bytes // spec.tasks
+        moved = spec.bytes / self.ceilings["read GB/s"] + (spec.bytes + direction_bytes) / self.ceilings["copy GB/s"]
+        rows, samplers = [], {}
+        for contender in contenders(bench, spec, matrices, exact):
+            row = PeerRow(**asdict(spec), contender=contender.name, floor_us=moved / 1e3)
+            rows.append(row)
+            expected = self._expected(row)
+            if expected > CAP_S:
+                row.note = f"skipped: one call would take about {expected:.0f} s"
+                continue
+            try:
+                calls = contender.calls(matrices)
+                self.describe(row, contender, matrices[0], calls)
+                samplers[len(rows) - 1] = eager_sampler(calls, self.device)
+                if contender.captured and self.device.type == "cuda":
+                    rows.append(replace(row, how="graph", peak_mb=None, launches=None, synchronisations=None))
+                    samplers[len(rows) - 1] = graph_sampler(calls, self.device)
+            except (ImportError, RuntimeError, TypeError, ValueError) as error:
+                rows[-1].note = f"failed: {(str(error) or repr(error)).splitlines()[0][:200]}"
+        for index, times in interleave(samplers, self.plan.seconds).items():
+            self._enter(rows[index], times)
+        if self.device.type == "cuda":
+            # Memory of the case's graphs serves no other case until it is given back.
+            samplers.clear()
+            torch.cuda.empty_cache()
+        ours = {row.how: row.median_us for row in rows if row.contender == OURS}
+        for row in rows:
+            if row.contender != OURS and row.median_us and ours.get(row.how):
+                row.x_ours = row.median_us / ours[row.how]  # type: ignore[operator]
+        return rows
+
+    def describe(self, row: PeerRow, contender: Contender, first: torch.Tensor, calls: list[Call]) -> None:
+        """Enter everything but times: the error of a first call, and what the first of the calls does."""
+        result = contender.calls([first])[0]()
+        if contender.weights is not None:
+            row.error = direction_error(first, contender.weights, result)  # type: ignore[arg-type]
+        row.peak_mb = peak_bytes(calls[0], self.device) / 1e6
+        if row.size in self.plan.counted:
+            row.launches = launches(calls[0], self.device)
+        row.synchronisations = synchronisations(calls[0], self.device)
+
+    def _enter(self, row: PeerRow, times: list[float]) -> None:
+        row.rounds = len(times)
+        row.p20_us, row.median_us, row.p80_us = quantiles(times)
+        row.x_floor = row.median_us / row.floor_us  # type: ignore[operator]
+        if row.how == "eager":
+            self._seen[row.stage, row.contender, row.size, row.dtype] = row.tasks, row.median_us / 1e6
+
+    def _expected(self, row: PeerRow) -> float:
+        """Return the seconds of one call, from fewer tasks: no contender grows faster than T squared."""
+        tasks, seconds = self._seen.get((row.stage, row.contender, row.size, row.dtype), (row.tasks, 0.0))
+        return seconds * (row.tasks / tasks) ** 2
+
+
+def print_case(spec: Spec, rows: list[PeerRow]) -> None:
+    """Print a case as soon as it is there."""
+    print(f"\n{spec.stage} T={spec.tasks} N={spec.size:g} {spec.dtype}")
+    for row in rows:
+        if row.median_us is None:
+            print(f"  {row.contender:26}{row.how:6}{row.note}")
+            continue
+        figures = (row.median_us, row.p20_us, row.p80_us, row.x_floor, row.x_ours, row.peak_mb, row.error)
+        cells = "".join(f"{'-' if figure is None else f'{figure:.4g}':>10}" for figure in figures)
+        counts = "".join(f"{'-' if c is None else c:>7}" for c in (row.launches, row.synchronisations, row.rounds))
+        print(f"  {row.contender:26}{row.how:6}{cells}{counts}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
