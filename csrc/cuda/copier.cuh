@@ -7,11 +7,18 @@
 
 namespace gs::gpu {
 
+// Whether the rows of a stage are still to be shifted; below it, 4 bits for each row of a group of lanes: by how many
+// elements.
+constexpr uint32_t kToShift = 1u << 31;
+
 // A thread's part of the stages of a slot, of which each is a turn. A stage holds, for each row, kHalves neighbouring
-// vectors of each of its kRowLanes lanes. Layout says where:
+// vectors of each of its kRowLanes lanes. Rows that differ in their alignment come as the aligned vectors in which they
+// lie, one more than the lanes have, and are shifted when they are there. Layout says where:
 //   * kRows, kHalves: the rows of a thread at most, the vectors of each;
+//   * kShifts: whether there are such rows;
 //   * row(r), holds(r): the task of the thread's r-th row, and whether the stage has one;
-//   * place(r, half): of its vector in a stage.
+//   * place(r, half, lane): of a vector of one of the row's lanes in a stage;
+//   * extra(r), mark(): of the one more, and of the word that says what to shift, in words.
 // What a stage has of tasks beyond the last one is not written, nor are their products.
 template <class In, class Layout>
 class Copier {
@@ -23,27 +30,49 @@ class Copier {
   GS_DEVICE bool done() const { return turns_.done(); }
 
   GS_DEVICE void fill(Vector<In>* stage) {
+    uint32_t mark = 0;
     if (!turns_.is_whole()) {
       const Steps steps = turns_.rest_steps();
       each_vector(
           [&](int r, int half, int place) { stage[place] = turns_.load_rest(rows_[r], steps, row_lane(), half); });
-    } else if (turns_.aligned()) {
+    } else if (!Layout::kShifts || turns_.aligned()) {
       const int64_t column = turns_.column() + row_lane() * kVector<In>;
       each_vector([&](int r, int half, int place) {
         const In* from = rows_[r] ? rows_[r] + column + half * kStep : nullptr;
         copy_to_shared(stage + place, reinterpret_cast<const Vector<In>*>(from));
       });
-    } else {
-#pragma unroll 1
-      for (int e = 0; e < kVector<In>; e++) {
-        const int64_t column = turns_.column() + row_lane() + e * kRowLanes;
-        each_vector([&](int r, int half, int place) {
-          const In* from = rows_[r] ? rows_[r] + column + half * kStep : nullptr;
-          copy_element(reinterpret_cast<In*>(stage + place) + e, from);
-        });
+    } else if constexpr (Layout::kShifts) {
+      mark = kToShift;
+#pragma unroll
+      for (int r = 0; r < Layout::kRows; r++) {
+        if (!layout_.holds(r)) continue;
+        const In* first = rows_[r] ? rows_[r] + turns_.column() : nullptr;
+        const auto shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first) % 16 / sizeof(In));
+        mark |= shift << 4 * r;
+        const auto* from = reinterpret_cast<const Vector<In>*>(first - shift);
+        const auto copy = [&](int place, int number) {
+          copy_to_shared(stage + place, first ? from + number : nullptr);
+        };
+#pragma unroll
+        for (int half = 0; half < Layout::kHalves; half++) {
+          copy(layout_.place(r, half, row_lane()), half * kRowLanes + row_lane());
+        }
+        if (row_lane() == kRowLanes - 1) copy(layout_.extra(r), Layout::kHalves * kRowLanes);
       }
     }
+    if constexpr (Layout::kShifts) {
+      if (row_lane() == 0) mark_of(layout_, stage) = mark;
+    }
     if (turns_.next()) open();
+  }
+
+  // To be called by all lanes of a warp when their copies to a stage have arrived.
+  GS_DEVICE void straighten(Vector<In>* stage) const {
+    if constexpr (Layout::kShifts) {
+      sync_warp();
+      const uint32_t mark = mark_of(layout_, stage);
+      if (mark & kToShift) shift_rows(layout_, stage, mark);
+    }
   }
 
  private:
@@ -55,14 +84,28 @@ class Copier {
     for (int r = 0; r < Layout::kRows; r++) {
       if (!layout_.holds(r)) continue;
 #pragma unroll
-      for (int half = 0; half < Layout::kHalves; half++) visit(r, half, layout_.place(r, half));
+      for (int half = 0; half < Layout::kHalves; half++) visit(r, half, layout_.place(r, half, row_lane()));
     }
   }
-  GS_DEVICE static void copy_element(In* to, const In* from) {
-    if constexpr (sizeof(In) >= 4) {
-      copy_to_shared(to, from);
-    } else {
-      *to = from ? *from : In{};  // copies have at least 4 bytes
+  GS_DEVICE static uint32_t& mark_of(const Layout& layout, Vector<In>* stage) {
+    return reinterpret_cast<uint32_t*>(stage)[layout.mark()];
+  }
+  GS_DEVICE static void shift_rows(const Layout& layout, Vector<In>* stage, uint32_t mark) {
+#pragma unroll 1
+    for (int r = 0; r < Layout::kRows; r++) {
+#pragma unroll 1
+      for (int half = 0; half < Layout::kHalves; half++) {
+        Vector<In> own = {}, next = {};
+        const int place = layout.place(r, half, row_lane());
+        if (layout.holds(r)) {
+          own = stage[place];
+          next = stage[row_lane() + 1 < kRowLanes   ? layout.place(r, half, row_lane() + 1)
+                       : half + 1 < Layout::kHalves ? layout.place(r, half + 1, 0)
+                                                    : layout.extra(r)];
+        }
+        sync_warp();  // before it is overwritten
+        if (layout.holds(r)) stage[place] = shifted(own, next, mark >> 4 * r & 15);
+      }
     }
   }
   GS_DEVICE void open() {
@@ -75,7 +118,8 @@ class Copier {
     turns_.get_rows(task, rows_);
   }
 
-  Turns<In, kRowLanes, Layout::kHalves> turns_;
+  // The aligned vectors of a row's columns reach up to a vector beyond them, which are the row's own as well.
+  Turns<In, kRowLanes, Layout::kHalves, kVector<In>> turns_;
   const int num_tasks_;
   const Layout layout_;
   const In* rows_[Layout::kRows];
@@ -90,6 +134,7 @@ GS_DEVICE void for_each_stage(Copier<In, Layout>& ahead, Vector<In>* ring, int s
   for (int n = 1 - kStages; n < filled; n++) {
     if (n >= 0) {
       wait_for_copies<kStages - 2>();
+      ahead.straighten(ring + (at + 1 == kStages ? 0 : at + 1) * stage_vectors);
       before_use();
     }
     // The stage that is filled was used in the last turn.

@@ -63,17 +63,27 @@ struct Owner {
 // In a row of a stage, vector c is at c ^ swizzle_of(row), so that 8 rows of one vector meet all banks.
 GS_DEVICE int swizzle_of(int row) { return row / 2 % kRowLanes; }
 
-// A stage is [halves][rows][kRowLanes] vectors, of which a thread always copies those of the same rows.
-template <bool kMany>
+// A stage is [halves][rows][kRowLanes] vectors, of which a thread always copies those of the same rows, then the extra
+// ones of the rows, then the marks of the groups of lanes.
+template <bool kMany, bool kShiftsRows>
 struct BlockLayout {
+  static constexpr bool kShifts = kShiftsRows;
   static constexpr int kRows = kMany ? 4 : 1, kHalves = kMany ? 1 : 2;
   int half_vectors;
 
+  GS_HOST_DEVICE int extras() const { return kHalves * half_vectors; }
+  GS_HOST_DEVICE int marks() const { return extras() + half_vectors / kRowLanes; }
+  GS_HOST_DEVICE int vectors(int block_threads) const {
+    return kShifts ? marks() + block_threads / kRowLanes / 4 : extras();
+  }
+
   GS_DEVICE int row(int r) const { return (thread() + r * threads()) / kRowLanes; }
   GS_DEVICE bool holds(int r) const { return row(r) * kRowLanes < half_vectors; }
-  GS_DEVICE int place(int r, int half) const {
-    return half * half_vectors + row(r) * kRowLanes + (row_lane() ^ swizzle_of(row(r)));
+  GS_DEVICE int place(int r, int half, int lane) const {
+    return half * half_vectors + row(r) * kRowLanes + (lane ^ swizzle_of(row(r)));
   }
+  GS_DEVICE int extra(int r) const { return extras() + row(r); }
+  GS_DEVICE int mark() const { return 4 * marks() + thread() / kRowLanes; }
 };
 
 // Where a lane reads in half a stage, in vectors from the first one of a block of 8 rows: for float64 tiles a vector of
@@ -131,10 +141,10 @@ GS_DEVICE void add_tiles(FloatTiles<In, 1, kTiles>& tiles, const Vector<In>* lef
 }
 
 // Writes the sums that the block has of a slot. A warp may leave the last two of its tiles out.
-template <class In, bool kMany, int kTiles, class Tiles>
+template <class In, bool kMany, bool kShifts, int kTiles, class Tiles>
 GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& split, int own, int own_split,
                              Tiles& tiles, double* partials) {
-  using Layout = BlockLayout<kMany>;
+  using Layout = BlockLayout<kMany, kShifts>;
   const int slot = static_cast<int>(block() / split.parts), part = static_cast<int>(block() % split.parts);
   const Owner owner(split, part, own);
   const bool last_tiles = owner.tiles > kTiles - 2;
@@ -144,9 +154,10 @@ GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& spl
   const int half_vectors = split.half_vectors(), left = lane_offset(tiles) + 2 * owner.strip * kBlockVectors;
   const int right = lane_offset(tiles) + owner.first_right * kBlockVectors;
   const int wrapped = right - owner.blocks * kBlockVectors, wrap = owner.blocks - owner.first_right;
-  Copier<In, Layout> ahead(table, slot, num_tasks, Layout{half_vectors}, 0, 1);
+  const Layout layout{half_vectors};
+  Copier<In, Layout> ahead(table, slot, num_tasks, layout, 0, 1);
   for_each_stage<kStages>(
-      ahead, &shared<Vector<In>>(), Layout::kHalves * half_vectors, [] { sync_block(); },
+      ahead, &shared<Vector<In>>(), layout.vectors(threads()), [] { sync_block(); },
       [&](const Vector<In>* stage) {
 #pragma unroll 1
         for (int half = 0; half < Layout::kHalves; half++) {
@@ -169,14 +180,14 @@ GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& spl
   double* partial = partials + slot * pairs_of(num_tasks);
   write_tiles<1, kTiles>(tiles, own, split.owners(), own_split, split.splits, place, &shared<double>(), partial);
 }
-template <class In, int kTiles>
+template <class In, bool kShifts, int kTiles>
 GS_RARE void sum_and_write_in_double(const Table& table, int num_tasks, const Split& split, int own, int own_split,
                                      double* partials) {
   DoubleTiles<In, 1, kTiles> tiles;
-  sum_and_write<In, false, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
+  sum_and_write<In, false, kShifts, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
 }
 
-template <class In, int kTiles, bool kDouble, bool kMany>
+template <class In, int kTiles, bool kDouble, bool kMany, bool kShifts>
 GS_KERNEL GS_BLOCKS(most_warps(kMany) * kWarp, 1)
     staged_kernel(GS_ARGUMENT(Table) table, int num_tasks, double* partials) {
   wait_for_previous_kernel();
@@ -187,28 +198,37 @@ GS_KERNEL GS_BLOCKS(most_warps(kMany) * kWarp, 1)
   const int own = group * split.shares + (warp + own_split * (split.shares / 2)) % split.shares;
   if constexpr (kDouble) {
     DoubleTiles<In, 1, kTiles> tiles;
-    sum_and_write<In, kMany, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
+    sum_and_write<In, kMany, kShifts, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
   } else {
     FloatTiles<In, 1, kTiles> tiles;
-    sum_and_write<In, kMany, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
+    sum_and_write<In, kMany, kShifts, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
     if constexpr (!std::is_same_v<In, float16>) {  // which always fits
       const double* partial = partials + block() * pairs_of(num_tasks);
       if (any_misfit(tiles, own % split.shares * kRows, num_tasks, table.width, partial)) {
-        sum_and_write_in_double<In, kTiles>(table, num_tasks, split, own, own_split, partials);
+        sum_and_write_in_double<In, kShifts, kTiles>(table, num_tasks, split, own, own_split, partials);
       }
     }
   }
 }
 
-template <class In, bool kDouble, bool kMany, int kTiles>
+template <class In, bool kDouble, bool kMany, bool kShifts, int kTiles = kMany ? 4 : 3>
 gs_status launch_one(const Table& table, int num_tasks, double* partials, gs_stream stream) {
   const Split split(num_tasks);
   if constexpr (kTiles < kMostTiles) {
-    if (split.tiles > kTiles) return launch_one<In, kDouble, kMany, kTiles + 1>(table, num_tasks, partials, stream);
+    if (split.tiles > kTiles) {
+      return launch_one<In, kDouble, kMany, kShifts, kTiles + 1>(table, num_tasks, partials, stream);
+    }
   }
-  const int64_t ring_bytes = int64_t{kStages} * BlockLayout<kMany>::kHalves * split.half_vectors() * 16;
-  return launch(&staged_kernel<In, kTiles, kDouble, kMany>, table.slots * split.parts, split.warps() * kWarp,
+  const int block_threads = split.warps() * kWarp;
+  const BlockLayout<kMany, kShifts> layout{split.half_vectors()};
+  const int64_t ring_bytes = int64_t{kStages} * layout.vectors(block_threads) * 16;
+  return launch(&staged_kernel<In, kTiles, kDouble, kMany, kShifts>, table.slots * split.parts, block_threads,
                 std::max(ring_bytes, sums_bytes(split.warps())), stream, table, num_tasks, partials);
+}
+template <class In, bool kDouble, bool kMany>
+gs_status launch_any(const Table& table, int num_tasks, double* partials, gs_stream stream) {
+  return (table.shifted ? &launch_one<In, kDouble, kMany, true>
+                        : &launch_one<In, kDouble, kMany, false>)(table, num_tasks, partials, stream);
 }
 
 }  // namespace
@@ -218,13 +238,13 @@ gs_status launch_staged(const Table& table, int64_t tasks, bool fast_double, dou
   return with_dtype(table.dtype, [&](auto in) {
     using In = decltype(in);
     // The check that float32 holds the sums needs all rows in one block.
-    if (num_tasks > kMaxTasks) return launch_one<In, true, true, 4>(table, num_tasks, partials, stream);
+    if (num_tasks > kMaxTasks) return launch_any<In, true, true>(table, num_tasks, partials, stream);
     if constexpr (sizeof(In) >= 4) {
       if (in_double(table.dtype, fast_double)) {
-        return launch_one<In, true, false, 3>(table, num_tasks, partials, stream);
+        return launch_any<In, true, false>(table, num_tasks, partials, stream);
       }
     }
-    if constexpr (sizeof(In) <= 4) return launch_one<In, false, false, 3>(table, num_tasks, partials, stream);
+    if constexpr (sizeof(In) <= 4) return launch_any<In, false, false>(table, num_tasks, partials, stream);
     return GS_OK;
   });
 }

@@ -11,19 +11,26 @@ namespace {
 constexpr int kWarps = 8;
 
 // A lane's vectors of a stage: of the row_in_block()-th row of each block.
-template <int kTiles>
+template <int kTiles, bool kShiftsRows>
 struct LaneLayout {
+  static constexpr bool kShifts = kShiftsRows;
   static constexpr int kRows = kTiles, kHalves = kTiles <= 3 ? 2 : 1;
-  static constexpr int kVectors = kTiles * kHalves * kWarp;  // of a stage
-  // As many as 12 KB hold; no more than let 4 blocks on a multiprocessor where the registers do.
-  static constexpr int kStages = std::clamp(768 / kVectors, 3, 6);
+  static constexpr int kExtras = kTiles * kHalves * kWarp;  // where they begin, in vectors
+  static constexpr int kMarks = kExtras + kTiles * 8;
+  static constexpr int kVectors = kShifts ? kMarks + 2 : kExtras;  // of a stage
+  // As many as 12 KB hold, or 13: two blocks fit a multiprocessor where the registers do.
+  static constexpr int kStages = std::clamp((kShifts ? 832 : 768) / kVectors, 3, 6);
 
   GS_DEVICE int row(int r) const { return 8 * r + row_in_block(); }
   GS_DEVICE bool holds(int) const { return true; }
-  GS_DEVICE int place(int r, int half) const { return (half * kTiles + r) * kWarp + thread() % kWarp; }
+  GS_DEVICE int place(int r, int half, int lane) const {
+    return ((half * kTiles + r) * 8 + row_in_block()) * kRowLanes + lane;
+  }
+  GS_DEVICE int extra(int r) const { return kExtras + 8 * r + row_in_block(); }
+  GS_DEVICE int mark() const { return 4 * kMarks + row_in_block(); }
 };
-template <int kTiles>
-constexpr int64_t kRingBytes = int64_t{kWarps} * LaneLayout<kTiles>::kStages * LaneLayout<kTiles>::kVectors * 16;
+template <class Layout>
+constexpr int64_t kRingBytes = int64_t{kWarps} * Layout::kStages * Layout::kVectors * 16;
 
 template <int kTiles>
 constexpr int kStrips = (kTiles + 1) / 2;
@@ -57,9 +64,8 @@ GS_DEVICE void add_vectors(FloatTiles<In, kStrips<kTiles>, kTiles>& tiles, const
   tiles.add(left, x, IsUpper{});
 }
 
-template <class In, int kTiles, class Tiles>
+template <class In, int kTiles, class Layout, class Tiles>
 GS_DEVICE void sum_slot(const Table& table, int num_tasks, Vector<In>* ring, Tiles& tiles) {
-  using Layout = LaneLayout<kTiles>;
   const Layout layout;
   const int warp = thread() / kWarp;
   Copier<In, Layout> ahead(table, block(), num_tasks, layout, warp, kWarps);
@@ -68,16 +74,17 @@ GS_DEVICE void sum_slot(const Table& table, int num_tasks, Vector<In>* ring, Til
       [&](const Vector<In>* stage) {
 #pragma unroll 1
         for (int half = 0; half < Layout::kHalves; half++) {
-          add_vectors<In, kTiles>(tiles, [&](int r) -> const Vector<In>& { return stage[layout.place(r, half)]; });
+          add_vectors<In, kTiles>(tiles,
+                                  [&](int r) -> const Vector<In>& { return stage[layout.place(r, half, row_lane())]; });
         }
       });
   tiles.finish();
 }
 
 // Writes the sums of the block's slot.
-template <class In, int kTiles, class Tiles>
+template <class In, int kTiles, class Layout, class Tiles>
 GS_DEVICE void sum_and_write(const Table& table, int num_tasks, Tiles& tiles, double* partial) {
-  sum_slot<In, kTiles>(table, num_tasks, &shared<Vector<In>>(), tiles);
+  sum_slot<In, kTiles, Layout>(table, num_tasks, &shared<Vector<In>>(), tiles);
   let_next_kernel_start();
   const auto place = [&](int, int i, int j, int row, int column) -> int64_t {
     row += 16 * i, column += 8 * j;
@@ -85,40 +92,47 @@ GS_DEVICE void sum_and_write(const Table& table, int num_tasks, Tiles& tiles, do
   };
   write_tiles<kStrips<kTiles>, kTiles>(tiles, 0, 1, thread() / kWarp, kWarps, place, &shared<double>(), partial);
 }
-template <class In, int kTiles>
+template <class In, int kTiles, class Layout>
 GS_RARE void sum_and_write_in_double(const Table& table, int num_tasks, double* partial) {
   DoubleTiles<In, kStrips<kTiles>, kTiles> tiles;
-  sum_and_write<In, kTiles>(table, num_tasks, tiles, partial);
+  sum_and_write<In, kTiles, Layout>(table, num_tasks, tiles, partial);
 }
 
-template <class In, int kTiles, bool kDouble>
+template <class In, int kTiles, bool kDouble, bool kShifts>
 GS_KERNEL GS_BLOCKS(kWarps* kWarp, kTiles <= (kDouble ? 4 : 2) ? 2 : 1)
     tiles_kernel(GS_ARGUMENT(Table) table, int num_tasks, double* partials) {
+  using Layout = LaneLayout<kTiles, kShifts>;
   wait_for_previous_kernel();
   double* partial = partials + block() * pairs_of(num_tasks);
   if constexpr (kDouble) {
     DoubleTiles<In, kStrips<kTiles>, kTiles> tiles;
-    sum_and_write<In, kTiles>(table, num_tasks, tiles, partial);
+    sum_and_write<In, kTiles, Layout>(table, num_tasks, tiles, partial);
   } else {
     FloatTiles<In, kStrips<kTiles>, kTiles> tiles;
-    sum_and_write<In, kTiles>(table, num_tasks, tiles, partial);
+    sum_and_write<In, kTiles, Layout>(table, num_tasks, tiles, partial);
     if constexpr (!std::is_same_v<In, float16>) {  // which always fits
       if (any_misfit(tiles, 0, num_tasks, table.width, partial)) {
-        sum_and_write_in_double<In, kTiles>(table, num_tasks, partial);
+        sum_and_write_in_double<In, kTiles, Layout>(table, num_tasks, partial);
       }
     }
   }
 }
 
 // kTiles: row blocks of 8 tasks, as many as there are.
-template <class In, bool kDouble, int kTiles>
+template <class In, bool kDouble, bool kShifts, int kTiles = 1>
 gs_status launch_one(const Table& table, int64_t num_tasks, double* partials, gs_stream stream) {
   constexpr int64_t kMost = kDouble ? kDoubleTileTasks : kFloatTileTasks;
   if constexpr (kTiles * 8 < kMost) {
-    if (num_tasks > kTiles * 8) return launch_one<In, kDouble, kTiles + 1>(table, num_tasks, partials, stream);
+    if (num_tasks > kTiles * 8) return launch_one<In, kDouble, kShifts, kTiles + 1>(table, num_tasks, partials, stream);
   }
-  return launch(&tiles_kernel<In, kTiles, kDouble>, table.slots, kWarps * kWarp,
-                std::max(kRingBytes<kTiles>, sums_bytes(kWarps)), stream, table, static_cast<int>(num_tasks), partials);
+  return launch(&tiles_kernel<In, kTiles, kDouble, kShifts>, table.slots, kWarps * kWarp,
+                std::max(kRingBytes<LaneLayout<kTiles, kShifts>>, sums_bytes(kWarps)), stream, table,
+                static_cast<int>(num_tasks), partials);
+}
+template <class In, bool kDouble>
+gs_status launch_any(const Table& table, int64_t num_tasks, double* partials, gs_stream stream) {
+  return (table.shifted ? &launch_one<In, kDouble, true> : &launch_one<In, kDouble, false>)(table, num_tasks, partials,
+                                                                                            stream);
 }
 
 }  // namespace
@@ -128,10 +142,10 @@ gs_status launch_tiles(const Table& table, int64_t num_tasks, bool fast_double, 
     using In = decltype(in);
     if constexpr (sizeof(In) >= 4) {
       if (in_double(table.dtype, fast_double)) {
-        return launch_one<In, true, 1>(table, num_tasks, partials, stream);
+        return launch_any<In, true>(table, num_tasks, partials, stream);
       }
     }
-    if constexpr (sizeof(In) <= 4) return launch_one<In, false, 1>(table, num_tasks, partials, stream);
+    if constexpr (sizeof(In) <= 4) return launch_any<In, false>(table, num_tasks, partials, stream);
     return GS_OK;
   });
 }

@@ -79,14 +79,39 @@ struct Piece {
   static constexpr int64_t kStep = kLanes * kVector<In>;
 
   int64_t begin, end;
-  int64_t lead;  // columns before the first boundary of 16 bytes
+  int64_t lead, tail;  // columns before the first step and, at least, behind the last one
   bool aligned;
 
-  // residue: of every row, in elements from a boundary of 16 bytes, or -1 if the rows differ.
-  GS_DEVICE Piece(int64_t residue, int64_t from, int64_t to) : begin(from), end(to), aligned(residue >= 0) {
+  // residue: of every row, in elements from a boundary of 16 bytes, or -1 if the rows differ. Where they do, so many
+  // columns are kept behind the steps.
+  GS_DEVICE Piece(int64_t residue, int64_t from, int64_t to, int64_t kept)
+      : begin(from), end(to), aligned(residue >= 0) {
     lead = aligned ? (kVector<In> - (residue + from) % kVector<In>) % kVector<In> : 0;
+    tail = aligned ? 0 : kept;
   }
 };
+
+// 16 bytes of two neighbouring vectors, from so many elements on.
+template <class In>
+GS_DEVICE Vector<In> shifted(const Vector<In>& first, const Vector<In>& second, uint32_t elements) {
+  const uint32_t bytes = elements * sizeof(In);
+  uint32_t word[8];
+  memcpy(word, first.word, 16);
+  memcpy(word + 4, second.word, 16);
+#pragma unroll
+  for (int w = 0; w < 6; w++) word[w] = bytes & 8 ? word[w + 2] : word[w];
+  if constexpr (sizeof(In) <= 4) {
+#pragma unroll
+    for (int w = 0; w < 5; w++) word[w] = bytes & 4 ? word[w + 1] : word[w];
+  }
+  if constexpr (sizeof(In) <= 2) {
+#pragma unroll
+    for (int w = 0; w < 4; w++) word[w] = bytes & 2 ? word[w] >> 16 | word[w + 1] << 16 : word[w];
+  }
+  Vector<In> result;
+  memcpy(result.word, word, 16);
+  return result;
+}
 
 // The steps of a piece that are whole, of so many columns each, and the rest of the columns.
 struct Steps {
@@ -95,7 +120,7 @@ struct Steps {
   template <class Piece>
   GS_DEVICE Steps(const Piece& piece, int64_t columns) : begin_(piece.begin), columns_(columns) {
     const int64_t length = piece.end - piece.begin;
-    count = length > piece.lead ? (length - piece.lead) / columns : 0;
+    count = length > piece.lead + piece.tail ? (length - piece.lead - piece.tail) / columns : 0;
     lead_ = count > 0 ? piece.lead : 0;
     rest = length - count * columns;
   }

@@ -32,6 +32,7 @@ struct Table {
   int32_t pointers;       // per parameter: T rows, for combine the outputs as well
   int32_t first_segment;  // of the first run
   int32_t most_slots;     // of a run
+  bool shifted;           // whether rows of a parameter differ in their residues
   int64_t width;          // columns of a slot
   const unsigned char* elsewhere;
   alignas(16) unsigned char here[kTableBytes];

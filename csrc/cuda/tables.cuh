@@ -62,12 +62,15 @@ class Tables {
       used += int64_t{sizeof(value)};
     };
     each_run(append, table.width);
+    table.shifted = false;
     int64_t columns = 0, segment = -1, coordinate = 0, counted = 0;
     each_param([&](int64_t p) {
       for (; counted < p; counted++) coordinate += grads_.numel[counted];
       if (segment != segment_of(grads_, p)) columns = 0;
       segment = segment_of(grads_, p);
-      append(Param{columns, grads_.numel[p], coordinate, residue_of(p)});
+      const int64_t residue = residue_of(p);
+      table.shifted = table.shifted || residue < 0;
+      append(Param{columns, grads_.numel[p], coordinate, residue});
       columns += grads_.numel[p];
     });
     each_param([&](int64_t p) { each_pointer(p, append); });

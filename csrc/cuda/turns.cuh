@@ -18,17 +18,17 @@ struct Slot {
   GS_DEVICE int64_t first_param() const { return table.param_of(run, begin); }
   GS_DEVICE bool holds(int64_t p) const { return p < run.first_param + run.params && table.first_column(p) < end; }
   template <class In, int kLanes>
-  GS_DEVICE Piece<In, kLanes> piece(int64_t p) const {
+  GS_DEVICE Piece<In, kLanes> piece(int64_t p, int64_t kept) const {
     const Param param = table.param(p);
     const int64_t from = begin > param.first_column ? begin - param.first_column : 0;
     const int64_t to = end - param.first_column < param.numel ? end - param.first_column : param.numel;
-    return {param.residue, from, to};
+    return {param.residue, from, to, kept};
   }
 };
 
 // The turns of a group of lanes in a slot: of each piece the whole steps, kSteps at a time, then the rest in as many
-// columns. Several groups share a slot, and their turns go on from piece to piece.
-template <class In, int kLanes, int kSteps>
+// columns. Several groups share a slot, and their turns go on from piece to piece. kKept is for its pieces.
+template <class In, int kLanes, int kSteps, int kKept = 0>
 class Turns {
   using Rows = Piece<In, kLanes>;
   static constexpr int64_t kColumns = kSteps * Rows::kStep;
@@ -84,7 +84,7 @@ class Turns {
       if (i < steps.rest) out[steps.rest_column(i)] = vector.get(e);
     }
   }
-  GS_DEVICE Steps rest_steps() const { return Steps(Slot(table_, slot_).piece<In, kLanes>(param_), kColumns); }
+  GS_DEVICE Steps rest_steps() const { return Steps(Slot(table_, slot_).piece<In, kLanes>(param_, kKept), kColumns); }
   // Of step s of a turn in the rest.
   GS_DEVICE Vector<In> load_rest(const In* row, const Steps& steps, int lane, int s) const {
     return gpu::load_rest<kLanes>(row, steps, rest_index() + s * Rows::kStep, lane);
@@ -96,7 +96,7 @@ class Turns {
   GS_DEVICE void open(int turn) {
     const Slot slot(table_, slot_);
     for (left_ = 0; slot.holds(param_); param_++) {
-      const Rows piece = slot.piece<In, kLanes>(param_);
+      const Rows piece = slot.piece<In, kLanes>(param_, kKept);
       const Steps steps(piece, kColumns);
       rest_ = static_cast<int>((steps.rest + kColumns - 1) / kColumns);
       left_ = static_cast<int>(steps.count) + rest_ - turn;
