@@ -68,6 +68,11 @@ def launch_all(target: GPUTarget, small: bool) -> None:
                 if launch.arithmetic_of(dtype, tasks, None)[0] == "rows" and tasks < 8 and dtype is not torch.float32:
                     continue
                 launch.gram(parse([[torch.zeros(64, dtype=dtype)]] * tasks, None), torch.zeros(tasks, tasks).double())
+    # Rows that begin anywhere.
+    launch.fast_float64 = lambda device: True
+    for dtype in (torch.float32, torch.bfloat16):
+        launch.gram(parse(torch.zeros(8, 1001, dtype=dtype), None), torch.zeros(8, 8).double())
+    launch.fast_float64 = lambda device: False
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         grads = parse([[torch.zeros(64, dtype=dtype)]] * 4, None)
         launch.combine(grads, torch.zeros(4).double(), [torch.zeros(64, dtype=dtype)], False)

@@ -35,7 +35,12 @@ def add_rows(
 ):
     """Add the products of columns begin .. begin + BLOCK in ROWS; ``rows`` holds T addresses."""
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-    offsets = begin + tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    LANES: tl.constexpr = BLOCK // VECTOR
+    if ALIGNED:
+        offsets = begin + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    else:
+        # Neighbours in different lanes, so that these read together what they cannot read as vectors.
+        offsets = begin + tl.arange(0, LANES)[:, None] + tl.arange(0, VECTOR)[None, :] * LANES
     x = ()
     for t in tl.static_range(TASKS):
         mask = rows[t] != 0
