@@ -32,9 +32,11 @@ class Copier {
   GS_DEVICE void fill(Vector<In>* stage) {
     uint32_t mark = 0;
     if (!turns_.is_whole()) {
-      const Steps steps = turns_.rest_steps();
+      Unit unit[Layout::kHalves];
+#pragma unroll
+      for (int half = 0; half < Layout::kHalves; half++) unit[half] = turns_.unit(row_lane(), half);
       each_vector(
-          [&](int r, int half, int place) { stage[place] = turns_.load_rest(rows_[r], steps, row_lane(), half); });
+          [&](int r, int half, int place) { stage[place] = load_unit(rows_[r], unit[half], load_first<Vector<In>>); });
     } else if (!Layout::kShifts || turns_.aligned()) {
       const int64_t column = turns_.column() + row_lane() * kVector<In>;
       each_vector([&](int r, int half, int place) {

@@ -11,16 +11,8 @@ template <class In>
 GS_DEVICE void draw_words(const WarpTurns<In>& turns, uint64_t seed, uint64_t step, uint32_t (&word)[kVector<In>]) {
   const int lane = thread() % kWarp;
   int64_t coordinate[kVector<In>];
-  if (turns.is_whole()) {
 #pragma unroll
-    for (int e = 0; e < kVector<In>; e++) {
-      coordinate[e] = turns.column() + (turns.aligned() ? lane * kVector<In> + e : e * kWarp + lane);
-    }
-  } else {
-    const Steps steps = turns.rest_steps();
-#pragma unroll
-    for (int e = 0; e < kVector<In>; e++) coordinate[e] = steps.rest_column(turns.rest_index() + e * kWarp + lane);
-  }
+  for (int e = 0; e < kVector<In>; e++) coordinate[e] = turns.column(lane, 0, e);
   PhiloxBlock words = {};
 #pragma unroll
   for (int e = 0; e < kVector<In>; e++) {

@@ -82,8 +82,8 @@ struct Piece {
   int64_t lead, tail;  // columns before the first step and, at least, behind the last one
   bool aligned;
 
-  // residue: of every row, in elements from a boundary of 16 bytes, or -1 if the rows differ. Where they do, so many
-  // columns are kept behind the steps.
+  // residue: of every row, in elements from a boundary of 16 bytes, or -1 if the rows differ. Where they do, `kept`
+  // columns stay behind the steps.
   GS_DEVICE Piece(int64_t residue, int64_t from, int64_t to, int64_t kept)
       : begin(from), end(to), aligned(residue >= 0) {
     lead = aligned ? (kVector<In> - (residue + from) % kVector<In>) % kVector<In> : 0;
@@ -113,22 +113,37 @@ GS_DEVICE Vector<In> shifted(const Vector<In>& first, const Vector<In>& second, 
   return result;
 }
 
-// The steps of a piece that are whole, of so many columns each, and the rest of the columns.
-struct Steps {
-  int64_t count, rest;
+// What a lane has of the rest of a piece: a vector, one column, or nothing.
+struct Unit {
+  int64_t column;
+  int columns;  // kVector, 1 or 0
+};
 
-  template <class Piece>
-  GS_DEVICE Steps(const Piece& piece, int64_t columns) : begin_(piece.begin), columns_(columns) {
+// The steps of a piece that are whole, of so many columns each, and the units of the rest: the aligned vectors that are
+// left, and what lies beside them one by one.
+template <class In>
+struct Steps {
+  int64_t count, units;
+
+  template <int kLanes>
+  GS_DEVICE Steps(const Piece<In, kLanes>& piece, int64_t columns) : begin_(piece.begin), columns_(columns) {
     const int64_t length = piece.end - piece.begin;
-    count = length > piece.lead + piece.tail ? (length - piece.lead - piece.tail) / columns : 0;
-    lead_ = count > 0 ? piece.lead : 0;
-    rest = length - count * columns;
+    lead_ = piece.lead < length ? piece.lead : length;
+    const int64_t usable = length - lead_ - piece.tail;
+    count = usable > 0 ? usable / columns : 0;
+    vectors_ = piece.aligned ? (length - lead_ - count * columns) / kVector<In> : 0;
+    units = length - count * columns - vectors_ * (kVector<In> - 1);
   }
   GS_DEVICE int64_t step(int64_t i) const { return begin_ + lead_ + i * columns_; }
-  GS_DEVICE int64_t rest_column(int64_t i) const { return begin_ + i + (i < lead_ ? 0 : count * columns_); }
+  GS_DEVICE Unit unit(int64_t i) const {
+    if (i < vectors_) return {step(count) + i * kVector<In>, kVector<In>};
+    const int64_t single = i - vectors_;
+    const int64_t skipped = single < lead_ ? 0 : count * columns_ + vectors_ * kVector<In>;
+    return {begin_ + single + skipped, i < units ? 1 : 0};
+  }
 
  private:
-  int64_t begin_, lead_, columns_;
+  int64_t begin_, lead_, columns_, vectors_;
 };
 
 // A lane's vectors of kSteps whole steps from column `step` on; zeros in rows that are absent. A vector is 16
@@ -174,16 +189,18 @@ GS_DEVICE void store_step(In* row, bool aligned, int lane, const Vector<In>& vec
   }
 }
 
-// A lane's vector of the rest, from its i-th column on; zeros beyond the last one.
-template <int kLanes, class In>
-GS_DEVICE Vector<In> load_rest(const In* row, const Steps& steps, int64_t i, int lane) {
+template <class In, class Load>
+GS_DEVICE Vector<In> load_unit(const In* row, const Unit& unit, const Load& load_vector) {
   Vector<In> vector = {};
-#pragma unroll
-  for (int e = 0; e < kVector<In>; e++) {
-    const int64_t own = i + e * kLanes + lane;
-    if (row && own < steps.rest) vector.set(e, row[steps.rest_column(own)]);
-  }
+  if (row && unit.columns == kVector<In>) vector = load_vector(reinterpret_cast<const Vector<In>*>(row + unit.column));
+  if (row && unit.columns == 1) vector.set(0, row[unit.column]);
   return vector;
+}
+
+template <class In>
+GS_DEVICE void store_unit(In* row, const Unit& unit, const Vector<In>& vector) {
+  if (unit.columns == kVector<In>) *reinterpret_cast<Vector<In>*>(row + unit.column) = vector;
+  if (unit.columns == 1) row[unit.column] = vector.get(0);
 }
 
 }  // namespace gs::gpu

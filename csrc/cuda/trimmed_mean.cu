@@ -92,13 +92,8 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 1)
   for (auto turns = turns_of<In>(table); !turns.done(); turns.next()) {
 #pragma unroll 1
     for (int e = 0; e < kVector<In>; e++) {
-      int64_t column = turns.column() + e * kWarp + lane;
-      if (!turns.is_whole()) {
-        const Steps steps = turns.rest_steps();
-        const int64_t i = turns.rest_index() + e * kWarp + lane;
-        if (i >= steps.rest) continue;
-        column = steps.rest_column(i);
-      }
+      const int64_t column = turns.column(lane, 0, e);
+      if (column < 0) continue;
       V broken = 0;
       double sum = 0;
 #pragma unroll 4

@@ -17,21 +17,24 @@ struct Slot {
   }
   GS_DEVICE int64_t first_param() const { return table.param_of(run, begin); }
   GS_DEVICE bool holds(int64_t p) const { return p < run.first_param + run.params && table.first_column(p) < end; }
+  // kept: how many columns of a row are to be behind what is read in steps.
   template <class In, int kLanes>
   GS_DEVICE Piece<In, kLanes> piece(int64_t p, int64_t kept) const {
     const Param param = table.param(p);
     const int64_t from = begin > param.first_column ? begin - param.first_column : 0;
     const int64_t to = end - param.first_column < param.numel ? end - param.first_column : param.numel;
-    return {param.residue, from, to, kept};
+    const int64_t behind = param.numel - to;
+    return {param.residue, from, to, behind < kept ? kept - behind : 0};
   }
 };
 
 // The turns of a group of lanes in a slot: of each piece the whole steps, kSteps at a time, then the rest in as many
-// columns. Several groups share a slot, and their turns go on from piece to piece. kKept is for its pieces.
+// units. Several groups share a slot, and their turns go on from piece to piece. kKept is for its pieces.
 template <class In, int kLanes, int kSteps, int kKept = 0>
 class Turns {
   using Rows = Piece<In, kLanes>;
   static constexpr int64_t kColumns = kSteps * Rows::kStep;
+  static constexpr int kUnits = kSteps * kLanes;  // of a turn
 
  public:
   // Those number first, first + stride, ...
@@ -50,7 +53,20 @@ class Turns {
     table_.get_pointers(param_, t, row);
   }
 
+  // Of the first column of the piece's parameter, counted over all parameters.
   GS_DEVICE int64_t coordinate() const { return table_.param(param_).coordinate; }
+  // The column of element e of a lane's vector of step s, as load() has it; -1 if there is none.
+  GS_DEVICE int64_t column(int lane, int s, int e) const {
+    if (is_whole())
+      return column_ + (aligned_ ? (s * kLanes + lane) * kVector<In> + e : (s * kVector<In> + e) * kLanes + lane);
+    const Unit own = unit(lane, s);
+    return e < own.columns ? own.column + e : -1;
+  }
+  // What a lane has of step s in the rest.
+  GS_DEVICE Unit unit(int lane, int s) const {
+    const Steps<In> steps(Slot(table_, slot_).piece<In, kLanes>(param_, kKept), kColumns);
+    return steps.unit(int64_t{rest_ - left_} * kUnits + s * kLanes + lane);
+  }
 
   // Goes on; true if that led to another piece.
   GS_DEVICE bool next() {
@@ -62,34 +78,23 @@ class Turns {
     return true;
   }
 
-  // A lane's vectors, zeros in rows that are absent and beyond the rest.
+  // A lane's vectors, zeros in rows that are absent and where a unit has less.
   template <int kRows, class Load>
   GS_DEVICE void load(const In* const (&row)[kRows], int lane, const Load& load_vector,
                       Vector<In> (&x)[kSteps][kRows]) const {
     if (is_whole()) return load_steps<kLanes>(row, column_, aligned_, lane, load_vector, x);
-    const Steps steps = rest_steps();
 #pragma unroll
     for (int s = 0; s < kSteps; s++) {
+      const Unit own = unit(lane, s);
 #pragma unroll
-      for (int r = 0; r < kRows; r++) x[s][r] = load_rest(row[r], steps, lane, s);
+      for (int r = 0; r < kRows; r++) x[s][r] = load_unit(row[r], own, load_vector);
     }
   }
   // A lane's vector of step s, as load() has it.
   GS_DEVICE void store(In* out, int lane, int s, const Vector<In>& vector) const {
     if (is_whole()) return store_step<kLanes>(out + column_ + s * Rows::kStep, aligned_, lane, vector);
-    const Steps steps = rest_steps();
-#pragma unroll
-    for (int e = 0; e < kVector<In>; e++) {
-      const int64_t i = rest_index() + s * Rows::kStep + e * kLanes + lane;
-      if (i < steps.rest) out[steps.rest_column(i)] = vector.get(e);
-    }
+    store_unit(out, unit(lane, s), vector);
   }
-  GS_DEVICE Steps rest_steps() const { return Steps(Slot(table_, slot_).piece<In, kLanes>(param_, kKept), kColumns); }
-  // Of step s of a turn in the rest.
-  GS_DEVICE Vector<In> load_rest(const In* row, const Steps& steps, int lane, int s) const {
-    return gpu::load_rest<kLanes>(row, steps, rest_index() + s * Rows::kStep, lane);
-  }
-  GS_DEVICE int64_t rest_index() const { return (rest_ - left_) * kColumns; }
 
  private:
   // The first piece from param_ on that has a turn number `turn`, counted through the pieces.
@@ -97,8 +102,8 @@ class Turns {
     const Slot slot(table_, slot_);
     for (left_ = 0; slot.holds(param_); param_++) {
       const Rows piece = slot.piece<In, kLanes>(param_, kKept);
-      const Steps steps(piece, kColumns);
-      rest_ = static_cast<int>((steps.rest + kColumns - 1) / kColumns);
+      const Steps<In> steps(piece, kColumns);
+      rest_ = static_cast<int>((steps.units + kUnits - 1) / kUnits);
       left_ = static_cast<int>(steps.count) + rest_ - turn;
       if (left_ > 0) {
         aligned_ = piece.aligned;
