@@ -2,18 +2,18 @@
 // Copies of rows to shared memory, several stages ahead of their use, so that enough bytes are under way whatever the
 // registers hold.
 #pragma once
-#include "cuda/tiles.cuh"
 #include "cuda/turns.cuh"
 
 namespace gs::gpu {
 
-// Whether the rows of a stage are still to be shifted; below it, 4 bits for each row of a group of lanes: by how many
+// Whether the rows of a stage are still to be shifted; below it, 3 bits for each row of a group of lanes: by how many
 // elements.
 constexpr uint32_t kToShift = 1u << 31;
 
 // A thread's part of the stages of a slot, of which each is a turn. A stage holds, for each row, kHalves neighbouring
-// vectors of each of its kRowLanes lanes. Rows that differ in their alignment come as the aligned vectors in which they
+// vectors of each of its kLanes lanes. Rows that differ in their alignment come as the aligned vectors in which they
 // lie, one more than the lanes have, and are shifted when they are there. Layout says where:
+//   * kLanes, lane(): the lanes that share a row, and the number of one of them;
 //   * kRows, kHalves: the rows of a thread at most, the vectors of each;
 //   * kShifts: whether there are such rows;
 //   * row(r), holds(r): the task of the thread's r-th row, and whether the stage has one;
@@ -30,15 +30,16 @@ class Copier {
   GS_DEVICE bool done() const { return turns_.done(); }
 
   GS_DEVICE void fill(Vector<In>* stage) {
+    if constexpr (!kKeepsRows) get_rows();
     uint32_t mark = 0;
     if (!turns_.is_whole()) {
       Unit unit[Layout::kHalves];
 #pragma unroll
-      for (int half = 0; half < Layout::kHalves; half++) unit[half] = turns_.unit(row_lane(), half);
+      for (int half = 0; half < Layout::kHalves; half++) unit[half] = turns_.unit(layout_.lane(), half);
       each_vector(
           [&](int r, int half, int place) { stage[place] = load_unit(rows_[r], unit[half], load_first<Vector<In>>); });
     } else if (!Layout::kShifts || turns_.aligned()) {
-      const int64_t column = turns_.column() + row_lane() * kVector<In>;
+      const int64_t column = turns_.column() + layout_.lane() * kVector<In>;
       each_vector([&](int r, int half, int place) {
         const In* from = rows_[r] ? rows_[r] + column + half * kStep : nullptr;
         copy_to_shared(stage + place, reinterpret_cast<const Vector<In>*>(from));
@@ -50,20 +51,20 @@ class Copier {
         if (!layout_.holds(r)) continue;
         const In* first = rows_[r] ? rows_[r] + turns_.column() : nullptr;
         const auto shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first) % 16 / sizeof(In));
-        mark |= shift << 4 * r;
+        mark |= shift << 3 * r;
         const auto* from = reinterpret_cast<const Vector<In>*>(first - shift);
         const auto copy = [&](int place, int number) {
           copy_to_shared(stage + place, first ? from + number : nullptr);
         };
 #pragma unroll
         for (int half = 0; half < Layout::kHalves; half++) {
-          copy(layout_.place(r, half, row_lane()), half * kRowLanes + row_lane());
+          copy(layout_.place(r, half, layout_.lane()), half * Layout::kLanes + layout_.lane());
         }
-        if (row_lane() == kRowLanes - 1) copy(layout_.extra(r), Layout::kHalves * kRowLanes);
+        if (layout_.lane() == Layout::kLanes - 1) copy(layout_.extra(r), Layout::kHalves * Layout::kLanes);
       }
     }
     if constexpr (Layout::kShifts) {
-      if (row_lane() == 0) mark_of(layout_, stage) = mark;
+      if (layout_.lane() == 0) mark_of(layout_, stage) = mark;
     }
     if (turns_.next()) open();
   }
@@ -78,7 +79,9 @@ class Copier {
   }
 
  private:
-  static constexpr int64_t kStep = Piece<In, kRowLanes>::kStep;
+  // Where all lanes read the same rows, looking them up each time costs less than registers.
+  static constexpr bool kKeepsRows = Layout::kLanes < kWarp;
+  static constexpr int64_t kStep = Piece<In, Layout::kLanes>::kStep;
 
   template <class Visit>
   GS_DEVICE void each_vector(const Visit& visit) const {
@@ -86,7 +89,7 @@ class Copier {
     for (int r = 0; r < Layout::kRows; r++) {
       if (!layout_.holds(r)) continue;
 #pragma unroll
-      for (int half = 0; half < Layout::kHalves; half++) visit(r, half, layout_.place(r, half, row_lane()));
+      for (int half = 0; half < Layout::kHalves; half++) visit(r, half, layout_.place(r, half, layout_.lane()));
     }
   }
   GS_DEVICE static uint32_t& mark_of(const Layout& layout, Vector<In>* stage) {
@@ -98,20 +101,22 @@ class Copier {
 #pragma unroll 1
       for (int half = 0; half < Layout::kHalves; half++) {
         Vector<In> own = {}, next = {};
-        const int place = layout.place(r, half, row_lane());
+        const int place = layout.place(r, half, layout.lane());
         if (layout.holds(r)) {
           own = stage[place];
-          next = stage[row_lane() + 1 < kRowLanes   ? layout.place(r, half, row_lane() + 1)
-                       : half + 1 < Layout::kHalves ? layout.place(r, half + 1, 0)
-                                                    : layout.extra(r)];
+          next = stage[layout.lane() + 1 < Layout::kLanes ? layout.place(r, half, layout.lane() + 1)
+                       : half + 1 < Layout::kHalves       ? layout.place(r, half + 1, 0)
+                                                          : layout.extra(r)];
         }
         sync_warp();  // before it is overwritten
-        if (layout.holds(r)) stage[place] = shifted(own, next, mark >> 4 * r & 15);
+        if (layout.holds(r)) stage[place] = shifted(own, next, mark >> 3 * r & 7);
       }
     }
   }
   GS_DEVICE void open() {
-    if (done()) return;
+    if (kKeepsRows && !done()) get_rows();
+  }
+  GS_DEVICE void get_rows() {
     int task[Layout::kRows];
 #pragma unroll
     for (int r = 0; r < Layout::kRows; r++) {
@@ -121,7 +126,7 @@ class Copier {
   }
 
   // The aligned vectors of a row's columns reach up to a vector beyond them, which are the row's own as well.
-  Turns<In, kRowLanes, Layout::kHalves, kVector<In>> turns_;
+  Turns<In, Layout::kLanes, Layout::kHalves, kVector<In>> turns_;
   const int num_tasks_;
   const Layout layout_;
   const In* rows_[Layout::kRows];

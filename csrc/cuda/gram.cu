@@ -81,6 +81,9 @@ int64_t direct_tasks(int32_t dtype, bool fast_double) {
 
 gs_status launch_products(const Table& table, int64_t num_tasks, bool fast_double, double* partials, gs_stream stream) {
   if (num_tasks <= direct_tasks(table.dtype, fast_double)) return launch_direct(table, num_tasks, partials, stream);
+  if (fast_double && num_tasks <= lanes_tasks(gs::element_bytes(table.dtype))) {
+    return launch_lanes(table, num_tasks, partials, stream);
+  }
   const bool in_float = !in_double(table.dtype, fast_double);
   if (num_tasks <= (in_float ? kFloatTileTasks : kDoubleTileTasks)) {
     return launch_tiles(table, num_tasks, fast_double, partials, stream);

@@ -2,7 +2,7 @@
 // Stage 2 on the GPU. A block sums the products of one slot of columns into partial sums, of which there is one per
 // slot and pair of tasks; a second kernel adds the slots in order. Slots depend on the sizes alone, so the bits do not
 // depend on the GPU. The kernels, by the number of tasks:
-//   * gram_direct.cu: few, every lane holds all pairs for columns of its own;
+//   * gram_direct.cu: few, every lane holds all pairs for columns of its own, through shared memory from five tasks on;
 //   * gram_tiles.cu: more, a warp holds all pairs in tiles of matrix instructions, for columns of its own;
 //   * gram_staged.cu: many, the warps of a block hold tiles each, and share the columns.
 #pragma once
@@ -13,6 +13,12 @@ namespace gs::gpu {
 constexpr int64_t kDirectTasks = 4;
 // Without fast float64, pairs cost more than tiles of matrix instructions for float32 and shorter formats.
 constexpr int64_t kSlowDirectTasks = 2;
+// How many tasks of a format lanes sum pair by pair, if float64 is fast: fewer operations than in tiles, of which half
+// the rows are empty. float64 has no conversions to spare, 16-bit formats have matrix instructions of ten times the
+// rate.
+constexpr int64_t lanes_tasks(int64_t element_bytes) {
+  return element_bytes == 8 ? kDirectTasks : element_bytes == 4 ? 8 : 6;
+}
 // What one warp can hold: float64 sums, or float32 sums beside them.
 constexpr int64_t kDoubleTileTasks = 56;
 constexpr int64_t kFloatTileTasks = 32;
@@ -25,6 +31,7 @@ GS_HOST_DEVICE constexpr int64_t pair_index(int64_t i, int64_t j, int64_t num_ta
 
 // Each writes the partial sums [slots][pairs] of a table.
 gs_status launch_direct(const Table& table, int64_t num_tasks, double* partials, gs_stream stream);
+gs_status launch_lanes(const Table& table, int64_t num_tasks, double* partials, gs_stream stream);
 gs_status launch_tiles(const Table& table, int64_t num_tasks, bool fast_double, double* partials, gs_stream stream);
 gs_status launch_staged(const Table& table, int64_t num_tasks, bool fast_double, double* partials, gs_stream stream);
 

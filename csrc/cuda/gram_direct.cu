@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Few tasks: every lane reads columns of its own and keeps all pairs in registers, in float64.
+// Few tasks: every lane reads columns of its own and keeps all pairs in registers, in float64. The fewest leave room
+// for the rows there as well; those of some more come through shared memory.
+#include "cuda/copier.cuh"
 #include "cuda/gram.cuh"
-#include "cuda/turns.cuh"
 
 namespace gs::gpu {
 namespace {
@@ -21,12 +22,33 @@ GS_DEVICE void add_pairs(const double (&value)[T], double (&acc)[pairs_of(T)]) {
   }
 }
 
+// Writes the sums of the block's slot, of all its lanes.
+template <int T>
+GS_DEVICE void write_pairs(const double (&acc)[pairs_of(T)], double* partials) {
+  constexpr int kPairs = static_cast<int>(pairs_of(T));
+  const int lane = thread() % kWarp, warp = thread() / kWarp;
+  double* sums = &shared<double>();  // [kWarps][kPairs]
+#pragma unroll
+  for (int pair = 0; pair < kPairs; pair++) {
+    double sum = acc[pair];
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane == 0) sums[warp * kPairs + pair] = sum;
+  }
+  sync_block();
+  let_next_kernel_start();
+  for (int pair = thread(); pair < kPairs; pair += threads()) {
+    double sum = 0;
+    for (int w = 0; w < kWarps; w++) sum += sums[w * kPairs + pair];
+    partials[block() * kPairs + pair] = sum;
+  }
+}
+
 template <class In, int T>
 GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) direct_kernel(GS_ARGUMENT(Table) table, double* partials) {
   wait_for_previous_kernel();
-  constexpr int kPairs = static_cast<int>(pairs_of(T));
   const int lane = thread() % kWarp, warp = thread() / kWarp;
-  double acc[kPairs] = {};
+  double acc[pairs_of(T)] = {};
   Turns<In, kWarp, kUnroll<T>> turns(table, block(), warp, kWarps);
   int task[T];
 #pragma unroll
@@ -47,21 +69,53 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) direct_kernel(GS_ARGUMENT(Table) table, do
       }
     }
   }
-  double* sums = &shared<double>();  // [kWarps][kPairs]
+  write_pairs<T>(acc, partials);
+}
+
+// A lane's vectors of a stage, one of each row.
+template <int T, bool kShiftsRows>
+struct ColumnLayout {
+  static constexpr bool kShifts = kShiftsRows;
+  static constexpr int kLanes = kWarp, kRows = T, kHalves = 1;
+  static constexpr int kVectors = kShifts ? T * (kWarp + 1) + 1 : T * kWarp;  // of a stage
+  static constexpr int kStages = 3;
+
+  GS_DEVICE int lane() const { return thread() % kWarp; }
+  GS_DEVICE int row(int r) const { return r; }
+  GS_DEVICE bool holds(int) const { return true; }
+  GS_DEVICE int place(int r, int, int lane) const { return r * kWarp + lane; }
+  GS_DEVICE int extra(int r) const { return T * kWarp + r; }
+  GS_DEVICE int mark() const { return 4 * T * (kWarp + 1); }
+};
+
+template <class In, int T, bool kShifts>
+GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) lanes_kernel(GS_ARGUMENT(Table) table, double* partials) {
+  using Layout = ColumnLayout<T, kShifts>;
+  wait_for_previous_kernel();
+  const Layout layout;
+  const int warp = thread() / kWarp;
+  double acc[pairs_of(T)] = {};
+  Copier<In, Layout> ahead(table, block(), T, layout, warp, kWarps);
+  for_each_stage<Layout::kStages>(
+      ahead, &shared<Vector<In>>() + warp * Layout::kStages * Layout::kVectors, Layout::kVectors, [] {},
+      [&](const Vector<In>* stage) {
+  // Half a vector of each row at a time: the sums leave no registers for more.
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) {
+          uint32_t word[T][2];
 #pragma unroll
-  for (int pair = 0; pair < kPairs; pair++) {
-    double sum = acc[pair];
+          for (int t = 0; t < T; t++) memcpy(word[t], stage[layout.place(t, 0, layout.lane())].word + 2 * half, 8);
 #pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    if (lane == 0) sums[warp * kPairs + pair] = sum;
-  }
-  sync_block();
-  let_next_kernel_start();
-  for (int pair = thread(); pair < kPairs; pair += threads()) {
-    double sum = 0;
-    for (int w = 0; w < kWarps; w++) sum += sums[w * kPairs + pair];
-    partials[block() * kPairs + pair] = sum;
-  }
+          for (int e = 0; e < kVector<In> / 2; e++) {
+            double value[T];
+#pragma unroll
+            for (int t = 0; t < T; t++) value[t] = to_double(element<In>(word[t], e));
+            add_pairs<T>(value, acc);
+          }
+        }
+      });
+  sync_block();  // before the stages are overwritten
+  write_pairs<T>(acc, partials);
 }
 
 template <class In, int T>
@@ -72,11 +126,35 @@ gs_status launch_one(const Table& table, int64_t num_tasks, double* partials, gs
   return launch(&direct_kernel<In, T>, table.slots, kWarps * kWarp, kWarps * pairs_of(T) * 8, stream, table, partials);
 }
 
+template <class In, int T, int kMost>
+gs_status launch_lanes_of(const Table& table, int64_t num_tasks, double* partials, gs_stream stream) {
+  if constexpr (T < kMost) {
+    if (num_tasks > T) return launch_lanes_of<In, T + 1, kMost>(table, num_tasks, partials, stream);
+  }
+  const auto run = [&](auto kernel, auto layout) {
+    return launch(kernel, table.slots, kWarps * kWarp, kWarps * layout.kStages * layout.kVectors * 16, stream, table,
+                  partials);
+  };
+  return table.shifted ? run(&lanes_kernel<In, T, true>, ColumnLayout<T, true>{})
+                       : run(&lanes_kernel<In, T, false>, ColumnLayout<T, false>{});
+}
+
 }  // namespace
 
 gs_status launch_direct(const Table& table, int64_t num_tasks, double* partials, gs_stream stream) {
   return with_dtype(table.dtype,
                     [&](auto in) { return launch_one<decltype(in), 1>(table, num_tasks, partials, stream); });
+}
+
+gs_status launch_lanes(const Table& table, int64_t num_tasks, double* partials, gs_stream stream) {
+  return with_dtype(table.dtype, [&](auto in) {
+    using In = decltype(in);
+    constexpr int kMost = lanes_tasks(sizeof(In));
+    if constexpr (kMost > kDirectTasks) {
+      return launch_lanes_of<In, kDirectTasks + 1, kMost>(table, num_tasks, partials, stream);
+    }
+    return GS_OK;
+  });
 }
 
 }  // namespace gs::gpu

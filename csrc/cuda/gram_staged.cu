@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/copier.cuh"
+#include "cuda/tiles.cuh"
 
 namespace gs::gpu {
 namespace {
@@ -68,7 +69,7 @@ GS_DEVICE int swizzle_of(int row) { return row / 2 % kRowLanes; }
 template <bool kMany, bool kShiftsRows>
 struct BlockLayout {
   static constexpr bool kShifts = kShiftsRows;
-  static constexpr int kRows = kMany ? 4 : 1, kHalves = kMany ? 1 : 2;
+  static constexpr int kLanes = kRowLanes, kRows = kMany ? 4 : 1, kHalves = kMany ? 1 : 2;
   int half_vectors;
 
   GS_HOST_DEVICE int extras() const { return kHalves * half_vectors; }
@@ -77,6 +78,7 @@ struct BlockLayout {
     return kShifts ? marks() + block_threads / kRowLanes / 4 : extras();
   }
 
+  GS_DEVICE int lane() const { return row_lane(); }
   GS_DEVICE int row(int r) const { return (thread() + r * threads()) / kRowLanes; }
   GS_DEVICE bool holds(int r) const { return row(r) * kRowLanes < half_vectors; }
   GS_DEVICE int place(int r, int half, int lane) const {

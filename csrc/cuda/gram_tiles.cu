@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/copier.cuh"
+#include "cuda/tiles.cuh"
 
 namespace gs::gpu {
 namespace {
@@ -14,13 +15,14 @@ constexpr int kWarps = 8;
 template <int kTiles, bool kShiftsRows>
 struct LaneLayout {
   static constexpr bool kShifts = kShiftsRows;
-  static constexpr int kRows = kTiles, kHalves = kTiles <= 3 ? 2 : 1;
+  static constexpr int kLanes = kRowLanes, kRows = kTiles, kHalves = kTiles <= 3 ? 2 : 1;
   static constexpr int kExtras = kTiles * kHalves * kWarp;  // where they begin, in vectors
   static constexpr int kMarks = kExtras + kTiles * 8;
   static constexpr int kVectors = kShifts ? kMarks + 2 : kExtras;  // of a stage
   // As many as 12 KB hold, or 13: two blocks fit a multiprocessor where the registers do.
   static constexpr int kStages = std::clamp((kShifts ? 832 : 768) / kVectors, 3, 6);
 
+  GS_DEVICE int lane() const { return row_lane(); }
   GS_DEVICE int row(int r) const { return 8 * r + row_in_block(); }
   GS_DEVICE bool holds(int) const { return true; }
   GS_DEVICE int place(int r, int half, int lane) const {

@@ -18,19 +18,22 @@ struct float16 {
 // 16 bytes of a row, in the words that loads and matrix instructions have.
 template <class In>
 constexpr int kVector = 16 / static_cast<int>(sizeof(In));
+// Element e of so many words.
+template <class In>
+GS_DEVICE In element(const uint32_t* word, int e) {
+  In value;
+  if constexpr (sizeof(In) == 2) {
+    value.bits = static_cast<uint16_t>(word[e / 2] >> (e % 2 * 16));
+  } else {
+    memcpy(&value, word + e * (sizeof(In) / 4), sizeof(In));
+  }
+  return value;
+}
 template <class In>
 struct alignas(16) Vector {
   uint32_t word[4];
 
-  GS_DEVICE In get(int e) const {
-    In value;
-    if constexpr (sizeof(In) == 2) {
-      value.bits = static_cast<uint16_t>(word[e / 2] >> (e % 2 * 16));
-    } else {
-      memcpy(&value, word + e * (sizeof(In) / 4), sizeof(In));
-    }
-    return value;
-  }
+  GS_DEVICE In get(int e) const { return element<In>(word, e); }
   // Where the element was 0.
   GS_DEVICE void set(int e, In value) {
     if constexpr (sizeof(In) == 2) {

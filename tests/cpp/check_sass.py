@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 KERNEL = re.compile(
-    r"(direct|tiles|staged|combine|fused)_kernelI(d|f|NS0_8bfloat16E|NS0_7float16E)(?:Li(\d+)E)?(?:Lb([01])E)?"
+    r"(direct|lanes|tiles|staged|combine|fused)_kernelI(d|f|NS0_8bfloat16E|NS0_7float16E)(?:Li(\d+)E)?(?:Lb([01])E)?"
 )
 INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 HMMA = {
@@ -121,7 +121,8 @@ def faults_of(kernel: Kernel) -> list[str]:
     kind, dtype, _, is_double = match.groups()
     if kind == "fused":
         return faults_of_fused(kernel)
-    arithmetic = r"DMMA" if is_double == "1" else HMMA[dtype] if is_double == "0" else "DFMA"
+    by_pairs = kind == "lanes" or is_double is None
+    arithmetic = "DFMA" if by_pairs else "DMMA" if is_double == "1" else HMMA[dtype]
     hot = kernel.hot_loop([READ, arithmetic])
     if not hot:
         return [f"no loop with {arithmetic} and reads of 16 bytes"]

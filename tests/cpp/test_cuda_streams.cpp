@@ -94,13 +94,13 @@ void test_combine(const Model& model, int64_t directions, bool accumulate, bool 
 
 // Every kernel of stage 2 in every dtype; the cheaper sizes are longer.
 void test_kernels() {
-  for (const int64_t num_tasks : {1, 2, 3, 4, 5, 8, 9, 17, 25, 33, 57}) {
+  for (const int64_t num_tasks : {1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 25, 33, 57}) {
     for (const gs_dtype dtype : kDtypes) {
       const bool few = num_tasks < 9;
       if (num_tasks > 20 && num_tasks != 33 && num_tasks % 2 != dtype % 2) continue;
       const Model model(num_tasks, {dtype}, {1, 0, 7, few ? 2500 : 90, 64, 3, few ? 5003 : 600, 33, few ? 900 : 300});
       test_gram(model);
-      if (num_tasks == 3 || num_tasks == 17 || num_tasks == 33) {
+      if (num_tasks == 3 || num_tasks == 6 || num_tasks == 17 || num_tasks == 33) {
         Emulator::get().fast_double = false;
         test_gram(model);
         Emulator::get().fast_double = true;
