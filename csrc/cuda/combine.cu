@@ -21,10 +21,16 @@ constexpr Shape shape_of(int64_t bytes, int64_t num_tasks) {
 }
 
 // Slots of a few vectors of each lane, of one row, that about eight blocks a multiprocessor share, in waves that end
-// full. Several directions at once, which are rare, are cut as one is.
+// full; or of a few turns of a warp, where columns are few, which may be those of many short rows. Several directions
+// at once, which are rare, are cut as one is.
 int64_t width_of(int64_t columns, int32_t dtype, int64_t num_tasks, int64_t processors) {
   const int64_t bytes = gs::element_bytes(dtype), turn = kThreads * 16 / bytes;
-  const int64_t at_once = processors * shape_of(bytes, num_tasks).blocks, turns = (columns + turn - 1) / turn;
+  const Shape shape = shape_of(bytes, num_tasks);
+  const int64_t at_once = processors * shape.blocks, turns = (columns + turn - 1) / turn;
+  if (turns < at_once) {
+    const int64_t own = turn / kWarps * shape.steps;
+    return (columns + own * at_once - 1) / (own * at_once) * own;
+  }
   const int64_t few = std::max<int64_t>(1, turns / (8 * processors)), many = few + 1;
   const auto time = [&](int64_t share) {
     const int64_t slots = (turns + share - 1) / share;
@@ -91,6 +97,8 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
   let_next_kernel_start();
   const int lane = thread() % kWarp;
   for (Turns<In, kWarp, kSteps> turns(table, slot, thread() / kWarp, kWarps); !turns.done(); turns.next()) {
+    Unit unit[kSteps] = {};
+    turns.get_units(lane, unit);
     double sum[kSteps][kVector<In>][K] = {};
     for (int first = 0; first < (kSteps > 1 ? 1 : terms.count); first += kRows) {
       int task[kRows];
@@ -99,7 +107,7 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
       const In* row[kRows];
       turns.get_rows(task, row);
       Vector<In> x[kSteps][kRows];
-      turns.load(row, lane, load_last<Vector<In>>, x);
+      turns.load(row, lane, unit, load_last<Vector<In>>, x);
 #pragma unroll
       for (int u = 0; u < kRows; u++) {
         // An absent row counts as zero, also where its weight is not finite.
@@ -122,7 +130,7 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
       if (accumulate) {
         const In* const before[1] = {out[k]};
         Vector<In> x[kSteps][1];
-        turns.load(before, lane, load_last<Vector<In>>, x);
+        turns.load(before, lane, unit, load_last<Vector<In>>, x);
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
 #pragma unroll
@@ -134,7 +142,7 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
         Vector<In> result = {};
 #pragma unroll
         for (int e = 0; e < kVector<In>; e++) result.set(e, from_double<In>(sum[s][e][k]));
-        turns.store(out[k], lane, s, result);
+        turns.store(out[k], lane, s, unit[s], result);
       }
     }
   }

@@ -33,9 +33,8 @@ class Copier {
     if constexpr (!kKeepsRows) get_rows();
     uint32_t mark = 0;
     if (!turns_.is_whole()) {
-      Unit unit[Layout::kHalves];
-#pragma unroll
-      for (int half = 0; half < Layout::kHalves; half++) unit[half] = turns_.unit(layout_.lane(), half);
+      Unit unit[Layout::kHalves] = {};
+      turns_.get_units(layout_.lane(), unit);
       each_vector(
           [&](int r, int half, int place) { stage[place] = load_unit(rows_[r], unit[half], load_first<Vector<In>>); });
     } else if (!Layout::kShifts || turns_.aligned()) {

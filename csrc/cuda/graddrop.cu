@@ -8,11 +8,12 @@ namespace {
 
 // The random words of a lane's columns. Those of neighbours come from one block.
 template <class In>
-GS_DEVICE void draw_words(const WarpTurns<In>& turns, uint64_t seed, uint64_t step, uint32_t (&word)[kVector<In>]) {
+GS_DEVICE void draw_words(const WarpTurns<In>& turns, const Unit& unit, uint64_t seed, uint64_t step,
+                          uint32_t (&word)[kVector<In>]) {
   const int lane = thread() % kWarp;
   int64_t coordinate[kVector<In>];
 #pragma unroll
-  for (int e = 0; e < kVector<In>; e++) coordinate[e] = turns.column(lane, 0, e);
+  for (int e = 0; e < kVector<In>; e++) coordinate[e] = turns.column(lane, 0, unit, e);
   PhiloxBlock words = {};
 #pragma unroll
   for (int e = 0; e < kVector<In>; e++) {
@@ -35,13 +36,15 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 2) graddrop_kernel(GS_ARGUMENT(Table) table, i
   sync_block();
   let_next_kernel_start();
   for (auto turns = turns_of<In>(table); !turns.done(); turns.next()) {
+    Unit unit[1] = {};
+    turns.get_units(thread() % kWarp, unit);
     uint32_t word[kVector<In>];
-    draw_words(turns, seed, now, word);
+    draw_words(turns, unit[0], seed, now, word);
     double positive[kVector<In>] = {}, negative[kVector<In>] = {};
     double leaked_positive[kVector<In>] = {}, leaked_negative[kVector<In>] = {};
     for (int first = 0; first < num_tasks; first += kRows<In>) {
       Vector<In> x[1][kRows<In>];
-      load_rows(turns, first, num_tasks, x);
+      load_rows(turns, unit, first, num_tasks, x);
 #pragma unroll
       for (int u = 0; u < kRows<In>; u++) {
         const double factor = kLeaks && first + u < num_tasks ? leaks[first + u] : 0;
@@ -69,7 +72,7 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 2) graddrop_kernel(GS_ARGUMENT(Table) table, i
                               : leaked_positive[e] + leaked_negative[e];
       result[e] += all - all;  // NaN where it is not finite
     }
-    store_results(turns, num_tasks, accumulate, result);
+    store_results(turns, unit, num_tasks, accumulate, result);
   }
 }
 

@@ -56,8 +56,10 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) direct_kernel(GS_ARGUMENT(Table) table, do
   const In* row[T];
   for (bool other = true; !turns.done(); other = turns.next()) {
     if (other) turns.get_rows(task, row);
+    Unit unit[kUnroll<T>] = {};
+    turns.get_units(lane, unit);
     Vector<In> x[kUnroll<T>][T];
-    turns.load(row, lane, load_first<Vector<In>>, x);
+    turns.load(row, lane, unit, load_first<Vector<In>>, x);
 #pragma unroll
     for (int u = 0; u < kUnroll<T>; u++) {
 #pragma unroll

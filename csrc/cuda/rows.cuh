@@ -131,7 +131,7 @@ struct Steps {
   template <int kLanes>
   GS_DEVICE Steps(const Piece<In, kLanes>& piece, int64_t columns) : begin_(piece.begin), columns_(columns) {
     const int64_t length = piece.end - piece.begin;
-    lead_ = piece.lead < length ? piece.lead : length;
+    lead_ = piece.lead;  // maybe longer than the piece, by less than a vector
     const int64_t usable = length - lead_ - piece.tail;
     count = usable > 0 ? usable / columns : 0;
     vectors_ = piece.aligned ? (length - lead_ - count * columns) / kVector<In> : 0;

@@ -19,22 +19,23 @@ GS_DEVICE WarpTurns<In> turns_of(const Table& table) {
 
 // A lane's vectors of the tasks from `first` on; zeros beyond the last one.
 template <class In, int kCount>
-GS_DEVICE void load_rows(const WarpTurns<In>& turns, int first, int num_tasks, Vector<In> (&x)[1][kCount]) {
+GS_DEVICE void load_rows(const WarpTurns<In>& turns, const Unit (&unit)[1], int first, int num_tasks,
+                         Vector<In> (&x)[1][kCount]) {
   int task[kCount];
 #pragma unroll
   for (int u = 0; u < kCount; u++) task[u] = first + u < num_tasks ? first + u : -1;
   const In* row[kCount];
   turns.get_rows(task, row);
-  turns.load(row, thread() % kWarp, load_last<Vector<In>>, x);
+  turns.load(row, thread() % kWarp, unit, load_last<Vector<In>>, x);
 }
 
 // Rounds a lane's results to the output, which the table has behind the tasks.
 template <class In>
-GS_DEVICE void store_results(const WarpTurns<In>& turns, int num_tasks, bool accumulate,
+GS_DEVICE void store_results(const WarpTurns<In>& turns, const Unit (&unit)[1], int num_tasks, bool accumulate,
                              double (&result)[kVector<In>]) {
   if (accumulate) {
     Vector<In> before[1][1];
-    load_rows(turns, num_tasks, num_tasks + 1, before);
+    load_rows(turns, unit, num_tasks, num_tasks + 1, before);
 #pragma unroll
     for (int e = 0; e < kVector<In>; e++) result[e] += to_double(before[0][0].get(e));
   }
@@ -44,7 +45,7 @@ GS_DEVICE void store_results(const WarpTurns<In>& turns, int num_tasks, bool acc
   const int output[1] = {num_tasks};
   In* out[1];
   turns.get_rows(output, out);
-  turns.store(out[0], thread() % kWarp, 0, rounded);
+  turns.store(out[0], thread() % kWarp, 0, unit[0], rounded);
 }
 
 // One dtype's columns. accumulate: adds to the outputs.

@@ -54,9 +54,11 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 2) trimmed_mean_kernel(GS_ARGUMENT(Table) tabl
   wait_for_previous_kernel();
   let_next_kernel_start();
   for (auto turns = turns_of<In>(table); !turns.done(); turns.next()) {
+    Unit unit[1] = {};
+    turns.get_units(thread() % kWarp, unit);
     Middle<Compared<In>, kTrimmed> middle[kVector<In>];
     Vector<In> ends[1][2 * kTrimmed];
-    load_rows(turns, 0, num_tasks, ends);
+    load_rows(turns, unit, 0, num_tasks, ends);
 #pragma unroll
     for (int r = 0; r < 2 * kTrimmed; r++) {
 #pragma unroll
@@ -64,7 +66,7 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 2) trimmed_mean_kernel(GS_ARGUMENT(Table) tabl
     }
     for (int first = 2 * kTrimmed; first < num_tasks; first += kRows<In>) {
       Vector<In> x[1][kRows<In>];
-      load_rows(turns, first, num_tasks, x);
+      load_rows(turns, unit, first, num_tasks, x);
 #pragma unroll
       for (int u = 0; u < kRows<In>; u++) {
         if (first + u >= num_tasks) break;
@@ -75,7 +77,7 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 2) trimmed_mean_kernel(GS_ARGUMENT(Table) tabl
     double result[kVector<In>];
 #pragma unroll
     for (int e = 0; e < kVector<In>; e++) result[e] = middle[e].mean(num_tasks);
-    store_results(turns, num_tasks, accumulate, result);
+    store_results(turns, unit, num_tasks, accumulate, result);
   }
 }
 
@@ -90,9 +92,11 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 1)
   V* const low = &shared<V>() + int64_t{thread()} / kWarp * 2 * trimmed * kWarp + lane;
   V* const high = low + trimmed * kWarp;
   for (auto turns = turns_of<In>(table); !turns.done(); turns.next()) {
+    Unit unit[1] = {};
+    turns.get_units(lane, unit);
 #pragma unroll 1
     for (int e = 0; e < kVector<In>; e++) {
-      const int64_t column = turns.column(lane, 0, e);
+      const int64_t column = turns.column(lane, 0, unit[0], e);
       if (column < 0) continue;
       V broken = 0;
       double sum = 0;

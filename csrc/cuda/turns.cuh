@@ -55,17 +55,17 @@ class Turns {
 
   // Of the first column of the piece's parameter, counted over all parameters.
   GS_DEVICE int64_t coordinate() const { return table_.param(param_).coordinate; }
-  // The column of element e of a lane's vector of step s, as load() has it; -1 if there is none.
-  GS_DEVICE int64_t column(int lane, int s, int e) const {
-    if (is_whole())
-      return column_ + (aligned_ ? (s * kLanes + lane) * kVector<In> + e : (s * kVector<In> + e) * kLanes + lane);
-    const Unit own = unit(lane, s);
-    return e < own.columns ? own.column + e : -1;
-  }
-  // What a lane has of step s in the rest.
-  GS_DEVICE Unit unit(int lane, int s) const {
+  // What a lane has of each step of a turn in the rest; nothing in a whole one.
+  GS_DEVICE void get_units(int lane, Unit (&unit)[kSteps]) const {
+    if (is_whole()) return;
     const Steps<In> steps(Slot(table_, slot_).piece<In, kLanes>(param_, kKept), kColumns);
-    return steps.unit(int64_t{rest_ - left_} * kUnits + s * kLanes + lane);
+#pragma unroll
+    for (int s = 0; s < kSteps; s++) unit[s] = steps.unit(int64_t{rest_ - left_} * kUnits + s * kLanes + lane);
+  }
+  // The column of element e of a lane's vector of step s, as load() has it; -1 if there is none.
+  GS_DEVICE int64_t column(int lane, int s, const Unit& unit, int e) const {
+    if (!is_whole()) return e < unit.columns ? unit.column + e : -1;
+    return column_ + (aligned_ ? (s * kLanes + lane) * kVector<In> + e : (s * kVector<In> + e) * kLanes + lane);
   }
 
   // Goes on; true if that led to another piece.
@@ -80,20 +80,19 @@ class Turns {
 
   // A lane's vectors, zeros in rows that are absent and where a unit has less.
   template <int kRows, class Load>
-  GS_DEVICE void load(const In* const (&row)[kRows], int lane, const Load& load_vector,
+  GS_DEVICE void load(const In* const (&row)[kRows], int lane, const Unit (&unit)[kSteps], const Load& load_vector,
                       Vector<In> (&x)[kSteps][kRows]) const {
     if (is_whole()) return load_steps<kLanes>(row, column_, aligned_, lane, load_vector, x);
 #pragma unroll
     for (int s = 0; s < kSteps; s++) {
-      const Unit own = unit(lane, s);
 #pragma unroll
-      for (int r = 0; r < kRows; r++) x[s][r] = load_unit(row[r], own, load_vector);
+      for (int r = 0; r < kRows; r++) x[s][r] = load_unit(row[r], unit[s], load_vector);
     }
   }
   // A lane's vector of step s, as load() has it.
-  GS_DEVICE void store(In* out, int lane, int s, const Vector<In>& vector) const {
-    if (is_whole()) return store_step<kLanes>(out + column_ + s * Rows::kStep, aligned_, lane, vector);
-    store_unit(out, unit(lane, s), vector);
+  GS_DEVICE void store(In* out, int lane, int s, const Unit& unit, const Vector<In>& vector) const {
+    if (!is_whole()) return store_unit(out, unit, vector);
+    store_step<kLanes>(out + column_ + s * Rows::kStep, aligned_, lane, vector);
   }
 
  private:
