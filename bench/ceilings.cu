@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What a GPU reaches at most: bandwidths, instruction rates, barriers, the time from one kernel to the next.
-// gpu_ceilings.py compiles this into a library and calls it through ctypes. Every function returns microseconds, the best of kRepeats,
-// or -1 where CUDA reports an error.
+// gpu_ceilings.py compiles this into a library and calls it through ctypes. Every function returns microseconds, the
+// best of kRepeats, or -1 where CUDA reports an error.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -106,6 +106,18 @@ struct Dfma {
   static constexpr int kLeft = 1, kRight = 1, kSums = 1;
   static __device__ void add(double (&d)[1], const double (&a)[1], const double (&b)[1]) {
     asm volatile("fma.rn.f64 %0, %1, %2, %0;" : "+d"(d[0]) : "d"(a[0]), "d"(b[0]));
+  }
+};
+
+// Two conversions, and a sum without which they would cancel.
+struct Conversions {
+  using Word = double;
+  using Sum = double;
+  static constexpr int kLeft = 1, kRight = 1, kSums = 1;
+  static __device__ void add(double (&d)[1], const double (&a)[1], const double (&b)[1]) {
+    asm volatile("{ .reg .f32 t; cvt.rn.f32.f64 t, %0; cvt.f64.f32 %0, t; fma.rn.f64 %0, %1, %2, %0; }"
+                 : "+d"(d[0])
+                 : "d"(a[0]), "d"(b[0]));
   }
 };
 
@@ -223,7 +235,7 @@ double ceiling_copy_us(const void* from, int64_t bytes, int unroll, int blocks, 
   });
 }
 
-// Instructions 0..4 as in gpu_ceilings.py; each warp issues iterations * kChains of them.
+// Instructions 0..5 as in gpu_ceilings.py; each warp issues iterations * kChains of them.
 double ceiling_rate_us(int instruction, const void* words, int iterations, int blocks, int threads, void* sink) {
   switch (instruction) {
     case 0:
@@ -234,8 +246,10 @@ double ceiling_rate_us(int instruction, const void* words, int iterations, int b
       return rate_us<HmmaBfloat>(words, iterations, blocks, threads, sink);
     case 3:
       return rate_us<HmmaTf32>(words, iterations, blocks, threads, sink);
-    default:
+    case 4:
       return rate_us<Dfma>(words, iterations, blocks, threads, sink);
+    default:
+      return rate_us<Conversions>(words, iterations, blocks, threads, sink);
   }
 }
 

@@ -20,7 +20,7 @@ WARP = 32
 GAP_KERNELS = 400
 BARRIERS = 200
 
-# In the order of ceiling_rate_us: name, floating-point operations of one instruction of a warp, words per lane, the
+# In the order of ceiling_rate_us: name, operations of one instruction of a warp, words per lane, the
 # words' dtype, compute capability from which it exists.
 INSTRUCTIONS = [
     ("mma m8n8k4 f64", 2 * 8 * 8 * 4, 2, torch.float64, 8),
@@ -28,6 +28,7 @@ INSTRUCTIONS = [
     ("mma m16n8k16 bf16", 2 * 16 * 8 * 16, 12, torch.bfloat16, 8),
     ("mma m16n8k8 tf32", 2 * 16 * 8 * 8, 6, torch.float32, 8),
     ("fma f64", 2 * WARP, 2, torch.float64, 0),
+    ("conversion f32 f64", 2 * WARP, 2, torch.float64, 0),
 ]
 
 
