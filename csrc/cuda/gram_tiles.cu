@@ -19,8 +19,8 @@ struct LaneLayout {
   static constexpr int kExtras = kTiles * kHalves * kWarp;  // where they begin, in vectors
   static constexpr int kMarks = kExtras + kTiles * 8;
   static constexpr int kVectors = kShifts ? kMarks + 2 : kExtras;  // of a stage
-  // As many as 12 KB hold, or 13: two blocks fit a multiprocessor where the registers do.
-  static constexpr int kStages = std::clamp((kShifts ? 832 : 768) / kVectors, 3, 6);
+  // As many as 12 KB hold, so that the block's fit the 99 KB of GPUs with little shared memory.
+  static constexpr int kStages = std::clamp(768 / kVectors, 2, 6);
 
   GS_DEVICE int lane() const { return row_lane(); }
   GS_DEVICE int row(int r) const { return 8 * r + row_in_block(); }

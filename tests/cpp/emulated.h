@@ -3,6 +3,7 @@
 #pragma once
 #include <bit>
 
+#include "cpu/status.h"
 #include "emulator.h"
 
 #define GS_KERNEL inline void
@@ -223,6 +224,11 @@ inline gs_status clear(double* values, int64_t count, gs_stream) {
 template <class... P>
 gs_status launch_as(bool together, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream,
                     const std::type_identity_t<P>&... arguments) {
+  // The least of GPUs with fast float64, and of the others.
+  const int64_t most = (Emulator::get().fast_double ? 163 : 99) * 1024;
+  if (shared_bytes > most) {
+    return gs::fail(GS_UNSUPPORTED, "a block may have %lld bytes, got %lld", (long long)most, (long long)shared_bytes);
+  }
   Emulator::get().run(blocks, threads, shared_bytes, [=] { kernel(arguments...); }, together);
   return GS_OK;
 }

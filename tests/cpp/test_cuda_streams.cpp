@@ -116,6 +116,29 @@ void test_kernels() {
   test_gram(Model(1, {GS_FLOAT32}, {150 << 10}));       // many slots
 }
 
+// The kernels of stage 2, for rows that are aligned alike and others, fit the shared memory that there is at least.
+void test_shared_memory() {
+  Emulator::get().order = Order::kForward;
+  const std::pair<bool, std::vector<int64_t>> cases[] = {{true, {5, 6, 7, 8, 40, 56}},
+                                                         {false, {8, 16, 24, 32, 40, 48, 56, 128, 256}}};
+  for (const auto& [fast_double, tasks] : cases) {
+    Emulator::get().fast_double = fast_double;
+    for (const int64_t num_tasks : tasks) {
+      for (const gs_dtype dtype : {GS_FLOAT64, GS_FLOAT32, GS_BFLOAT16}) {
+        for (const int64_t odd : {0, 3}) {
+          const Model model(num_tasks, {dtype}, {3 - odd, odd});
+          const gs_gradients view = model.view();
+          const int64_t bytes = gs_gram_cuda_workspace_bytes(&view);
+          Values gram(model.num_segments * num_tasks * num_tasks);
+          const gs_status status = gs_gram_cuda(&view, gram.data(), allocate(bytes).get(), bytes, nullptr);
+          CHECK(status == GS_OK, "%ld tasks: %s", static_cast<long>(num_tasks), gs_last_error());
+        }
+      }
+    }
+  }
+  Emulator::get().fast_double = true;
+}
+
 // Rows whose squares float32 cannot hold, beside others, and rows of zeros.
 void test_scales() {
   const std::function<double(int64_t)> scales[] = {[](int64_t) { return 1e-20; }, [](int64_t) { return 1e20; },
@@ -181,6 +204,7 @@ void test_streams() {
 
 int main() {
   test_kernels();
+  test_shared_memory();
   test_scales();
   test_streams();
   test_hidden_row();
