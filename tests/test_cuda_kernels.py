@@ -19,7 +19,7 @@ from test_gram import assert_gram
 pytestmark = [on_gpu, pytest.mark.usefixtures("no_default_device", "nan_in_free_memory")]
 
 OPS = torch.ops.gradsurgery
-TASKS = [1, 2, 3, 5, 8, 9, 12, 16, 24, 32, 33, 48, 64, 65, 128, 256]
+TASKS = [1, 2, 3, 5, 6, 7, 8, 9, 12, 16, 24, 32, 33, 48, 64, 65, 128, 256]
 SIZES = [0, 1, 7, 64, 129, 1000, 4096, 5]
 
 
@@ -215,7 +215,8 @@ def test_accuracy_at_size(tasks, columns, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tasks", [1, 2, 8, 9, 17, 33, 65])
 def test_sanitize_streaming_kernels(tasks, dtype):
-    for offset, columns in ((0, 128), (1, 1), (3, 131)):
+    # The last rows differ in their residues, and are long enough for whole steps.
+    for offset, columns in ((0, 128), (1, 1), (3, 731)):
         rows, weights = laid_out(gradients(tasks, columns, dtype), offset, 1), gradients(1, tasks, seed=2)[0]
         assert_gram(gradsurgery.gram(rows), rows, dtype)
         assert_direction(gradsurgery.combine(rows, weights), rows, weights)
