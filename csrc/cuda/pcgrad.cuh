@@ -2,6 +2,7 @@
 // PCGrad by a block (the recurrence of csrc/solvers/pcgrad.h): a warp per task and its visiting order.
 #pragma once
 #include <cfloat>
+#include <cmath>
 
 #include "cuda/device.cuh"
 #include "solvers/philox.h"
@@ -55,40 +56,44 @@ template <int kPerLane>
 struct LaneTasks {
   double inverse[kPerLane];  // 1 / G_jj, 0 for a task that is never projected on
   double weight[kPerLane];   // this warp's part
+  bool finite;               // every inverse of the warp; that of a subnormal G_jj is not
 };
 
 // The projections of task i, whose visit number rank[j] is that of task j, 0 for none. Between two projections v = G c
 // does not change, so the next task to project on is the one of least rank, above the last one's, with v_j < 0: one
-// minimum over the warp finds it, and visits without a conflict cost nothing.
+// minimum over the warp finds it, and visits without a conflict cost nothing. All warps are at this at once, so each
+// instruction counts: a sign is read off the bits (a projection for -0 does nothing), and both products are ready when
+// the task is known.
 template <int kPerLane>
 GS_DEVICE void project(const double* gram, int num_tasks, int i, const uint16_t* rank, LaneTasks<kPerLane>& tasks) {
   const int lane = thread() % kWarp;
   double v[kPerLane];
   uint32_t visit[kPerLane];  // 256 rank + task
   int column[kPerLane];      // of G; beyond the last task, which has no visit there, its values once more
-  bool infinite = false;     // an inverse, that of a subnormal G_jj
   for (int r = 0; r < kPerLane; r++) {
     const int j = lane + r * kWarp;
     column[r] = j < num_tasks ? j : num_tasks - 1;
     v[r] = gram[i * num_tasks + column[r]];
-    infinite = infinite || tasks.inverse[r] > DBL_MAX;
     visit[r] = tasks.inverse[r] > 0 && j != i ? 256u * rank[j] + static_cast<uint32_t>(j) : 0;
   }
   for (uint32_t last = 255;;) {
     uint32_t next = kNoTask;
-    double product = 0, inverse = 0;
     for (int r = 0; r < kPerLane; r++) {
-      if (v[r] < 0 && visit[r] > last && visit[r] < next) {
-        next = visit[r];
-        product = v[r];
-        inverse = tasks.inverse[r];
-      }
+      if (std::signbit(v[r]) && visit[r] > last && visit[r] < next) next = visit[r];
     }
     last = min_of_warp(next);
     if (last == kNoTask) return;
     const int j = last % 256;
-    double coefficient = product * inverse;
-    if (infinite && inverse > DBL_MAX) coefficient = product / gram[next % 256 * (num_tasks + 1)];
+    double coefficient = v[0] * tasks.inverse[0];
+    for (int r = 1; r < kPerLane; r++) {
+      const double other = v[r] * tasks.inverse[r];
+      if (j / kWarp == r) coefficient = other;
+    }
+    if (!tasks.finite) {
+      for (int r = 0; r < kPerLane; r++) {
+        if (j == lane + r * kWarp && tasks.inverse[r] > DBL_MAX) coefficient = v[r] / gram[j * (num_tasks + 1)];
+      }
+    }
     coefficient = shuffle(coefficient, j % kWarp);
     for (int r = 0; r < kPerLane; r++) {
       if (visit[r] == last) tasks.weight[r] -= coefficient;
@@ -123,12 +128,15 @@ GS_DEVICE void solve_pcgrad(const double* g, int num_tasks, const int64_t* order
   double* const part = own.weights;
   uint8_t *const drawn = own.drawn, *const other = own.other;
   LaneTasks<kPerLane> tasks;
+  bool finite = true;
   for (int r = 0; r < kPerLane; r++) {
     const int j = lane + r * kWarp;
     const double squared_norm = j < num_tasks ? g[j * (num_tasks + 1)] : 0;
     tasks.inverse[r] = squared_norm > 0 ? 1 / squared_norm : 0;
     tasks.weight[r] = 0;
+    finite = finite && tasks.inverse[r] <= DBL_MAX;
   }
+  tasks.finite = all_of_warp(finite);
   for (int first = warp; first < num_tasks && !broken; first += kDrawnRows * warps) {
     if (!order && first != warp) draw_orders(num_tasks, seed, now, first, warps, drawn, other);
     for (int slot = 0; slot < kDrawnRows; slot++) {
