@@ -52,14 +52,15 @@ class Copier {
         const auto shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first) % 16 / sizeof(In));
         mark |= shift << 3 * r;
         const auto* from = reinterpret_cast<const Vector<In>*>(first - shift);
-        const auto copy = [&](int place, int number) {
-          copy_to_shared(stage + place, first ? from + number : nullptr);
+        const auto copy = [&](int place, int number, uint32_t elements) {
+          copy_to_shared(stage + place, first ? from + number : nullptr, elements * sizeof(In));
         };
 #pragma unroll
         for (int half = 0; half < Layout::kHalves; half++) {
-          copy(layout_.place(r, half, layout_.lane()), half * Layout::kLanes + layout_.lane());
+          copy(layout_.place(r, half, layout_.lane()), half * Layout::kLanes + layout_.lane(), kVector<In>);
         }
-        if (layout_.lane() == Layout::kLanes - 1) copy(layout_.extra(r), Layout::kHalves * Layout::kLanes);
+        // Of the last vector only what is shifted out of it: the rest may be beyond the row.
+        if (layout_.lane() == Layout::kLanes - 1) copy(layout_.extra(r), Layout::kHalves * Layout::kLanes, shift);
       }
     }
     if constexpr (Layout::kShifts) {
@@ -124,8 +125,7 @@ class Copier {
     turns_.get_rows(task, rows_);
   }
 
-  // The aligned vectors of a row's columns reach up to a vector beyond them, which are the row's own as well.
-  Turns<In, Layout::kLanes, Layout::kHalves, kVector<In>> turns_;
+  Turns<In, Layout::kLanes, Layout::kHalves> turns_;
   const int num_tasks_;
   const Layout layout_;
   const In* rows_[Layout::kRows];

@@ -143,19 +143,15 @@ GS_DEVICE uint64_t load_word(const void* p) {
   return word;
 }
 
-// Starts to copy an aligned value of 4, 8 or 16 bytes to shared memory; zeros where p is null. A thread's copies up to
-// a close_copies() are one group, and wait_for_copies<n>() waits for all groups of the thread but the last n;
-// sync_block() shows them to the others.
+// Starts to copy 16 aligned bytes to shared memory, or the first ones of them and zeros; zeros alone where p is null. A
+// thread's copies up to a close_copies() are one group, and wait_for_copies<n>() waits for all groups of the thread but
+// the last n; sync_block() shows them to the others.
 template <class V>
-GS_DEVICE void copy_to_shared(V* shared, const V* p) {
+GS_DEVICE void copy_to_shared(V* shared, const V* p, uint32_t bytes = 16) {
+  static_assert(sizeof(V) == 16);
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = p ? sizeof(V) : 0;
-  if constexpr (sizeof(V) == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(p), "r"(bytes) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %3, %2;" ::"r"(to), "l"(p), "r"(bytes), "n"(sizeof(V))
-                 : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(p), "r"(p ? bytes : 0)
+               : "memory");
 }
 GS_DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kOpen>

@@ -82,15 +82,12 @@ struct Piece {
   static constexpr int64_t kStep = kLanes * kVector<In>;
 
   int64_t begin, end;
-  int64_t lead, tail;  // columns before the first step and, at least, behind the last one
+  int64_t lead;  // columns before the first step
   bool aligned;
 
-  // residue: of every row, in elements from a boundary of 16 bytes, or -1 if the rows differ. Where they do, `kept`
-  // columns stay behind the steps.
-  GS_DEVICE Piece(int64_t residue, int64_t from, int64_t to, int64_t kept)
-      : begin(from), end(to), aligned(residue >= 0) {
+  // residue: of every row, in elements from a boundary of 16 bytes, or -1 if the rows differ.
+  GS_DEVICE Piece(int64_t residue, int64_t from, int64_t to) : begin(from), end(to), aligned(residue >= 0) {
     lead = aligned ? (kVector<In> - (residue + from) % kVector<In>) % kVector<In> : 0;
-    tail = aligned ? 0 : kept;
   }
 };
 
@@ -132,7 +129,7 @@ struct Steps {
   GS_DEVICE Steps(const Piece<In, kLanes>& piece, int64_t columns) : begin_(piece.begin), columns_(columns) {
     const int64_t length = piece.end - piece.begin;
     lead_ = piece.lead;  // maybe longer than the piece, by less than a vector
-    const int64_t usable = length - lead_ - piece.tail;
+    const int64_t usable = length - lead_;
     count = usable > 0 ? usable / columns : 0;
     vectors_ = piece.aligned ? (length - lead_ - count * columns) / kVector<In> : 0;
     units = length - count * columns - vectors_ * (kVector<In> - 1);

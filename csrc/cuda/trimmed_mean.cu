@@ -96,7 +96,8 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 1)
     turns.get_units(lane, unit);
 #pragma unroll 1
     for (int e = 0; e < kVector<In>; e++) {
-      const int64_t column = turns.column(lane, 0, unit[0], e);
+      // Neighbours in different lanes, whatever the alignment: elements are read one by one.
+      const int64_t column = turns.is_whole() ? turns.column() + e * kWarp + lane : turns.column(lane, 0, unit[0], e);
       if (column < 0) continue;
       V broken = 0;
       double sum = 0;

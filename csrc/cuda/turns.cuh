@@ -17,20 +17,18 @@ struct Slot {
   }
   GS_DEVICE int64_t first_param() const { return table.param_of(run, begin); }
   GS_DEVICE bool holds(int64_t p) const { return p < run.first_param + run.params && table.first_column(p) < end; }
-  // kept: how many columns of a row are to be behind what is read in steps.
   template <class In, int kLanes>
-  GS_DEVICE Piece<In, kLanes> piece(int64_t p, int64_t kept) const {
+  GS_DEVICE Piece<In, kLanes> piece(int64_t p) const {
     const Param param = table.param(p);
     const int64_t from = begin > param.first_column ? begin - param.first_column : 0;
     const int64_t to = end - param.first_column < param.numel ? end - param.first_column : param.numel;
-    const int64_t behind = param.numel - to;
-    return {param.residue, from, to, behind < kept ? kept - behind : 0};
+    return {param.residue, from, to};
   }
 };
 
 // The turns of a group of lanes in a slot: of each piece the whole steps, kSteps at a time, then the rest in as many
-// units. Several groups share a slot, and their turns go on from piece to piece. kKept is for its pieces.
-template <class In, int kLanes, int kSteps, int kKept = 0>
+// units. Several groups share a slot, and their turns go on from piece to piece.
+template <class In, int kLanes, int kSteps>
 class Turns {
   using Rows = Piece<In, kLanes>;
   static constexpr int64_t kColumns = kSteps * Rows::kStep;
@@ -58,7 +56,7 @@ class Turns {
   // What a lane has of each step of a turn in the rest; nothing in a whole one.
   GS_DEVICE void get_units(int lane, Unit (&unit)[kSteps]) const {
     if (is_whole()) return;
-    const Steps<In> steps(Slot(table_, slot_).piece<In, kLanes>(param_, kKept), kColumns);
+    const Steps<In> steps(Slot(table_, slot_).piece<In, kLanes>(param_), kColumns);
 #pragma unroll
     for (int s = 0; s < kSteps; s++) unit[s] = steps.unit(int64_t{rest_ - left_} * kUnits + s * kLanes + lane);
   }
@@ -100,7 +98,7 @@ class Turns {
   GS_DEVICE void open(int turn) {
     const Slot slot(table_, slot_);
     for (left_ = 0; slot.holds(param_); param_++) {
-      const Rows piece = slot.piece<In, kLanes>(param_, kKept);
+      const Rows piece = slot.piece<In, kLanes>(param_);
       const Steps<In> steps(piece, kColumns);
       rest_ = static_cast<int>((steps.units + kUnits - 1) / kUnits);
       left_ = static_cast<int>(steps.count) + rest_ - turn;

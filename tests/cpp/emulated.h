@@ -187,10 +187,16 @@ inline uint64_t load_word(const void* p) {
   return word;
 }
 
-// A copy takes place when its thread waits for it, as late as it can.
+// A copy takes place when its thread waits for it, as late as it can, or in one of the orders at once.
 template <class V>
-void copy_to_shared(V* shared, const V* p) {
-  Emulator::get().copies().back().emplace_back([=] { *shared = p ? load_first(p) : V{}; });
+void copy_to_shared(V* shared, const V* p, uint32_t bytes = 16) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) std::abort();
+  const auto copy = [=] {
+    *shared = {};
+    if (p) std::memcpy(static_cast<void*>(shared), p, bytes);
+  };
+  if (Emulator::get().order == Order::kBackward) return copy();
+  Emulator::get().copies().back().emplace_back(copy);
 }
 inline void close_copies() { Emulator::get().copies().emplace_back(); }
 template <int kOpen>

@@ -111,7 +111,7 @@ void test_kernels() {
   const std::pair<int64_t, gs_dtype> many[] = {{49, GS_BFLOAT16}, {64, GS_FLOAT16},  {72, GS_FLOAT64},
                                                {81, GS_FLOAT32},  {97, GS_BFLOAT16}, {128, GS_FLOAT32},
                                                {130, GS_FLOAT16}, {190, GS_FLOAT32}};
-  for (const auto& [num_tasks, dtype] : many) test_gram(Model(num_tasks, {dtype}, {170, 20, 150}));
+  for (const auto& [num_tasks, dtype] : many) test_gram(Model(num_tasks, {dtype}, {170, 200, 90}));
   test_gram(Model(36, {GS_BFLOAT16}, {1500, 1, 700}));  // many stages
   test_gram(Model(1, {GS_FLOAT32}, {150 << 10}));       // many slots
 }
