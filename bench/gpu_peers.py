@@ -8,27 +8,23 @@ one wait at the end), and as a CUDA graph where it does not wait for the GPU.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from pathlib import Path
 
 import torch
-
-import gradsurgery as gs
 
 from .counts import launches, peak_bytes, synchronisations
 from .gpu_cases import DTYPES, Bench, direction_error, exact_gram
 from .gpu_ceilings import measure as measure_ceilings
 from .gpu_peer_contenders import METHODS, Contender, contenders
 from .gpu_peer_targets import judge
-from .gpu_report import print_ceilings, print_targets, provenance, store
+from .gpu_report import parse_options, print_ceilings, print_targets, provenance, store
 from .gpu_timing import OURS, TRITON, Call, Row, Spec, eager_sampler, graph_sampler, interleave, quantiles
+from .turns import Foresight
 
-RESULTS = Path(__file__).parent / "results"
 CAP_S = 2.0
 """A contender is skipped where one call should take longer, judged by the square of T from a case with fewer tasks."""
 COPIES = 5
@@ -69,15 +65,7 @@ class PeerRow(Row):
 
 def main() -> int:
     """Measure, print and store; return 1 if one of our contenders failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_peers", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few sizes and few rounds")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try this script out")
-    parser.add_argument("--budget", type=float, default=420, help="seconds after which the other cases are left out")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the JSON")
-    options = parser.parse_args()
-    if not gs.backends()[options.device].startswith("available"):
-        parser.error(f"the {options.device} backend cannot be measured: {gs.backends()[options.device]}")
-
+    options = parse_options("bench.gpu_peers", __doc__.splitlines()[0])
     deadline = time.monotonic() + options.budget
     plan = QUICK if options.quick else FULL
     device = torch.device(options.device)
@@ -98,8 +86,7 @@ def main() -> int:
             rows += measured
     verdicts = judge(rows)
     print_targets(verdicts)
-    command = f"python -m bench.gpu_peers --device {options.device}{' --quick' * options.quick}"
-    path = store(options.output, "gpu-peers", command, origin, rows, verdicts, ceilings=ceilings)
+    path = store(options.output, "gpu-peers", options.command, origin, rows, verdicts, ceilings=ceilings)
     left_out = sum(row.note.startswith("left out") for row in rows)
     print(f"\n{len(rows)} rows in {path}; {left_out} cases left out")
     return int(any(row.note.startswith("failed") and row.contender in (OURS, TRITON) for row in rows))
@@ -127,7 +114,7 @@ class Clock:
     def __init__(self, device: torch.device, plan: Plan, ceilings: dict[str, float]) -> None:
         """Measure on a device whose ceilings are known."""
         self.device, self.plan, self.ceilings = device, plan, ceilings
-        self._seen: dict[tuple[str, str, int | None, str], tuple[int, float]] = {}
+        self._foresight = Foresight()
 
     def measure(self, bench: Bench, spec: Spec) -> list[PeerRow]:
         """Return a row for each contender and way to call it."""
@@ -139,7 +126,7 @@ class Clock:
         for contender in contenders(bench, spec, matrices, exact):
             row = PeerRow(**asdict(spec), contender=contender.name, floor_us=moved / 1e3)
             rows.append(row)
-            expected = self._expected(row)
+            expected = self._foresight.seconds((row.stage, row.contender, row.size, row.dtype), row.tasks)
             if expected > CAP_S:
                 row.note = f"skipped: one call would take about {expected:.0f} s"
                 continue
@@ -179,12 +166,7 @@ class Clock:
         row.p20_us, row.median_us, row.p80_us = quantiles(times)
         row.x_floor = row.median_us / row.floor_us  # type: ignore[operator]
         if row.how == "eager":
-            self._seen[row.stage, row.contender, row.size, row.dtype] = row.tasks, row.median_us / 1e6
-
-    def _expected(self, row: PeerRow) -> float:
-        """Return the seconds of one call, from fewer tasks: no contender grows faster than T squared."""
-        tasks, seconds = self._seen.get((row.stage, row.contender, row.size, row.dtype), (row.tasks, 0.0))
-        return seconds * (row.tasks / tasks) ** 2
+            self._foresight.add((row.stage, row.contender, row.size, row.dtype), row.tasks, row.median_us / 1e6)
 
 
 def print_case(spec: Spec, rows: list[PeerRow]) -> None:

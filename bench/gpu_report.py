@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import re
@@ -24,9 +25,24 @@ from .origin import commit
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+RESULTS = Path(__file__).parent / "results"
 HEADING = ["stage", "form", "T", "N", "dtype", "cache", "contender"]
 FIGURES = ["median us", "p20", "p80", "x floor", "x flat", "host us", "error", "rounds"]
 WIDTHS = [16, 10, 4, 11, 9, 5, 27]
+
+
+def parse_options(module: str, description: str) -> argparse.Namespace:
+    """Return the command line's options and, as ``command``, what repeats it."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--quick", action="store_true", help="few sizes and few rounds")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try this script out")
+    parser.add_argument("--budget", type=float, default=420, help="seconds after which the other cases are left out")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the JSON")
+    options = parser.parse_args()
+    if not gs.backends()[options.device].startswith("available"):
+        parser.error(f"the {options.device} backend cannot be measured: {gs.backends()[options.device]}")
+    options.command = f"python -m {module} --device {options.device}{' --quick' * options.quick}"
+    return options
 
 
 def provenance(device: torch.device) -> dict[str, object]:

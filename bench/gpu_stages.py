@@ -9,25 +9,20 @@ both for the chain from gradients to direction.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 
 import torch
 
-import gradsurgery as gs
-
 from .gpu_cases import DTYPES, SOLVED, STAGES, Bench, columns, prepare
 from .gpu_ceilings import measure as measure_ceilings
-from .gpu_report import print_ceilings, print_heading, print_row, print_targets, provenance, store
+from .gpu_report import parse_options, print_ceilings, print_heading, print_row, print_targets, provenance, store
 from .gpu_targets import judge
 from .gpu_timing import Row, Spec, measure
 
-RESULTS = Path(__file__).parent / "results"
 SOLVES = [(stage, tasks, 1) for stage in ("pcgrad_weights", "min_norm_weights") for tasks in (8, 64)]
 SOLVES += [("pcgrad_weights", 8, 1000), ("min_norm_weights", 8, 1000)]
 SOLVES += [(f"{name} weights", *size) for name in SOLVED for size in ((8, 1), (64, 1), (8, 1000))]
@@ -77,19 +72,10 @@ QUICK = Plan(
 
 def main() -> int:
     """Measure, print and store; return 1 if a case failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_stages", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few sizes and few rounds")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try this script out")
-    parser.add_argument("--budget", type=float, default=420, help="seconds after which the other cases are left out")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the JSON")
-    options = parser.parse_args()
-    if not gs.backends()[options.device].startswith("available"):
-        parser.error(f"the {options.device} backend cannot be measured: {gs.backends()[options.device]}")
-
+    options = parse_options("bench.gpu_stages", __doc__.splitlines()[0])
     deadline = time.monotonic() + options.budget
     plan = QUICK if options.quick else FULL
     device = torch.device(options.device)
-    command = f"python -m bench.gpu_stages --device {options.device}{' --quick' * options.quick}"
     origin = provenance(device)
     ceilings = measure_ceilings(device, plan.ceiling_bytes)
     print(f"{origin['machine']}\n{origin['versions']}\ncommit {origin['commit']}\n")
@@ -120,7 +106,7 @@ def main() -> int:
     print()
     verdicts = judge(rows)
     print_targets(verdicts)
-    path = store(options.output, "gpu-stages", command, origin, rows, verdicts, ceilings=ceilings)
+    path = store(options.output, "gpu-stages", options.command, origin, rows, verdicts, ceilings=ceilings)
     left_out = sum(row.note.startswith("left out") for row in rows)
     print(f"\n{len(rows)} rows in {path}; {failures} cases failed, {left_out} left out")
     return 1 if failures else 0

@@ -20,13 +20,11 @@ from pathlib import Path
 import torch
 
 from .counts import peak_bytes
-from .gpu_report import print_targets, provenance, store
+from .gpu_report import RESULTS, print_targets, provenance, store
 from .step_contenders import METHODS, PARTS, Step, contenders
 from .step_models import WORKLOADS, MultiTaskModel, Workload
 from .step_targets import judge
 from .turns import take_turns
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from .turns import take_turns
+from .turns import Foresight, take_turns
 
 OURS = "gradsurgery"
 FLOOR = "J.sum()"
@@ -63,13 +63,13 @@ class Clock:
     def __init__(self, seconds: float) -> None:
         """Aim at ``seconds`` for each contender of a case."""
         self.seconds = seconds
-        self._seen: dict[tuple[str, str, int | None, str], tuple[int, float]] = {}
+        self._foresight = Foresight()
 
     def measure(self, case: Case) -> list[Row]:
         """Return one row per contender."""
         rows = {n: Row(case.stage, n, case.tasks, case.size, case.dtype) for n in case.calls}
         for row in rows.values():
-            expected = self._expected(row)
+            expected = self._foresight.seconds((row.stage, row.contender, row.size, row.dtype), row.tasks)
             if expected > CAP_S:
                 row.note = f"skipped: one call would take about {expected:.0f} s"
         timed = {n: call for n, call in case.calls.items() if not rows[n].note}
@@ -78,15 +78,10 @@ class Clock:
             row.rounds = len(times)
             row.median_ms = 1e3 * statistics.median(times)
             row.p20_ms, row.p80_ms = 1e3 * _quantile(times, 0.2), 1e3 * _quantile(times, 0.8)
-            self._seen[row.stage, name, row.size, row.dtype] = row.tasks, row.median_ms / 1e3
+            self._foresight.add((row.stage, name, row.size, row.dtype), row.tasks, row.median_ms / 1e3)
             if case.error is not None and name != FLOOR:
                 row.error = case.error(timed[name]())
         return list(rows.values())
-
-    def _expected(self, row: Row) -> float:
-        """Return the seconds of one call, from fewer tasks: no contender grows faster than T squared."""
-        tasks, seconds = self._seen.get((row.stage, row.contender, row.size, row.dtype), (row.tasks, 0.0))
-        return seconds * (row.tasks / tasks) ** 2
 
 
 def _interleave(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, list[float]]:

@@ -12,6 +12,23 @@ Sample = TypeVar("Sample")
 Name = TypeVar("Name", bound=Hashable)
 
 
+class Foresight:
+    """Remembers what contenders took, to foresee which ones take too long."""
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._seen: dict[Hashable, tuple[int, float]] = {}
+
+    def add(self, key: Hashable, tasks: int, seconds: float) -> None:
+        """Remember one call, of the newest number of tasks."""
+        self._seen[key] = tasks, seconds
+
+    def seconds(self, key: Hashable, tasks: int) -> float:
+        """Return what a call should take, from fewer tasks: no contender grows faster than T squared. 0 if unknown."""
+        fewer, seconds = self._seen.get(key, (tasks, 0.0))
+        return seconds * (tasks / fewer) ** 2
+
+
 def take_turns(
     samplers: Mapping[Name, Callable[[], Sample]],
     rounds: Mapping[Name, int],
