@@ -98,6 +98,7 @@ def test_a_failure_of_ours_is_one_of_the_run(monkeypatch, tmp_path):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(gpu_peer_contenders, "_ours", fail)
+    monkeypatch.setattr(gpu_peers, "METHODS", ("mgda",))
     monkeypatch.setattr(sys, "argv", ["gpu_peers", "--quick", "--device", "cpu", "--output", str(tmp_path)])
     assert gpu_peers.main() == 1
 

@@ -82,6 +82,7 @@ class Emulator {
 
   Order order = Order::kForward;
   bool fast_double = true;
+  bool runs = true;  // or launches are only looked at
   int processors = 3;
   int launches = 0;
 
