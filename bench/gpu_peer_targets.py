@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""How much faster than other packages the cuda backend is meant to be, and whether a run reached it."""
+"""A run's rows, how much faster than other packages the cuda backend is meant to be, and whether it was."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .gpu_peer_contenders import PRODUCTS
@@ -19,13 +20,27 @@ TARGETS = [
 ]
 
 
-def judge(rows: Sequence[Row]) -> list[dict[str, Any]]:
+@dataclass
+class PeerRow(Row):
+    """What was measured of one contender, called in one way."""
+
+    how: str = "eager"
+    """eager or graph."""
+    peak_mb: float | None = None
+    """The most memory that a call takes on top of what lay there before it."""
+    launches: int | None = None
+    """Kernels, copies and fills of a call."""
+    synchronisations: int | None = None
+    """Waits of the host in a call."""
+
+
+def judge(rows: Sequence[PeerRow]) -> list[dict[str, Any]]:
     """Return each target with the measured figure, per dtype and way to call; None where there is no row at all."""
     medians: dict[tuple[str, str], dict[tuple[str, str, int, int | None], float]] = {}
     for row in rows:
         if row.median_us is not None:
             key = row.stage, row.contender, row.tasks, row.size
-            medians.setdefault((row.dtype, getattr(row, "how", "eager")), {})[key] = row.median_us
+            medians.setdefault((row.dtype, row.how), {})[key] = row.median_us
     verdicts: list[dict[str, Any]] = []
     for target in TARGETS:
         figures = [(*way, target.measured(found)) for way, found in medians.items()]

@@ -20,9 +20,9 @@ from .counts import launches, peak_bytes, synchronisations
 from .gpu_cases import DTYPES, Bench, direction_error, exact_gram
 from .gpu_ceilings import measure as measure_ceilings
 from .gpu_peer_contenders import METHODS, Contender, contenders
-from .gpu_peer_targets import judge
+from .gpu_peer_targets import PeerRow, judge
 from .gpu_report import parse_options, print_ceilings, print_targets, provenance, store
-from .gpu_timing import OURS, TRITON, Call, Row, Spec, eager_sampler, graph_sampler, interleave, quantiles
+from .gpu_timing import OURS, TRITON, Call, Spec, eager_sampler, graph_sampler, interleave, quantiles
 from .turns import Foresight
 
 CAP_S = 2.0
@@ -47,20 +47,6 @@ class Plan:
 
 FULL = Plan(0.05, 2 << 30, (2, 4, 8, 16, 32, 64), (10**5, 10**7, 10**8, 10**6), (10**5, 10**7))
 QUICK = Plan(0.002, 16 << 20, (2, 4), (10**4,), (10**4,))
-
-
-@dataclass
-class PeerRow(Row):
-    """What was measured of one contender, called in one way."""
-
-    how: str = "eager"
-    """eager or graph."""
-    peak_mb: float | None = None
-    """The most memory that a call takes on top of what lay there before it."""
-    launches: int | None = None
-    """Kernels, copies and fills of a call."""
-    synchronisations: int | None = None
-    """Waits of the host in a call."""
 
 
 def main() -> int:
@@ -92,7 +78,7 @@ def main() -> int:
     return int(any(row.note.startswith("failed") and row.contender in (OURS, TRITON) for row in rows))
 
 
-def _inputs(plan: Plan, device: torch.device) -> Iterator[tuple[Bench | None, Iterator[Spec]]]:
+def _inputs(plan: Plan, device: torch.device) -> Iterator[tuple[Bench | None, list[Spec]]]:
     """Yield inputs of one dtype and what to measure on them; None where they do not fit into memory."""
     for method, (name, dtype) in product(METHODS, DTYPES.items()):
         cache, fitting = 0, float("inf")
@@ -103,8 +89,8 @@ def _inputs(plan: Plan, device: torch.device) -> Iterator[tuple[Bench | None, It
         shapes = [Spec(method, "flat", tasks, size, name, "cold") for size, tasks in product(plan.sizes, plan.tasks)]
         largest = max(spec.bytes for spec in shapes if spec.bytes <= fitting)
         bench = Bench.create(device, cache, largest + largest // 100, {name: dtype})
-        yield bench, iter([spec for spec in shapes if spec.bytes <= largest])
-        yield None, iter([spec for spec in shapes if spec.bytes > largest])
+        yield bench, [spec for spec in shapes if spec.bytes <= largest]
+        yield None, [spec for spec in shapes if spec.bytes > largest]
         del bench  # before there is the next one
 
 

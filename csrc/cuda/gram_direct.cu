@@ -101,9 +101,8 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) lanes_kernel(GS_ARGUMENT(Table) table, dou
   for_each_stage<Layout::kStages>(
       ahead, &shared<Vector<In>>() + warp * Layout::kStages * Layout::kVectors, Layout::kVectors, [] {},
       [&](const Vector<In>* stage) {
-  // Half a vector of each row at a time: the sums leave no registers for more.
 #pragma unroll 1
-        for (int half = 0; half < 2; half++) {
+        for (int half = 0; half < 2; half++) {  // of each row's vector: the sums leave no registers for more
           uint32_t word[T][2];
 #pragma unroll
           for (int t = 0; t < T; t++) memcpy(word[t], stage[layout.place(t, 0, layout.lane())].word + 2 * half, 8);
