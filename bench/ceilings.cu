@@ -217,21 +217,31 @@ void launch_empty(cudaStream_t stream, int blocks, bool overlap) {
   cudaLaunchKernelEx(&config, empty_kernel);
 }
 
+const uint4* at(const void* data, int64_t bytes) {
+  return reinterpret_cast<const uint4*>(static_cast<const char*>(data) + bytes);
+}
+
 }  // namespace
 
 extern "C" {
 
-double ceiling_read_us(const void* data, int64_t bytes, int unroll, int blocks, int threads, void* sink) {
+// Of all windows of so many bytes, one launch each.
+double ceiling_read_us(const void* data, int64_t bytes, int64_t window, int unroll, int blocks, int threads,
+                       void* sink) {
   auto* kernel = unroll == 4 ? &read_kernel<4> : &read_kernel<8>;
   return best_us(nullptr, kOneLaunchNs, [&] {
-    kernel<<<blocks, threads>>>(static_cast<const uint4*>(data), bytes / 16, static_cast<uint4*>(sink));
+    for (int64_t begin = 0; begin + window <= bytes; begin += window) {
+      kernel<<<blocks, threads>>>(at(data, begin), window / 16, static_cast<uint4*>(sink));
+    }
   });
 }
 
-double ceiling_copy_us(const void* from, int64_t bytes, int unroll, int blocks, int threads, void* to) {
+double ceiling_copy_us(const void* from, int64_t bytes, int64_t window, int unroll, int blocks, int threads, void* to) {
   auto* kernel = unroll == 4 ? &copy_kernel<4> : &copy_kernel<8>;
   return best_us(nullptr, kOneLaunchNs, [&] {
-    kernel<<<blocks, threads>>>(static_cast<const uint4*>(from), bytes / 16, static_cast<uint4*>(to));
+    for (int64_t begin = 0; begin + window <= bytes; begin += window) {
+      kernel<<<blocks, threads>>>(at(from, begin), window / 16, const_cast<uint4*>(at(to, begin)));
+    }
   });
 }
 

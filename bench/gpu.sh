@@ -76,7 +76,12 @@ part_build() {
   "$python" -c 'import gradsurgery; print(gradsurgery.backends())'
 }
 
-part_test() { within "$limit" "${pytest[@]}" tests -rs; }
+part_test() {
+  # Tests wait for the host and for compilers more than for the GPU: several at a time, where pytest-xdist is there.
+  local workers=()
+  ! "$python" -c 'import xdist' 2> /dev/null || workers=(--numprocesses auto --maxprocesses 12 --dist worksteal)
+  within "$limit" "${pytest[@]}" "${workers[@]}" tests
+}
 
 part_sanitize() {
   local tool option failed=0 ours=()

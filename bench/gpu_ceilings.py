@@ -19,6 +19,8 @@ SOURCE = Path(__file__).parent / "ceilings.cu"
 WARP = 32
 GAP_KERNELS = 400
 BARRIERS = 200
+WINDOWS = (300_000_000, 28_000_000)
+"""Bytes that a launch of its own reads or copies: what starting and ending it costs at the sizes of the targets."""
 
 # In the order of ceiling_rate_us: name, operations of one instruction of a warp, words per lane, the
 # words' dtype, compute capability from which it exists.
@@ -55,8 +57,8 @@ def _gpu_ceilings(device: torch.device, size: int) -> dict[str, float]:
         library = ctypes.CDLL(str(compile_library(Path(folder), capability)))
     pointer, size_type, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, arguments in {
-        "ceiling_read_us": [pointer, size_type, number, number, number, pointer],
-        "ceiling_copy_us": [pointer, size_type, number, number, number, pointer],
+        "ceiling_read_us": [pointer, size_type, size_type, number, number, number, pointer],
+        "ceiling_copy_us": [pointer, size_type, size_type, number, number, number, pointer],
         "ceiling_rate_us": [number, pointer, number, number, number, pointer],
         "ceiling_barrier_us": [number, number, number],
         "ceiling_gap_us": [number, number, number, number],
@@ -75,15 +77,20 @@ def _bandwidths(library: ctypes.CDLL, device: torch.device, processors: int, siz
     data = torch.randn(size // 4, device=device)
     target = torch.empty_like(data)
     torch.cuda.synchronize(device)
-    grids = list(product((4, 8), (1, 2, 4, 8, 16, 32), (256, 512, 1024)))
-    read, copy = (
-        min(
-            _checked(function(data.data_ptr(), data.nbytes, unroll, blocks * processors, threads, target.data_ptr()))
-            for unroll, blocks, threads in grids
-        )
-        for function in (library.ceiling_read_us, library.ceiling_copy_us)
-    )
-    return {"read GB/s": data.nbytes / read / 1e3, "copy GB/s": 2 * data.nbytes / copy / 1e3}
+    shapes = list(product((4, 8), (1, 2, 4, 8, 16, 32), (256, 512, 1024)))
+    found = {}
+    for window in (size, *(window for window in WINDOWS if window < size)):
+        moved = size // window * window
+        for name, function, ways in (("read", library.ceiling_read_us, 1), ("copy", library.ceiling_copy_us, 2)):
+            us = min(
+                _checked(
+                    function(data.data_ptr(), size, window, unroll, blocks * processors, threads, target.data_ptr())
+                )
+                for unroll, blocks, threads in shapes
+            )
+            label = name if window == size else f"{name} of {window / 1e6:g} MB"
+            found[f"{label} GB/s"] = ways * moved / us / 1e3
+    return found
 
 
 def _rates(library: ctypes.CDLL, device: torch.device, processors: int, major: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ from .gpu_report import parse_options, print_ceilings, print_targets, provenance
 from .gpu_timing import OURS, TRITON, Call, Spec, eager_sampler, graph_sampler, interleave, quantiles
 from .turns import Foresight
 
-CAP_S = 2.0
+CAP_S = 0.5
 """A contender is skipped where one call should take longer, judged by the square of T from a case with fewer tasks."""
 COPIES = 5
 """Of the largest J that have to fit: three that inputs are views of, a stack of its rows, a margin."""
