@@ -19,7 +19,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         call()
     events = [event for event in _events(found) if event.name() == "[memory]"]
     live = peak = 0
@@ -33,7 +33,7 @@ def launches(call: Callable[[], object], device: torch.device) -> int | None:
     """Return how many kernels, copies and fills a call has the GPU do; None without a GPU."""
     if device.type != "cuda":
         return None
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
         call()
         torch.cuda.synchronize(device)
     return sum(event.device_type() == DeviceType.CUDA for event in _events(found))

@@ -47,8 +47,8 @@ def assert_same_bits(a, b):
 
 @contextmanager
 def no_sync():
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

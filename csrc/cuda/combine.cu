@@ -10,33 +10,37 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 // Rows of which a lane loads together, and in so many steps; blocks that a multiprocessor runs at once. Measured: where
-// rows are few, more blocks hide the latency of memory better than more loads of each, where they are many the reverse.
+// columns are many, more blocks hide the latency of memory better than more loads of each; where they leave no more
+// blocks anyway, the reverse.
 struct Shape {
   int steps, rows, blocks;
 };
-constexpr Shape shape_of(int64_t bytes, int64_t num_tasks) {
-  if (num_tasks > 16) return {1, 8, 2};
-  if (bytes == 2) return num_tasks <= 2 ? Shape{2, 2, 3} : Shape{1, 4, 3};
-  return num_tasks <= 2 ? Shape{4, 2, 2} : Shape{1, 4, 4};
+constexpr Shape shape_of(int64_t bytes, int64_t num_tasks, bool many_columns) {
+  if (num_tasks <= 2) return bytes == 2 ? Shape{2, 2, 3} : Shape{4, 2, 2};
+  if (num_tasks <= 4 || (num_tasks <= 16 && (bytes > 2 || !many_columns))) return {1, 4, 4};
+  return many_columns ? Shape{1, 8, 3} : Shape{1, 8, 2};
 }
 
-// Slots of a few vectors of each lane, of one row, that about eight blocks a multiprocessor share, in waves that end
-// full; or of a few turns of a warp, where columns are few, which may be those of many short rows. Several directions
-// at once, which are rare, are cut as one is.
-int64_t width_of(int64_t columns, int32_t dtype, int64_t num_tasks, int64_t processors) {
-  const int64_t bytes = gs::element_bytes(dtype), turn = kThreads * 16 / bytes;
-  const Shape shape = shape_of(bytes, num_tasks);
-  const int64_t at_once = processors * shape.blocks, turns = (columns + turn - 1) / turn;
+// Of one row: the columns that a block takes at a time, and whether there are enough for all blocks at once.
+constexpr int64_t turn_of(int64_t bytes) { return kThreads * 16 / bytes; }
+bool are_many(int64_t columns, int64_t bytes, int64_t processors) { return columns >= 3 * processors * turn_of(bytes); }
+
+// Slots of a few turns, in waves that end full; or of turns of a warp, where columns are few, which may be those of
+// many short rows. Several directions at once, which are rare, are cut as one is.
+int64_t width_of(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t processors) {
+  const int64_t turn = turn_of(bytes), turns = (columns + turn - 1) / turn;
+  const Shape shape = shape_of(bytes, num_tasks, are_many(columns, bytes, processors));
+  const int64_t at_once = processors * shape.blocks;
   if (turns < at_once) {
     const int64_t own = turn / kWarps * shape.steps;
     return (columns + own * at_once - 1) / (own * at_once) * own;
   }
-  const int64_t few = std::max<int64_t>(1, turns / (8 * processors)), many = few + 1;
+  const int64_t few = std::clamp<int64_t>(turns / (8 * processors), 1, 8);
   const auto time = [&](int64_t share) {
     const int64_t slots = (turns + share - 1) / share;
     return (slots + at_once - 1) / at_once * share;
   };
-  return turn * (time(many) <= time(few) ? many : few);
+  return turn * (time(few + 1) <= time(few) ? few + 1 : few);
 }
 
 // The rows that count in a block's segment: those with a weight other than 0 in one of the directions.
@@ -149,10 +153,10 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
 }
 
 // In the shape for so many tasks.
-template <class In, int K, int64_t kTasks>
+template <class In, int K, int64_t kTasks, bool kMany>
 gs_status launch_combine(const Table& table, const gs_gradients& grads, const double* weights, bool accumulate,
                          gs_stream stream) {
-  constexpr Shape kShape = K == 1 ? shape_of(sizeof(In), kTasks) : Shape{1, 8, 1};
+  constexpr Shape kShape = K == 1 ? shape_of(sizeof(In), kTasks, kMany) : Shape{1, 8, 1};
   static_assert(kShape.steps == 1 || kTasks <= kShape.rows);
   return launch(&combine_kernel<In, K, kShape.steps, kShape.rows, kShape.blocks>, table.slots, kThreads,
                 sizeof(Terms<K>), stream, table, static_cast<int>(grads.num_tasks), weights,
@@ -171,8 +175,11 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
   }
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
+  bool many = false;  // columns of the table that comes next
   const auto width = [&](int64_t columns, int32_t dtype) {
-    return width_of(columns, dtype, grads.num_tasks, traits.processors);
+    const int64_t bytes = gs::element_bytes(dtype);
+    many = are_many(columns, bytes, traits.processors);
+    return width_of(columns, bytes, grads.num_tasks, traits.processors);
   };
   Tables tables(grads, out, K, width);
   Table table;
@@ -181,11 +188,15 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
     if (status != GS_OK) return status;
     status = with_dtype(table.dtype, [&](auto in) {
       using In = decltype(in);
+      const auto run = [&](auto with_few, auto with_many) {
+        return (many ? with_many : with_few)(table, grads, weights, accumulate, stream);
+      };
       if constexpr (K == 1) {
-        if (grads.num_tasks <= 2) return launch_combine<In, K, 2>(table, grads, weights, accumulate, stream);
-        if (grads.num_tasks <= 16) return launch_combine<In, K, 16>(table, grads, weights, accumulate, stream);
+        if (grads.num_tasks <= 2) return run(&launch_combine<In, K, 2, false>, &launch_combine<In, K, 2, true>);
+        if (grads.num_tasks <= 4) return run(&launch_combine<In, K, 4, false>, &launch_combine<In, K, 4, true>);
+        if (grads.num_tasks <= 16) return run(&launch_combine<In, K, 16, false>, &launch_combine<In, K, 16, true>);
       }
-      return launch_combine<In, K, GS_MAX_TASKS>(table, grads, weights, accumulate, stream);
+      return run(&launch_combine<In, K, GS_MAX_TASKS, false>, &launch_combine<In, K, GS_MAX_TASKS, true>);
     });
     if (status != GS_OK) return status;
   }

@@ -20,7 +20,7 @@ struct OneRun {
 template <class Runs>
 GS_KERNEL GS_BLOCKS(kMaxThreads, 1)
     sum_slots_kernel(GS_ARGUMENT(Runs) table, int num_tasks, const double* partials, bool accumulate, double* gram) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = 8;  // the slots of a wave of two blocks a multiprocessor, all of them
   wait_for_previous_kernel();
   const int pairs = static_cast<int>(pairs_of(num_tasks)), blocks = (pairs + kWarp - 1) / kWarp;
   const int64_t first = block() / blocks;
@@ -91,23 +91,33 @@ gs_status launch_products(const Table& table, int64_t num_tasks, bool fast_doubl
   return launch_staged(table, num_tasks, fast_double, partials, stream);
 }
 
-// The width of slots for so many columns in all: what makes four blocks for each of the 132 multiprocessors of an H200,
-// or fewer where the partial sums would weigh beside the rows.
-struct SlotWidth {
-  static constexpr int64_t kBlocks = 132, kMaxWaves = 4;
-  static constexpr int64_t kPartialBytes = 16 << 20;
-  int64_t num_tasks;
+// The width of slots for so many columns in all: what makes one wave of blocks on an H200's multiprocessors, or an
+// A100's, or fewer where the partial sums would weigh beside the rows. A second wave starts with empty hands: its first
+// rows take as long to come as those of a whole launch.
+constexpr int64_t kHopperProcessors = 132, kAmpereProcessors = 108, kMinColumns = 256;
+// Of any dtype, on any GPU.
+constexpr int64_t most_slots(int64_t num_tasks) { return kHopperProcessors * (num_tasks <= 48 ? 2 : 1); }
 
-  int64_t max_slots() const {
-    return kBlocks * std::clamp<int64_t>(kPartialBytes / (kBlocks * pairs_of(num_tasks) * 8), 1, kMaxWaves);
+struct SlotWidth {
+  int64_t num_tasks;
+  bool fast_double, is_hopper;
+
+  // Blocks for which a multiprocessor has registers, as the kernels are bounded.
+  int64_t resident(int32_t dtype) const {
+    if (in_double(dtype, fast_double)) return num_tasks <= 32 ? 2 : 1;
+    return num_tasks <= 24 || (num_tasks > kFloatTileTasks && num_tasks <= 48) ? 2 : 1;
   }
+  int64_t processors() const { return is_hopper ? kHopperProcessors : kAmpereProcessors; }
   // A slot smaller than this is not worth a block.
-  int64_t min_columns() const { return num_tasks <= kDirectTasks ? 1024 : 256; }
+  int64_t min_columns(int32_t dtype) const {
+    if (num_tasks <= kDirectTasks) return 6144 / gs::element_bytes(dtype);
+    return num_tasks <= 8 ? 2 * kMinColumns : kMinColumns;
+  }
   int64_t operator()(int64_t columns, int32_t dtype) const {
     const auto share = [&](int64_t slots) { return (columns + slots - 1) / slots; };
     // Partial sums of a 16th of the rows' bytes, as long as there is a block for each multiprocessor.
-    const int64_t light = std::min(64 * num_tasks / gs::element_bytes(dtype), share(kBlocks));
-    return std::max({min_columns(), share(max_slots()), light});
+    const int64_t light = std::min(64 * num_tasks / gs::element_bytes(dtype), share(processors()));
+    return std::max({min_columns(dtype), share(processors() * resident(dtype)), light});
   }
 };
 
@@ -125,8 +135,7 @@ int64_t gs_gram_cuda_workspace_bytes(const gs_gradients* grads) {
     runs += last_segment[grads->dtype[p]] != gs::segment_of(*grads, p);
     last_segment[grads->dtype[p]] = gs::segment_of(*grads, p);
   }
-  const SlotWidth width{grads->num_tasks};
-  const int64_t slots = std::min(columns / width.min_columns(), width.max_slots()) + runs;
+  const int64_t slots = std::min(columns / kMinColumns, most_slots(grads->num_tasks)) + runs;
   gs::Workspace space(nullptr);
   space.take<double>(slots * pairs_of(grads->num_tasks));
   return space.bytes() + table_workspace_bytes(grads->num_params, grads->num_tasks);
@@ -143,7 +152,7 @@ gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace,
   const int64_t tasks = grads->num_tasks;
   auto* space = static_cast<unsigned char*>(workspace);
   auto* partials = reinterpret_cast<double*>(space + table_workspace_bytes(grads->num_params, tasks));
-  const SlotWidth width{tasks};
+  const SlotWidth width{tasks, traits.fast_double, traits.overlaps};
   Tables tables(*grads, nullptr, 0, width);
   Table table;
   // Where the first table has all segments it sets G, else all tables add to 0.

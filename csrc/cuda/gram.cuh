@@ -20,7 +20,7 @@ constexpr int64_t lanes_tasks(int64_t element_bytes) {
   return element_bytes == 8 ? kDirectTasks : element_bytes == 4 ? 8 : 6;
 }
 // What one warp can hold: float64 sums, or float32 sums beside them.
-constexpr int64_t kDoubleTileTasks = 56;
+constexpr int64_t kDoubleTileTasks = 64;
 constexpr int64_t kFloatTileTasks = 32;
 
 GS_HOST_DEVICE constexpr int64_t pairs_of(int64_t num_tasks) { return num_tasks * (num_tasks + 1) / 2; }

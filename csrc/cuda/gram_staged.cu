@@ -10,11 +10,18 @@
 namespace gs::gpu {
 namespace {
 
-constexpr int kStages = 4;
+// Vectors of a stage per row and lane, of which a barrier is less time the more there are, and stages: what 99 KB hold
+// of the most rows that make so many tiles a warp. With the most tiles in float32, longer stages were slower.
+template <bool kDouble, bool kMany, bool kShifts, int kTiles>
+constexpr int kStageHalves = kMany                                  ? 1
+                             : kShifts || (!kDouble && kTiles == 5) ? 2
+                                                                    : 4;
+template <int kHalves, int kTiles>
+constexpr int kStages = kHalves == 4 && kTiles > 3 ? 3 : 4;
 GS_HOST_DEVICE constexpr int most_warps(bool many) { return many ? 12 : 16; }
 constexpr int kMostTiles = 5;  // of 16 x 8 products, of a warp: what fits its registers
 constexpr int kRows = 16;
-// With so many tasks a block holds all pairs, and a stage two vectors per row and lane instead of one.
+// With so many tasks a block holds all pairs.
 constexpr int kMaxTasks = 128;
 
 // How the warps share the pairs of tasks.
@@ -64,12 +71,12 @@ struct Owner {
 // In a row of a stage, vector c is at c ^ swizzle_of(row), so that 8 rows of one vector meet all banks.
 GS_DEVICE int swizzle_of(int row) { return row / 2 % kRowLanes; }
 
-// A stage is [halves][rows][kRowLanes] vectors, of which a thread always copies those of the same rows, then the extra
+// A stage is [parts][rows][kRowLanes] vectors, of which a thread always copies those of the same rows, then the extra
 // ones of the rows, then the marks of the groups of lanes.
-template <bool kMany, bool kShiftsRows>
+template <bool kMany, bool kShiftsRows, int kHalvesOfStage>
 struct BlockLayout {
   static constexpr bool kShifts = kShiftsRows;
-  static constexpr int kLanes = kRowLanes, kRows = kMany ? 4 : 1, kHalves = kMany ? 1 : 2;
+  static constexpr int kLanes = kRowLanes, kRows = kMany ? 4 : 1, kHalves = kHalvesOfStage;
   int half_vectors;
 
   GS_HOST_DEVICE int extras() const { return kHalves * half_vectors; }
@@ -143,26 +150,27 @@ GS_DEVICE void add_tiles(FloatTiles<In, 1, kTiles>& tiles, const Vector<In>* lef
 }
 
 // Writes the sums that the block has of a slot. A warp may leave the last two of its tiles out.
-template <class In, bool kMany, bool kShifts, int kTiles, class Tiles>
+template <class In, bool kMany, bool kShifts, int kHalves, int kTiles, class Tiles>
 GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& split, int own, int own_split,
                              Tiles& tiles, double* partials) {
-  using Layout = BlockLayout<kMany, kShifts>;
+  using Layout = BlockLayout<kMany, kShifts, kHalves>;
   const int slot = static_cast<int>(block() / split.parts), part = static_cast<int>(block() % split.parts);
   const Owner owner(split, part, own);
   const bool last_tiles = owner.tiles > kTiles - 2;
   // The halves of a stage that are the warp's, a bit each. With the most tiles there is no warp left to split them.
   const bool all_halves = (kTiles == kMostTiles && !kMany) || split.splits == 1;
-  const int halves = kMany && owner.tiles <= 0 ? 0 : all_halves ? 3 : 1 << own_split;
+  constexpr int kAll = (1 << kHalves) - 1;
+  const int halves = kMany && owner.tiles <= 0 ? 0 : all_halves ? kAll : kAll / 3 << own_split;
   const int half_vectors = split.half_vectors(), left = lane_offset(tiles) + 2 * owner.strip * kBlockVectors;
   const int right = lane_offset(tiles) + owner.first_right * kBlockVectors;
   const int wrapped = right - owner.blocks * kBlockVectors, wrap = owner.blocks - owner.first_right;
   const Layout layout{half_vectors};
   Copier<In, Layout> ahead(table, slot, num_tasks, layout, 0, 1);
-  for_each_stage<kStages>(
+  for_each_stage<kStages<kHalves, kTiles>>(
       ahead, &shared<Vector<In>>(), layout.vectors(threads()), [] { sync_block(); },
       [&](const Vector<In>* stage) {
 #pragma unroll 1
-        for (int half = 0; half < Layout::kHalves; half++) {
+        for (int half = 0; half < kHalves; half++) {
           if ((halves >> half & 1) == 0) continue;
           const Vector<In>* rows = stage + half * half_vectors;
           add_tiles(
@@ -182,16 +190,17 @@ GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& spl
   double* partial = partials + slot * pairs_of(num_tasks);
   write_tiles<1, kTiles>(tiles, own, split.owners(), own_split, split.splits, place, &shared<double>(), partial);
 }
-template <class In, bool kShifts, int kTiles>
+template <class In, bool kShifts, int kHalves, int kTiles>
 GS_RARE void sum_and_write_in_double(const Table& table, int num_tasks, const Split& split, int own, int own_split,
                                      double* partials) {
   DoubleTiles<In, 1, kTiles> tiles;
-  sum_and_write<In, false, kShifts, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
+  sum_and_write<In, false, kShifts, kHalves, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
 }
 
 template <class In, int kTiles, bool kDouble, bool kMany, bool kShifts>
 GS_KERNEL GS_BLOCKS(most_warps(kMany) * kWarp, 1)
     staged_kernel(GS_ARGUMENT(Table) table, int num_tasks, double* partials) {
+  constexpr int kHalves = kStageHalves<kDouble, kMany, kShifts, kTiles>;
   wait_for_previous_kernel();
   const Split split(num_tasks);
   // Neighbouring warps share a unit of the multiprocessor, so the second half of them begins half way round.
@@ -200,14 +209,14 @@ GS_KERNEL GS_BLOCKS(most_warps(kMany) * kWarp, 1)
   const int own = group * split.shares + (warp + own_split * (split.shares / 2)) % split.shares;
   if constexpr (kDouble) {
     DoubleTiles<In, 1, kTiles> tiles;
-    sum_and_write<In, kMany, kShifts, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
+    sum_and_write<In, kMany, kShifts, kHalves, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
   } else {
     FloatTiles<In, 1, kTiles> tiles;
-    sum_and_write<In, kMany, kShifts, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
+    sum_and_write<In, kMany, kShifts, kHalves, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
     if constexpr (!std::is_same_v<In, float16>) {  // which always fits
       const double* partial = partials + block() * pairs_of(num_tasks);
       if (any_misfit(tiles, own % split.shares * kRows, num_tasks, table.width, partial)) {
-        sum_and_write_in_double<In, kShifts, kTiles>(table, num_tasks, split, own, own_split, partials);
+        sum_and_write_in_double<In, kShifts, kHalves, kTiles>(table, num_tasks, split, own, own_split, partials);
       }
     }
   }
@@ -222,8 +231,9 @@ gs_status launch_one(const Table& table, int num_tasks, double* partials, gs_str
     }
   }
   const int block_threads = split.warps() * kWarp;
-  const BlockLayout<kMany, kShifts> layout{split.half_vectors()};
-  const int64_t ring_bytes = int64_t{kStages} * layout.vectors(block_threads) * 16;
+  constexpr int kHalves = kStageHalves<kDouble, kMany, kShifts, kTiles>;
+  const BlockLayout<kMany, kShifts, kHalves> layout{split.half_vectors()};
+  const int64_t ring_bytes = int64_t{kStages<kHalves, kTiles>} * layout.vectors(block_threads) * 16;
   return launch(&staged_kernel<In, kTiles, kDouble, kMany, kShifts>, table.slots * split.parts, block_threads,
                 std::max(ring_bytes, sums_bytes(split.warps())), stream, table, num_tasks, partials);
 }

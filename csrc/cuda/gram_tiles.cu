@@ -42,18 +42,25 @@ struct IsUpper {
   GS_DEVICE bool operator()(int i, int j) const { return j >= 2 * i; }
 };
 
-// Adds the products of the blocks' vectors x(r).
+// Adds the products of the blocks' vectors x(r). The most tiles leave no registers for whole vectors.
 template <class In, int kTiles, class Vectors>
 GS_DEVICE void add_vectors(DoubleTiles<In, kStrips<kTiles>, kTiles>& tiles, const Vectors& x) {
+  constexpr int kPart = kTiles > 7 ? 2 : kVector<In>, kWords = kPart * static_cast<int>(sizeof(In)) / 4;
+#pragma unroll 1
+  for (int part = 0; part < kVector<In>; part += kPart) {
+    uint32_t word[kTiles][kWords];
 #pragma unroll
-  for (int e = 0; e < kVector<In>; e += 2) {
-    double left[kStrips<kTiles>][4] = {}, right[kTiles][2];
+    for (int r = 0; r < kTiles; r++) memcpy(word[r], x(r).word + part / kPart * kWords, sizeof(word[r]));
 #pragma unroll
-    for (int r = 0; r < kTiles; r++) {
+    for (int e = 0; e < kPart; e += 2) {
+      double left[kStrips<kTiles>][4] = {}, right[kTiles][2];
 #pragma unroll
-      for (int h = 0; h < 2; h++) left[r / 2][r % 2 + 2 * h] = right[r][h] = to_double(x(r).get(e + h));
+      for (int r = 0; r < kTiles; r++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) left[r / 2][r % 2 + 2 * h] = right[r][h] = to_double(element<In>(word[r], e + h));
+      }
+      tiles.add(left, right, IsUpper{});
     }
-    tiles.add(left, right, IsUpper{});
   }
 }
 template <class In, int kTiles, class Vectors>
@@ -101,7 +108,7 @@ GS_RARE void sum_and_write_in_double(const Table& table, int num_tasks, double* 
 }
 
 template <class In, int kTiles, bool kDouble, bool kShifts>
-GS_KERNEL GS_BLOCKS(kWarps* kWarp, kTiles <= (kDouble ? 4 : 2) ? 2 : 1)
+GS_KERNEL GS_BLOCKS(kWarps* kWarp, kTiles <= (kDouble ? 4 : 3) ? 2 : 1)
     tiles_kernel(GS_ARGUMENT(Table) table, int num_tasks, double* partials) {
   using Layout = LaneLayout<kTiles, kShifts>;
   wait_for_previous_kernel();
