@@ -17,30 +17,32 @@ struct Shape {
 };
 constexpr Shape shape_of(int64_t bytes, int64_t num_tasks, bool many_columns) {
   if (num_tasks <= 2) return bytes == 2 ? Shape{2, 2, 3} : Shape{4, 2, 2};
-  if (num_tasks <= 4 || (num_tasks <= 16 && (bytes > 2 || !many_columns))) return {1, 4, 4};
-  return many_columns ? Shape{1, 8, 3} : Shape{1, 8, 2};
+  if (num_tasks <= 4) return {1, 4, 4};
+  return many_columns ? Shape{1, 8, 3} : num_tasks <= 16 ? Shape{1, 4, 4} : Shape{1, 8, 2};
 }
 
-// Of one row: the columns that a block takes at a time, and whether there are enough for all blocks at once.
+// Columns of one row that a block takes at a time, and whether there are more than all blocks take at once.
 constexpr int64_t turn_of(int64_t bytes) { return kThreads * 16 / bytes; }
-bool are_many(int64_t columns, int64_t bytes, int64_t processors) { return columns >= 3 * processors * turn_of(bytes); }
+bool are_many(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t processors) {
+  return columns > processors * shape_of(bytes, num_tasks, false).blocks * turn_of(bytes);
+}
 
-// Slots of a few turns, in waves that end full; or of turns of a warp, where columns are few, which may be those of
-// many short rows. Several directions at once, which are rare, are cut as one is.
+// One wave of slots, or more of a few turns: the fewer the more rows a turn has. Where columns are few, which may be
+// those of many short rows, slots of turns of a warp. Several directions at once, which are rare, are cut as one is.
 int64_t width_of(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t processors) {
   const int64_t turn = turn_of(bytes), turns = (columns + turn - 1) / turn;
-  const Shape shape = shape_of(bytes, num_tasks, are_many(columns, bytes, processors));
+  const Shape shape = shape_of(bytes, num_tasks, are_many(columns, bytes, num_tasks, processors));
   const int64_t at_once = processors * shape.blocks;
   if (turns < at_once) {
     const int64_t own = turn / kWarps * shape.steps;
     return (columns + own * at_once - 1) / (own * at_once) * own;
   }
-  const int64_t few = std::clamp<int64_t>(turns / (8 * processors), 1, 8);
+  const int64_t most = std::clamp<int64_t>(64 / num_tasks, 1, 8), few = std::min(turns / at_once, most);
   const auto time = [&](int64_t share) {
     const int64_t slots = (turns + share - 1) / share;
     return (slots + at_once - 1) / at_once * share;
   };
-  return turn * (time(few + 1) <= time(few) ? few + 1 : few);
+  return turn * (few < most && time(few + 1) <= time(few) ? few + 1 : few);
 }
 
 // The rows that count in a block's segment: those with a weight other than 0 in one of the directions.
@@ -93,14 +95,17 @@ GS_DEVICE void add_term(const Terms<K>& terms, int task, double x, double (&sum)
 template <class In, int K, int kSteps, int kRows, int kBlocks>
 GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
     combine_kernel(GS_ARGUMENT(Table) table, int num_tasks, const double* weights, int64_t stride, bool accumulate) {
-  wait_for_previous_kernel();
+  wait_for_table(table);
   auto& terms = shared<Terms<K>>();
   const int64_t slot = table.slots - 1 - block();
-  find_terms(weights + table.run_of(slot).segment * num_tasks, stride, num_tasks, terms);
+  const int lane = thread() % kWarp;
+  const double* own = weights + table.run_of(slot).segment * num_tasks;
+  Turns<In, kWarp, kSteps> turns(table, slot, thread() / kWarp, kWarps);
+  wait_for_previous_kernel();
+  find_terms(own, stride, num_tasks, terms);
   sync_block();
   let_next_kernel_start();
-  const int lane = thread() % kWarp;
-  for (Turns<In, kWarp, kSteps> turns(table, slot, thread() / kWarp, kWarps); !turns.done(); turns.next()) {
+  for (; !turns.done(); turns.next()) {
     Unit unit[kSteps] = {};
     turns.get_units(lane, unit);
     double sum[kSteps][kVector<In>][K] = {};
@@ -178,7 +183,7 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
   bool many = false;  // columns of the table that comes next
   const auto width = [&](int64_t columns, int32_t dtype) {
     const int64_t bytes = gs::element_bytes(dtype);
-    many = are_many(columns, bytes, traits.processors);
+    many = are_many(columns, bytes, grads.num_tasks, traits.processors);
     return width_of(columns, bytes, grads.num_tasks, traits.processors);
   };
   Tables tables(grads, out, K, width);

@@ -6,11 +6,15 @@ int gs_has_cuda(void) { return 1; }
 namespace gs::gpu {
 namespace {
 
-GS_KERNEL write_table_kernel(GS_ARGUMENT(TableChunk) chunk, int64_t words, uint64_t* to) {
-  wait_for_previous_kernel();
+// The kernels of one table write side by side: only the first one waits for those ahead, which may still read the
+// workspace, before it lets the next one start. The others wait at their end, so that whoever waits for the last one
+// has waited for all.
+GS_KERNEL write_table_kernel(GS_ARGUMENT(TableChunk) chunk, int64_t words, bool first, uint64_t* to) {
+  if (first) wait_for_previous_kernel();
   let_next_kernel_start();
   const int64_t i = block() * threads() + thread();
   if (i < words) to[i] = reinterpret_cast<const uint64_t*>(chunk.bytes)[i];
+  if (!first) wait_for_previous_kernel();
 }
 
 GS_KERNEL advance_kernel(int64_t* step) {
@@ -23,10 +27,10 @@ GS_KERNEL advance_kernel(int64_t* step) {
 
 gs_status advance(int64_t* step, gs_stream stream) { return launch(advance_kernel, 1, 1, 0, stream, step); }
 
-gs_status write_table(const TableChunk& chunk, int64_t bytes, unsigned char* to, gs_stream stream) {
+gs_status write_table(const TableChunk& chunk, int64_t bytes, bool first, unsigned char* to, gs_stream stream) {
   constexpr int kThreads = 256;
   const int64_t words = bytes / 8;
-  return launch(&write_table_kernel, (words + kThreads - 1) / kThreads, kThreads, 0, stream, chunk, words,
+  return launch(&write_table_kernel, (words + kThreads - 1) / kThreads, kThreads, 0, stream, chunk, words, first,
                 reinterpret_cast<uint64_t*>(to));
 }
 

@@ -21,11 +21,11 @@ template <class Runs>
 GS_KERNEL GS_BLOCKS(kMaxThreads, 1)
     sum_slots_kernel(GS_ARGUMENT(Runs) table, int num_tasks, const double* partials, bool accumulate, double* gram) {
   constexpr int kAtOnce = 8;  // the slots of a wave of two blocks a multiprocessor, all of them
-  wait_for_previous_kernel();
   const int pairs = static_cast<int>(pairs_of(num_tasks)), blocks = (pairs + kWarp - 1) / kWarp;
   const int64_t first = block() / blocks;
   const int lane = thread() % kWarp, warp = thread() / kWarp, warps = threads() / kWarp;
   const int first_pair = static_cast<int>(block() % blocks) * kWarp;
+  wait_for_previous_kernel();
   if (!table.run(first).is_first) return;
   double sum = 0;
   for (int64_t r = first; r >= 0; r = table.run(r).next) {

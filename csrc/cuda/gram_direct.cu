@@ -63,10 +63,11 @@ GS_DEVICE void write_pairs(const double (&acc)[pairs_of(T)], double* partials) {
 
 template <class In, int T>
 GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) direct_kernel(GS_ARGUMENT(Table) table, double* partials) {
-  wait_for_previous_kernel();
+  wait_for_table(table);
   const int lane = thread() % kWarp, warp = thread() / kWarp;
   double acc[pairs_of(T)] = {};
   Turns<In, kWarp, kUnroll<T>> turns(table, block(), warp, kWarps);
+  wait_for_previous_kernel();
   int task[T];
 #pragma unroll
   for (int t = 0; t < T; t++) task[t] = t;
@@ -110,11 +111,12 @@ struct ColumnLayout {
 template <class In, int T, bool kShifts>
 GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) lanes_kernel(GS_ARGUMENT(Table) table, double* partials) {
   using Layout = ColumnLayout<T, kShifts>;
-  wait_for_previous_kernel();
+  wait_for_table(table);
   const Layout layout;
   const int warp = thread() / kWarp;
   double acc[pairs_of(T)] = {};
   Copier<In, Layout> ahead(table, block(), T, layout, warp, kWarps);
+  wait_for_previous_kernel();
   for_each_stage<Layout::kStages>(
       ahead, &shared<Vector<In>>() + warp * Layout::kStages * Layout::kVectors, Layout::kVectors, [] {},
       [&](const Vector<In>* stage) {

@@ -165,7 +165,9 @@ GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& spl
   const int right = lane_offset(tiles) + owner.first_right * kBlockVectors;
   const int wrapped = right - owner.blocks * kBlockVectors, wrap = owner.blocks - owner.first_right;
   const Layout layout{half_vectors};
+  wait_for_table(table);
   Copier<In, Layout> ahead(table, slot, num_tasks, layout, 0, 1);
+  wait_for_previous_kernel();
   for_each_stage<kStages<kHalves, kTiles>>(
       ahead, &shared<Vector<In>>(), layout.vectors(threads()), [] { sync_block(); },
       [&](const Vector<In>* stage) {
@@ -201,7 +203,6 @@ template <class In, int kTiles, bool kDouble, bool kMany, bool kShifts>
 GS_KERNEL GS_BLOCKS(most_warps(kMany) * kWarp, 1)
     staged_kernel(GS_ARGUMENT(Table) table, int num_tasks, double* partials) {
   constexpr int kHalves = kStageHalves<kDouble, kMany, kShifts, kTiles>;
-  wait_for_previous_kernel();
   const Split split(num_tasks);
   // Neighbouring warps share a unit of the multiprocessor, so the second half of them begins half way round.
   const int warp = thread() / kWarp, own_split = warp / split.owners();

@@ -15,7 +15,7 @@ constexpr int kWarps = 8;
 template <int kTiles, bool kShiftsRows>
 struct LaneLayout {
   static constexpr bool kShifts = kShiftsRows;
-  static constexpr int kLanes = kRowLanes, kRows = kTiles, kHalves = kTiles <= 3 ? 2 : 1;
+  static constexpr int kLanes = kRowLanes, kRows = kTiles, kHalves = kTiles <= 4 ? 2 : 1;
   static constexpr int kExtras = kTiles * kHalves * kWarp;  // where they begin, in vectors
   static constexpr int kMarks = kExtras + kTiles * 8;
   static constexpr int kVectors = kShifts ? kMarks + 2 : kExtras;  // of a stage
@@ -75,9 +75,11 @@ GS_DEVICE void add_vectors(FloatTiles<In, kStrips<kTiles>, kTiles>& tiles, const
 
 template <class In, int kTiles, class Layout, class Tiles>
 GS_DEVICE void sum_slot(const Table& table, int num_tasks, Vector<In>* ring, Tiles& tiles) {
+  wait_for_table(table);
   const Layout layout;
   const int warp = thread() / kWarp;
   Copier<In, Layout> ahead(table, block(), num_tasks, layout, warp, kWarps);
+  wait_for_previous_kernel();
   for_each_stage<Layout::kStages>(
       ahead, ring + warp * Layout::kStages * Layout::kVectors, Layout::kVectors, [] {},
       [&](const Vector<In>* stage) {
@@ -111,7 +113,6 @@ template <class In, int kTiles, bool kDouble, bool kShifts>
 GS_KERNEL GS_BLOCKS(kWarps* kWarp, kTiles <= (kDouble ? 4 : 3) ? 2 : 1)
     tiles_kernel(GS_ARGUMENT(Table) table, int num_tasks, double* partials) {
   using Layout = LaneLayout<kTiles, kShifts>;
-  wait_for_previous_kernel();
   double* partial = partials + block() * pairs_of(num_tasks);
   if constexpr (kDouble) {
     DoubleTiles<In, kStrips<kTiles>, kTiles> tiles;

@@ -71,9 +71,16 @@ struct Table {
     }
     return run(low);
   }
-  // The parameter of a run that holds a column.
+  // The parameter of a run that holds a column; for all lanes of a warp alike. In memory, where a look takes long, they
+  // look at as many places at once.
   GS_DEVICE int64_t param_of(const Run& run, int64_t column) const {
     int64_t low = run.first_param, high = run.first_param + run.params;
+    while (elsewhere && high - low > 1) {
+      const int64_t step = (high - low + kWarp - 1) / kWarp, own = low + thread() % kWarp * step;
+      const uint32_t before = ballot_of_warp(own < high && first_column(own) <= column);
+      low += (count_bits(before) - 1) * step;
+      high = low + step < high ? low + step : high;
+    }
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
       (first_column(middle) <= column ? low : high) = middle;
@@ -99,6 +106,12 @@ struct Table {
   }
 };
 
+// To be called before a table is read. What lies in the arguments may be read while the kernel ahead still runs, so
+// that wait_for_previous_kernel() is to follow.
+GS_DEVICE void wait_for_table(const Table& table) {
+  if (table.elsewhere) wait_for_previous_kernel();
+}
+
 // What a table of so many parameters takes of the workspace, whatever their runs.
 inline int64_t table_workspace_bytes(int64_t params, int64_t pointers) {
   const int64_t bytes = params * (int64_t{sizeof(Run)} + int64_t{sizeof(Param)} + 8 * pointers);
@@ -109,6 +122,7 @@ inline int64_t table_workspace_bytes(int64_t params, int64_t pointers) {
 struct TableChunk {
   alignas(16) unsigned char bytes[kTableBytes];
 };
-gs_status write_table(const TableChunk& chunk, int64_t bytes, unsigned char* to, gs_stream stream);  // in entry.cu
+gs_status write_table(const TableChunk& chunk, int64_t bytes, bool first, unsigned char* to,
+                      gs_stream stream);  // in entry.cu
 
 }  // namespace gs::gpu

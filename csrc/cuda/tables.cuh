@@ -52,7 +52,7 @@ class Tables {
     int64_t used = 0, written = 0;
     gs_status status = GS_OK;
     const auto flush = [&] {
-      if (elsewhere && status == GS_OK) status = write_table(chunk, used, elsewhere + written, stream);
+      if (elsewhere && status == GS_OK) status = write_table(chunk, used, written == 0, elsewhere + written, stream);
       written += used;
       used = 0;
     };
