@@ -15,7 +15,13 @@ constexpr int kWarps = 8;
 template <int kTiles, bool kShiftsRows>
 struct LaneLayout {
   static constexpr bool kShifts = kShiftsRows;
-  static constexpr int kLanes = kRowLanes, kRows = kTiles, kHalves = kTiles <= 4 ? 2 : 1;
+  static constexpr int kLanes = kRowLanes, kRows = kTiles,
+                       kHalves = kShifts       ? (kTiles <= 4 ? 2 : 1)
+                                 : kTiles <= 2 ? 4
+                                 : kTiles == 3 ? 4
+                                 : kTiles == 4 ? 2
+                                 : kTiles <= 6 ? 2
+                                               : 1;
   static constexpr int kExtras = kTiles * kHalves * kWarp;  // where they begin, in vectors
   static constexpr int kMarks = kExtras + kTiles * 8;
   static constexpr int kVectors = kShifts ? kMarks + 2 : kExtras;  // of a stage
