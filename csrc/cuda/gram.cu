@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kPartWarps = kMaxThreads / kWarp;
 
-// The table of one run, as most are, wherever the table itself is.
+// The table of one run, as most are: an argument of 32 KB takes time.
 struct OneRun {
   int32_t runs, slots;
   Run only;

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The pointer table of the kernels of stages 2 and 4, one per dtype of the parameters. It travels in the arguments of
 // launches, so that nothing is copied from the host: in those of the kernel itself, or if it is larger in those of
-// kernels that write it to the workspace. Long arguments take time in each launch, and constant memory, where they lie,
-// is slow to search.
+// kernels that write it to the workspace.
 #pragma once
 #include "cuda/rows.cuh"
 
@@ -25,7 +24,6 @@ struct Param {
 };
 
 constexpr int64_t kTableBytes = 32000;  // of the 32,764 that a launch takes
-constexpr int64_t kHereBytes = 2304;    // one parameter with the most tasks, or some with fewer
 
 // The runs, the params, and `pointers` addresses for each parameter: in `here`, or at `elsewhere` if they do not fit.
 struct Table {
@@ -37,7 +35,7 @@ struct Table {
   bool shifted;           // whether rows of a parameter differ in their residues
   int64_t width;          // columns of a slot
   const unsigned char* elsewhere;
-  alignas(16) unsigned char here[kHereBytes];
+  alignas(16) unsigned char here[kTableBytes];
 
   GS_HOST_DEVICE int64_t bytes() const { return params_at() + params * (int64_t{sizeof(Param)} + 8 * pointers); }
   GS_DEVICE Run run(int64_t r) const { return at<Run>(r * int64_t{sizeof(Run)}); }
@@ -117,7 +115,7 @@ GS_DEVICE void wait_for_table(const Table& table) {
 // What a table of so many parameters takes of the workspace, whatever their runs.
 inline int64_t table_workspace_bytes(int64_t params, int64_t pointers) {
   const int64_t bytes = params * (int64_t{sizeof(Run)} + int64_t{sizeof(Param)} + 8 * pointers);
-  return bytes > kHereBytes ? (bytes + 63) / 64 * 64 : 0;
+  return bytes > kTableBytes ? (bytes + 63) / 64 * 64 : 0;
 }
 
 // What a kernel writes to the workspace.

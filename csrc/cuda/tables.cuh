@@ -45,7 +45,7 @@ class Tables {
 
   // Writes the contents, into the table or to `space` on the device.
   gs_status fill(Table& table, void* space, gs_stream stream) const {
-    auto* const elsewhere = table.bytes() > kHereBytes ? static_cast<unsigned char*>(space) : nullptr;
+    auto* const elsewhere = table.bytes() > kTableBytes ? static_cast<unsigned char*>(space) : nullptr;
     table.elsewhere = elsewhere;
     TableChunk chunk;
     unsigned char* const to = elsewhere ? chunk.bytes : table.here;
