@@ -17,32 +17,36 @@ struct Shape {
 };
 constexpr Shape shape_of(int64_t bytes, int64_t num_tasks, bool many_columns) {
   if (num_tasks <= 2) return bytes == 2 ? Shape{2, 2, 3} : Shape{4, 2, 2};
-  if (num_tasks <= 4) return {1, 4, 4};
+  if (num_tasks <= 4 || (num_tasks > 8 && num_tasks <= 12)) return {1, 4, 4};  // eight rows would be half absent
   return many_columns ? Shape{1, 8, 3} : num_tasks <= 16 ? Shape{1, 4, 4} : Shape{1, 8, 2};
 }
 
-// Columns of one row that a block takes at a time, and whether there are more than all blocks take at once.
-constexpr int64_t turn_of(int64_t bytes) { return kThreads * 16 / bytes; }
+// Columns that a block takes at a time, and whether there are more than all blocks take at once.
+constexpr int64_t turn_of(int64_t bytes, const Shape& shape) { return kThreads * 16 / bytes * shape.steps; }
 bool are_many(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t processors) {
-  return columns > processors * shape_of(bytes, num_tasks, false).blocks * turn_of(bytes);
+  const Shape shape = shape_of(bytes, num_tasks, false);
+  return columns > processors * shape.blocks * turn_of(bytes, shape);
 }
 
-// One wave of slots, or more of a few turns: the fewer the more rows a turn has. Where columns are few, which may be
-// those of many short rows, slots of turns of a warp. Several directions at once, which are rare, are cut as one is.
+// Slots of a few turns, the fewer the more rows a turn has, whose last wave leaves the fewest blocks idle. Where
+// columns are few, which may be those of many short rows, slots of turns of a warp. Several directions at once, which
+// are rare, are cut as one is.
 int64_t width_of(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t processors) {
-  const int64_t turn = turn_of(bytes), turns = (columns + turn - 1) / turn;
   const Shape shape = shape_of(bytes, num_tasks, are_many(columns, bytes, num_tasks, processors));
-  const int64_t at_once = processors * shape.blocks;
+  const int64_t turn = turn_of(bytes, shape), turns = (columns + turn - 1) / turn, at_once = processors * shape.blocks;
   if (turns < at_once) {
-    const int64_t own = turn / kWarps * shape.steps;
+    const int64_t own = turn / kWarps;
     return (columns + own * at_once - 1) / (own * at_once) * own;
   }
-  const int64_t most = std::clamp<int64_t>(64 / num_tasks, 1, 8), few = std::min(turns / at_once, most);
   const auto time = [&](int64_t share) {
-    const int64_t slots = (turns + share - 1) / share;
-    return (slots + at_once - 1) / at_once * share;
+    const int64_t slots = (turns + share - 1) / share, waves = (slots + at_once - 1) / at_once;
+    return waves * (2 * share + 1);  // a block's beginning takes half a turn
   };
-  return turn * (few < most && time(few + 1) <= time(few) ? few + 1 : few);
+  int64_t best = 1;
+  for (int64_t share = 2; share <= 64 / (num_tasks * shape.steps) && share <= 8 / shape.steps; share++) {
+    if (time(share) <= time(best)) best = share;
+  }
+  return turn * best;
 }
 
 // The rows that count in a block's segment: those with a weight other than 0 in one of the directions.
@@ -194,11 +198,14 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
     status = with_dtype(table.dtype, [&](auto in) {
       using In = decltype(in);
       const auto run = [&](auto with_few, auto with_many) {
-        return (many ? with_many : with_few)(table, grads, weights, accumulate, stream);
+        // Rows that are read element by element take more registers.
+        return (many && !table.shifted ? with_many : with_few)(table, grads, weights, accumulate, stream);
       };
       if constexpr (K == 1) {
         if (grads.num_tasks <= 2) return run(&launch_combine<In, K, 2, false>, &launch_combine<In, K, 2, true>);
         if (grads.num_tasks <= 4) return run(&launch_combine<In, K, 4, false>, &launch_combine<In, K, 4, true>);
+        if (grads.num_tasks <= 8) return run(&launch_combine<In, K, 8, false>, &launch_combine<In, K, 8, true>);
+        if (grads.num_tasks <= 12) return run(&launch_combine<In, K, 12, false>, &launch_combine<In, K, 12, true>);
         if (grads.num_tasks <= 16) return run(&launch_combine<In, K, 16, false>, &launch_combine<In, K, 16, true>);
       }
       return run(&launch_combine<In, K, GS_MAX_TASKS, false>, &launch_combine<In, K, GS_MAX_TASKS, true>);

@@ -35,8 +35,7 @@ class Copier {
     if (!turns_.is_whole()) {
       Unit unit[Layout::kHalves] = {};
       turns_.get_units(layout_.lane(), unit);
-      each_vector(
-          [&](int r, int half, int place) { stage[place] = load_unit(rows_[r], unit[half], load_first<Vector<In>>); });
+      copy_units(unit, stage);
     } else if (!Layout::kShifts || turns_.aligned()) {
       const int64_t column = turns_.column() + layout_.lane() * kVector<In>;
       each_vector([&](int r, int half, int place) {
@@ -90,6 +89,29 @@ class Copier {
       if (!layout_.holds(r)) continue;
 #pragma unroll
       for (int half = 0; half < Layout::kHalves; half++) visit(r, half, layout_.place(r, half, layout_.lane()));
+    }
+  }
+  // The rest of rows: vectors as elsewhere, single columns all at once, before their values are waited for.
+  GS_DEVICE void copy_units(const Unit (&unit)[Layout::kHalves], Vector<In>* stage) const {
+    each_vector([&](int r, int half, int place) {
+      const bool exists = rows_[r] && unit[half].columns == kVector<In>;
+      const In* from = exists ? rows_[r] + unit[half].column : nullptr;
+      if (unit[half].columns != 1) copy_to_shared(stage + place, reinterpret_cast<const Vector<In>*>(from));
+    });
+#pragma unroll
+    for (int half = 0; half < Layout::kHalves; half++) {
+      if (unit[half].columns != 1) continue;
+      In single[Layout::kRows] = {};
+#pragma unroll
+      for (int r = 0; r < Layout::kRows; r++) {
+        if (layout_.holds(r) && rows_[r]) single[r] = rows_[r][unit[half].column];
+      }
+#pragma unroll
+      for (int r = 0; r < Layout::kRows; r++) {
+        Vector<In> vector = {};
+        vector.set(0, single[r]);
+        if (layout_.holds(r)) stage[layout_.place(r, half, layout_.lane())] = vector;
+      }
     }
   }
   GS_DEVICE static uint32_t& mark_of(const Layout& layout, Vector<In>* stage) {

@@ -12,16 +12,12 @@ namespace {
 constexpr int kWarps = 8;
 
 // A lane's vectors of a stage: of the row_in_block()-th row of each block.
-template <int kTiles, bool kShiftsRows>
+template <int kTiles, bool kDouble, bool kShiftsRows>
 struct LaneLayout {
   static constexpr bool kShifts = kShiftsRows;
-  static constexpr int kLanes = kRowLanes, kRows = kTiles,
-                       kHalves = kShifts       ? (kTiles <= 4 ? 2 : 1)
-                                 : kTiles <= 2 ? 4
-                                 : kTiles == 3 ? 4
-                                 : kTiles == 4 ? 2
-                                 : kTiles <= 6 ? 2
-                                               : 1;
+  static constexpr int kLanes = kRowLanes, kRows = kTiles;
+  // Long stages are fewer, short ones leave no warp idle where columns are few.
+  static constexpr int kHalves = kShifts || !kDouble ? (kTiles <= 4 ? 2 : 1) : kTiles <= 3 ? 4 : kTiles <= 6 ? 2 : 1;
   static constexpr int kExtras = kTiles * kHalves * kWarp;  // where they begin, in vectors
   static constexpr int kMarks = kExtras + kTiles * 8;
   static constexpr int kVectors = kShifts ? kMarks + 2 : kExtras;  // of a stage
@@ -118,7 +114,7 @@ GS_RARE void sum_and_write_in_double(const Table& table, int num_tasks, double* 
 template <class In, int kTiles, bool kDouble, bool kShifts>
 GS_KERNEL GS_BLOCKS(kWarps* kWarp, kTiles <= (kDouble ? 4 : 3) ? 2 : 1)
     tiles_kernel(GS_ARGUMENT(Table) table, int num_tasks, double* partials) {
-  using Layout = LaneLayout<kTiles, kShifts>;
+  using Layout = LaneLayout<kTiles, kDouble, kShifts>;
   double* partial = partials + block() * pairs_of(num_tasks);
   if constexpr (kDouble) {
     DoubleTiles<In, kStrips<kTiles>, kTiles> tiles;
@@ -142,7 +138,7 @@ gs_status launch_one(const Table& table, int64_t num_tasks, double* partials, gs
     if (num_tasks > kTiles * 8) return launch_one<In, kDouble, kShifts, kTiles + 1>(table, num_tasks, partials, stream);
   }
   return launch(&tiles_kernel<In, kTiles, kDouble, kShifts>, table.slots, kWarps * kWarp,
-                std::max(kRingBytes<LaneLayout<kTiles, kShifts>>, sums_bytes(kWarps)), stream, table,
+                std::max(kRingBytes<LaneLayout<kTiles, kDouble, kShifts>>, sums_bytes(kWarps)), stream, table,
                 static_cast<int>(num_tasks), partials);
 }
 template <class In, bool kDouble>
