@@ -161,6 +161,18 @@ def test_rows_are_aligned_only_if_all_of_them_are():
     assert table.pieces_of(parse([[rows[0]], [None]], None))[0].aligned
 
 
+def test_a_matrix_is_cut_once_and_as_a_list_of_it():
+    wide, out = torch.zeros(3, 40, dtype=torch.float32), torch.zeros(33)
+    for rows in (wide[:, :33], wide[:, 1:33], wide[1:, :32].contiguous(), wide[:1, :33], torch.zeros(1, 33)):
+        for target in (None, out[: rows.shape[1]], out[1:] if rows.shape[1] == 32 else None):
+            (flat,), (listed,) = (table.pieces_of(parse(rows, None), target, how) for how in (False, True))
+            assert (flat.dtype, flat.aligned) == (listed.dtype, listed.aligned)
+            for a, b in zip(table.cut_once(flat, 8, 3), table.cut(listed, 8, 3), strict=True):
+                np.testing.assert_array_equal(a, b)
+            assert table.pieces_of(parse(rows, None), target, False)[0] is flat
+    assert table.pieces_of(parse(wide[:, :0], None), None, False) == []
+
+
 @settings(deadline=None)
 @given(
     pieces=st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 5)), min_size=1, max_size=30),

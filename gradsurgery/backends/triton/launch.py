@@ -21,7 +21,7 @@ from . import gram as gram_kernels
 from . import min_norm as min_norm_kernels
 from . import pcgrad as pcgrad_kernels
 from . import products, version
-from .table import Pieces, cut, pieces_of, to_device
+from .table import Pieces, cut, cut_once, pieces_of, to_device
 from .tuning import COMBINE, Config, gram_config, measured
 
 _DTYPES = {
@@ -90,13 +90,13 @@ def gram(grads: TaskGradients, out: Tensor, config: Config | None = None) -> Non
     num_tasks, device = grads.num_tasks, grads.device
     num_segments = out.numel() // num_tasks**2
     listed = grads.matrix is None or num_segments > 1
-    launches = [_plan(pieces, num_tasks, device, config) for pieces in pieces_of(grads)]
-    first = _place(launches, num_segments)
+    launches = [_plan(pieces, num_tasks, device, config, listed) for pieces in pieces_of(grads, listed=listed)]
     first_slots, tables = out, [out] * (2 * len(launches))  # not read
+    num_slots = sum(len(launch.slots) for launch in launches)
     if listed:
+        first = _place(launches, num_segments)
         arrays = [first, *(array for launch in launches for array in (launch.pieces.rows, launch.slots))]
         first_slots, *tables = to_device(arrays, device)
-    num_slots = int(first[-1])
     partials = torch.empty(num_slots * num_tasks**2, dtype=torch.float64, device=device)
     mirrored = any(launch.arithmetic == "float32" and launch.pieces.dtype is torch.float32 for launch in launches)
     with on(device):
@@ -135,7 +135,7 @@ def gram(grads: TaskGradients, out: Tensor, config: Config | None = None) -> Non
         )
 
 
-def _plan(pieces: Pieces, num_tasks: int, device: torch.device, config: Config | None) -> _Launch:
+def _plan(pieces: Pieces, num_tasks: int, device: torch.device, config: Config | None, listed: bool) -> _Launch:
     arithmetic, tasks = arithmetic_of(pieces.dtype, num_tasks, device)
     if config is None:
         key = ("gram", arithmetic, tasks, pieces.dtype)
@@ -145,7 +145,8 @@ def _plan(pieces: Pieces, num_tasks: int, device: torch.device, config: Config |
         config = measured(key, device, fixed, partial(_try_gram, num_tasks, pieces.dtype, device))
     # Fewer columns than 8 T cost less than the slot's own sums.
     least = triton.cdiv(8 * num_tasks, config.block)
-    slots, segments = cut(pieces, config.block, _GRAM_SLOTS["rows" if arithmetic == "rows" else tasks], least)
+    most = _GRAM_SLOTS["rows" if arithmetic == "rows" else tasks]
+    slots, segments = (cut if listed else cut_once)(pieces, config.block, most, least)
     return _Launch(pieces, arithmetic, tasks, config, slots, segments)
 
 
@@ -169,14 +170,15 @@ def combine(
     num_tasks, device = grads.num_tasks, grads.device
     listed = grads.matrix is None or weights.dim() > 1
     launches = []
-    for pieces in pieces_of(grads, out):
+    for pieces in pieces_of(grads, out, listed):
         chosen = config or measured(
             ("combine", num_tasks, pieces.dtype),
             device,
             COMBINE,
             partial(_try_combine, num_tasks, pieces.dtype, device),
         )
-        launches.append((pieces, chosen, cut(pieces, chosen.block, _COMBINE_SLOTS)[0]))
+        slots, _ = (cut if listed else cut_once)(pieces, chosen.block, _COMBINE_SLOTS)
+        launches.append((pieces, chosen, slots))
     tables = [weights] * (2 * len(launches))  # not read
     if listed and launches:
         tables = to_device([array for pieces, _, slots in launches for array in (pieces.rows, slots)], device)

@@ -9,6 +9,7 @@ each program. The cut depends on the gradients alone, so the order of summation 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..._gradients import TaskGradients
 VECTOR_BYTES = 16
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pieces:
     """The pieces of one dtype, ordered by segment."""
 
@@ -33,8 +34,19 @@ class Pieces:
     """int64 [pieces, 3 + T]: columns, segment, the output's address, the rows' addresses, 0 where there is none."""
 
 
-def pieces_of(grads: TaskGradients, out: Tensor | list[Tensor] | None = None) -> list[Pieces]:
-    """List the pieces by dtype; ``out`` holds the outputs, where there are any."""
+def pieces_of(grads: TaskGradients, out: Tensor | list[Tensor] | None = None, listed: bool = True) -> list[Pieces]:
+    """List the pieces by dtype; ``out`` holds the outputs, where there are any.
+
+    Unless ``listed``, a matrix is the only piece, and has no rows: its addresses are arguments of the kernels.
+    """
+    if grads.matrix is not None and not listed:
+        matrix, columns = grads.matrix, grads.matrix.shape[1]
+        bits = matrix.data_ptr()
+        if len(matrix) > 1:
+            bits |= matrix.stride(0) * matrix.element_size()
+        if isinstance(out, Tensor):
+            bits |= out.data_ptr()
+        return [one_piece(matrix.dtype, columns, bits % VECTOR_BYTES == 0)] if columns else []
     rows: dict[torch.dtype, list[list[int]]] = {}
     if grads.matrix is not None:
         matrix = grads.matrix
@@ -59,7 +71,13 @@ def pieces_of(grads: TaskGradients, out: Tensor | list[Tensor] | None = None) ->
             target = out[p].data_ptr() if isinstance(out, list) else 0
             addresses = [0 if entry is None else entry.data_ptr() for entry in entries]
             rows.setdefault(like.dtype, []).append([like.numel(), segment, target, *addresses])
-    return [_pieces(dtype, np.array(listed, dtype=np.int64)) for dtype, listed in rows.items() if listed]
+    return [_pieces(dtype, np.array(of_dtype, dtype=np.int64)) for dtype, of_dtype in rows.items() if of_dtype]
+
+
+@lru_cache
+def one_piece(dtype: torch.dtype, columns: int, aligned: bool) -> Pieces:
+    """Return the piece of a matrix, the same object each time."""
+    return Pieces(dtype, aligned, np.array([columns]), np.zeros(1, np.int64), np.zeros((1, 0), np.int64))
 
 
 def _pieces(dtype: torch.dtype, rows: np.ndarray) -> Pieces:
@@ -87,6 +105,9 @@ def cut(pieces: Pieces, block: int, max_slots: int, least_blocks: int = 1) -> tu
     count = np.minimum(length, end[which] - start)
     return np.stack([piece, start - first[piece], count, np.zeros_like(count)], 1), segments[which]
 
+
+cut_once = lru_cache(cut)
+"""For pieces that come again."""
 
 # What captured graphs read again when they are replayed.
 _captured: list[Tensor] = []
