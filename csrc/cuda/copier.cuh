@@ -10,14 +10,14 @@ namespace gs::gpu {
 // elements.
 constexpr uint32_t kToShift = 1u << 31;
 
-// A thread's part of the stages of a slot, of which each is a turn. A stage holds, for each row, kHalves neighbouring
-// vectors of each of its kLanes lanes. Rows that differ in their alignment come as the aligned vectors in which they
+// A thread's part of the stages of a slot, of which each is a turn. A stage holds kSlices slices, each of one vector
+// for each of the kLanes lanes of a row. Rows that differ in their alignment come as the aligned vectors in which they
 // lie, one more than the lanes have, and are shifted when they are there. Layout says where:
 //   * kLanes, lane(): the lanes that share a row, and the number of one of them;
-//   * kRows, kHalves: the rows of a thread at most, the vectors of each;
+//   * kRows, kSlices: the rows of a thread at most, the vectors of each;
 //   * kShifts: whether there are such rows;
 //   * row(r), holds(r): the task of the thread's r-th row, and whether the stage has one;
-//   * place(r, half, lane): of a vector of one of the row's lanes in a stage;
+//   * place(r, slice, lane): of a vector of one of the row's lanes in a stage;
 //   * extra(r), mark(): of the one more, and of the word that says what to shift, in words.
 // What a stage has of tasks beyond the last one is not written, nor are their products.
 template <class In, class Layout>
@@ -33,13 +33,13 @@ class Copier {
     if constexpr (!kKeepsRows) get_rows();
     uint32_t mark = 0;
     if (!turns_.is_whole()) {
-      Unit unit[Layout::kHalves] = {};
+      Unit unit[Layout::kSlices] = {};
       turns_.get_units(layout_.lane(), unit);
       copy_units(unit, stage);
     } else if (!Layout::kShifts || turns_.aligned()) {
       const int64_t column = turns_.column() + layout_.lane() * kVector<In>;
-      each_vector([&](int r, int half, int place) {
-        const In* from = rows_[r] ? rows_[r] + column + half * kStep : nullptr;
+      each_vector([&](int r, int slice, int place) {
+        const In* from = rows_[r] ? rows_[r] + column + slice * kStep : nullptr;
         copy_to_shared(stage + place, reinterpret_cast<const Vector<In>*>(from));
       });
     } else if constexpr (Layout::kShifts) {
@@ -55,11 +55,11 @@ class Copier {
           copy_to_shared(stage + place, first ? from + number : nullptr, elements * sizeof(In));
         };
 #pragma unroll
-        for (int half = 0; half < Layout::kHalves; half++) {
-          copy(layout_.place(r, half, layout_.lane()), half * Layout::kLanes + layout_.lane(), kVector<In>);
+        for (int slice = 0; slice < Layout::kSlices; slice++) {
+          copy(layout_.place(r, slice, layout_.lane()), slice * Layout::kLanes + layout_.lane(), kVector<In>);
         }
         // Of the last vector only what is shifted out of it: the rest may be beyond the row.
-        if (layout_.lane() == Layout::kLanes - 1) copy(layout_.extra(r), Layout::kHalves * Layout::kLanes, shift);
+        if (layout_.lane() == Layout::kLanes - 1) copy(layout_.extra(r), Layout::kSlices * Layout::kLanes, shift);
       }
     }
     if constexpr (Layout::kShifts) {
@@ -88,29 +88,29 @@ class Copier {
     for (int r = 0; r < Layout::kRows; r++) {
       if (!layout_.holds(r)) continue;
 #pragma unroll
-      for (int half = 0; half < Layout::kHalves; half++) visit(r, half, layout_.place(r, half, layout_.lane()));
+      for (int slice = 0; slice < Layout::kSlices; slice++) visit(r, slice, layout_.place(r, slice, layout_.lane()));
     }
   }
   // The rest of rows: vectors as elsewhere, single columns all at once, before their values are waited for.
-  GS_DEVICE void copy_units(const Unit (&unit)[Layout::kHalves], Vector<In>* stage) const {
-    each_vector([&](int r, int half, int place) {
-      const bool exists = rows_[r] && unit[half].columns == kVector<In>;
-      const In* from = exists ? rows_[r] + unit[half].column : nullptr;
-      if (unit[half].columns != 1) copy_to_shared(stage + place, reinterpret_cast<const Vector<In>*>(from));
+  GS_DEVICE void copy_units(const Unit (&unit)[Layout::kSlices], Vector<In>* stage) const {
+    each_vector([&](int r, int slice, int place) {
+      const bool exists = rows_[r] && unit[slice].columns == kVector<In>;
+      const In* from = exists ? rows_[r] + unit[slice].column : nullptr;
+      if (unit[slice].columns != 1) copy_to_shared(stage + place, reinterpret_cast<const Vector<In>*>(from));
     });
 #pragma unroll
-    for (int half = 0; half < Layout::kHalves; half++) {
-      if (unit[half].columns != 1) continue;
+    for (int slice = 0; slice < Layout::kSlices; slice++) {
+      if (unit[slice].columns != 1) continue;
       In single[Layout::kRows] = {};
 #pragma unroll
       for (int r = 0; r < Layout::kRows; r++) {
-        if (layout_.holds(r) && rows_[r]) single[r] = rows_[r][unit[half].column];
+        if (layout_.holds(r) && rows_[r]) single[r] = rows_[r][unit[slice].column];
       }
 #pragma unroll
       for (int r = 0; r < Layout::kRows; r++) {
         Vector<In> vector = {};
         vector.set(0, single[r]);
-        if (layout_.holds(r)) stage[layout_.place(r, half, layout_.lane())] = vector;
+        if (layout_.holds(r)) stage[layout_.place(r, slice, layout_.lane())] = vector;
       }
     }
   }
@@ -121,13 +121,13 @@ class Copier {
 #pragma unroll 1
     for (int r = 0; r < Layout::kRows; r++) {
 #pragma unroll 1
-      for (int half = 0; half < Layout::kHalves; half++) {
+      for (int slice = 0; slice < Layout::kSlices; slice++) {
         Vector<In> own = {}, next = {};
-        const int place = layout.place(r, half, layout.lane());
+        const int place = layout.place(r, slice, layout.lane());
         if (layout.holds(r)) {
           own = stage[place];
-          next = stage[layout.lane() + 1 < Layout::kLanes ? layout.place(r, half, layout.lane() + 1)
-                       : half + 1 < Layout::kHalves       ? layout.place(r, half + 1, 0)
+          next = stage[layout.lane() + 1 < Layout::kLanes ? layout.place(r, slice, layout.lane() + 1)
+                       : slice + 1 < Layout::kSlices      ? layout.place(r, slice + 1, 0)
                                                           : layout.extra(r)];
         }
         sync_warp();  // before it is overwritten
@@ -147,7 +147,7 @@ class Copier {
     turns_.get_rows(task, rows_);
   }
 
-  Turns<In, Layout::kLanes, Layout::kHalves> turns_;
+  Turns<In, Layout::kLanes, Layout::kSlices> turns_;
   const int num_tasks_;
   const Layout layout_;
   const In* rows_[Layout::kRows];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Stage 2 on the GPU. A block sums the products of one slot of columns into partial sums, of which there is one per
-// slot and pair of tasks; a second kernel adds the slots in order. Slots depend on the sizes alone, so the bits do not
-// depend on the GPU. The kernels, by the number of tasks:
+// slot and pair of tasks; a second kernel adds the slots in order. Slots depend on the sizes and the architecture, not
+// on the multiprocessors that there are, nor do the bits. The kernels, by the number of tasks:
 //   * gram_direct.cu: few, every lane holds all pairs for columns of its own, through shared memory from five tasks on;
 //   * gram_tiles.cu: more, a warp holds all pairs in tiles of matrix instructions, for columns of its own;
 //   * gram_staged.cu: many, the warps of a block hold tiles each, and share the columns.

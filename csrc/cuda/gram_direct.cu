@@ -96,7 +96,7 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) direct_kernel(GS_ARGUMENT(Table) table, do
 template <int T, bool kShiftsRows>
 struct ColumnLayout {
   static constexpr bool kShifts = kShiftsRows;
-  static constexpr int kLanes = kWarp, kRows = T, kHalves = 1;
+  static constexpr int kLanes = kWarp, kRows = T, kSlices = 1;
   static constexpr int kVectors = kShifts ? T * (kWarp + 1) + 1 : T * kWarp;  // of a stage
   static constexpr int kStages = 3;
 

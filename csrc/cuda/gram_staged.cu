@@ -10,14 +10,14 @@
 namespace gs::gpu {
 namespace {
 
-// Vectors of a stage per row and lane, of which a barrier is less time the more there are, and stages: what 99 KB hold
+// The slices of a stage, of which a barrier is less time the more there are, and stages of a ring: what 99 KB hold
 // of the most rows that make so many tiles a warp. With the most tiles in float32, longer stages were slower.
 template <bool kDouble, bool kMany, bool kShifts, int kTiles>
-constexpr int kStageHalves = kMany                                  ? 1
+constexpr int kStageSlices = kMany                                  ? 1
                              : kShifts || (!kDouble && kTiles == 5) ? 2
                                                                     : 4;
-template <int kHalves, int kTiles>
-constexpr int kStages = kHalves == 4 && kTiles > 3 ? 3 : 4;
+template <int kSlices, int kTiles>
+constexpr int kStages = kSlices == 4 && kTiles > 3 ? 3 : 4;
 GS_HOST_DEVICE constexpr int most_warps(bool many) { return many ? 12 : 16; }
 constexpr int kMostTiles = 5;  // of 16 x 8 products, of a warp: what fits its registers
 constexpr int kRows = 16;
@@ -45,7 +45,7 @@ struct Split {
   }
   GS_HOST_DEVICE int owners() const { return shares * groups; }
   GS_HOST_DEVICE int warps() const { return owners() * splits; }
-  GS_HOST_DEVICE int half_vectors() const { return circle * kRows * kRowLanes; }  // of half a stage
+  GS_HOST_DEVICE int slice_vectors() const { return circle * kRows * kRowLanes; }  // of a slice
   // The tiles of a strip: its own two, and two for each of the strips up to the one opposite, whose products with this
   // one go to the first of the two.
   GS_HOST_DEVICE int tiles_of(int strip) const {
@@ -71,31 +71,31 @@ struct Owner {
 // In a row of a stage, vector c is at c ^ swizzle_of(row), so that 8 rows of one vector meet all banks.
 GS_DEVICE int swizzle_of(int row) { return row / 2 % kRowLanes; }
 
-// A stage is [parts][rows][kRowLanes] vectors, of which a thread always copies those of the same rows, then the extra
+// A stage is [slices][rows][kRowLanes] vectors, of which a thread always copies those of the same rows, then the extra
 // ones of the rows, then the marks of the groups of lanes.
-template <bool kMany, bool kShiftsRows, int kHalvesOfStage>
+template <bool kMany, bool kShiftsRows, int kSlicesOfStage>
 struct BlockLayout {
   static constexpr bool kShifts = kShiftsRows;
-  static constexpr int kLanes = kRowLanes, kRows = kMany ? 4 : 1, kHalves = kHalvesOfStage;
-  int half_vectors;
+  static constexpr int kLanes = kRowLanes, kRows = kMany ? 4 : 1, kSlices = kSlicesOfStage;
+  int slice_vectors;
 
-  GS_HOST_DEVICE int extras() const { return kHalves * half_vectors; }
-  GS_HOST_DEVICE int marks() const { return extras() + half_vectors / kRowLanes; }
+  GS_HOST_DEVICE int extras() const { return kSlices * slice_vectors; }
+  GS_HOST_DEVICE int marks() const { return extras() + slice_vectors / kRowLanes; }
   GS_HOST_DEVICE int vectors(int block_threads) const {
     return kShifts ? marks() + block_threads / kRowLanes / 4 : extras();
   }
 
   GS_DEVICE int lane() const { return row_lane(); }
   GS_DEVICE int row(int r) const { return (thread() + r * threads()) / kRowLanes; }
-  GS_DEVICE bool holds(int r) const { return row(r) * kRowLanes < half_vectors; }
-  GS_DEVICE int place(int r, int half, int lane) const {
-    return half * half_vectors + row(r) * kRowLanes + (lane ^ swizzle_of(row(r)));
+  GS_DEVICE bool holds(int r) const { return row(r) * kRowLanes < slice_vectors; }
+  GS_DEVICE int place(int r, int slice, int lane) const {
+    return slice * slice_vectors + row(r) * kRowLanes + (lane ^ swizzle_of(row(r)));
   }
   GS_DEVICE int extra(int r) const { return extras() + row(r); }
   GS_DEVICE int mark() const { return 4 * marks() + thread() / kRowLanes; }
 };
 
-// Where a lane reads in half a stage, in vectors from the first one of a block of 8 rows: for float64 tiles a vector of
+// Where a lane reads in a slice, in vectors from the first one of a block of 8 rows: for float64 tiles a vector of
 // its own; for float32 ones what load_matrices distributes.
 constexpr int kBlockVectors = 8 * kRowLanes;
 template <class In, int kTiles>
@@ -150,31 +150,31 @@ GS_DEVICE void add_tiles(FloatTiles<In, 1, kTiles>& tiles, const Vector<In>* lef
 }
 
 // Writes the sums that the block has of a slot. A warp may leave the last two of its tiles out.
-template <class In, bool kMany, bool kShifts, int kHalves, int kTiles, class Tiles>
+template <class In, bool kMany, bool kShifts, int kSlices, int kTiles, class Tiles>
 GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& split, int own, int own_split,
                              Tiles& tiles, double* partials) {
-  using Layout = BlockLayout<kMany, kShifts, kHalves>;
+  using Layout = BlockLayout<kMany, kShifts, kSlices>;
   const int slot = static_cast<int>(block() / split.parts), part = static_cast<int>(block() % split.parts);
   const Owner owner(split, part, own);
   const bool last_tiles = owner.tiles > kTiles - 2;
-  // The halves of a stage that are the warp's, a bit each. With the most tiles there is no warp left to split them.
-  const bool all_halves = (kTiles == kMostTiles && !kMany) || split.splits == 1;
-  constexpr int kAll = (1 << kHalves) - 1;
-  const int halves = kMany && owner.tiles <= 0 ? 0 : all_halves ? kAll : kAll / 3 << own_split;
-  const int half_vectors = split.half_vectors(), left = lane_offset(tiles) + 2 * owner.strip * kBlockVectors;
+  // The slices of a stage that are the warp's, a bit each. With the most tiles there is no warp left to split them.
+  const bool all_slices = (kTiles == kMostTiles && !kMany) || split.splits == 1;
+  constexpr int kAll = (1 << kSlices) - 1;
+  const int slices = kMany && owner.tiles <= 0 ? 0 : all_slices ? kAll : kAll / 3 << own_split;
+  const int slice_vectors = split.slice_vectors(), left = lane_offset(tiles) + 2 * owner.strip * kBlockVectors;
   const int right = lane_offset(tiles) + owner.first_right * kBlockVectors;
   const int wrapped = right - owner.blocks * kBlockVectors, wrap = owner.blocks - owner.first_right;
-  const Layout layout{half_vectors};
+  const Layout layout{slice_vectors};
   wait_for_table(table);
   Copier<In, Layout> ahead(table, slot, num_tasks, layout, 0, 1);
   wait_for_previous_kernel();
-  for_each_stage<kStages<kHalves, kTiles>>(
+  for_each_stage<kStages<kSlices, kTiles>>(
       ahead, &shared<Vector<In>>(), layout.vectors(threads()), [] { sync_block(); },
       [&](const Vector<In>* stage) {
 #pragma unroll 1
-        for (int half = 0; half < kHalves; half++) {
-          if ((halves >> half & 1) == 0) continue;
-          const Vector<In>* rows = stage + half * half_vectors;
+        for (int slice = 0; slice < kSlices; slice++) {
+          if ((slices >> slice & 1) == 0) continue;
+          const Vector<In>* rows = stage + slice * slice_vectors;
           add_tiles(
               tiles, rows + left, [&](int j) { return rows + (j < wrap ? right : wrapped) + j * kBlockVectors; },
               [&](int, int j) { return j < kTiles - 2 || last_tiles; });
@@ -192,17 +192,17 @@ GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& spl
   double* partial = partials + slot * pairs_of(num_tasks);
   write_tiles<1, kTiles>(tiles, own, split.owners(), own_split, split.splits, place, &shared<double>(), partial);
 }
-template <class In, bool kShifts, int kHalves, int kTiles>
+template <class In, bool kShifts, int kSlices, int kTiles>
 GS_RARE void sum_and_write_in_double(const Table& table, int num_tasks, const Split& split, int own, int own_split,
                                      double* partials) {
   DoubleTiles<In, 1, kTiles> tiles;
-  sum_and_write<In, false, kShifts, kHalves, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
+  sum_and_write<In, false, kShifts, kSlices, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
 }
 
 template <class In, int kTiles, bool kDouble, bool kMany, bool kShifts>
 GS_KERNEL GS_BLOCKS(most_warps(kMany) * kWarp, 1)
     staged_kernel(GS_ARGUMENT(Table) table, int num_tasks, double* partials) {
-  constexpr int kHalves = kStageHalves<kDouble, kMany, kShifts, kTiles>;
+  constexpr int kSlices = kStageSlices<kDouble, kMany, kShifts, kTiles>;
   const Split split(num_tasks);
   // Neighbouring warps share a unit of the multiprocessor, so the second half of them begins half way round.
   const int warp = thread() / kWarp, own_split = warp / split.owners();
@@ -210,14 +210,14 @@ GS_KERNEL GS_BLOCKS(most_warps(kMany) * kWarp, 1)
   const int own = group * split.shares + (warp + own_split * (split.shares / 2)) % split.shares;
   if constexpr (kDouble) {
     DoubleTiles<In, 1, kTiles> tiles;
-    sum_and_write<In, kMany, kShifts, kHalves, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
+    sum_and_write<In, kMany, kShifts, kSlices, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
   } else {
     FloatTiles<In, 1, kTiles> tiles;
-    sum_and_write<In, kMany, kShifts, kHalves, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
+    sum_and_write<In, kMany, kShifts, kSlices, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
     if constexpr (!std::is_same_v<In, float16>) {  // which always fits
       const double* partial = partials + block() * pairs_of(num_tasks);
       if (any_misfit(tiles, own % split.shares * kRows, num_tasks, table.width, partial)) {
-        sum_and_write_in_double<In, kShifts, kHalves, kTiles>(table, num_tasks, split, own, own_split, partials);
+        sum_and_write_in_double<In, kShifts, kSlices, kTiles>(table, num_tasks, split, own, own_split, partials);
       }
     }
   }
@@ -232,9 +232,9 @@ gs_status launch_one(const Table& table, int num_tasks, double* partials, gs_str
     }
   }
   const int block_threads = split.warps() * kWarp;
-  constexpr int kHalves = kStageHalves<kDouble, kMany, kShifts, kTiles>;
-  const BlockLayout<kMany, kShifts, kHalves> layout{split.half_vectors()};
-  const int64_t ring_bytes = int64_t{kStages<kHalves, kTiles>} * layout.vectors(block_threads) * 16;
+  constexpr int kSlices = kStageSlices<kDouble, kMany, kShifts, kTiles>;
+  const BlockLayout<kMany, kShifts, kSlices> layout{split.slice_vectors()};
+  const int64_t ring_bytes = int64_t{kStages<kSlices, kTiles>} * layout.vectors(block_threads) * 16;
   return launch(&staged_kernel<In, kTiles, kDouble, kMany, kShifts>, table.slots * split.parts, block_threads,
                 std::max(ring_bytes, sums_bytes(split.warps())), stream, table, num_tasks, partials);
 }

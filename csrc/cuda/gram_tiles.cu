@@ -17,8 +17,8 @@ struct LaneLayout {
   static constexpr bool kShifts = kShiftsRows;
   static constexpr int kLanes = kRowLanes, kRows = kTiles;
   // Long stages are fewer, short ones leave no warp idle where columns are few.
-  static constexpr int kHalves = kShifts || !kDouble ? (kTiles <= 4 ? 2 : 1) : kTiles <= 3 ? 4 : kTiles <= 6 ? 2 : 1;
-  static constexpr int kExtras = kTiles * kHalves * kWarp;  // where they begin, in vectors
+  static constexpr int kSlices = kShifts || !kDouble ? (kTiles <= 4 ? 2 : 1) : kTiles <= 3 ? 4 : kTiles <= 6 ? 2 : 1;
+  static constexpr int kExtras = kTiles * kSlices * kWarp;  // where they begin, in vectors
   static constexpr int kMarks = kExtras + kTiles * 8;
   static constexpr int kVectors = kShifts ? kMarks + 2 : kExtras;  // of a stage
   // As many as 12 KB hold, so that the block's fit the 99 KB of GPUs with little shared memory.
@@ -27,8 +27,8 @@ struct LaneLayout {
   GS_DEVICE int lane() const { return row_lane(); }
   GS_DEVICE int row(int r) const { return 8 * r + row_in_block(); }
   GS_DEVICE bool holds(int) const { return true; }
-  GS_DEVICE int place(int r, int half, int lane) const {
-    return ((half * kTiles + r) * 8 + row_in_block()) * kRowLanes + lane;
+  GS_DEVICE int place(int r, int slice, int lane) const {
+    return ((slice * kTiles + r) * 8 + row_in_block()) * kRowLanes + lane;
   }
   GS_DEVICE int extra(int r) const { return kExtras + 8 * r + row_in_block(); }
   GS_DEVICE int mark() const { return 4 * kMarks + row_in_block(); }
@@ -86,9 +86,9 @@ GS_DEVICE void sum_slot(const Table& table, int num_tasks, Vector<In>* ring, Til
       ahead, ring + warp * Layout::kStages * Layout::kVectors, Layout::kVectors, [] {},
       [&](const Vector<In>* stage) {
 #pragma unroll 1
-        for (int half = 0; half < Layout::kHalves; half++) {
-          add_vectors<In, kTiles>(tiles,
-                                  [&](int r) -> const Vector<In>& { return stage[layout.place(r, half, row_lane())]; });
+        for (int slice = 0; slice < Layout::kSlices; slice++) {
+          add_vectors<In, kTiles>(
+              tiles, [&](int r) -> const Vector<In>& { return stage[layout.place(r, slice, row_lane())]; });
         }
       });
   tiles.finish();
