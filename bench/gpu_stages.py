@@ -125,19 +125,20 @@ def _inputs(plan: Plan, device: torch.device) -> tuple[Bench, Iterator[Spec]]:
 
 
 def _specs(plan: Plan) -> Iterator[Spec]:
-    for stage, tasks, batch in plan.solves:
-        yield Spec(stage, "solve", tasks, None, "float64", "hot", batch)
-
     def of(form: str, nominal: float, tasks: tuple[int, ...], stages: tuple[str, ...], cache: str) -> Iterator[Spec]:
         for dtype, count, stage in product(DTYPES, tasks, stages):
             yield Spec(stage, form, count, columns(nominal, count, dtype), dtype, cache)
 
+    for nominal in plan.sizes[:2]:
+        yield from of("flat", nominal, plan.tasks, STAGES, "cold")
+    for stage, tasks, batch in plan.solves:
+        yield Spec(stage, "solve", tasks, None, "float64", "hot", batch)
     for nominal in plan.form_sizes:
         yield from of("list", nominal, plan.form_tasks, STAGES, "cold")
         yield from of("misaligned", nominal, plan.form_tasks, ("gram", "combine"), "cold")
     yield from of("list", plan.small, plan.form_tasks, STAGES, "hot")
     yield from of("flat", plan.small, plan.tasks, STAGES, "hot")
-    for nominal in plan.sizes:
+    for nominal in plan.sizes[2:]:
         yield from of("flat", nominal, plan.tasks, STAGES, "cold")
 
 

@@ -101,7 +101,8 @@ def gpu_section(run: dict[str, Any]) -> str:
         f"Medians of `{run['command']}`; torch {run['versions']['torch']}, CUDA {run['versions']['cuda']}; commit "
         f"{run['commit'][:12]}, {run['date'][:10]}.",
         f"Of the targets of `bench/gpu_targets.py` it met {met} and missed {missed}:",
-        f"[{GPU.relative_to(ROOT)}]({GPU.relative_to(ROOT)}), [bench/NOTES.md](bench/NOTES.md#on-an-h200).",
+        f"[{GPU.relative_to(ROOT)}]({GPU.relative_to(ROOT)}). What changed since then and what it brought:",
+        "[bench/NOTES.md](bench/NOTES.md#one-wave-of-slots).",
         "",
         "![Share of the bandwidth over the size of the gradients](docs/bandwidth.svg)",
     ]

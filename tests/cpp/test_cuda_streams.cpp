@@ -190,6 +190,12 @@ void test_streams() {
   const Model many(2, {GS_FLOAT32}, std::vector<int64_t>(1100, 2));  // more parameters than arguments take
   test_gram(many);
   test_combine(many, 1, false, false);
+  // Slots that begin in the last of a run's parameters, with another run after it.
+  std::vector<int64_t> sizes(1100, 2);
+  sizes[1056] = 5000;
+  Model runs(2, {GS_FLOAT32}, sizes);
+  for (int32_t p = 0; p < 1100; p++) runs.segment[p] = p <= 1056 ? 0 : 2;
+  test_gram(runs);
   // Segments that come back and that descend; more than arguments take.
   for (const bool descends : {false, true}) {
     Model segmented(2, {GS_FLOAT32}, std::vector<int64_t>(20, 2));
