@@ -117,7 +117,7 @@ void test_kernels() {
                                                {130, GS_FLOAT16}, {190, GS_FLOAT32}};
   for (const auto& [num_tasks, dtype] : many) test_gram(Model(num_tasks, {dtype}, {170, 200, 90}));
   test_gram(Model(36, {GS_BFLOAT16}, {1500, 1, 700}));  // many stages
-  test_gram(Model(1, {GS_FLOAT32}, {150 << 10}));       // many slots
+  test_gram(Model(1, {GS_FLOAT64}, {210 << 10}));       // as many slots as there may be
 }
 
 // Every kernel of stage 2, for rows that are aligned alike and others, fits the shared memory that there is at least.
