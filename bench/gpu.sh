@@ -64,8 +64,8 @@ arch=$("$python" -c "$check")
 command -v nvcc > /dev/null || { echo "bench/gpu.sh: no nvcc on PATH or in \$CUDA_HOME/bin" >&2; exit 1; }
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}
 
-# pytest without the plugins that the project's own options need.
-pytest=("$python" -m pytest -p no:cacheprovider -o 'addopts=-q --strict-markers')
+# pytest without the plugins that the project's own options need, and without one that does not like several processes.
+pytest=("$python" -m pytest -p no:cacheprovider -p no:benchmark -o 'addopts=-q --strict-markers')
 export GRADSURGERY_REQUIRE=cuda GRADSURGERY_TEST_DEVICE=cuda
 
 within() { timeout --signal=INT --kill-after=10 "$@"; }
