@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Stage 4 on the GPU: rows are summed in float64, in ascending order, and rounded once. Rows of weight 0 are not read.
-// The blocks go from the last column to the first, so that what the Gram kernel read last is still in the level-2
-// cache.
+#include "cuda/gram.cuh"
 #include "cuda/tables.cuh"
 #include "cuda/turns.cuh"
 
@@ -48,6 +47,41 @@ int64_t width_of(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t proc
   }
   return turn * best;
 }
+
+// The order in which blocks take the slots. What the Gram kernel read last is still in the level-2 cache: the ends of
+// its own slots, which it goes through side by side. So the first blocks take the last slot within each of those, the
+// next ones the slots before, and so on.
+struct Order {
+  static constexpr int kShift = 20;
+  int32_t groups = 1;  // Gram slots
+  int32_t slots;
+  int64_t ratio;  // slots of a group, times 2^kShift; it need not be a whole number
+
+  Order(const Table& table, int64_t columns, int64_t gram_width) : slots(table.slots) {
+    // Where there are several runs, or few slots in each of the Gram kernel's, from the last slot to the first.
+    if (table.runs == 1 && gram_width >= 3 * table.width) {
+      groups = static_cast<int32_t>((columns + gram_width - 1) / gram_width);
+    } else {
+      gram_width = table.slots * table.width;
+    }
+    ratio = (gram_width << kShift) / table.width;
+  }
+  GS_HOST_DEVICE int64_t begin(int64_t group) const {
+    const int64_t first = group * ratio >> kShift;
+    return group == groups || first > slots ? slots : first;
+  }
+  int64_t blocks() const {
+    int64_t most = 0;
+    for (int64_t group = 0; group < groups; group++) most = std::max(most, begin(group + 1) - begin(group));
+    return groups * most;
+  }
+  // -1 if there is none.
+  GS_DEVICE int64_t slot(int64_t block) const {
+    const auto number = static_cast<uint32_t>(block), all = static_cast<uint32_t>(groups);
+    const int64_t group = number % all, slot = begin(group + 1) - 1 - number / all;
+    return slot < begin(group) ? -1 : slot;
+  }
+};
 
 // The rows that count in a block's segment: those with a weight other than 0 in one of the directions.
 template <int K>
@@ -97,11 +131,12 @@ GS_DEVICE void add_term(const Terms<K>& terms, int task, double x, double (&sum)
 
 // With more than one step, kRows holds all tasks, so that the sums of a step do not wait for those of the others.
 template <class In, int K, int kSteps, int kRows, int kBlocks>
-GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
-    combine_kernel(GS_ARGUMENT(Table) table, int num_tasks, const double* weights, int64_t stride, bool accumulate) {
+GS_KERNEL GS_BLOCKS(kThreads, kBlocks) combine_kernel(GS_ARGUMENT(Table) table, Order order, int num_tasks,
+                                                      const double* weights, int64_t stride, bool accumulate) {
   wait_for_table(table);
   auto& terms = shared<Terms<K>>();
-  const int64_t slot = table.slots - 1 - block();
+  const int64_t slot = order.slot(block());
+  if (slot < 0) return wait_for_previous_kernel();
   const int lane = thread() % kWarp;
   const double* own = weights + table.run_of(slot).segment * num_tasks;
   Turns<In, kWarp, kSteps> turns(table, slot, thread() / kWarp, kWarps);
@@ -163,12 +198,12 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
 
 // In the shape for so many tasks.
 template <class In, int K, int64_t kTasks, bool kMany>
-gs_status launch_combine(const Table& table, const gs_gradients& grads, const double* weights, bool accumulate,
-                         gs_stream stream) {
+gs_status launch_combine(const Table& table, const Order& order, const gs_gradients& grads, const double* weights,
+                         bool accumulate, gs_stream stream) {
   constexpr Shape kShape = K == 1 ? shape_of(sizeof(In), kTasks, kMany) : Shape{1, 8, 1};
   static_assert(kShape.steps == 1 || kTasks <= kShape.rows);
-  return launch(&combine_kernel<In, K, kShape.steps, kShape.rows, kShape.blocks>, table.slots, kThreads,
-                sizeof(Terms<K>), stream, table, static_cast<int>(grads.num_tasks), weights,
+  return launch(&combine_kernel<In, K, kShape.steps, kShape.rows, kShape.blocks>, order.blocks(), kThreads,
+                sizeof(Terms<K>), stream, table, order, static_cast<int>(grads.num_tasks), weights,
                 grads.num_segments * grads.num_tasks, accumulate);
 }
 
@@ -184,9 +219,12 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
   }
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
-  bool many = false;  // columns of the table that comes next
-  const auto width = [&](int64_t columns, int32_t dtype) {
+  const SlotWidth gram_width{grads.num_tasks, traits.fast_double, traits.overlaps};
+  int64_t columns = 0;  // of the table that comes next
+  bool many = false;
+  const auto width = [&](int64_t all_columns, int32_t dtype) {
     const int64_t bytes = gs::element_bytes(dtype);
+    columns = all_columns;
     many = are_many(columns, bytes, grads.num_tasks, traits.processors);
     return width_of(columns, bytes, grads.num_tasks, traits.processors);
   };
@@ -195,11 +233,12 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
   while (tables.next(table)) {
     gs_status status = tables.fill(table, space, stream);
     if (status != GS_OK) return status;
+    const Order order(table, columns, aligned_width(gram_width(columns, table.dtype)));
     status = with_dtype(table.dtype, [&](auto in) {
       using In = decltype(in);
       const auto run = [&](auto with_few, auto with_many) {
         // Rows that are read element by element take more registers.
-        return (many && !table.shifted ? with_many : with_few)(table, grads, weights, accumulate, stream);
+        return (many && !table.shifted ? with_many : with_few)(table, order, grads, weights, accumulate, stream);
       };
       if constexpr (K == 1) {
         if (grads.num_tasks <= 2) return run(&launch_combine<In, K, 2, false>, &launch_combine<In, K, 2, true>);

@@ -91,36 +91,6 @@ gs_status launch_products(const Table& table, int64_t num_tasks, bool fast_doubl
   return launch_staged(table, num_tasks, fast_double, partials, stream);
 }
 
-constexpr int64_t kHopperProcessors = 132, kAmpereProcessors = 108, kMinColumns = 256;
-// Of any dtype, on any GPU.
-constexpr int64_t most_slots(int64_t num_tasks) { return kHopperProcessors * (num_tasks <= 48 ? 2 : 1); }
-
-// The width of slots for so many columns in all: what makes one wave of blocks on an H200's multiprocessors, before
-// compute capability 9.0 an A100's, or fewer slots where the partial sums would weigh beside the rows. A second wave
-// would wait for its first rows as long as the first one did.
-struct SlotWidth {
-  int64_t num_tasks;
-  bool fast_double, since_hopper;
-
-  // Blocks for which a multiprocessor has registers, as the kernels are bounded.
-  int64_t resident(int32_t dtype) const {
-    if (in_double(dtype, fast_double)) return num_tasks <= 32 ? 2 : 1;
-    return num_tasks <= 24 || (num_tasks > kFloatTileTasks && num_tasks <= 48) ? 2 : 1;
-  }
-  int64_t processors() const { return since_hopper ? kHopperProcessors : kAmpereProcessors; }
-  // A slot smaller than this is not worth a block.
-  int64_t min_columns(int32_t dtype) const {
-    if (num_tasks <= kDirectTasks) return 6144 / gs::element_bytes(dtype);
-    return num_tasks <= 8 ? 2 * kMinColumns : kMinColumns;
-  }
-  int64_t operator()(int64_t columns, int32_t dtype) const {
-    const auto share = [&](int64_t slots) { return (columns + slots - 1) / slots; };
-    // Partial sums of a 16th of the rows' bytes, as long as there is a block for each multiprocessor.
-    const int64_t light = std::min(64 * num_tasks / gs::element_bytes(dtype), share(processors()));
-    return std::max({min_columns(dtype), share(processors() * resident(dtype)), light});
-  }
-};
-
 }  // namespace
 }  // namespace gs::gpu
 

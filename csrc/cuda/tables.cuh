@@ -9,6 +9,8 @@
 
 namespace gs::gpu {
 
+constexpr int64_t aligned_width(int64_t columns) { return (columns + 63) / 64 * 64; }
+
 // The tables of a gs_gradients. width_of(columns, dtype) is the width of slots for so many columns in all.
 template <class WidthOf>
 class Tables {
@@ -28,7 +30,7 @@ class Tables {
       int64_t columns = 0;
       each_param([&](int64_t p) { columns += grads_.numel[p]; });
       table.dtype = dtype_;
-      table.width = (width_of_(columns, dtype_) + kWidthAlignment - 1) / kWidthAlignment * kWidthAlignment;
+      table.width = aligned_width(width_of_(columns, dtype_));
       each_run(
           [&](const Run& run) {
             if (table.runs == 0) table.first_segment = run.segment;
@@ -79,8 +81,6 @@ class Tables {
   }
 
  private:
-  static constexpr int64_t kWidthAlignment = 64;
-
   static int32_t slots_of(const Run& run, int64_t width) {
     return static_cast<int32_t>((run.columns + width - 1) / width);
   }

@@ -184,6 +184,10 @@ void test_streams() {
     }
   }
   test_combine(Model(70, {GS_BFLOAT16}, {700, 3, 40}), 1, false, false);
+  // Three and a half slots in each of the Gram kernel's 263; added, so that none counts twice.
+  Emulator::get().processors = 400;
+  test_combine(Model(9, {GS_FLOAT32}, {263 * 448}), 1, true, false);
+  Emulator::get().processors = 3;
   const Model mixed(3, {GS_FLOAT32, GS_FLOAT32, GS_BFLOAT16, GS_FLOAT64, GS_FLOAT16}, {9, 5, 9, 5, 9, 5, 9, 5});
   test_gram(mixed);
   test_combine(mixed, 5, true, false);
