@@ -159,9 +159,9 @@ GS_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
-// From compute capability 9.0 on, kernels start before the one ahead of them in the stream has ended. In every thread
-// of every kernel the wait comes before the first access to memory, and before the next one is let go, so that all
-// kernels ahead have ended after it, not only the last one.
+// From compute capability 9.0 on, kernels start before the one ahead of them in the stream has ended. Every thread of
+// every kernel waits before it ends, so that after the wait all kernels ahead have ended, not only the last one. It
+// waits before its first access to memory, but for the kernels that write a table (entry.cu).
 GS_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();

@@ -86,38 +86,13 @@ struct LaneProducts {
     }
   }
 
-  // Writes the warp's sums. Lanes halve what they hold from step to step, so that an exchange costs as much as a sum
-  // that only one lane would get.
+  // Writes the warp's sums.
   GS_DEVICE void store(int num_tasks, double* pairs) const {
-    int begin = 0, end = kCount;
-    halve<kCount, kWarp / 2>(sum, begin, end, [&](int pair, double value) {
+    sum_lanes(sum, 0, kCount, [&](int pair, double value) {
       int i = 0;
       for (; pair >= kTasks - i; i++) pair -= kTasks - i;
       if (i + pair < num_tasks) pairs[pair_index(i, i + pair, num_tasks)] = value;
     });
-  }
-
- private:
-  template <int kHeld, int kMask, class Write>
-  GS_DEVICE static void halve(const double (&held)[kHeld], int begin, int end, const Write& write) {
-    if constexpr (kMask == 0) {
-#pragma unroll
-      for (int v = 0; v < kHeld; v++) {
-        if (begin + v < end) write(begin + v, held[v]);
-      }
-    } else {
-      constexpr int kHalf = (kHeld + 1) / 2;
-      const bool upper = (thread() & kMask) != 0;
-      double half[kHalf];
-#pragma unroll
-      for (int v = 0; v < kHalf; v++) {
-        const double other = v + kHalf < kHeld ? held[v + kHalf < kHeld ? v + kHalf : v] : 0;
-        half[v] = (upper ? other : held[v]) + shuffle_xor(upper ? held[v] : other, kMask);
-      }
-      if (upper) begin += kHalf;
-      if (!upper && end > begin + kHalf) end = begin + kHalf;
-      halve<kHalf, kMask / 2>(half, begin, end, write);
-    }
   }
 };
 

@@ -20,7 +20,7 @@ struct OneRun {
 template <class Runs>
 GS_KERNEL GS_BLOCKS(kMaxThreads, 1)
     sum_slots_kernel(GS_ARGUMENT(Runs) table, int num_tasks, const double* partials, bool accumulate, double* gram) {
-  constexpr int kAtOnce = 8;  // the slots of a wave of two blocks a multiprocessor, all of them
+  constexpr int kAtOnce = 9;  // 32 warps have all slots of a wave of two blocks a multiprocessor under way
   const int pairs = static_cast<int>(pairs_of(num_tasks)), blocks = (pairs + kWarp - 1) / kWarp;
   const int64_t first = block() / blocks;
   const int lane = thread() % kWarp, warp = thread() / kWarp, warps = threads() / kWarp;

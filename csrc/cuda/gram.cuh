@@ -32,6 +32,31 @@ GS_HOST_DEVICE constexpr int64_t pair_index(int64_t i, int64_t j, int64_t num_ta
   return i * num_tasks - i * (i - 1) / 2 + j - i;
 }
 
+// Adds what all lanes of a warp hold, of which write(i, sum) gets each sum once: lanes halve what they hold from step
+// to step, so that an exchange costs as much as a sum that only one lane would get. begin: the number of the first
+// value.
+template <int kMask = kWarp / 2, int kHeld, class Write>
+GS_DEVICE void sum_lanes(const double (&held)[kHeld], int begin, int end, const Write& write) {
+  if constexpr (kMask == 0) {
+#pragma unroll
+    for (int v = 0; v < kHeld; v++) {
+      if (begin + v < end) write(begin + v, held[v]);
+    }
+  } else {
+    constexpr int kHalf = (kHeld + 1) / 2;
+    const bool upper = (thread() & kMask) != 0;
+    double half[kHalf];
+#pragma unroll
+    for (int v = 0; v < kHalf; v++) {
+      const double other = v + kHalf < kHeld ? held[v + kHalf < kHeld ? v + kHalf : v] : 0;
+      half[v] = (upper ? other : held[v]) + shuffle_xor(upper ? held[v] : other, kMask);
+    }
+    if (upper) begin += kHalf;
+    if (!upper && end > begin + kHalf) end = begin + kHalf;
+    sum_lanes<kMask / 2>(half, begin, end, write);
+  }
+}
+
 // Each writes the partial sums [slots][pairs] of a table.
 gs_status launch_direct(const Table& table, int64_t num_tasks, double* partials, gs_stream stream);
 gs_status launch_lanes(const Table& table, int64_t num_tasks, double* partials, gs_stream stream);
@@ -54,8 +79,9 @@ struct SlotWidth {
   int64_t num_tasks;
   bool fast_double, since_hopper;
 
-  // Blocks for which a multiprocessor has registers, as the kernels are bounded.
+  // Blocks for which a multiprocessor has registers, as the kernels are bounded; an A100's has shared memory for one.
   int64_t resident(int32_t dtype) const {
+    if (!since_hopper && num_tasks > 6) return 1;
     if (in_double(dtype, fast_double)) return num_tasks <= 32 ? 2 : 1;
     return num_tasks <= 24 || (num_tasks > kFloatTileTasks && num_tasks <= 48) ? 2 : 1;
   }

@@ -22,36 +22,13 @@ GS_DEVICE void add_pairs(const double (&value)[T], double (&acc)[pairs_of(T)]) {
   }
 }
 
-// Adds values of all lanes, of which a lane ends with the sums of some: half of a lane's values go to the lane that
-// differs by kMask, for half of its own. visit(i, sum) gets the sum of value first + i.
-template <int kMask, int kCount, class Visit>
-GS_DEVICE void sum_lanes(const double (&value)[kCount], int first, int count, const Visit& visit) {
-  if constexpr (kMask == 0) {
-#pragma unroll
-    for (int i = 0; i < kCount; i++) {
-      if (i < count) visit(first + i, value[i]);
-    }
-  } else {
-    constexpr int kHalf = (kCount + 1) / 2;
-    const bool upper = (thread() & kMask) != 0;
-    double sum[kHalf];
-#pragma unroll
-    for (int i = 0; i < kHalf; i++) {
-      const double high = i + kHalf < kCount ? value[i + kHalf] : 0;
-      sum[i] = (upper ? high : value[i]) + shuffle_xor(upper ? value[i] : high, kMask);
-    }
-    const int low = count < kHalf ? count : kHalf;
-    sum_lanes<kMask / 2>(sum, first + (upper ? low : 0), upper ? count - low : low, visit);
-  }
-}
-
 // Writes the sums of the block's slot, of all its lanes.
 template <int T>
 GS_DEVICE void write_pairs(const double (&acc)[pairs_of(T)], double* partials) {
   constexpr int kPairs = static_cast<int>(pairs_of(T));
   const int warp = thread() / kWarp;
   double* sums = &shared<double>();  // [kWarps][kPairs]
-  sum_lanes<kWarp / 2>(acc, 0, kPairs, [&](int pair, double sum) { sums[warp * kPairs + pair] = sum; });
+  sum_lanes(acc, 0, kPairs, [&](int pair, double sum) { sums[warp * kPairs + pair] = sum; });
   sync_block();
   let_next_kernel_start();
   for (int pair = thread(); pair < kPairs; pair += threads()) {

@@ -116,6 +116,7 @@ void test_kernels() {
                                                {81, GS_FLOAT32},  {97, GS_BFLOAT16}, {128, GS_FLOAT32},
                                                {130, GS_FLOAT16}, {190, GS_FLOAT32}};
   for (const auto& [num_tasks, dtype] : many) test_gram(Model(num_tasks, {dtype}, {170, 200, 90}));
+  test_gram(Model(60, {GS_FLOAT64}, {100, 1, 30}));     // the most tiles in a warp
   test_gram(Model(36, {GS_BFLOAT16}, {1500, 1, 700}));  // many stages
   test_gram(Model(1, {GS_FLOAT64}, {210 << 10}));       // as many slots as there may be
 }
@@ -184,6 +185,9 @@ void test_streams() {
     }
   }
   test_combine(Model(70, {GS_BFLOAT16}, {700, 3, 40}), 1, false, false);
+  // More columns than all blocks take at once.
+  test_combine(Model(6, {GS_BFLOAT16}, {25000}), 1, false, false);
+  test_combine(Model(17, {GS_FLOAT32}, {6200}), 1, true, false);
   // Three and a half slots in each of the Gram kernel's 263; added, so that none counts twice.
   Emulator::get().processors = 400;
   test_combine(Model(9, {GS_FLOAT32}, {263 * 448}), 1, true, false);

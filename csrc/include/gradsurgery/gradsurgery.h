@@ -8,8 +8,9 @@
 //   * the library never allocates: the caller passes outputs and a workspace, aligned to 64 bytes, of at least
 //     the size that the matching gs_*_workspace_bytes names (never negative, -1 for invalid arguments);
 //   * a status comes back; gs_last_error() is the message of the last failure on this thread;
-//   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or the GPU's size; on a GPU
-//     inputs at other addresses modulo 16 bytes may be summed in another order;
+//   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or of a GPU's
+//     multiprocessors; GPUs before and since compute capability 9.0, and inputs at other addresses modulo 16 bytes, may
+//     be summed in another order;
 //   * the _cuda functions only enqueue work, on a stream of the current device: gradients, outputs, T x T data and
 //     workspace are memory of that device, while gs_gradients with its arrays and the array of outputs are read on the
 //     host during the call.
