@@ -28,8 +28,8 @@ MIN_GRAPH_S = 400e-6
 """Calls are repeated within a graph up to this, which makes the start of a replay irrelevant."""
 MIN_SAMPLE_S = 1e-3
 LONG_S = 5e-3
-"""A call that takes longer has two sets of inputs: bound by memory, it goes through more than a cache, or it is bound by
-the host, which does not mind where they lie."""
+"""A call that takes longer has two sets of inputs: it goes through more memory than caches hold, or waits for the host,
+and then it does not matter where they lie."""
 HOST_ROUNDS, HOST_CALLS = 7, 50
 
 Call = Callable[[], object]
