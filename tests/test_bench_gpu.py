@@ -155,6 +155,5 @@ def test_without_a_gpu_the_script_says_so():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-def test_ceilings_compile(tmp_path, capability):
-    assert gpu_ceilings.compile_library(tmp_path, capability).stat().st_size > 0
+def test_ceilings_compile(tmp_path):
+    assert gpu_ceilings.compile_library(tmp_path, (9, 0)).stat().st_size > 0
