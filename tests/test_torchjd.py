@@ -79,7 +79,9 @@ def test_dtype_in_is_dtype_out(dtype):
     rows = normal(3, 40, dtype)
     direction = SurgeryAggregator("pcgrad")(rows)
     assert direction.dtype == SurgeryWeighting("pcgrad")(rows @ rows.T).dtype == dtype
-    torch.testing.assert_close(direction, gradsurgery.aggregate(rows, "pcgrad"))
+    # On a GPU a direction in one launch has other bits than its stages.
+    tolerance = {"rtol": 0, "atol": 0} if DEVICE == "cpu" else {}
+    torch.testing.assert_close(direction, gradsurgery.aggregate(rows, "pcgrad"), **tolerance)
 
 
 def test_g_is_not_taken_in_the_precision_of_j():
