@@ -221,12 +221,9 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
   if (const gs_status status = get_traits(traits)) return status;
   const SlotWidth gram_width{grads.num_tasks, traits.fast_double, traits.overlaps};
   int64_t columns = 0;  // of the table that comes next
-  bool many = false;
   const auto width = [&](int64_t all_columns, int32_t dtype) {
-    const int64_t bytes = gs::element_bytes(dtype);
     columns = all_columns;
-    many = are_many(columns, bytes, grads.num_tasks, traits.processors);
-    return width_of(columns, bytes, grads.num_tasks, traits.processors);
+    return width_of(columns, gs::element_bytes(dtype), grads.num_tasks, traits.processors);
   };
   Tables tables(grads, out, K, width);
   Table table;
@@ -234,11 +231,13 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
     gs_status status = tables.fill(table, space, stream);
     if (status != GS_OK) return status;
     const Order order(table, columns, aligned_width(gram_width(columns, table.dtype)));
+    // Rows that are read element by element take more registers.
+    const bool many =
+        !table.shifted && are_many(columns, gs::element_bytes(table.dtype), grads.num_tasks, traits.processors);
     status = with_dtype(table.dtype, [&](auto in) {
       using In = decltype(in);
       const auto run = [&](auto with_few, auto with_many) {
-        // Rows that are read element by element take more registers.
-        return (many && !table.shifted ? with_many : with_few)(table, order, grads, weights, accumulate, stream);
+        return (many ? with_many : with_few)(table, order, grads, weights, accumulate, stream);
       };
       if constexpr (K == 1) {
         if (grads.num_tasks <= 2) return run(&launch_combine<In, K, 2, false>, &launch_combine<In, K, 2, true>);
