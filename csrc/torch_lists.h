@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Task gradients as T Python lists of P tensors, for calls from Python outside torch's dispatcher.
 #pragma once
+#include <torch/csrc/utils/pybind.h>
+
 #include <memory>
 #include <optional>
 #include <string>

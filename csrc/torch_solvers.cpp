@@ -2,7 +2,7 @@
 // The operators of stage 3, and of the rules on the gradients themselves that take its place.
 #include <torch/library.h>
 
-#include "torch_lists.h"
+#include "torch_binding.h"
 
 namespace gs::binding {
 

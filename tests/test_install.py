@@ -2,23 +2,23 @@
 """The package without its extension, and what setup.py says when it cannot build."""
 
 import os
+import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.utils.cpp_extension
 
+import gradsurgery
 from conftest import on_cpu
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = on_cpu
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+# setuptools deprecates what older versions of it need.
+pytestmark = [on_cpu, pytest.mark.filterwarnings("ignore:License classifiers")]
 
 
 def test_works_without_the_extension():
@@ -37,95 +37,111 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    result = run(code)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "the compiled extension is not there" in result.stdout.splitlines()[1]
 
 
-SETUP = (
-    "import sys, runpy; {before}; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py', run_name='__main__')"
-)
+@pytest.fixture
+def compiled(monkeypatch, capfd):
+    """What setup.py says that it compiles. In this process, which has torch already: importing it takes seconds."""
+
+    def run_setup(choice: str) -> str:
+        monkeypatch.setenv("GRADSURGERY_BUILD", choice)
+        monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+        runpy.run_path(str(ROOT / "setup.py"), run_name="__main__")
+        printed = capfd.readouterr()
+        assert printed.out.split() == [gradsurgery.__version__]
+        return re.search("^gradsurgery: compiling (.*)$", printed.err, re.MULTILINE)[1]
+
+    monkeypatch.chdir(ROOT)
+    # setup.py writes to it.
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    return run_setup
 
 
-NO_COMPILER = "import shutil; shutil.which = lambda name, path=None: None"
-WITH_CUDA = (
-    "import torch, torch.utils.cpp_extension as extension; torch.version.cuda = {version!r}; "
-    "extension.CUDA_HOME = {home!r}"
-)
+def without_torch(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, "torch", None)
 
 
-@pytest.mark.parametrize(
-    ("before", "choice", "message"),
-    [
-        ("pass", "fast", "GRADSURGERY_BUILD must be one of auto, cuda, cpu, none, got 'fast'"),
-        ("sys.modules['torch'] = None", "auto", "pip install --no-build-isolation ."),
-        (WITH_CUDA.format(version=None, home=None), "cuda", "is built without CUDA"),
-        (WITH_CUDA.format(version="13.0", home="/nowhere"), "cuda", "GRADSURGERY_BUILD=cuda cannot be met: no nvcc"),
-        (NO_COMPILER, "cpu", "GRADSURGERY_BUILD=cpu cannot be met: neither $CXX nor c++ was found"),
-        (NO_COMPILER, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: neither $CXX nor c++ was found"),
-    ],
-)
-def test_a_build_that_cannot_be(before, choice, message):
-    result = run(SETUP.format(before=before), GRADSURGERY_BUILD=choice)
-    assert result.returncode != 0
-    assert message in result.stderr
+def without_compiler(monkeypatch, folder):
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
 
 
-@pytest.mark.parametrize(
-    ("before", "choice", "compiled"),
-    [
-        ("sys.modules['torch'] = None", "none", "none"),
-        (NO_COMPILER, "auto", "none"),
-        ("pass", "cpu", "cpu"),
-        (WITH_CUDA.format(version=None, home=None), "auto", "cpu"),
-    ],
-)
-def test_what_gets_compiled(before, choice, compiled):
-    result = run(SETUP.format(before=before), GRADSURGERY_BUILD=choice)
-    assert result.returncode == 0, result.stderr
-    assert f"gradsurgery: compiling {compiled}" in result.stderr
+def without_cuda(monkeypatch, folder):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
 
 
-@pytest.mark.parametrize("choice", ["auto", "cuda"])
-def test_cuda_gets_compiled_for_what_nvcc_knows(tmp_path, choice):
-    compiler = tmp_path / "bin" / "nvcc"
+def without_nvcc(monkeypatch, folder):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(folder))
+
+
+def with_cuda(monkeypatch, folder):
+    without_nvcc(monkeypatch, folder)
+    monkeypatch.setenv("CUDA_HOME", str(folder))
+    compiler = folder / "bin" / "nvcc"
     compiler.parent.mkdir()
     compiler.write_text("#!/bin/sh\necho compute_75 compute_80 compute_90")
     compiler.chmod(0o755)
-    code = SETUP.format(before=WITH_CUDA.format(version="13.0", home=str(tmp_path)))
-    result = run(
-        f"{code}; import os; print(os.environ['TORCH_CUDA_ARCH_LIST'])",
-        GRADSURGERY_BUILD=choice,
-        CUDA_HOME=str(tmp_path),
-    )
-    assert result.returncode == 0, result.stderr
-    assert "gradsurgery: compiling cuda" in result.stderr
-    assert result.stdout.splitlines()[-1] == "8.0;9.0a+PTX"
+
+
+def as_it_is(monkeypatch, folder):
+    pass
 
 
 @pytest.mark.parametrize(
-    ("wanted", "compiled"), [("7.5 8.6;9.0+PTX", "8.6;9.0+PTX"), ("Hopper", "Hopper"), ("7.0", None)]
+    ("machine", "choice", "message"),
+    [
+        (as_it_is, "fast", "GRADSURGERY_BUILD must be one of auto, cuda, cpu, none, got 'fast'"),
+        (without_torch, "auto", "pip install --no-build-isolation ."),
+        (without_cuda, "cuda", "is built without CUDA"),
+        (without_nvcc, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: no nvcc"),
+        (without_compiler, "cpu", "GRADSURGERY_BUILD=cpu cannot be met: neither $CXX nor c++ was found"),
+        (without_compiler, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: neither $CXX nor c++ was found"),
+    ],
 )
-def test_gpus_before_ampere_are_left_out(tmp_path, wanted, compiled):
-    compiler = tmp_path / "bin" / "nvcc"
-    compiler.parent.mkdir()
-    compiler.touch(0o755)
-    code = SETUP.format(before=WITH_CUDA.format(version="13.0", home=str(tmp_path)))
-    result = run(
-        f"{code}; import os; print(os.environ['TORCH_CUDA_ARCH_LIST'])",
-        GRADSURGERY_BUILD="cuda",
-        CUDA_HOME=str(tmp_path),
-        TORCH_CUDA_ARCH_LIST=wanted,
-    )
-    if compiled is None:
-        assert "TORCH_CUDA_ARCH_LIST must hold 8.0 or later, got 7.0" in result.stderr
-    else:
-        assert result.stdout.splitlines()[-1] == compiled, result.stderr
+def test_a_build_that_cannot_be(machine, choice, message, compiled, monkeypatch, tmp_path):
+    machine(monkeypatch, tmp_path)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        compiled(choice)
+
+
+@pytest.mark.parametrize(
+    ("machine", "choice", "expected"),
+    [
+        (without_torch, "none", "none"),
+        (without_compiler, "auto", "none"),
+        (as_it_is, "cpu", "cpu"),
+        (without_cuda, "auto", "cpu"),
+        (with_cuda, "auto", "cuda"),
+        (with_cuda, "cuda", "cuda"),
+    ],
+)
+def test_what_gets_compiled(machine, choice, expected, compiled, monkeypatch, tmp_path):
+    machine(monkeypatch, tmp_path)
+    assert compiled(choice) == expected
+    # For what nvcc knows.
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == ("8.0;9.0a+PTX" if expected == "cuda" else "")
+
+
+@pytest.mark.parametrize(("wanted", "served"), [("7.5 8.6;9.0+PTX", "8.6;9.0+PTX"), ("Hopper", "Hopper")])
+def test_gpus_before_ampere_are_left_out(wanted, served, compiled, monkeypatch, tmp_path):
+    with_cuda(monkeypatch, tmp_path)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    assert compiled("cuda") == "cuda"
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == served
+
+
+def test_only_gpus_before_ampere(compiled, monkeypatch, tmp_path):
+    with_cuda(monkeypatch, tmp_path)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0")
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must hold 8\.0 or later, got 7\.0"):
+        compiled("cuda")
 
 
 def test_versions_agree():
-    import gradsurgery
-
     header = (ROOT / "csrc/include/gradsurgery/gradsurgery.h").read_text()
     assert f'#define GS_VERSION "{gradsurgery.__version__}"' in header
     assert f'version = "{gradsurgery.__version__}"' in (ROOT / "pyproject.toml").read_text()
