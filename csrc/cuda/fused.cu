@@ -5,8 +5,8 @@
 // let go when all blocks run at once.
 #include <algorithm>
 
+#include "cuda/faces.cuh"
 #include "cuda/fused_products.cuh"
-#include "cuda/min_norm.cuh"
 #include "cuda/pcgrad.cuh"
 
 namespace gs::gpu {
@@ -76,12 +76,8 @@ GS_RARE void solve(const FusedProblem& problem, uint64_t step, Scratch& scratch)
   } else if (broken) {
     if (thread() < num_tasks) scratch.weights[thread()] = NAN;
   } else {
-    for (int e = thread(); e < kFaceTasks * kFaceTasks; e += threads()) {
-      const int i = e / kFaceTasks, j = e % kFaceTasks;
-      scratch.faces.gram[e] = i < num_tasks && j < num_tasks ? scratch.gram[i * num_tasks + j] : 0;
-    }
-    sync_block();
-    solve_faces(scratch.faces, num_tasks, scratch.weights);
+    load_gram(scratch.faces, scratch.gram, num_tasks);
+    solve_min_norm_faces(scratch.faces, num_tasks, scratch.weights);
   }
   sync_block();
 }

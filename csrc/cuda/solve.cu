@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cpu/schedule.h"
-#include "cuda/min_norm.cuh"
+#include "cuda/faces.cuh"
 #include "solvers/gradnorm.h"
 
 namespace gs::gpu {
@@ -37,19 +37,13 @@ GS_KERNEL min_norm_faces_kernel(const double* gram, int num_tasks, double* weigh
   auto& memory = shared<FaceMemory<kTasks>>();
   const double* problem = gram + block() * num_tasks * num_tasks;
   double* result = weights + block() * num_tasks;
-  bool finite = true;
-  for (int e = thread(); e < kTasks * kTasks; e += threads()) {
-    const int i = e / kTasks, j = e % kTasks;
-    memory.gram[e] = i < num_tasks && j < num_tasks ? problem[i * num_tasks + j] : 0;
-    finite = finite && std::isfinite(memory.gram[e]);
-  }
-  const bool broken = any_of_block(!finite);
+  const bool finite = load_gram(memory, problem, num_tasks);
   let_next_kernel_start();
-  if (broken) {
+  if (!finite) {
     if (thread() < kWarp) fill_nan(WarpTeam{}, result, num_tasks);
     return;
   }
-  solve_faces(memory, num_tasks, result);
+  solve_min_norm_faces(memory, num_tasks, result);
 }
 
 template <int kTasks>

@@ -59,16 +59,10 @@ class CAGrad {
  private:
   // x for one lambda; returns |lambda g_x|^2.
   GS_HOST_DEVICE_CALL double minimize(double lambda) {
-    for (int64_t e = team_.rank(); e < tasks_ * tasks_; e += team_.size()) {
-      const double sum = mean_[e / tasks_] + mean_[e % tasks_];
-      shifted_[e] = lambda * lambda * gram_[e] + lambda * sum + mean_squared_;
-    }
-    team_.sync();
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-      double& entry = shifted_[i * tasks_ + i];
-      entry = std::fmax(entry, 0.0);  // a square, but for rounding
-    }
-    team_.sync();
+    each_entry(team_, tasks_, [&](int64_t i, int64_t j) {
+      const double product = lambda * lambda * gram_[i * tasks_ + j] + lambda * (mean_[i] + mean_[j]) + mean_squared_;
+      shifted_[i * tasks_ + j] = i == j ? std::fmax(product, 0.0) : product;  // a square, but for rounding
+    });
     MinNorm(team_, shifted_, tasks_, x_, inner_).solve();
     team_.sync();
     multiply(team_, gram_, tasks_, x_, gx_);

@@ -6,9 +6,11 @@
 #if defined(__CUDACC__)
 #define GS_HOST_DEVICE __host__ __device__
 #define GS_HOST_DEVICE_CALL __host__ __device__ __noinline__  // long, and called in several places
+#define GS_UNROLL _Pragma("unroll")
 #else
 #define GS_HOST_DEVICE
 #define GS_HOST_DEVICE_CALL
+#define GS_UNROLL
 #endif
 
 namespace gs {
@@ -20,6 +22,15 @@ GS_HOST_DEVICE inline bool all_finite(const double* values, int64_t count) {
   return finite;
 }
 
+// 1 / sqrt(x), on a GPU in half the time of a division.
+GS_HOST_DEVICE inline double inverse_root(double x) {
+#if defined(__CUDA_ARCH__)
+  return rsqrt(x);
+#else
+  return 1 / std::sqrt(x);
+#endif
+}
+
 template <class Team>
 GS_HOST_DEVICE void fill_nan(const Team& team, double* values, int64_t count) {
   for (int64_t i = team.rank(); i < count; i += team.size()) values[i] = NAN;
@@ -27,17 +38,29 @@ GS_HOST_DEVICE void fill_nan(const Team& team, double* values, int64_t count) {
 
 // The solvers run on a team: the threads of a warp on a GPU, one thread on the CPU. Members share the arrays and take
 // turns in loops over tasks; a sync() stands between a write and another member's read, and the other way round. What
-// every member computes for itself, and what sum() and least() return, is the same for all, so they take the same
-// branches.
+// every member computes for itself, and what sum(), first() and least() return, is the same for all, so they take the
+// same branches.
 struct SerialTeam {
   static constexpr int kColumns = 8;  // columns that a member sums at a time
+  static constexpr int kSmall = 0;    // rows of a matrix that is better left to one member than shared
   GS_HOST_DEVICE int64_t rank() const { return 0; }
   GS_HOST_DEVICE int64_t size() const { return 1; }
   GS_HOST_DEVICE void sync() const {}
   GS_HOST_DEVICE double sum(double value) const { return value; }
+  // The value of member 0.
+  GS_HOST_DEVICE double first(double value) const { return value; }
   // The least value and its index, the smallest one among equal values.
   GS_HOST_DEVICE void least(double&, int64_t&) const {}
 };
+
+// body(i, j) for the entries of a [T, T] matrix, and a sync().
+template <class Team, class Body>
+GS_HOST_DEVICE void each_entry(const Team& team, int64_t num_tasks, const Body& body) {
+  // Divisions of 64 bits take a GPU hundreds of cycles.
+  const auto side = static_cast<uint32_t>(num_tasks), step = static_cast<uint32_t>(team.size());
+  for (auto e = static_cast<uint32_t>(team.rank()); e < side * side; e += step) body(e / side, e % side);
+  team.sync();
+}
 
 // out_i = sum_k weight(k) G_{row(k), i} over k = 0..count-1, several columns i of a member at a time.
 template <class Team, class Row, class Weight>

@@ -168,7 +168,7 @@ class DualCone {
   }
 
   // target = u outside F, and H target = 0 on F.
-  GS_HOST_DEVICE void solve(const Start& u, double* target) {
+  GS_HOST_DEVICE_CALL void solve(const Start& u, double* target) {
     const int64_t stride = padded(tasks_);
     int64_t size = 0;
     for (int64_t i = 0; i < tasks_; i++) {
@@ -179,13 +179,15 @@ class DualCone {
     team_.sync();
     for (int64_t r = team_.rank(); r < size; r += team_.size()) {
       const auto i = static_cast<int64_t>(index_[r]);
-      for (int64_t c = 0; c <= r; c++) rows_[r * stride + c] = entry(i, static_cast<int64_t>(index_[c]));
       double right = 0;
       for (int64_t j = 0; j < tasks_; j++) right -= free_[j] == 0 ? entry(i, j) * u(j) : 0;
       rows_[size * stride + r] = right;
     }
     team_.sync();
-    solve_positive(team_, rows_, stride, size);
+    const auto of_free = [&](int64_t r, int64_t c) {
+      return entry(static_cast<int64_t>(index_[r]), static_cast<int64_t>(index_[c]));
+    };
+    solve_positive(team_, of_free, rows_, stride, size);
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       if (free_[i] == 0) target[i] = u(i);
     }

@@ -1,47 +1,32 @@
 // SPDX-License-Identifier: MIT
-// argmin w^T G w over the simplex for a few tasks: the minimum lies inside some face, and each face is solved by
-// itself.
+// Problems on the simplex for a few tasks: the minimum lies inside some face, and each face is solved by itself. Faces
+// are sets of tasks, a bit each, matrices kTasks x kTasks.
 #pragma once
-#include "common.h"
+#include "linear.h"
 
 namespace gs {
 
-// w = the shortest point of the affine hull of the tasks in the set `face`, a bit each; returns w^T G w, or infinity if
-// the point lies outside the simplex or the tasks are affinely dependent to working precision. A smaller face attains
-// the minimum then, by Caratheodory's theorem. gram is kTasks x kTasks; shift is the c = min_i G_ii of MinNorm, of
-// which this solves the equations, as L D L^T with rows of the identity for the tasks outside.
+// G + c 1 1^T of a face, with rows of the identity for the tasks outside.
+template <int kTasks>
+GS_HOST_DEVICE SmallFactor<kTasks> factor_face(const double* gram, double shift, uint32_t face) {
+  return SmallFactor<kTasks>([&](int i, int j) {
+    const bool inside = (face >> i & 1) != 0 && (face >> j & 1) != 0;
+    return inside ? gram[i * kTasks + j] + shift : i == j ? 1.0 : 0.0;
+  });
+}
+
+// argmin w^T G w: w = the shortest point of the affine hull of the face's tasks; returns w^T G w, or infinity if the
+// point lies outside the simplex or the tasks are affinely dependent to working precision. A smaller face attains the
+// minimum then, by Caratheodory's theorem. shift is the c = min_i G_ii of MinNorm, of which this solves the equations.
 template <int kTasks>
 GS_HOST_DEVICE double face_min_norm(const double* gram, double shift, uint32_t face, double (&w)[kTasks]) {
   const auto inside = [&](int i) { return (face >> i & 1) != 0; };
-  double factor[kTasks][kTasks], inverse[kTasks];  // the lower triangle; 1 / D
-#pragma unroll
-  for (int i = 0; i < kTasks; i++) {
-#pragma unroll
-    for (int j = 0; j <= i; j++) {
-      factor[i][j] = inside(i) && inside(j) ? gram[i * kTasks + j] + shift : i == j ? 1 : 0;
-    }
-    w[i] = inside(i) ? 1 : 0;
-  }
-  bool valid = true;
-#pragma unroll
-  for (int k = 0; k < kTasks; k++) {
-    valid = valid && (!inside(k) || factor[k][k] > 1e-14 * (gram[k * kTasks + k] + shift));
-    inverse[k] = 1 / factor[k][k];
-#pragma unroll
-    for (int i = kTasks - 1; i > k; i--) {
-      const double ratio = factor[i][k] * inverse[k];
-#pragma unroll
-      for (int j = k + 1; j <= i; j++) factor[i][j] -= ratio * factor[j][k];
-      factor[i][k] = ratio;
-      w[i] -= ratio * w[k];
-    }
-  }
+  const SmallFactor<kTasks> factor = factor_face<kTasks>(gram, shift, face);
+  GS_UNROLL for (int i = 0; i < kTasks; i++) w[i] = inside(i) ? 1 : 0;
+  factor.solve(w);
+  bool valid = factor.definite;
   double total = 0;
-#pragma unroll
-  for (int k = kTasks - 1; k >= 0; k--) {
-    w[k] *= inverse[k];
-#pragma unroll
-    for (int i = k + 1; i < kTasks; i++) w[k] -= factor[i][k] * w[i];
+  GS_UNROLL for (int k = kTasks - 1; k >= 0; k--) {
     valid = valid && w[k] >= 0;
     total += w[k];
   }
@@ -49,16 +34,77 @@ GS_HOST_DEVICE double face_min_norm(const double* gram, double shift, uint32_t f
   const bool alone = (face & (face - 1)) == 0;
   const double scale = 1 / total;
   double value = 0;
-#pragma unroll
-  for (int i = 0; i < kTasks; i++) w[i] = alone ? (inside(i) ? 1 : 0) : w[i] * scale;
-#pragma unroll
-  for (int i = 0; i < kTasks; i++) {
+  GS_UNROLL for (int i = 0; i < kTasks; i++) w[i] = alone ? (inside(i) ? 1 : 0) : w[i] * scale;
+  GS_UNROLL for (int i = 0; i < kTasks; i++) {
     double sum = 0;
-#pragma unroll
-    for (int j = 0; j < kTasks; j++) sum += gram[i * kTasks + j] * w[j];
+    GS_UNROLL for (int j = 0; j < kTasks; j++) sum += gram[i * kTasks + j] * w[j];
     value += w[i] * sum;
   }
   return alone || (valid && shift > 0 && value < INFINITY) ? value : INFINITY;
+}
+
+// CAGrad's problem (cagrad.h), to minimize x^T b + kappa |g_x|, b = G 1 / T, kappa = c |g_0|. With lambda = kappa /
+// |g_x| its conditions on a face are (lambda G x + b)_i = mu, so that with M = G + shift 1 1^T, u = M^-1 1, v = M^-1 b
+// and s = 1 / lambda, x = (1 + s sum(v)) / sum(u) u - s v. |g_x| = s kappa then is an equation for s. Yields lambda x,
+// and returns how far from the minimum on all faces it is: the most by which g_i . d / |g_i| misses the conditions, as
+// a part of sum_t w_t |g_t|, w the weights of d. Infinity where rounding leaves more, the tasks are affinely dependent,
+// or lambda is beyond what find_root of cagrad.h takes for finite.
+template <int kTasks>
+GS_HOST_DEVICE double face_cagrad(const double* gram, const double* mean, int num_tasks, double c, uint32_t face,
+                                  double (&x)[kTasks]) {
+  const auto inside = [&](int i) { return (face >> i & 1) != 0; };
+  const double even = 1.0 / num_tasks;
+  double trace = 0, mean_squared = 0, shift = INFINITY;
+  GS_UNROLL for (int i = 0; i < kTasks; i++) {
+    trace += gram[i * (kTasks + 1)];
+    mean_squared += mean[i] * even;
+    if (i < num_tasks) shift = std::fmin(shift, gram[i * (kTasks + 1)]);
+  }
+  const double squared = c * c * mean_squared;  // kappa^2
+  const SmallFactor<kTasks> factor = factor_face<kTasks>(gram, shift, face);
+  double u[kTasks];
+  GS_UNROLL for (int i = 0; i < kTasks; i++) {
+    u[i] = inside(i) ? 1 : 0;
+    x[i] = inside(i) ? mean[i] : 0;
+  }
+  factor.solve(u);
+  factor.solve(x);
+  double sum_u = 0, sum_v = 0, product = 0;
+  GS_UNROLL for (int i = 0; i < kTasks; i++) {
+    sum_u += u[i];
+    sum_v += x[i];
+    product += mean[i] * x[i];
+  }
+  const double s = std::sqrt((1 / sum_u - shift) / (squared + sum_v * sum_v / sum_u - product));
+  const double ratio = (1 + s * sum_v) / sum_u;
+  bool valid = factor.definite && mean_squared > 1e-15 * trace;
+  GS_UNROLL for (int i = 0; i < kTasks; i++) {
+    x[i] = ratio * u[i] - s * x[i];
+    valid = valid && x[i] >= 0;
+  }
+  double slope[kTasks], length_squared = 0;  // G x; g_x . g_x
+  GS_UNROLL for (int i = 0; i < kTasks; i++) {
+    slope[i] = 0;
+    GS_UNROLL for (int j = 0; j < kTasks; j++) slope[i] += gram[i * kTasks + j] * x[j];
+    length_squared += x[i] * slope[i];
+  }
+  valid = valid && length_squared > 1e-14 * trace;
+  const double lambda = std::sqrt(squared / length_squared);
+  double level = 0, total = 0, spread = 0, excess = 0;
+  GS_UNROLL for (int i = 0; i < kTasks; i++) {
+    slope[i] = mean[i] + lambda * slope[i];
+    level += x[i] * slope[i];
+    total += x[i];
+  }
+  level /= total;
+  GS_UNROLL for (int i = 0; i < kTasks; i++) {
+    if (i >= num_tasks) continue;
+    const double square = gram[i * (kTasks + 1)], inverse = inverse_root(square), below = level - slope[i];
+    excess = std::fmax(excess, (inside(i) ? std::fabs(below) : below) * inverse);  // NaN, which does not count: 0 / 0
+    x[i] *= lambda;
+    spread += square > 0 ? (even + x[i]) * square * inverse : 0;
+  }
+  return valid && excess <= 1e-11 * spread ? excess / spread : INFINITY;
 }
 
 }  // namespace gs

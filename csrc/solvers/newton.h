@@ -7,7 +7,7 @@
 namespace gs {
 
 constexpr int64_t newton_scratch(int64_t num_tasks) {
-  return num_tasks * (num_tasks + 4) + (num_tasks + 1) * padded(num_tasks);
+  return num_tasks * (num_tasks + 5) + (num_tasks + 1) * padded(num_tasks);
 }
 
 // With n_i = |g_i| / max |g|, y_i = n_i w_i, K the matrix of cosines and p = 1 / alpha this is (K y)_i = n_i^(p - 1)
@@ -26,21 +26,25 @@ class Newton {
         c_(norms_ + num_tasks),
         y_(c_ + num_tasks),
         ky_(y_ + num_tasks),
-        cosines_(ky_ + num_tasks),
+        bend_(ky_ + num_tasks),
+        cosines_(bend_ + num_tasks),
         rows_(cosines_ + num_tasks * num_tasks) {
-    for (int64_t i = 0; i < num_tasks; i++) largest_ = std::fmax(largest_, std::sqrt(gram[i * num_tasks + i]));
+    double square = 0;
+    for (int64_t i = 0; i < num_tasks; i++) square = std::fmax(square, gram[i * num_tasks + i]);
+    largest_ = std::sqrt(square);
     for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
       norms_[i] = largest_ > 0 ? std::sqrt(gram[i * num_tasks + i]) / largest_ : 0;
     }
     team.sync();
-    for (int64_t e = team.rank(); e < num_tasks * num_tasks; e += team.size()) {
-      const int64_t i = e / num_tasks, j = e % num_tasks;
+    each_entry(team, num_tasks, [&](int64_t i, int64_t j) {
       const bool some = norms_[i] > 0 && norms_[j] > 0;
-      cosines_[e] = i == j ? 1 + kRidge : some ? gram[e] / largest_ / norms_[i] / largest_ / norms_[j] : 0;
-    }
+      const double cosine = some ? gram[i * num_tasks + j] / square / norms_[i] / norms_[j] : 0;
+      cosines_[i * num_tasks + j] = i == j ? 1 + kRidge : cosine;
+    });
     for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
-      c_[i] = norms_[i] > 0 ? std::pow(norms_[i], power_ - 1) : 1;
-      y_[i] = std::pow(c_[i], 1 / (1 + power_));  // exact where the gradients are orthogonal
+      // Without pow, which takes as long as a step, for Nash-MTL.
+      c_[i] = norms_[i] > 0 && power_ != 1 ? std::pow(norms_[i], power_ - 1) : 1;
+      y_[i] = c_[i] == 1 ? 1 : std::pow(c_[i], 1 / (1 + power_));  // exact where the gradients are orthogonal
     }
     team.sync();
   }
@@ -68,18 +72,17 @@ class Newton {
     double* const direction = rows_ + tasks_ * stride;
     double residual = 0;
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-      const double pull = c_[i] * std::pow(y_[i], -power_);
-      double* const row = rows_ + i * stride;
-      for (int64_t j = 0; j <= i; j++) row[j] = cosines_[i * tasks_ + j];
-      row[i] += power_ * pull / y_[i];
+      const double pull = power_ == 1 ? c_[i] / y_[i] : c_[i] * std::pow(y_[i], -power_);
+      bend_[i] = power_ * pull / y_[i];
       direction[i] = pull - ky_[i];
       const double error = direction[i] / pull;
       residual += error * error;
     }
-    residual = std::sqrt(team_.sum(residual));
+    residual = std::sqrt(team_.sum(residual) / static_cast<double>(tasks_));
     if (!(residual > 1e-15)) return false;
     team_.sync();
-    solve_positive(team_, rows_, stride, tasks_);
+    const auto entry = [&](int64_t i, int64_t j) { return cosines_[i * tasks_ + j] + (i == j ? bend_[i] : 0); };
+    solve_positive(team_, entry, rows_, stride, tasks_);
     double lowest = 0;
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) lowest = std::fmin(lowest, direction[i] / y_[i]);
     int64_t unused = 0;
@@ -96,7 +99,9 @@ class Newton {
   const Team team_;
   const int64_t tasks_;
   const double power_;
-  double *norms_, *c_, *y_, *ky_, *cosines_, *rows_;
+  double *norms_, *c_, *y_, *ky_;
+  double* bend_;  // the second derivatives of the separate terms of F
+  double *cosines_, *rows_;
   double largest_ = 0, last_ = INFINITY;
 };
 

@@ -11,33 +11,45 @@ constexpr int64_t spectral_scratch(int64_t num_tasks) { return (num_tasks + 1) *
 
 // Turns the rows a_k of a symmetric positive semidefinite matrix into lambda_k v_k^T for its eigenvalues and
 // eigenvectors, in no order; lambda_k = |a_k| goes into values. One-sided Jacobi: for each pair of rows a rotation that
-// makes them orthogonal, pairs without a common row side by side. A sum of products Q^T A with orthogonal rows is
-// diag(lambda) V^T. Rows for eigenvalues that are 0 to rounding hold noise.
+// makes them orthogonal, pairs without a common row side by side, each by as many members as there are. A sum of
+// products Q^T A with orthogonal rows is diag(lambda) V^T. Rows for eigenvalues that are 0 to rounding hold noise.
 template <class Team>
 GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num_tasks, double* values) {
-  const int64_t stride = padded(num_tasks), players = (num_tasks + 1) / 2 * 2, rounds = players - 1;
+  const int64_t stride = padded(num_tasks), pairs = (num_tasks + 1) / 2, rounds = 2 * pairs - 1;
+  int64_t members = 1;
+  while (2 * members * pairs <= team.size()) members *= 2;
+  const int64_t rank = team.rank() % members, group = team.rank() / members, groups = team.size() / members;
   for (int sweep = 0; sweep < 30; sweep++) {
     // The squared lengths, which a sweep keeps up to date, but for rounding.
     for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
       values[k] = dot(rows + k * stride, rows + k * stride, num_tasks);
     }
     team.sync();
-    double rotated = 0;
+    double again = 0;
     for (int64_t round = 0; round < rounds; round++) {
-      // A tournament: the last player stays, the others move on by one place a round.
-      for (int64_t k = team.rank(); k < players / 2; k += team.size()) {
-        const int64_t p = k == 0 ? rounds : (round + k) % rounds, q = (round + rounds - k) % rounds;
-        if (p >= num_tasks) continue;  // q sits out
+      for (int64_t first = 0; first < pairs; first += groups) {
+        // A tournament: the last player stays, the others move on by one place a round.
+        const int64_t k = first + group, above = round + k, below = round - k;
+        const int64_t p = k == 0 ? rounds : above < rounds ? above : above - rounds;
+        const int64_t q = below < 0 ? below + rounds : below;
+        const bool plays = k < pairs && p < num_tasks;  // else q sits out
         double *const a = rows + p * stride, *const b = rows + q * stride;
-        const double aa = values[p], bb = values[q], ab = dot(a, b, num_tasks);
+        const double aa = plays ? values[p] : 0, bb = plays ? values[q] : 0;
+        double ab = 0;
+        for (int64_t i = rank; plays && i < num_tasks; i += members) ab += a[i] * b[i];
+        ab = team.sum(ab, members);
         if (!(ab * ab > 1e-30 * (aa * bb))) continue;
-        rotated = 1;
-        const double zeta = (bb - aa) / (2 * ab);
-        const double tangent = (zeta < 0 ? -1 : 1) / (std::fabs(zeta) + std::sqrt(1 + zeta * zeta));
-        const double cosine = 1 / std::sqrt(1 + tangent * tangent), sine = cosine * tangent;
-        values[p] = std::fmax(aa - tangent * ab, 0.0);
-        values[q] = std::fmax(bb + tangent * ab, 0.0);
-        for (int64_t i = 0; i < num_tasks; i++) {
+        // The tangent of twice the angle is twice / apart.
+        const double apart = bb - aa, twice = 2 * ab, inverse = inverse_root(apart * apart + twice * twice);
+        const double square = 0.5 + 0.5 * std::fabs(apart) * inverse, secant = inverse_root(square);
+        const double cosine = square * secant, sine = (apart < 0 ? -ab : ab) * inverse * secant;
+        // Small angles between rows that are nearly orthogonal leave products of two such.
+        if (ab * ab > 1e-16 * (aa * bb) || sine * sine > 1e-16) again = 1;
+        if (rank == 0) {
+          values[p] = std::fmax(aa - sine * secant * ab, 0.0);
+          values[q] = std::fmax(bb + sine * secant * ab, 0.0);
+        }
+        for (int64_t i = rank; i < num_tasks; i += members) {
           const double x = a[i], y = b[i];
           a[i] = cosine * x - sine * y;
           b[i] = sine * x + cosine * y;
@@ -45,7 +57,7 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num
       }
       team.sync();
     }
-    if (team.sum(rotated) == 0) break;
+    if (team.sum(again) == 0) break;
   }
   for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
     values[k] = std::sqrt(dot(rows + k * stride, rows + k * stride, num_tasks));
@@ -87,12 +99,11 @@ GS_HOST_DEVICE inline double largest(const double* values, int64_t count) {
 template <class Team>
 GS_HOST_DEVICE void write_cosines(const Team& team, const double* gram, int64_t num_tasks, const double* norms,
                                   double of_zero, double* rows) {
-  for (int64_t e = team.rank(); e < num_tasks * num_tasks; e += team.size()) {
-    const int64_t i = e / num_tasks, j = e % num_tasks;
+  each_entry(team, num_tasks, [&](int64_t i, int64_t j) {
     const double none = i == j ? of_zero : 0;
-    rows[i * padded(num_tasks) + j] = norms[i] > 0 && norms[j] > 0 ? gram[e] / norms[i] / norms[j] : none;
-  }
-  team.sync();
+    rows[i * padded(num_tasks) + j] =
+        norms[i] > 0 && norms[j] > 0 ? gram[i * num_tasks + j] / norms[i] / norms[j] : none;
+  });
 }
 
 // c = K^-1 p by Cholesky's method, if that shows that all eigenvalues of K are above `rounding` times the largest one:
@@ -108,16 +119,16 @@ GS_HOST_DEVICE_CALL bool solve_independent(const Team& team, const double* gram,
     x[i] = norms[i] > 0 ? (preference ? preference[i] : 1) : 0;
   }
   team.sync();
-  solve_positive(team, rows, stride, num_tasks);
+  factor_and_solve(team, rows, stride, num_tasks);
   // Column j of the factor's inverse, right of the diagonal in row j.
   double trace = 0;
   for (int64_t j = team.rank(); j < num_tasks; j += team.size()) {
     double* const column = rows + j * stride;
-    const double first = 1 / column[j];
+    const double first = column[j];
     double sum = first * first;
     for (int64_t i = j + 1; i < num_tasks; i++) {
       const double* const row = rows + i * stride;
-      column[i] = -(row[j] * first + dot(row + j + 1, column + j + 1, i - j - 1)) / row[i];
+      column[i] = -(row[j] * first + dot(row + j + 1, column + j + 1, i - j - 1)) * row[i];
       sum += column[i] * column[i];
     }
     trace += sum;
@@ -215,10 +226,8 @@ GS_HOST_DEVICE void aligned_mtl(const Team& team, const double* gram, int64_t nu
   const double even = 1 / static_cast<double>(num_tasks);
   double trace = 0;
   for (int64_t i = 0; i < num_tasks; i++) trace += gram[i * num_tasks + i];
-  for (int64_t e = team.rank(); e < num_tasks * num_tasks; e += team.size()) {
-    rows[e / num_tasks * stride + e % num_tasks] = trace > 0 ? gram[e] / trace : 0;
-  }
-  team.sync();
+  each_entry(team, num_tasks,
+             [&](int64_t i, int64_t j) { rows[i * stride + j] = trace > 0 ? gram[i * num_tasks + j] / trace : 0; });
   diagonalize(team, rows, num_tasks, values);
   const double least = 0x1p-23 * static_cast<double>(num_tasks) * largest(values, num_tasks);
   int64_t rank = 0;

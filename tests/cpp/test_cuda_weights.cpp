@@ -2,6 +2,7 @@
 // The solvers of gs_weighting and Gradient Vaccine on the GPU, compiled for the host (emulated.h), against the CPU's
 // results, in several orders of threads and blocks: the same bits in each.
 #include "emulation.h"
+#include "solvers/faces.h"
 
 namespace {
 
@@ -50,6 +51,31 @@ void test_weights(int64_t num_tasks, gs_weighting method, bool preferred) {
   check_directions(grams, got, expected, num_tasks, 1e-6, method);
 }
 
+// Independent gradients need no more than faces: one of them meets CAGrad's conditions to rounding, and shows that no
+// other one does.
+void test_cagrad_faces(int num_tasks) {
+  const Values grams = grams_of(num_tasks);
+  for (int kind = 0; kind < 2; kind++) {
+    const double* given = &grams[kind * num_tasks * num_tasks];
+    double gram[64] = {}, mean[8] = {}, x[8];
+    for (int i = 0; i < num_tasks; i++) {
+      for (int j = 0; j < num_tasks; j++) {
+        gram[i * 8 + j] = given[i * num_tasks + j];
+        mean[i] += given[i * num_tasks + j] / num_tasks;
+      }
+    }
+    for (const double c : {0.1, 0.4, 0.9, 3.0}) {
+      int meet = 0;
+      for (uint32_t face = 1; face < 1u << num_tasks; face++) {
+        const double excess = gs::face_cagrad<8>(gram, mean, num_tasks, c, face, x);
+        if (excess < 1e-14) meet++;
+        CHECK(excess < 1e-14 || !std::isfinite(excess), "face %u: %g", face, excess);
+      }
+      CHECK(meet == 1, "T = %d kind %d c = %g: %d faces", num_tasks, kind, c, meet);
+    }
+  }
+}
+
 void test_gradvac(int64_t num_tasks) {
   const Values grams = grams_of(num_tasks);
   std::vector<int64_t> order(num_tasks * num_tasks);
@@ -86,6 +112,7 @@ void test_arguments() {
 
 int main() {
   test_arguments();
+  for (const int num_tasks : {2, 3, 5, 8}) test_cagrad_faces(num_tasks);
   for (const int64_t num_tasks : {1, 2, 3, 8, 17}) {
     for (int method = GS_UPGRAD; method <= GS_KRUM; method++) {
       test_weights(num_tasks, static_cast<gs_weighting>(method), method % 2 == 1);
