@@ -33,34 +33,33 @@ GS_HOST_DEVICE double team_dot(const Team& team, const double* x, const double* 
 // Rows of an odd number of values: on a GPU a column then lies in many banks of shared memory.
 GS_HOST_DEVICE constexpr int64_t padded(int64_t num_tasks) { return num_tasks | 1; }
 
-// Solves A x = b by Cholesky's method, A = L L^T. rows, `stride` values apart, hold the lower triangle of A [size,
-// size], then b as one more row, which becomes x; L takes A's place, but for 1 / L_jj on the diagonal. A pivot below
-// 1e-14 of its diagonal entry counts as that much, so that a matrix that is singular to working precision has an answer
-// too.
-template <class Team>
-GS_HOST_DEVICE_CALL void factor_and_solve(const Team& team, double* rows, int64_t stride, int64_t size) {
-  double* const x = rows + size * stride;
+// Solves A x = b by Cholesky's method, A = L L^T. row(i) holds row i of A's lower triangle, row(size) holds b, which
+// becomes x; L takes A's place, but for 1 / L_jj on the diagonal. A pivot below 1e-14 of its diagonal entry counts as
+// that much, so that a matrix that is singular to working precision has an answer too.
+template <class Team, class Row>
+GS_HOST_DEVICE_CALL void factor_and_solve(const Team& team, const Row& row, int64_t size) {
+  double* const x = row(size);
   for (int64_t j = 0; j < size; j++) {
     // Columns 0..j-1 are those of the factor by now, b's those of the forward substitution.
-    const double* const pivot_row = rows + j * stride;
+    double* const pivot_row = row(j);
     const double floor = 1e-14 * pivot_row[j];
-    const auto reduced = [&](int64_t i) { return rows[i * stride + j] - dot(rows + i * stride, pivot_row, j); };
+    const auto reduced = [&](int64_t i) { return row(i)[j] - dot(row(i), pivot_row, j); };
     const int64_t own = j + team.rank();
     const double value = own <= size ? reduced(own) : 0, pivot = team.first(value);
     const double inverse = inverse_root(pivot > floor ? pivot : floor);
-    if (own > j && own <= size) rows[own * stride + j] = value * inverse;
-    for (int64_t i = own + team.size(); i <= size; i += team.size()) rows[i * stride + j] = reduced(i) * inverse;
+    if (own > j && own <= size) row(own)[j] = value * inverse;
+    for (int64_t i = own + team.size(); i <= size; i += team.size()) row(i)[j] = reduced(i) * inverse;
     team.sync();
-    if (team.rank() == 0) rows[j * stride + j] = inverse;
+    if (team.rank() == 0) pivot_row[j] = inverse;
   }
   team.sync();
   for (int64_t j = size - 1; j > 0; j--) {
-    const double* const row = rows + j * stride;
-    const double value = x[j] * row[j];
-    for (int64_t i = team.rank(); i < j; i += team.size()) x[i] -= row[i] * value;
+    const double* const factor = row(j);
+    const double value = x[j] * factor[j];
+    for (int64_t i = team.rank(); i < j; i += team.size()) x[i] -= factor[i] * value;
     team.sync();
   }
-  for (int64_t i = team.rank(); i < size; i += team.size()) x[i] *= rows[i * stride + i];
+  for (int64_t i = team.rank(); i < size; i += team.size()) x[i] *= row(i)[i];
   team.sync();
 }
 
@@ -119,7 +118,7 @@ GS_HOST_DEVICE void solve_positive(const Team& team, const Entry& entry, double*
     for (int64_t j = 0; j <= i; j++) rows[i * stride + j] = entry(i, j);
   }
   team.sync();
-  factor_and_solve(team, rows, stride, size);
+  factor_and_solve(team, [&](int64_t i) { return rows + i * stride; }, size);
 }
 
 }  // namespace gs

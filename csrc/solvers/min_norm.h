@@ -6,7 +6,7 @@
 namespace gs {
 
 constexpr int64_t min_norm_scratch_bytes(int64_t num_tasks) {
-  return (num_tasks * (num_tasks + 1) / 2 + 8 * num_tasks + 7) / 8 * 64;
+  return ((num_tasks + 1) * (num_tasks + 2) / 2 + 8 * num_tasks + 7) / 8 * 64;
 }
 
 // Wolfe's algorithm (P. Wolfe, "Finding the nearest point in a polytope", Math. Programming 11, 1976) in Gram form.
@@ -16,7 +16,9 @@ constexpr int64_t min_norm_scratch_bytes(int64_t num_tasks) {
 // scale in range. With L the Cholesky factor of M and R = L^-1, u = R^T z, z = R 1: products with R are sums that
 // members take side by side, where substitutions with L are chains of divisions. R grows by a row when a task enters
 // and is repaired by Givens rotations when one leaves. Its rows lie packed, one after the other, which on a GPU also
-// spreads a column over the banks of shared memory.
+// spreads a column over the banks of shared memory. Where S grows beyond a few tasks, it jumps to what is left of all
+// tasks when those with negative u leave all at once, for one or two factorizations of M and no R; mostly that is the
+// answer.
 template <class Team>
 class MinNorm {
  public:
@@ -60,9 +62,20 @@ class MinNorm {
 
   GS_HOST_DEVICE void descend(int64_t shortest) {
     enter(shortest);
-    total_ = u_[0];
+    sum_up();
+    int64_t few = 2 + tasks_ / 16;  // for which one step after the other takes less than a factorization
     int64_t solves = 8 * tasks_ + 32;
     for (int64_t j = most_violating(); j >= 0 && solves > 0; j = most_violating()) {
+      if (size_ == few) {
+        few = 0;
+        if (drop_negative() && most_violating() < 0) return;
+        size_ = 0;
+        for (int64_t i = 0; i < tasks_; i++) {
+          if (w_[i] > 0) enter(i);
+        }
+        sum_up();
+        continue;
+      }
       if (uncertain_) {
         refine();
       } else {
@@ -71,6 +84,44 @@ class MinNorm {
       while (solves-- > 0 && !move_to_face_minimum()) {
       }
     }
+  }
+
+  // The S to jump to, and its w. False, and w as it was, if tasks in it are affinely dependent, or so nearly that only
+  // single steps, which look at rounding, will do. R is gone in either case.
+  GS_HOST_DEVICE bool drop_negative() {
+    double* diagonal = a_;
+    for (int64_t k = team_.rank(); k < tasks_; k += team_.size()) members_[k] = k;
+    size_ = 0;
+    for (int64_t left = tasks_; size_ != left;) {
+      size_ = left;
+      double* const u = row(size_);
+      team_.sync();
+      for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
+        for (int64_t c = 0; c <= k; c++) row(k)[c] = at(members_[k], members_[c]) + shift_;
+        diagonal[k] = row(k)[k];
+        u[k] = 1;
+      }
+      team_.sync();
+      factor_and_solve(team_, [this](int64_t r) { return row(r); }, size_);
+      double dependent = 0;
+      for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
+        if (!(diagonal[k] * (row(k)[k] * row(k)[k]) < 1e6)) dependent = 1;
+        u_[k] = u[k];
+      }
+      if (team_.sum(dependent) > 0) return false;
+      left = 0;
+      for (int64_t k = 0; k < size_; k++) {
+        if (!(u[k] > 0)) continue;
+        if (team_.rank() == 0) members_[left] = members_[k];
+        left++;
+      }
+    }
+    sum_up();
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = 0;
+    team_.sync();
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) w_[members_[k]] = u_[k] / total_;
+    team_.sync();
+    return true;
   }
 
   // The task j outside S with the largest (w^T G w - (G w)_j) relative to the rounding error of (G w)_j; -1 if none is
@@ -223,11 +274,15 @@ class MinNorm {
     refined_ = false;
   }
 
-  // Moves w towards the shortest point of S's affine hull. True if it got there, false if a task left S on the way.
-  GS_HOST_DEVICE bool move_to_face_minimum() {
+  GS_HOST_DEVICE void sum_up() {
     double total = 0;
     for (int64_t k = team_.rank(); k < size_; k += team_.size()) total += u_[k];
     total_ = team_.sum(total);
+  }
+
+  // Moves w towards the shortest point of S's affine hull. True if it got there, false if a task left S on the way.
+  GS_HOST_DEVICE bool move_to_face_minimum() {
+    sum_up();
     double reach = INFINITY;
     int64_t blocking = -1;
     for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
