@@ -68,15 +68,12 @@ class MinNorm {
     for (int64_t j = most_violating(); j >= 0 && solves > 0; j = most_violating()) {
       if (size_ == few) {
         few = 0;
-        if (drop_negative() && most_violating() < 0) return;
+        if (drop_negative() && most_violating() < 0 && settled_) return;
         size_ = 0;
         for (int64_t i = 0; i < tasks_; i++) {
           if (w_[i] > 0) enter(i);
         }
-        sum_up();
-        continue;
-      }
-      if (uncertain_) {
+      } else if (uncertain_) {
         refine();
       } else {
         enter(j);
@@ -86,10 +83,8 @@ class MinNorm {
     }
   }
 
-  // The S to jump to, and its w. False, and w as it was, if tasks in it are affinely dependent, or so nearly that only
-  // single steps, which look at rounding, will do. R is gone in either case.
+  // The S to jump to, and its w; R is gone then. False, and w as it was, if M is too far from finite.
   GS_HOST_DEVICE bool drop_negative() {
-    double* diagonal = a_;
     for (int64_t k = team_.rank(); k < tasks_; k += team_.size()) members_[k] = k;
     size_ = 0;
     for (int64_t left = tasks_; size_ != left;) {
@@ -98,24 +93,22 @@ class MinNorm {
       team_.sync();
       for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
         for (int64_t c = 0; c <= k; c++) row(k)[c] = at(members_[k], members_[c]) + shift_;
-        diagonal[k] = row(k)[k];
         u[k] = 1;
       }
       team_.sync();
       factor_and_solve(team_, [this](int64_t r) { return row(r); }, size_);
-      double dependent = 0;
-      for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
-        if (!(diagonal[k] * (row(k)[k] * row(k)[k]) < 1e6)) dependent = 1;
-        u_[k] = u[k];
-      }
-      if (team_.sum(dependent) > 0) return false;
       left = 0;
       for (int64_t k = 0; k < size_; k++) {
         if (!(u[k] > 0)) continue;
-        if (team_.rank() == 0) members_[left] = members_[k];
+        if (team_.rank() == 0) {
+          members_[left] = members_[k];
+          u_[left] = u[k];
+        }
         left++;
       }
+      if (left == 0) return false;
     }
+    team_.sync();
     sum_up();
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = 0;
     team_.sync();
@@ -125,7 +118,8 @@ class MinNorm {
   }
 
   // The task j outside S with the largest (w^T G w - (G w)_j) relative to the rounding error of (G w)_j; -1 if none is
-  // above it. If it is not above the rounding error of w either, w is uncertain, and to be refined first.
+  // above it. If it is not above the rounding error of w either, w is uncertain, and to be refined first. If
+  // that error is small, w is settled.
   GS_HOST_DEVICE int64_t most_violating() {
     double* gw = a_;
     combine_rows(
@@ -154,6 +148,7 @@ class MinNorm {
     }
     team_.least(worst, worst_task);
     uncertain_ = !refined_ && worst > -4 * error;
+    settled_ = error <= 10 * kTolerance * spread;
     team_.sync();
     return worst_task;
   }
@@ -318,7 +313,7 @@ class MinNorm {
   double* inverse_;               // R
   double shift_ = 0, total_ = 0;  // c; sum(u)
   int64_t size_ = 0;
-  bool refined_ = false, uncertain_ = false;
+  bool refined_ = false, uncertain_ = false, settled_ = false;
 };
 
 }  // namespace gs
