@@ -68,7 +68,7 @@ class MinNorm {
     for (int64_t j = most_violating(); j >= 0 && solves > 0; j = most_violating()) {
       if (size_ == few) {
         few = 0;
-        if (drop_negative() && most_violating() < 0 && settled_) return;
+        if (drop_negative() && most_violating() < 0) return;
         size_ = 0;
         for (int64_t i = 0; i < tasks_; i++) {
           if (w_[i] > 0) enter(i);
@@ -83,7 +83,8 @@ class MinNorm {
     }
   }
 
-  // The S to jump to, and its w; R is gone then. False, and w as it was, if M is too far from finite.
+  // The S to jump to, and its w; R is gone then. False, and w as it was, if M overflows. Pivots that factor_and_solve
+  // raises change M by 1e-14, and w, which is positive, no more than rounding does.
   GS_HOST_DEVICE bool drop_negative() {
     for (int64_t k = team_.rank(); k < tasks_; k += team_.size()) members_[k] = k;
     size_ = 0;
@@ -118,8 +119,7 @@ class MinNorm {
   }
 
   // The task j outside S with the largest (w^T G w - (G w)_j) relative to the rounding error of (G w)_j; -1 if none is
-  // above it. If it is not above the rounding error of w either, w is uncertain, and to be refined first. If
-  // that error is small, w is settled.
+  // above it. If it is not above the rounding error of w either, w is uncertain, and to be refined first.
   GS_HOST_DEVICE int64_t most_violating() {
     double* gw = a_;
     combine_rows(
@@ -148,7 +148,6 @@ class MinNorm {
     }
     team_.least(worst, worst_task);
     uncertain_ = !refined_ && worst > -4 * error;
-    settled_ = error <= 10 * kTolerance * spread;
     team_.sync();
     return worst_task;
   }
@@ -313,7 +312,7 @@ class MinNorm {
   double* inverse_;               // R
   double shift_ = 0, total_ = 0;  // c; sum(u)
   int64_t size_ = 0;
-  bool refined_ = false, uncertain_ = false, settled_ = false;
+  bool refined_ = false, uncertain_ = false;
 };
 
 }  // namespace gs
