@@ -27,7 +27,7 @@ SLOW_S = 0.5
 MIN_GRAPH_S = 400e-6
 """Calls are repeated within a graph up to this, which makes the start of a replay irrelevant."""
 MIN_SAMPLE_S = 1e-3
-LONG_S = 5e-3
+LONG_S = 4e-4
 """A call that takes longer has two sets of inputs: it goes through more memory than caches hold, or waits for the host,
 and then it does not matter where they lie."""
 HOST_ROUNDS, HOST_CALLS = 7, 50
@@ -177,8 +177,10 @@ def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
 def eager_sampler(calls: list[Call], device: torch.device) -> Callable[[], float]:
     """Return a function that times calls as a program without graphs makes them."""
     once = min(_pass_seconds(calls[:1], 1, device) for _ in range(2))
-    taken = calls[:2] if once > LONG_S else calls
-    _pass_seconds(taken, 1, device)
+    taken = calls[:2]
+    if once <= LONG_S:
+        taken = calls
+        _pass_seconds(taken, 1, device)
     passes = math.ceil(MIN_SAMPLE_S / (once * len(taken)))
     return lambda: _pass_seconds(taken, passes, device)
 
