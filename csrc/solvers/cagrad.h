@@ -14,9 +14,9 @@ constexpr int64_t cagrad_scratch(int64_t num_tasks) {
 // With g_0 the mean gradient and g_x = sum_t x_t g_t, x on the simplex, the problem is to minimize g_x . g_0 +
 // kappa |g_x|, kappa = c |g_0|; then d = g_0 + (kappa / |g_x|) g_x. For a given lambda = kappa / |g_x| its conditions
 // are those of the shortest convex combination of the vectors lambda g_t + g_0, so that Wolfe's algorithm yields x.
-// f(lambda) = |lambda g_x| - kappa ascends (the problem is jointly convex in x and |g_x|), and as long as the tasks
-// with x_t > 0 stay the same its first term squared is linear in lambda^2: a bracketed secant on these squares ends in
-// few steps.
+// |lambda g_x| ascends (the problem is jointly convex in x and |g_x|), and as long as the tasks with x_t > 0 stay the
+// same, of which there are less the smaller lambda, its square is linear in lambda^2, with a slope that descends: a
+// bracketed secant ends in few steps.
 template <class Team>
 class CAGrad {
  public:
@@ -63,7 +63,8 @@ class CAGrad {
       const double product = lambda * lambda * gram_[i * tasks_ + j] + lambda * (mean_[i] + mean_[j]) + mean_squared_;
       shifted_[i * tasks_ + j] = i == j ? std::fmax(product, 0.0) : product;  // a square, but for rounding
     });
-    MinNorm(team_, shifted_, tasks_, x_, inner_).solve();
+    MinNorm(team_, shifted_, tasks_, x_, inner_).solve(/*warm=*/known_);
+    known_ = true;
     team_.sync();
     multiply(team_, gram_, tasks_, x_, gx_);
     return lambda * lambda * length_squared();
@@ -73,31 +74,28 @@ class CAGrad {
 
   // Leaves in place the x of the lambda with |lambda g_x| = kappa; false if there is none below 1e7 kappa / |g|.
   GS_HOST_DEVICE bool find_root(double kappa) {
-    const double target = kappa * kappa;
-    double low = kappa / std::sqrt(trace_), high = 1e7 * low;
-    double high_value = minimize(high) - target;
+    const double target = kappa * kappa, least = target / trace_;  // the root is above
+    double low = 0, high = 1e14 * least, beyond = high;            // squares of lambda
+    double low_value = -target, high_value = minimize(std::sqrt(high)) - target, beyond_value = high_value;
     if (high_value < 0) return false;
-    double low_value = minimize(low) - target;
-    int side = 0;
-    for (int step = 0; step < 40; step++) {
-      if (!(high - low > 1e-15 * high) || low_value >= 0) break;
-      const double a = low * low, b = high * high;
-      // Squares far apart: the geometric mean, until the secant is of use.
-      double lambda =
-          b > 1e6 * a ? std::sqrt(low * high) : std::sqrt(a - low_value * (b - a) / (high_value - low_value));
-      lambda = lambda > low ? (lambda < high ? lambda : high) : low;
-      const double value = minimize(lambda) - target;
+    for (int step = 0; step < 40 && high - low > 1e-15 * high; step++) {
+      // The chord meets 0 above the root, the line through two points above the root does below it.
+      double next = low - low_value * (high - low) / (high_value - low_value);
+      if (beyond > high) {
+        next = high - high_value * (beyond - high) / (beyond_value - high_value);
+        if (!(next > low && next < high)) next = std::sqrt(std::fmax(low, least) * high);  // the slope changes much
+      }
+      const double value = minimize(std::sqrt(next)) - target;
       if (std::fabs(value) <= 1e-12 * target) break;
       if (value < 0) {
-        low = lambda;
+        low = next;
         low_value = value;
-        if (side < 0) high_value /= 2;  // Illinois: neither end stays for good
-        side = -1;
+        beyond = high;
       } else {
-        high = lambda;
+        beyond = high;
+        beyond_value = high_value;
+        high = next;
         high_value = value;
-        if (side > 0) low_value /= 2;
-        side = 1;
       }
     }
     return true;
@@ -108,6 +106,7 @@ class CAGrad {
   const int64_t tasks_;
   double *mean_, *x_, *gx_, *shifted_, *inner_;
   double trace_ = 0, mean_squared_ = 0;
+  bool known_ = false;  // x of some lambda
 };
 
 }  // namespace gs

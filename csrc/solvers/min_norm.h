@@ -38,7 +38,8 @@ class MinNorm {
         members_(reinterpret_cast<int64_t*>(c_ + num_tasks)),
         inverse_(c_ + 2 * num_tasks) {}
 
-  GS_HOST_DEVICE void solve() {
+  // Where `warm`, weights hold those of a similar problem, with whose tasks S begins.
+  GS_HOST_DEVICE void solve(bool warm = false) {
     double least = INFINITY;
     int64_t shortest = 0;
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
@@ -49,10 +50,13 @@ class MinNorm {
       }
     }
     team_.least(least, shortest);
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = i == shortest ? 1 : 0;
-    team_.sync();
     shift_ = least;
-    if (shift_ > 0) descend(shortest);  // a zero gradient is the shortest point itself
+    warm = warm && shift_ > 0;
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = warm ? weights_[i] : i == shortest ? 1 : 0;
+    team_.sync();
+    // A few tasks take less time one after the other than a factorization of all. A zero gradient is the shortest
+    // point.
+    if (shift_ > 0) descend(warm ? 0 : 2 + tasks_ / 16);
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
   }
 
@@ -60,19 +64,17 @@ class MinNorm {
   GS_HOST_DEVICE double at(int64_t i, int64_t j) const { return gram_[i * tasks_ + j]; }
   GS_HOST_DEVICE double* row(int64_t r) const { return inverse_ + r * (r + 1) / 2; }
 
-  GS_HOST_DEVICE void descend(int64_t shortest) {
-    enter(shortest);
-    sum_up();
-    int64_t few = 2 + tasks_ / 16;  // for which one step after the other takes less than a factorization
+  // Jumps where S would grow beyond `few` tasks.
+  GS_HOST_DEVICE void descend(int64_t few) {
     int64_t solves = 8 * tasks_ + 32;
+    enter_positive();
+    while (solves-- > 0 && !move_to_face_minimum()) {
+    }
     for (int64_t j = most_violating(); j >= 0 && solves > 0; j = most_violating()) {
       if (size_ == few) {
         few = 0;
         if (drop_negative() && most_violating() < 0) return;
-        size_ = 0;
-        for (int64_t i = 0; i < tasks_; i++) {
-          if (w_[i] > 0) enter(i);
-        }
+        enter_positive();
       } else if (uncertain_) {
         refine();
       } else {
@@ -80,6 +82,14 @@ class MinNorm {
       }
       while (solves-- > 0 && !move_to_face_minimum()) {
       }
+    }
+  }
+
+  // S = the tasks with w > 0.
+  GS_HOST_DEVICE void enter_positive() {
+    size_ = 0;
+    for (int64_t i = 0; i < tasks_; i++) {
+      if (w_[i] > 0) enter(i);
     }
   }
 
