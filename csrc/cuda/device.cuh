@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Everything that the kernels need of a GPU: indices, barriers, shuffles, tickets, streaming accesses, matrix
+// Everything that the kernels need of a GPU: indices, barriers, shuffles, streaming accesses, matrix
 // instructions and launches. tests/cpp/emulated.h implements the same functions on the host, so that the kernels also
 // compile with a C++ compiler and run under its sanitizers.
 #pragma once

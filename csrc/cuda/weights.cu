@@ -30,9 +30,10 @@ GS_DEVICE bool block_finite(const double* values, int64_t count) {
 }
 
 // scratch_values is 0 where the scratch lies in shared memory. One kernel for all solvers: they share much.
-GS_KERNEL weights_kernel(const double* gram, int64_t num_tasks, gs_weighting method, const double* preference,
-                         double parameter, double limit, double* weights, double* workspace, int64_t scratch_values,
-                         int64_t warp_values) {
+GS_KERNEL GS_BLOCKS(kMostWarps* kWarp, 1)
+    weights_kernel(const double* gram, int64_t num_tasks, gs_weighting method, const double* preference,
+                   double parameter, double limit, double* weights, double* workspace, int64_t scratch_values,
+                   int64_t warp_values) {
   wait_for_previous_kernel();
   const WarpTeam team;
   const double* problem = gram + block() * num_tasks * num_tasks;
