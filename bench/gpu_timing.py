@@ -177,10 +177,8 @@ def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
 def eager_sampler(calls: list[Call], device: torch.device) -> Callable[[], float]:
     """Return a function that times calls as a program without graphs makes them."""
     once = min(_pass_seconds(calls[:1], 1, device) for _ in range(2))
-    taken = calls[:2]
-    if once <= LONG_S:
-        taken = calls
-        _pass_seconds(taken, 1, device)
+    taken = calls[:2] if once > LONG_S else calls
+    _pass_seconds(taken[1:] or taken, 1, device)
     passes = math.ceil(MIN_SAMPLE_S / (once * len(taken)))
     return lambda: _pass_seconds(taken, passes, device)
 

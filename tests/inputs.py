@@ -63,3 +63,14 @@ def exact_gram(rows: Tensor) -> Tensor:
     return torch.tensor(
         [[math.fsum(a * b for a, b in zip(x, y, strict=True)) for y in wide] for x in wide], dtype=torch.float64
     )
+
+
+def near_copies(tasks: int, seed: int) -> torch.Tensor:
+    """Rows of which most are an earlier one with either sign, to seven digits."""
+    rows = normal(tasks, 200, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(1, tasks):
+        copied, negative, source = torch.rand(3, generator=generator, device="cpu").tolist()
+        if copied < 0.6:
+            rows[i] = rows[int(source * i)] * (-1 if negative < 0.2 else 1) + 1e-7 * rows[i]
+    return rows

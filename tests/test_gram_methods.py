@@ -9,7 +9,7 @@ import torch
 import gradsurgery
 from conftest import USABLE
 from gradsurgery.backends import solvers
-from inputs import DEVICE, HOSTILE, hostile, normal
+from inputs import DEVICE, HOSTILE, hostile, near_copies, normal
 
 methods = gradsurgery.methods
 TASKS = (1, 2, 5, 33)
@@ -97,12 +97,9 @@ def test_upgrad_of_two_tasks_is_pcgrad(backend):
         torch.testing.assert_close(got, gradsurgery.pcgrad_weights(gram), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("c", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("case", HOSTILE)
-def test_cagrad_closes_the_duality_gap(backend, tasks, case, c):
+def assert_cagrad_is_optimal(gram: torch.Tensor, backend: str, c: float) -> None:
     """max over the ball of min_t g_t . d = min over the simplex of g_x . g_0 + c |g_0| |g_x|."""
-    gram = gradsurgery.gram(hostile(tasks)[case])
+    tasks = len(gram)
     w = weigh("cagrad", gram, backend, c=c)
     mean = torch.full((tasks,), 1 / tasks, dtype=torch.float64)
     product = gram @ mean
@@ -117,9 +114,23 @@ def test_cagrad_closes_the_duality_gap(backend, tasks, case, c):
     tolerance = 1e-8 if points[1] @ gram @ points[1] > 1e-12 * scale else 1e-6
     if c > 0:
         assert abs((gram @ w).min() - dual) <= tolerance * scale
+
+
+@pytest.mark.parametrize("c", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_cagrad_closes_the_duality_gap(backend, tasks, case, c):
+    gram = gradsurgery.gram(hostile(tasks)[case])
+    assert_cagrad_is_optimal(gram, backend, c)
+    w = weigh("cagrad", gram, backend, c=c)
     factors = [1, 1 / (1 + c * c), 1 / (1 + c)]
     for rescale, factor in enumerate(factors):
         torch.testing.assert_close(weigh("cagrad", gram, backend, c=c, rescale=rescale), w * factor)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cagrad_of_near_copies(backend, seed):
+    assert_cagrad_is_optimal(gradsurgery.gram(near_copies(64, seed)), backend, 0.5)
 
 
 def test_cagrad_of_gradients_that_sum_to_rounding(backend):
@@ -127,6 +138,14 @@ def test_cagrad_of_gradients_that_sum_to_rounding(backend):
     rows[2] = -(rows[0] + rows[1]) * (1 + 1e-15)
     w = weigh("cagrad", gradsurgery.gram(rows), backend)
     torch.testing.assert_close(w, torch.full_like(w, 1 / 3))
+
+
+def test_cagrad_whose_multiplier_is_hard_to_bracket(backend):
+    """As it grows a task leaves, and what it is sought by bends the other way."""
+    rows = [[1.35, -0.155, -1.27], [-0.459, -0.115, 0.0672], [-1.04, -0.196, 0.24], [0.88, -0.993, -0.863]]
+    w = weigh("cagrad", gradsurgery.gram(torch.tensor(rows, dtype=torch.float64)), backend, c=0.422)
+    expected = torch.tensor([0.25, 0.782494743271, 0.253565348325, 0.25], dtype=torch.float64)
+    torch.testing.assert_close(w, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])

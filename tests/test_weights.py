@@ -9,7 +9,7 @@ import torch
 
 import gradsurgery
 from gradsurgery._philox import philox_words
-from inputs import DEVICE, HOSTILE, TASKS, exact_gram, hostile, normal
+from inputs import DEVICE, HOSTILE, TASKS, exact_gram, hostile, near_copies, normal
 
 # The matrix that TorchJD pins its aggregators on.
 GOLDEN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
@@ -132,6 +132,12 @@ def test_min_norm_resolves_rows_of_any_scale(backend, tasks):
     value = weights @ gram @ weights
     norms = gram.diagonal().sqrt()
     assert ((value - gram @ weights) / (norms * value.sqrt()) <= 1e-9).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_min_norm_of_near_copies(backend, seed):
+    gram = gradsurgery.gram(near_copies(64, seed))
+    assert_shortest(gram, gradsurgery.min_norm_weights(gram, backend=backend), 1e-6)
 
 
 def test_min_norm_of_a_float32_gram_that_is_not_quite_positive(backend):

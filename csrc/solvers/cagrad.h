@@ -15,8 +15,7 @@ constexpr int64_t cagrad_scratch(int64_t num_tasks) {
 // kappa |g_x|, kappa = c |g_0|; then d = g_0 + (kappa / |g_x|) g_x. For a given lambda = kappa / |g_x| its conditions
 // are those of the shortest convex combination of the vectors lambda g_t + g_0, so that Wolfe's algorithm yields x.
 // |lambda g_x| ascends (the problem is jointly convex in x and |g_x|), and as long as the tasks with x_t > 0 stay the
-// same, of which there are less the smaller lambda, its square is linear in lambda^2, with a slope that descends: a
-// bracketed secant ends in few steps.
+// same its square is linear in lambda^2: a secant on these squares, within a bracket, ends in few steps.
 template <class Team>
 class CAGrad {
  public:
@@ -75,28 +74,19 @@ class CAGrad {
   // Leaves in place the x of the lambda with |lambda g_x| = kappa; false if there is none below 1e7 kappa / |g|.
   GS_HOST_DEVICE bool find_root(double kappa) {
     const double target = kappa * kappa, least = target / trace_;  // the root is above
-    double low = 0, high = 1e14 * least, beyond = high;            // squares of lambda
-    double low_value = -target, high_value = minimize(std::sqrt(high)) - target, beyond_value = high_value;
-    if (high_value < 0) return false;
+    double low = 0, high = 1e14 * least;                           // squares of lambda
+    double before = 0, before_value = -target, last = high, last_value = minimize(std::sqrt(high)) - target;
+    if (last_value < 0) return false;
     for (int step = 0; step < 40 && high - low > 1e-15 * high; step++) {
-      // The chord meets 0 above the root, the line through two points above the root does below it.
-      double next = low - low_value * (high - low) / (high_value - low_value);
-      if (beyond > high) {
-        next = high - high_value * (beyond - high) / (beyond_value - high_value);
-        if (!(next > low && next < high)) next = std::sqrt(std::fmax(low, least) * high);  // the slope changes much
-      }
-      const double value = minimize(std::sqrt(next)) - target;
-      if (std::fabs(value) <= 1e-12 * target) break;
-      if (value < 0) {
-        low = next;
-        low_value = value;
-        beyond = high;
-      } else {
-        beyond = high;
-        beyond_value = high_value;
-        high = next;
-        high_value = value;
-      }
+      double next = last - last_value * (last - before) / (last_value - before_value);
+      const bool slow = step > 0 && std::fabs(last_value) > 0.5 * std::fabs(before_value);
+      if (slow || !(next > low && next < high)) next = std::sqrt(std::fmax(low, least) * high);
+      before = last;
+      before_value = last_value;
+      last = next;
+      last_value = minimize(std::sqrt(next)) - target;
+      if (std::fabs(last_value) <= 1e-12 * target) break;
+      (last_value < 0 ? low : high) = next;
     }
     return true;
   }

@@ -118,6 +118,7 @@ class DualCone {
       }
       team_.least(least, joining);
       if (joining < 0) return;
+      team_.sync();
       if (team_.rank() == 0) free_[joining] = 1;
       team_.sync();
       for (bool blocked = true; blocked && solves > 0; solves--) {

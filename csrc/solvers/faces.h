@@ -47,8 +47,8 @@ GS_HOST_DEVICE double face_min_norm(const double* gram, double shift, uint32_t f
 // |g_x| its conditions on a face are (lambda G x + b)_i = mu, so that with M = G + shift 1 1^T, u = M^-1 1, v = M^-1 b
 // and s = 1 / lambda, x = (1 + s sum(v)) / sum(u) u - s v. |g_x| = s kappa then is an equation for s. Yields lambda x,
 // and returns how far from the minimum on all faces it is: the most by which g_i . d / |g_i| misses the conditions, as
-// a part of sum_t w_t |g_t|, w the weights of d. Infinity where rounding leaves more, the tasks are affinely dependent,
-// or lambda is beyond what find_root of cagrad.h takes for finite.
+// a part of kappa. Infinity where rounding leaves too much, the tasks are affinely dependent, or lambda is beyond what
+// find_root of cagrad.h takes for finite.
 template <int kTasks>
 GS_HOST_DEVICE double face_cagrad(const double* gram, const double* mean, int num_tasks, double c, uint32_t face,
                                   double (&x)[kTasks]) {
@@ -90,7 +90,7 @@ GS_HOST_DEVICE double face_cagrad(const double* gram, const double* mean, int nu
   }
   valid = valid && length_squared > 1e-14 * trace;
   const double lambda = std::sqrt(squared / length_squared);
-  double level = 0, total = 0, spread = 0, excess = 0;
+  double level = 0, total = 0, excess = 0;
   GS_UNROLL for (int i = 0; i < kTasks; i++) {
     slope[i] = mean[i] + lambda * slope[i];
     level += x[i] * slope[i];
@@ -99,12 +99,12 @@ GS_HOST_DEVICE double face_cagrad(const double* gram, const double* mean, int nu
   level /= total;
   GS_UNROLL for (int i = 0; i < kTasks; i++) {
     if (i >= num_tasks) continue;
-    const double square = gram[i * (kTasks + 1)], inverse = inverse_root(square), below = level - slope[i];
+    const double below = level - slope[i], inverse = inverse_root(gram[i * (kTasks + 1)]);
     excess = std::fmax(excess, (inside(i) ? std::fabs(below) : below) * inverse);  // NaN, which does not count: 0 / 0
     x[i] *= lambda;
-    spread += square > 0 ? (even + x[i]) * square * inverse : 0;
   }
-  return valid && excess <= 1e-11 * spread ? excess / spread : INFINITY;
+  const double kappa = std::sqrt(squared);
+  return valid && excess <= 1e-9 * kappa ? excess / kappa : INFINITY;
 }
 
 }  // namespace gs

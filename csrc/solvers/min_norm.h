@@ -54,9 +54,7 @@ class MinNorm {
     warm = warm && shift_ > 0;
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = warm ? weights_[i] : i == shortest ? 1 : 0;
     team_.sync();
-    // A few tasks take less time one after the other than a factorization of all. A zero gradient is the shortest
-    // point.
-    if (shift_ > 0) descend(warm ? 0 : 2 + tasks_ / 16);
+    if (shift_ > 0) descend(warm);  // a zero gradient is the shortest point itself
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
   }
 
@@ -64,11 +62,19 @@ class MinNorm {
   GS_HOST_DEVICE double at(int64_t i, int64_t j) const { return gram_[i * tasks_ + j]; }
   GS_HOST_DEVICE double* row(int64_t r) const { return inverse_ + r * (r + 1) / 2; }
 
-  // Jumps where S would grow beyond `few` tasks.
-  GS_HOST_DEVICE void descend(int64_t few) {
+  GS_HOST_DEVICE void descend(bool warm) {
     int64_t solves = 8 * tasks_ + 32;
+    const auto settle = [&] {
+      while (solves-- > 0 && !move_to_face_minimum()) {
+      }
+    };
+    // The size of S from which to jump, once, from a cold start: fewer tasks take less time one after the other.
+    int64_t few = warm ? 0 : 2 + tasks_ / 16;
     enter_positive();
-    while (solves-- > 0 && !move_to_face_minimum()) {
+    if (warm) {
+      settle();
+    } else {
+      sum_up();
     }
     for (int64_t j = most_violating(); j >= 0 && solves > 0; j = most_violating()) {
       if (size_ == few) {
@@ -80,16 +86,18 @@ class MinNorm {
       } else {
         enter(j);
       }
-      while (solves-- > 0 && !move_to_face_minimum()) {
-      }
+      settle();
     }
   }
 
-  // S = the tasks with w > 0.
+  // S = the tasks with w > 0, but for those that nearly depend on others, whose w becomes 0: R would be noise, and what
+  // is left of w moves to the minimum next.
   GS_HOST_DEVICE void enter_positive() {
     size_ = 0;
     for (int64_t i = 0; i < tasks_; i++) {
-      if (w_[i] > 0) enter(i);
+      if (!(w_[i] > 0) || enter(i, 1e-10)) continue;
+      if (team_.rank() == 0) w_[i] = 0;
+      team_.sync();
     }
   }
 
@@ -200,8 +208,8 @@ class MinNorm {
   }
 
   // Appends the row of task j to R and its part to u. With g its column of M and l = R g the row is (-l^T R, 1) / p,
-  // p^2 = M_jj - |l|^2.
-  GS_HOST_DEVICE void enter(int64_t j) {
+  // p^2 = M_jj - |l|^2. False, and j left out, if p^2 is not above `least` M_jj.
+  GS_HOST_DEVICE bool enter(int64_t j, double least = -INFINITY) {
     double *g = a_, *l = b_, *added = row(size_);
     for (int64_t k = team_.rank(); k < size_; k += team_.size()) g[k] = at(j, members_[k]) + shift_;
     team_.sync();
@@ -211,6 +219,7 @@ class MinNorm {
       squares += l[r] * l[r];
     }
     const double diagonal = at(j, j) + shift_, pivot = diagonal - team_.sum(squares);
+    if (!(pivot > least * diagonal)) return false;
     const double floor = 1e-14 * diagonal;  // below it, j is affinely dependent on S to working precision
     const double scale = 1 / std::sqrt(pivot > floor ? pivot : floor);
     team_.sync();
@@ -231,6 +240,7 @@ class MinNorm {
     size_++;
     refined_ = false;
     team_.sync();
+    return true;
   }
 
   // Removes member k. Rotations of row k with k+1, k+2, ... leave zeros in column k but in the row that was carried

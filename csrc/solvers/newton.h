@@ -29,16 +29,15 @@ class Newton {
         bend_(ky_ + num_tasks),
         cosines_(bend_ + num_tasks),
         rows_(cosines_ + num_tasks * num_tasks) {
-    double square = 0;
-    for (int64_t i = 0; i < num_tasks; i++) square = std::fmax(square, gram[i * num_tasks + i]);
-    largest_ = std::sqrt(square);
+    for (int64_t i = 0; i < num_tasks; i++) largest_ = std::fmax(largest_, gram[i * num_tasks + i]);
+    largest_ = std::sqrt(largest_);
     for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
       norms_[i] = largest_ > 0 ? std::sqrt(gram[i * num_tasks + i]) / largest_ : 0;
     }
     team.sync();
     each_entry(team, num_tasks, [&](int64_t i, int64_t j) {
       const bool some = norms_[i] > 0 && norms_[j] > 0;
-      const double cosine = some ? gram[i * num_tasks + j] / square / norms_[i] / norms_[j] : 0;
+      const double cosine = some ? gram[i * num_tasks + j] / largest_ / norms_[i] / largest_ / norms_[j] : 0;
       cosines_[i * num_tasks + j] = i == j ? 1 + kRidge : cosine;
     });
     for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {

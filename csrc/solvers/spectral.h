@@ -38,6 +38,7 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num
         double ab = 0;
         for (int64_t i = rank; plays && i < num_tasks; i += members) ab += a[i] * b[i];
         ab = team.sum(ab, members);
+        team.sync();
         if (!(ab * ab > 1e-30 * (aa * bb))) continue;
         // The tangent of twice the angle is twice / apart.
         const double apart = bb - aa, twice = 2 * ab, inverse = inverse_root(apart * apart + twice * twice);

@@ -76,6 +76,44 @@ void test_cagrad_faces(int num_tasks) {
   }
 }
 
+// Gradients that are one vector with either sign, to six digits, have large weights, which say nothing. What a face
+// accepts meets CAGrad's conditions all the same: no product of a gradient with d is below those of the face's.
+void test_faces_of_near_copies() {
+  constexpr int kTasks = 4, kColumns = 6;
+  std::mt19937 random(1);
+  std::normal_distribution<double> normal;
+  for (int trial = 0; trial < 2000; trial++) {
+    double row[kColumns], rows[kTasks][kColumns], gram[64] = {}, mean[8] = {}, x[8];
+    for (double& value : row) value = normal(random);
+    for (auto& copy : rows) {
+      const double sign = normal(random) < 0 ? -1 : 1;
+      for (int k = 0; k < kColumns; k++) copy[k] = sign * row[k] + 1e-6 * normal(random);
+    }
+    double squared = 0;
+    for (int e = 0; e < kTasks * kTasks; e++) {
+      const int i = e / kTasks, j = e % kTasks;
+      for (int k = 0; k < kColumns; k++) gram[i * 8 + j] += rows[i][k] * rows[j][k];
+      mean[i] += gram[i * 8 + j] / kTasks;
+      squared += gram[i * 8 + j] / (kTasks * kTasks);
+    }
+    for (const double c : {0.5, 10.0}) {
+      for (uint32_t face = 1; face < 1u << kTasks; face++) {
+        if (!std::isfinite(gs::face_cagrad<8>(gram, mean, kTasks, c, face, x))) continue;
+        long double least = INFINITY, level = 0, total = 0;
+        for (int i = 0; i < kTasks; i++) {
+          long double product = 0;
+          for (int j = 0; j < kTasks; j++) product += (0.25L + x[j]) * gram[i * 8 + j];
+          level += x[i] * product;
+          total += x[i];
+          least = std::min(least, product);
+        }
+        const double missed = static_cast<double>(level / total - least);
+        CHECK(missed <= 1e-8 * c * std::sqrt(squared * gram[0]), "trial %d c %g face %u: %g", trial, c, face, missed);
+      }
+    }
+  }
+}
+
 void test_gradvac(int64_t num_tasks) {
   const Values grams = grams_of(num_tasks);
   std::vector<int64_t> order(num_tasks * num_tasks);
@@ -113,6 +151,7 @@ void test_arguments() {
 int main() {
   test_arguments();
   for (const int num_tasks : {2, 3, 5, 8}) test_cagrad_faces(num_tasks);
+  test_faces_of_near_copies();
   for (const int64_t num_tasks : {1, 2, 3, 8, 17}) {
     for (int method = GS_UPGRAD; method <= GS_KRUM; method++) {
       test_weights(num_tasks, static_cast<gs_weighting>(method), method % 2 == 1);
