@@ -35,17 +35,19 @@ GS_HOST_DEVICE constexpr int64_t padded(int64_t num_tasks) { return num_tasks | 
 
 // Solves A x = b by Cholesky's method, A = L L^T. row(i) holds row i of A's lower triangle, row(size) holds b, which
 // becomes x; L takes A's place, but for 1 / L_jj on the diagonal. A pivot below 1e-14 of its diagonal entry counts as
-// that much, so that a matrix that is singular to working precision has an answer too.
+// that much, so that a matrix that is singular to working precision has an answer too. False, with the work left
+// undone, where one is not above `least` of its diagonal entry.
 template <class Team, class Row>
-GS_HOST_DEVICE_CALL void factor_and_solve(const Team& team, const Row& row, int64_t size) {
+GS_HOST_DEVICE_CALL bool factor_and_solve(const Team& team, const Row& row, int64_t size, double least = -INFINITY) {
   double* const x = row(size);
   for (int64_t j = 0; j < size; j++) {
     // Columns 0..j-1 are those of the factor by now, b's those of the forward substitution.
     double* const pivot_row = row(j);
-    const double floor = 1e-14 * pivot_row[j];
+    const double entry = pivot_row[j], floor = 1e-14 * entry;
     const auto reduced = [&](int64_t i) { return row(i)[j] - dot(row(i), pivot_row, j); };
     const int64_t own = j + team.rank();
     const double value = own <= size ? reduced(own) : 0, pivot = team.first(value);
+    if (!(pivot > least * entry)) return false;
     const double inverse = inverse_root(pivot > floor ? pivot : floor);
     if (own > j && own <= size) row(own)[j] = value * inverse;
     for (int64_t i = own + team.size(); i <= size; i += team.size()) row(i)[j] = reduced(i) * inverse;
@@ -61,6 +63,7 @@ GS_HOST_DEVICE_CALL void factor_and_solve(const Team& team, const Row& row, int6
   }
   for (int64_t i = team.rank(); i < size; i += team.size()) x[i] *= row(i)[i];
   team.sync();
+  return true;
 }
 
 // L D L^T of a symmetric positive matrix of a few rows, by one thread, in registers.

@@ -101,8 +101,8 @@ class MinNorm {
     }
   }
 
-  // The S to jump to, and its w; R is gone then. False, and w as it was, if M overflows. Pivots that factor_and_solve
-  // raises change M by 1e-14, and w, which is positive, no more than rounding does.
+  // The S to jump to, and its w. False, and w as it was, if tasks nearly depend on others, which single steps are
+  // better at. R is gone in either case.
   GS_HOST_DEVICE bool drop_negative() {
     for (int64_t k = team_.rank(); k < tasks_; k += team_.size()) members_[k] = k;
     size_ = 0;
@@ -115,7 +115,7 @@ class MinNorm {
         u[k] = 1;
       }
       team_.sync();
-      factor_and_solve(team_, [this](int64_t r) { return row(r); }, size_);
+      if (!factor_and_solve(team_, [this](int64_t r) { return row(r); }, size_, 1e-8)) return false;
       left = 0;
       for (int64_t k = 0; k < size_; k++) {
         if (!(u[k] > 0)) continue;
@@ -125,7 +125,6 @@ class MinNorm {
         }
         left++;
       }
-      if (left == 0) return false;
     }
     team_.sync();
     sum_up();
