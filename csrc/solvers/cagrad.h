@@ -78,6 +78,7 @@ class CAGrad {
     double before = 0, before_value = -target, last = high, last_value = minimize(std::sqrt(high)) - target;
     if (last_value < 0) return false;
     for (int step = 0; step < 40 && high - low > 1e-15 * high; step++) {
+      // The secant of the last two, or a mean of the bracket where it is left or nothing much was gained.
       double next = last - last_value * (last - before) / (last_value - before_value);
       const bool slow = step > 0 && std::fabs(last_value) > 0.5 * std::fabs(before_value);
       if (slow || !(next > low && next < high)) next = std::sqrt(std::fmax(low, least) * high);

@@ -98,7 +98,7 @@ struct SmallFactor {
 };
 
 // Solves A x = b likewise. entry(i, j) is that of A, j <= i; rows is scratch, but for its row `size`, which holds b and
-// becomes x. A member of a team that waits for its threads does all of a small problem by itself.
+// becomes x. Up to kSmall rows each member does all of the work by itself: it takes less time than waiting for others.
 template <class Team, class Entry>
 GS_HOST_DEVICE void solve_positive(const Team& team, const Entry& entry, double* rows, int64_t stride, int64_t size) {
   constexpr int kSmall = Team::kSmall;

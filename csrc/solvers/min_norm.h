@@ -17,8 +17,8 @@ constexpr int64_t min_norm_scratch_bytes(int64_t num_tasks) {
 // members take side by side, where substitutions with L are chains of divisions. R grows by a row when a task enters
 // and is repaired by Givens rotations when one leaves. Its rows lie packed, one after the other, which on a GPU also
 // spreads a column over the banks of shared memory. Where S grows beyond a few tasks, it jumps to what is left of all
-// tasks when those with negative u leave all at once, for one or two factorizations of M and no R; mostly that is the
-// answer.
+// tasks when those with negative u leave all at once, for one or two factorizations of M and no R; where gradients are
+// independent, mostly that is the answer.
 template <class Team>
 class MinNorm {
  public:
