@@ -13,6 +13,7 @@ struct WarpTeam {
   GS_DEVICE int64_t rank() const { return thread() % kWarp; }
   GS_DEVICE int64_t size() const { return kWarp; }
   GS_DEVICE void sync() const { sync_warp(); }
+  // Of each so many neighbours, a power of two.
   GS_DEVICE double sum(double value, int64_t members = kWarp) const {
     for (int mask = static_cast<int>(members) / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
     return value;

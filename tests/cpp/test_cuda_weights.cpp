@@ -3,6 +3,7 @@
 // results, in several orders of threads and blocks: the same bits in each.
 #include "emulation.h"
 #include "solvers/faces.h"
+#include "solvers/spectral.h"
 
 namespace {
 
@@ -114,6 +115,31 @@ void test_faces_of_near_copies() {
   }
 }
 
+// A team of one that takes the sweeps of larger ones.
+struct Member : gs::SerialTeam {
+  double sum(double value, int64_t = 1) const { return value; }
+};
+
+// Eigenvalues close together: rows turn by large angles however orthogonal they are already.
+void test_clustered_eigenvalues() {
+  constexpr int64_t kTasks = 8, kStride = gs::padded(kTasks);
+  std::mt19937 random(3);
+  std::normal_distribution<double> normal;
+  for (int trial = 0; trial < 40; trial++) {
+    double rows[(kTasks + 1) * kStride], values[kTasks];
+    for (int64_t i = 0; i < kTasks; i++) {
+      for (int64_t j = 0; j <= i; j++) rows[i * kStride + j] = rows[j * kStride + i] = (i == j) + 1e-6 * normal(random);
+    }
+    gs::diagonalize(Member{}, rows, kTasks, values);
+    for (int64_t i = 0; i < kTasks; i++) {
+      for (int64_t j = 0; j < i; j++) {
+        const double cosine = gs::dot(rows + i * kStride, rows + j * kStride, kTasks) / values[i] / values[j];
+        CHECK(std::abs(cosine) <= 4e-15, "trial %d: %g", trial, cosine);
+      }
+    }
+  }
+}
+
 void test_gradvac(int64_t num_tasks) {
   const Values grams = grams_of(num_tasks);
   std::vector<int64_t> order(num_tasks * num_tasks);
@@ -152,6 +178,7 @@ int main() {
   test_arguments();
   for (const int num_tasks : {2, 3, 5, 8}) test_cagrad_faces(num_tasks);
   test_faces_of_near_copies();
+  test_clustered_eigenvalues();
   for (const int64_t num_tasks : {1, 2, 3, 8, 17}) {
     for (int method = GS_UPGRAD; method <= GS_KRUM; method++) {
       test_weights(num_tasks, static_cast<gs_weighting>(method), method % 2 == 1);
