@@ -79,14 +79,14 @@ def main() -> int:
 
 
 def _inputs(plan: Plan, device: torch.device) -> Iterator[tuple[Bench | None, list[Spec]]]:
-    """Yield inputs of one dtype and what to measure on them; None where they do not fit into memory."""
-    for method, (name, dtype) in product(METHODS, DTYPES.items()):
+    """Yield inputs of one size and dtype and what to measure on them; None where they do not fit into memory."""
+    for size, (name, dtype) in product(plan.sizes, DTYPES.items()):
         cache, fitting = 0, float("inf")
         if device.type == "cuda":
             torch.cuda.empty_cache()
             cache = torch.cuda.get_device_properties(device).L2_cache_size
             fitting = torch.cuda.mem_get_info(device)[0] / COPIES
-        shapes = [Spec(method, "flat", tasks, size, name, "cold") for size, tasks in product(plan.sizes, plan.tasks)]
+        shapes = [Spec(method, "flat", tasks, size, name, "cold") for method, tasks in product(METHODS, plan.tasks)]
         largest = max(spec.bytes for spec in shapes if spec.bytes <= fitting)
         bench = Bench.create(device, cache, largest + largest // 100, {name: dtype})
         yield bench, [spec for spec in shapes if spec.bytes <= largest]
