@@ -35,6 +35,27 @@ GS_DEVICE void sync_block() { __syncthreads(); }
 GS_DEVICE void sync_warp() { __syncwarp(); }
 // All threads of a launch_together, which then see what the others wrote to memory.
 GS_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
+// sync_block() for the blocks of a cluster (launch_clusters) in two halves: the second waits until all have been at the
+// first, and shows what they wrote to shared memory before it.
+GS_DEVICE void arrive_cluster() {
+#if __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().barrier_arrive();
+#endif
+}
+GS_DEVICE void wait_cluster() {
+#if __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().barrier_wait();
+#endif
+}
+// What lies at p in the shared memory of another block of the cluster.
+template <class T>
+GS_DEVICE T* shared_of(int block_of_cluster, T* p) {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(p, block_of_cluster);
+#else
+  return p;
+#endif
+}
 // sync_block(), and whether any thread brought true.
 GS_DEVICE bool any_of_block(bool value) { return __syncthreads_or(value); }
 
@@ -176,6 +197,7 @@ GS_DEVICE void let_next_kernel_start() {
 // What the choice of kernels depends on, of the current device.
 struct Traits {
   bool overlaps;     // a kernel may start before the one ahead of it has ended
+  bool clusters;     // blocks may share their shared memory
   bool fast_double;  // float64 at half of the rate of float32, not a 32nd or less
   int processors;
   int64_t shared_bytes;  // that a block may have
@@ -195,7 +217,7 @@ inline gs_status clear(double* values, int64_t count, gs_stream stream) {
 }
 
 template <class... P>
-gs_status launch_as(bool together, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
+gs_status launch_as(bool together, int cluster, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
                     gs_stream stream, const std::type_identity_t<P>&... arguments) {
   if (blocks == 0) return GS_OK;
   if (blocks > INT32_MAX)
@@ -214,23 +236,25 @@ gs_status launch_as(bool together, void (*kernel)(P...), int64_t blocks, int thr
     }
     if (error != cudaSuccess) return fail_cuda("shared memory", error);
   }
-  cudaLaunchAttribute attribute;
-  int count = 0;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
   if (together) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-    count = 1;
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
   } else if (traits.overlaps) {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    count = 1;
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = reinterpret_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
+  config.attrs = attributes;
   config.numAttrs = count;
   const void* pointers[] = {&arguments...};  // a table is not copied once more
   const cudaError_t error =
@@ -249,13 +273,19 @@ gs_status advance(int64_t* step, gs_stream stream);
 template <class... P>
 gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
                  const std::type_identity_t<P>&... arguments) {
-  return launch_as(false, kernel, blocks, threads, shared_bytes, stream, arguments...);
+  return launch_as(false, 1, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 // For kernels with sync_grid(): all blocks at once, or GS_UNSUPPORTED.
 template <class... P>
 gs_status launch_together(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
                           const std::type_identity_t<P>&... arguments) {
-  return launch_as(true, kernel, blocks, threads, shared_bytes, stream, arguments...);
+  return launch_as(true, 1, kernel, blocks, threads, shared_bytes, stream, arguments...);
+}
+// In clusters of so many blocks, at most 8, each; GS_UNSUPPORTED where there is no room for one.
+template <class... P>
+gs_status launch_clusters(int cluster, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
+                          gs_stream stream, const std::type_identity_t<P>&... arguments) {
+  return launch_as(false, cluster, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace gs::gpu

@@ -2,7 +2,7 @@
 // Problems on the simplex for a few tasks by a block of 2^T threads, or if that is less by a warp: all faces at once,
 // each by a thread.
 #pragma once
-#include "cuda/min_norm.cuh"
+#include "cuda/teams.cuh"
 #include "solvers/faces.h"
 
 namespace gs::gpu {

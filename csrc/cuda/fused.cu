@@ -64,6 +64,9 @@ GS_DEVICE void sum_slots(const double* partials, int slots, int num_tasks, Scrat
   sync_block();
 }
 
+// PCGrad's, of this warp.
+GS_DEVICE WarpTasks warp_tasks() { return {thread() / kWarp, kFusedWarps}; }
+
 // From scratch.gram to scratch.weights. Called, not inlined: it is the same for all dtypes.
 GS_RARE void solve(const FusedProblem& problem, uint64_t step, Scratch& scratch) {
   const int num_tasks = problem.num_tasks, entries = num_tasks * num_tasks;
@@ -71,8 +74,14 @@ GS_RARE void solve(const FusedProblem& problem, uint64_t step, Scratch& scratch)
   for (int e = thread(); e < entries; e += threads()) finite = finite && std::isfinite(scratch.gram[e]);
   const bool broken = any_of_block(!finite);
   if (problem.method == GS_PCGRAD) {
-    solve_pcgrad<1>(scratch.gram, num_tasks, nullptr, problem.seed, step, broken, problem.mean, scratch.pcgrad,
-                    scratch.weights);
+    if (!broken) {
+      project_tasks<1>(scratch.gram, num_tasks, nullptr, problem.seed, step, warp_tasks(), scratch.pcgrad);
+    }
+    sync_block();
+    if (thread() < num_tasks) {
+      const double added = sum_parts(scratch.pcgrad, kFusedWarps, num_tasks, thread());
+      scratch.weights[thread()] = pcgrad_weight(added, num_tasks, broken, problem.mean);
+    }
   } else if (broken) {
     if (thread() < num_tasks) scratch.weights[thread()] = NAN;
   } else {
@@ -179,7 +188,7 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
     close_copies();
   };
   for (int i = 0; i < kAhead; i++) copy_part();
-  if (is_pcgrad) draw_first_orders(num_tasks, table.seed, step, scratch.pcgrad);
+  if (is_pcgrad) draw_first_orders(num_tasks, table.seed, step, warp_tasks(), scratch.pcgrad);
   with_products(num_tasks, [&](auto products) {
 #pragma unroll 1
     for (int64_t first = begin; first < end; first += part) {

@@ -22,48 +22,86 @@ constexpr bool kHoldsGram = kPerLane <= 2;
 template <int kPerLane>
 constexpr int kBlockThreads = kPerLane <= 2 ? kMaxThreads : kMaxThreads / 2;
 
-// One block per problem. Each warp projects its share of the tasks; the parts are added in the order of the warps.
+// `blocks` blocks per problem, a cluster, share its tasks. Each warp projects some of them; the parts are added in the
+// order of the warps, and their sums in that of the blocks, by the first one.
 template <int kPerLane>
 GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
-    pcgrad_kernel(const double* gram, int num_tasks, const int64_t* order, uint64_t seed, int64_t* step, bool advance,
-                  bool mean, double* weights) {
+    pcgrad_kernel(const double* gram, int num_tasks, int blocks, const int64_t* order, uint64_t seed, int64_t* step,
+                  bool advance, bool mean, double* weights) {
   wait_for_previous_kernel();
-  const int64_t entries = int64_t{num_tasks} * num_tasks;
-  const double* problem = gram + block() * entries;
-  double* copy = &shared<double>();
-  double* parts = copy + (kHoldsGram<kPerLane> ? entries : 0);
+  const int entries = num_tasks * num_tasks, member = static_cast<int>(block() % blocks), warps = threads() / kWarp;
+  const int64_t problem = block() / blocks;
+  const double* g = gram + problem * entries;
+  double* const sums = &shared<double>();  // of the first block
+  double* const parts = sums + blocks * num_tasks;
+  double* const copy = parts + warps * num_tasks;
   const uint64_t now = order ? 0 : static_cast<uint64_t>(*step);
+  arrive_cluster();
 
   // The first entries of G are on their way while the warp draws its first orders.
-  constexpr int kAhead = 4;
+  constexpr int kAhead = 16;
   double ahead[kAhead];
-  for (int a = 0; a < kAhead; a++) {
-    const int64_t e = thread() + a * threads();
-    ahead[a] = e < entries ? problem[e] : 0;
-  }
-  if (!order) draw_first_orders(num_tasks, seed, now, parts);
-  bool finite = true;
-  const auto take = [&](int64_t e, double value) {
-    finite = finite && std::isfinite(value);
-    if (kHoldsGram<kPerLane> && e < entries) copy[e] = value;
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int a = 0; a < kAhead; a++) {
+      const int e = first + a * threads();
+      ahead[a] = e < entries ? g[e] : 0;
+    }
   };
-  for (int a = 0; a < kAhead; a++) take(thread() + a * threads(), ahead[a]);
-  for (int64_t e = thread() + kAhead * threads(); e < entries; e += threads()) take(e, problem[e]);
+  load(thread());
+  const WarpTasks own = {member * warps + thread() / kWarp, blocks * warps};
+  if (!order) draw_first_orders(num_tasks, seed, now, own, parts);
+  bool finite = true;
+  for (int first = thread();;) {
+#pragma unroll
+    for (int a = 0; a < kAhead; a++) {
+      const int e = first + a * threads();
+      finite = finite && std::isfinite(ahead[a]);
+      if (kHoldsGram<kPerLane> && e < entries) copy[e] = ahead[a];
+    }
+    first += kAhead * threads();
+    if (first >= entries) break;
+    load(first);
+  }
   const bool broken = any_of_block(!finite);
   let_next_kernel_start();
 
-  const double* g = kHoldsGram<kPerLane> ? copy : problem;
-  solve_pcgrad<kPerLane>(g, num_tasks, order, seed, now, broken, mean, parts, weights + block() * num_tasks);
+  if (!broken) project_tasks<kPerLane>(kHoldsGram<kPerLane> ? copy : g, num_tasks, order, seed, now, own, parts);
+  sync_block();
+  wait_cluster();
+  for (int j = thread(); j < num_tasks; j += threads()) {
+    shared_of(0, sums)[member * num_tasks + j] = sum_parts(parts, warps, num_tasks, j);
+  }
+  arrive_cluster();
+  wait_cluster();
+  if (member > 0) return;
+  for (int j = thread(); j < num_tasks; j += threads()) {
+    weights[problem * num_tasks + j] = pcgrad_weight(sum_parts(sums, blocks, num_tasks, j), num_tasks, broken, mean);
+  }
   if (advance && thread() == 0) ++*step;
 }
+
+// Blocks per problem: from this many tasks on, one multiprocessor takes longer than several and their meeting.
+constexpr int kSharedTasks = 17, kSharingBlocks = 8;
 
 template <int kPerLane>
 gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const int64_t* order, uint64_t seed,
                         int64_t* step, bool advance, bool mean, double* weights, gs_stream stream) {
-  const int warps = std::min(num_tasks, kBlockThreads<kPerLane> / kWarp);
-  const int64_t bytes = num_tasks * (warps * kWarpBytesPerTask + (kHoldsGram<kPerLane> ? 8 * num_tasks : 0));
-  return launch(pcgrad_kernel<kPerLane>, batch, warps * kWarp, bytes, stream, gram, num_tasks, order, seed, step,
-                advance, mean, weights);
+  Traits traits;
+  if (const gs_status status = get_traits(traits)) return status;
+  const auto launch_with = [&](int blocks) {
+    const int warps = std::min((num_tasks + blocks - 1) / blocks, kBlockThreads<kPerLane> / kWarp);
+    const int64_t values = blocks + warps + (kHoldsGram<kPerLane> ? num_tasks : 0);  // per task
+    static_assert(kWarpBytesPerTask == 8);
+    return launch_clusters(blocks, pcgrad_kernel<kPerLane>, batch * blocks, warps * kWarp, 8 * values * num_tasks,
+                           stream, gram, num_tasks, blocks, order, seed, step, advance, mean, weights);
+  };
+  if (traits.clusters && num_tasks >= kSharedTasks && batch * kSharingBlocks <= traits.processors) {
+    const gs_status status = launch_with(kSharingBlocks);
+    // A part of the GPU may have no room for a cluster.
+    if (status != GS_UNSUPPORTED) return status;
+  }
+  return launch_with(1);
 }
 
 }  // namespace

@@ -113,20 +113,23 @@ struct WarpPart {
   }
 };
 
-GS_DEVICE void draw_first_orders(int num_tasks, uint64_t seed, uint64_t step, double* parts) {
+// The tasks of a warp: first, first + stride, ...
+struct WarpTasks {
+  int first, stride;
+};
+
+GS_DEVICE void draw_first_orders(int num_tasks, uint64_t seed, uint64_t step, WarpTasks own, double* parts) {
   const WarpPart part(parts, num_tasks);
-  draw_orders(num_tasks, seed, step, thread() / kWarp, threads() / kWarp, part.drawn, part.other);
+  draw_orders(num_tasks, seed, step, own.first, own.stride, part.drawn, part.other);
 }
 
-// The weights of the Gram matrix g, of at most kPerLane x kWarp tasks. Without an order, draw_first_orders has filled
-// parts. Each warp projects its share of the tasks; the parts are added in the order of the warps.
+// What the projections of a warp's tasks add to the weights of the Gram matrix g, of at most kPerLane x kWarp tasks,
+// goes to its part. Without an order, draw_first_orders has filled parts.
 template <int kPerLane>
-GS_DEVICE void solve_pcgrad(const double* g, int num_tasks, const int64_t* order, uint64_t seed, uint64_t now,
-                            bool broken, bool mean, double* parts, double* weights) {
-  const int warps = threads() / kWarp, warp = thread() / kWarp, lane = thread() % kWarp;
-  const WarpPart own(parts, num_tasks);
-  double* const part = own.weights;
-  uint8_t *const drawn = own.drawn, *const other = own.other;
+GS_DEVICE void project_tasks(const double* g, int num_tasks, const int64_t* order, uint64_t seed, uint64_t now,
+                             WarpTasks own, double* parts) {
+  const int lane = thread() % kWarp;
+  const WarpPart part(parts, num_tasks);
   LaneTasks<kPerLane> tasks;
   bool finite = true;
   for (int r = 0; r < kPerLane; r++) {
@@ -137,17 +140,17 @@ GS_DEVICE void solve_pcgrad(const double* g, int num_tasks, const int64_t* order
     finite = finite && tasks.inverse[r] <= DBL_MAX;
   }
   tasks.finite = all_of_warp(finite);
-  for (int first = warp; first < num_tasks && !broken; first += kDrawnRows * warps) {
-    if (!order && first != warp) draw_orders(num_tasks, seed, now, first, warps, drawn, other);
+  for (int first = own.first; first < num_tasks; first += kDrawnRows * own.stride) {
+    if (!order && first != own.first) draw_orders(num_tasks, seed, now, first, own.stride, part.drawn, part.other);
     for (int slot = 0; slot < kDrawnRows; slot++) {
-      const int i = first + slot * warps;
+      const int i = first + slot * own.stride;
       if (i >= num_tasks) break;
-      auto* rank = reinterpret_cast<uint16_t*>(other);  // the swaps are done
+      auto* rank = reinterpret_cast<uint16_t*>(part.other);  // the swaps are done
       sync_warp();
       for (int j = lane; j < num_tasks; j += kWarp) rank[j] = 0;
       sync_warp();
       for (int k = lane; k < num_tasks; k += kWarp) {
-        const int64_t j = order ? order[i * num_tasks + k] : drawn[slot * num_tasks + k];
+        const int64_t j = order ? order[i * num_tasks + k] : part.drawn[slot * num_tasks + k];
         if (j >= 0 && j < num_tasks) rank[j] = static_cast<uint16_t>(k + 1);  // whatever order holds
       }
       sync_warp();
@@ -156,16 +159,22 @@ GS_DEVICE void solve_pcgrad(const double* g, int num_tasks, const int64_t* order
     sync_warp();
   }
   for (int r = 0; r < kPerLane; r++) {
-    if (lane + r * kWarp < num_tasks) part[lane + r * kWarp] = tasks.weight[r];
+    if (lane + r * kWarp < num_tasks) part.weights[lane + r * kWarp] = tasks.weight[r];
   }
-  sync_block();
-  for (int j = thread(); j < num_tasks; j += threads()) {
-    double weight = 1;
+}
+
+// Of task j, over `count` parts in order.
+GS_DEVICE double sum_parts(const double* parts, int count, int num_tasks, int j) {
+  double sum = 0;
 #pragma unroll 8
-    for (int w = 0; w < warps; w++) weight += parts[w * num_tasks + j];
-    if (mean) weight /= num_tasks;
-    weights[j] = broken ? NAN : weight;
-  }
+  for (int p = 0; p < count; p++) sum += parts[p * num_tasks + j];
+  return sum;
+}
+
+// 1 for the task's own gradient, and what the projections add.
+GS_DEVICE double pcgrad_weight(double added, int num_tasks, bool broken, bool mean) {
+  if (broken) return NAN;
+  return mean ? (1 + added) / num_tasks : 1 + added;
 }
 
 }  // namespace gs::gpu

@@ -4,7 +4,9 @@
 
 #include "cpu/schedule.h"
 #include "cuda/faces.cuh"
+#include "solvers/frank_wolfe.h"
 #include "solvers/gradnorm.h"
+#include "solvers/min_norm.h"
 
 namespace gs::gpu {
 namespace {
@@ -27,7 +29,13 @@ GS_KERNEL min_norm_kernel(const double* gram, int64_t num_tasks, bool exact, int
   double* scratch = kInShared ? &shared<double>() : workspace + block() * (scratch_bytes / 8);
   const bool finite = warp_finite(problem, num_tasks * num_tasks);
   let_next_kernel_start();
-  solve_min_norm(team, problem, num_tasks, finite, exact, max_iter, tol, w, scratch);
+  if (!finite) {
+    fill_nan(team, w, num_tasks);
+  } else if (exact) {
+    MinNorm(team, problem, num_tasks, w, scratch).solve();
+  } else {
+    frank_wolfe(team, problem, num_tasks, max_iter, tol, w, scratch);
+  }
 }
 
 // The exact solution for up to kTasks tasks, one block per problem, one thread per face.

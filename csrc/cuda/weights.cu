@@ -57,6 +57,35 @@ GS_KERNEL GS_BLOCKS(kMostWarps* kWarp, 1)
   }
 }
 
+// The spectral methods by a block per problem, from a number of tasks on: so many lanes for each pair of rows.
+constexpr int64_t kSpectralTasks = 17, kPairLanes = 8, kSpectralThreads = 512;
+
+GS_KERNEL GS_BLOCKS(kSpectralThreads, 1)
+    spectral_kernel(const double* gram, int64_t num_tasks, gs_weighting method, const double* preference,
+                    double* weights, double* workspace, int64_t scratch_values) {
+  wait_for_previous_kernel();
+  const BlockTeam team(&shared<double>());
+  const double* problem = gram + block() * num_tasks * num_tasks;
+  double* result = weights + block() * num_tasks;
+  double* scratch = scratch_values == 0 ? &shared<double>() + BlockTeam::kValues : workspace + block() * scratch_values;
+  const bool finite = block_finite(problem, num_tasks * num_tasks);
+  let_next_kernel_start();
+  if (finite) {
+    solve_spectral(team, method, problem, num_tasks, preference, result, scratch);
+  } else {
+    fill_nan(team, result, num_tasks);
+  }
+}
+
+gs_status launch_spectral(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
+                          const double* preference, double* weights, double* workspace, gs_stream stream) {
+  const int64_t values = scratch_of(method, num_tasks), lanes = (num_tasks + 1) / 2 * kPairLanes;
+  const int64_t threads = std::min((lanes + kWarp - 1) / kWarp * kWarp, kSpectralThreads);
+  const bool fits = values * 8 <= kSharedBytes;
+  return launch(spectral_kernel, batch, static_cast<int>(threads), (BlockTeam::kValues + (fits ? values : 0)) * 8,
+                stream, gram, num_tasks, method, preference, weights, workspace, fits ? 0 : values);
+}
+
 template <int kTasks>
 struct CAGradMemory {
   FaceMemory<kTasks> faces;
@@ -150,6 +179,10 @@ gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, 
   if (method == GS_CAGRAD && num_tasks <= kFaceTasks) {
     const auto launch_kernel = num_tasks <= 4 ? launch_cagrad_faces<4> : launch_cagrad_faces<kFaceTasks>;
     return launch_kernel(gram, batch, static_cast<int>(num_tasks), parameter, weights, stream);
+  }
+  if (gs::is_spectral(method) && num_tasks >= kSpectralTasks) {
+    return launch_spectral(gram, batch, num_tasks, method, preference, weights, static_cast<double*>(workspace),
+                           stream);
   }
   const int64_t values = scratch_of(method, num_tasks), threads = warps_of(method, num_tasks) * kWarp;
   const bool fits = values * 8 <= kSharedBytes;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The methods that need G's eigenvalues: IMTL-G, ConFIG, Aligned-MTL.
 #pragma once
+#include <type_traits>
+
 #include "gradsurgery/gradsurgery.h"
 #include "linear.h"
 #include "tridiagonal.h"
@@ -8,6 +10,37 @@
 namespace gs {
 
 constexpr int64_t spectral_scratch(int64_t num_tasks) { return (num_tasks + 1) * padded(num_tasks) + 4 * num_tasks; }
+
+// x^T y, and the rotation of x and y, over the entries 0, step, 2 step, ... below count; four at a time, so that
+// accesses need not wait for each other.
+GS_HOST_DEVICE inline double strided_dot(const double* x, const double* y, int64_t count, int64_t step) {
+  double sum[4] = {};
+  int64_t i = 0;
+  for (; i + 3 * step < count; i += 4 * step) {
+    GS_UNROLL for (int k = 0; k < 4; k++) sum[k] += x[i + k * step] * y[i + k * step];
+  }
+  for (; i < count; i += step) sum[0] += x[i] * y[i];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+GS_HOST_DEVICE inline void strided_rotate(double* x, double* y, int64_t count, int64_t step, double cosine,
+                                          double sine) {
+  const auto rotate = [&](auto number, int64_t i) {
+    constexpr int kNumber = decltype(number)::value;
+    double a[kNumber], b[kNumber];
+    GS_UNROLL for (int k = 0; k < kNumber; k++) {
+      a[k] = x[i + k * step];
+      b[k] = y[i + k * step];
+    }
+    GS_UNROLL for (int k = 0; k < kNumber; k++) {
+      x[i + k * step] = cosine * a[k] - sine * b[k];
+      y[i + k * step] = sine * a[k] + cosine * b[k];
+    }
+  };
+  int64_t i = 0;
+  for (; i + 3 * step < count; i += 4 * step) rotate(std::integral_constant<int, 4>(), i);
+  for (; i < count; i += step) rotate(std::integral_constant<int, 1>(), i);
+}
 
 // Turns the rows a_k of a symmetric positive semidefinite matrix into lambda_k v_k^T for its eigenvalues and
 // eigenvectors, in no order; lambda_k = |a_k| goes into values. One-sided Jacobi: for each pair of rows a rotation that
@@ -35,9 +68,8 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num
         const bool plays = k < pairs && p < num_tasks;  // else q sits out
         double *const a = rows + p * stride, *const b = rows + q * stride;
         const double aa = plays ? values[p] : 0, bb = plays ? values[q] : 0;
-        double ab = 0;
-        for (int64_t i = rank; plays && i < num_tasks; i += members) ab += a[i] * b[i];
-        ab = team.sum(ab, members);
+        const double part = plays ? strided_dot(a + rank, b + rank, num_tasks - rank, members) : 0;
+        const double ab = team.sum(part, members);
         team.sync();
         if (!(ab * ab > 1e-30 * (aa * bb))) continue;
         // The tangent of twice the angle is twice / apart.
@@ -50,11 +82,7 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num
           values[p] = std::fmax(aa - sine * secant * ab, 0.0);
           values[q] = std::fmax(bb + sine * secant * ab, 0.0);
         }
-        for (int64_t i = rank; i < num_tasks; i += members) {
-          const double x = a[i], y = b[i];
-          a[i] = cosine * x - sine * y;
-          b[i] = sine * x + cosine * y;
-        }
+        strided_rotate(a + rank, b + rank, num_tasks - rank, members, cosine, sine);
       }
       team.sync();
     }

@@ -25,6 +25,25 @@ constexpr int64_t weighting_scratch(gs_weighting method, int64_t num_tasks) {
   }
 }
 
+// The methods that need G's eigenvalues.
+constexpr bool is_spectral(gs_weighting method) {
+  return method == GS_IMTL_G || method == GS_CONFIG || method == GS_ALIGNED_MTL_MIN ||
+         method == GS_ALIGNED_MTL_MEDIAN || method == GS_ALIGNED_MTL_RMSE;
+}
+
+template <class Team>
+GS_HOST_DEVICE void solve_spectral(const Team& team, gs_weighting method, const double* gram, int64_t num_tasks,
+                                   const double* preference, double* weights, double* scratch) {
+  switch (method) {
+    case GS_IMTL_G:
+      return imtl_g(team, gram, num_tasks, weights, scratch);
+    case GS_CONFIG:
+      return config(team, gram, num_tasks, preference, weights, scratch);
+    default:
+      return aligned_mtl(team, gram, num_tasks, preference, method, weights, scratch);
+  }
+}
+
 // The weights of one problem with finite G. UPGrad's are a sum over tasks, here of every step-th one from the first on.
 template <class Team>
 GS_HOST_DEVICE void solve_weighting(const Team& team, gs_weighting method, const double* gram, int64_t num_tasks,
@@ -42,12 +61,8 @@ GS_HOST_DEVICE void solve_weighting(const Team& team, gs_weighting method, const
     case GS_KRUM:
       return krum(team, gram, num_tasks, static_cast<int64_t>(parameter), static_cast<int64_t>(limit), weights,
                   scratch);
-    case GS_IMTL_G:
-      return imtl_g(team, gram, num_tasks, weights, scratch);
-    case GS_CONFIG:
-      return config(team, gram, num_tasks, preference, weights, scratch);
     default:
-      return aligned_mtl(team, gram, num_tasks, preference, method, weights, scratch);
+      return solve_spectral(team, method, gram, num_tasks, preference, weights, scratch);
   }
 }
 

@@ -20,6 +20,12 @@ inline int64_t block() { return Emulator::get().block(); }
 inline void sync_block() { Emulator::get().wait_block(); }
 inline void sync_warp() { Emulator::get().wait_warp(); }
 inline void sync_grid() { Emulator::get().wait_all(); }
+inline void arrive_cluster() {}
+inline void wait_cluster() { Emulator::get().wait_all(); }
+template <class T>
+T* shared_of(int block_of_cluster, T* p) {
+  return reinterpret_cast<T*>(Emulator::get().shared_of(block_of_cluster, reinterpret_cast<unsigned char*>(p)));
+}
 inline bool any_of_block(bool value) { return Emulator::get().any_of_block(value); }
 
 inline double shuffle_xor(double value, int mask) {
@@ -213,13 +219,14 @@ inline void let_next_kernel_start() {}
 
 struct Traits {
   bool overlaps;
+  bool clusters;
   bool fast_double;
   int processors;
   int64_t shared_bytes;
 };
 inline gs_status get_traits(Traits& traits) {
   const Emulator& emulator = Emulator::get();
-  traits = {emulator.fast_double, emulator.fast_double, emulator.processors, 64 * 1024};
+  traits = {emulator.fast_double, emulator.fast_double, emulator.fast_double, emulator.processors, 64 * 1024};
   return GS_OK;
 }
 
@@ -229,14 +236,15 @@ inline gs_status clear(double* values, int64_t count, gs_stream) {
 }
 
 template <class... P>
-gs_status launch_as(bool together, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream,
-                    const std::type_identity_t<P>&... arguments) {
+gs_status launch_as(bool together, int cluster, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
+                    gs_stream, const std::type_identity_t<P>&... arguments) {
   // The least of GPUs with fast float64, and of the others.
   const int64_t most = (Emulator::get().fast_double ? 163 : 99) * 1024;
   if (shared_bytes > most) {
     return gs::fail(GS_UNSUPPORTED, "a block may have %lld bytes, got %lld", (long long)most, (long long)shared_bytes);
   }
-  if (Emulator::get().runs) Emulator::get().run(blocks, threads, shared_bytes, [=] { kernel(arguments...); }, together);
+  const auto group = together ? static_cast<int>(blocks) : cluster;
+  if (Emulator::get().runs) Emulator::get().run(blocks, threads, shared_bytes, [=] { kernel(arguments...); }, group);
   return GS_OK;
 }
 

@@ -86,14 +86,14 @@ class Emulator {
   int processors = 3;
   int launches = 0;
 
-  // together: all blocks at once.
-  void run(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel, bool together = false) {
+  // `group` blocks at once.
+  void run(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel, int group) {
     launches++;
     kernel_ = std::move(kernel);
     threads_ = threads;
-    group_ = together ? static_cast<int>(blocks) : 1;
+    group_ = group;
     for (int64_t i = 0; i < blocks; i += group_) {
-      first_block_ = order == Order::kForward || together ? i : blocks - 1 - i;
+      first_block_ = order == Order::kForward ? i : blocks - group_ - i;
       shared_.resize(group_);
       for (auto& memory : shared_) {
         memory = std::make_unique<unsigned char[]>(shared_bytes);
@@ -108,6 +108,8 @@ class Emulator {
   int threads() const { return threads_; }
   int64_t block() const { return first_block_ + current_ / threads_; }
   unsigned char* shared() { return shared_[current_ / threads_].get(); }
+  // What lies at p in the memory of another block of the group.
+  unsigned char* shared_of(int block, unsigned char* p) { return shared_[block].get() + (p - shared()); }
 
   // Waits for `count` threads at barrier number `index`.
   void wait(size_t index, int count) {
@@ -206,7 +208,7 @@ class Emulator {
   void add_fiber() {
     fibers_.push_back(std::make_unique<Fiber>());
     Fiber& fiber = *fibers_.back();
-    fiber.stack = std::make_unique<unsigned char[]>(kStackBytes);
+    fiber.stack = std::make_unique_for_overwrite<unsigned char[]>(kStackBytes);
     make_context(fiber.context, fiber.stack.get(), kStackBytes, &Emulator::loop);
   }
 

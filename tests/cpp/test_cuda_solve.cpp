@@ -13,7 +13,9 @@ void test_task_order(int64_t num_tasks) {
   CHECK(got == expected, "T = %ld", static_cast<long>(num_tasks));
 }
 
-void test_pcgrad(int64_t num_tasks, bool own_order) {
+// Many processors: several blocks share a problem.
+void test_pcgrad(int64_t num_tasks, bool own_order, int processors = 3) {
+  Emulator::get().processors = processors;
   const Values grams = grams_of(num_tasks);
   std::vector<int64_t> order(num_tasks * num_tasks);
   CHECK(gs_task_order_cpu(num_tasks, 3, 9, order.data()) == GS_OK, "%s", gs_last_error());
@@ -193,6 +195,7 @@ int main() {
   for (int64_t num_tasks = 1; num_tasks <= 8; num_tasks++) test_faces(num_tasks);
   test_task_order(GS_MAX_TASKS);
   for (const int64_t num_tasks : {33, 70, 130}) test_pcgrad(num_tasks, num_tasks == 70);
+  for (const int64_t num_tasks : {17, 33, 70}) test_pcgrad(num_tasks, num_tasks == 33, 64);
   test_min_norm(33, GS_EXACT);
   for (const gs_solver solver : {GS_EXACT, GS_FRANK_WOLFE}) test_min_norm(110, solver);  // scratch in the workspace
   std::printf("ok\n");

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+// The teams of the solvers of csrc/solvers on the GPU: a warp, or all of a block.
+#pragma once
+#include "cuda/device.cuh"
+#include "solvers/common.h"
+
+namespace gs::gpu {
+
+struct WarpTeam {
+  static constexpr int kColumns = 2;
+  static constexpr int kSmall = 8;
+  GS_DEVICE int64_t rank() const { return thread() % kWarp; }
+  GS_DEVICE int64_t size() const { return kWarp; }
+  GS_DEVICE void sync() const { sync_warp(); }
+  // Of each so many neighbours, a power of two.
+  GS_DEVICE double sum(double value, int64_t members = kWarp) const {
+    for (int mask = static_cast<int>(members) / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    return value;
+  }
+  GS_DEVICE double first(double value) const { return shuffle(value, 0); }
+  GS_DEVICE void least(double& value, int64_t& index) const {
+    auto position = static_cast<double>(index);
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+      const double other = shuffle_xor(value, mask), other_position = shuffle_xor(position, mask);
+      if (other < value || (other == value && other_position < position)) {
+        value = other;
+        position = other_position;
+      }
+    }
+    index = static_cast<int64_t>(position);
+  }
+};
+
+// Whole warps. Solvers that look for a least value have no use for it: most of their loops have a turn for each task.
+class BlockTeam {
+ public:
+  static constexpr int kColumns = 1;
+  static constexpr int kSmall = 0;
+  static constexpr int kValues = kMaxThreads / kWarp;
+  // With kValues of shared memory.
+  GS_DEVICE explicit BlockTeam(double* values) : values_(values) {}
+  GS_DEVICE int64_t rank() const { return thread(); }
+  GS_DEVICE int64_t size() const { return threads(); }
+  GS_DEVICE void sync() const { sync_block(); }
+  // Of so many neighbours in a warp, or of all.
+  GS_DEVICE double sum(double value, int64_t members) const { return WarpTeam().sum(value, members); }
+  GS_DEVICE double sum(double value) const {
+    value = WarpTeam().sum(value);
+    sync_block();
+    if (thread() % kWarp == 0) values_[thread() / kWarp] = value;
+    sync_block();
+    double total = 0;
+    for (int w = 0; w < threads() / kWarp; w++) total += values_[w];
+    return total;
+  }
+  GS_DEVICE double first(double value) const {
+    sync_block();
+    if (thread() == 0) values_[0] = value;
+    sync_block();
+    return values_[0];
+  }
+
+ private:
+  double* values_;
+};
+
+}  // namespace gs::gpu
