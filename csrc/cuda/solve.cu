@@ -14,7 +14,8 @@ namespace {
 // The same answer for every lane.
 GS_DEVICE bool warp_finite(const double* values, int64_t count) {
   bool finite = true;
-  for (int64_t i = thread() % kWarp; i < count; i += kWarp) finite = finite && std::isfinite(values[i]);
+#pragma unroll 8
+  for (int64_t i = thread() % kWarp; i < count; i += kWarp) finite &= std::isfinite(values[i]);
   return all_of_warp(finite);
 }
 

@@ -9,6 +9,7 @@ namespace gs::gpu {
 struct WarpTeam {
   static constexpr int kColumns = 2;
   static constexpr int kSmall = 8;
+  static constexpr int kPanel = 4;
   GS_DEVICE int64_t rank() const { return thread() % kWarp; }
   GS_DEVICE int64_t size() const { return kWarp; }
   GS_DEVICE void sync() const { sync_warp(); }
@@ -36,6 +37,7 @@ class BlockTeam {
  public:
   static constexpr int kColumns = 1;
   static constexpr int kSmall = 0;
+  static constexpr int kPanel = 4;
   static constexpr int kValues = kMaxThreads / kWarp;
   // With kValues of shared memory.
   GS_DEVICE explicit BlockTeam(double* values) : values_(values) {}

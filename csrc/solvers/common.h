@@ -43,6 +43,7 @@ GS_HOST_DEVICE void fill_nan(const Team& team, double* values, int64_t count) {
 struct SerialTeam {
   static constexpr int kColumns = 8;  // columns that a member sums at a time
   static constexpr int kSmall = 0;    // rows of a matrix that each member had better factor; at most size()
+  static constexpr int kPanel = 1;    // columns that are factored together; at most size()
   GS_HOST_DEVICE int64_t rank() const { return 0; }
   GS_HOST_DEVICE int64_t size() const { return 1; }
   GS_HOST_DEVICE void sync() const {}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Projections on the cone of directions that conflict with no task: UPGrad and DualProj.
 #pragma once
-#include "linear.h"
+#include "cholesky.h"
 
 namespace gs {
 

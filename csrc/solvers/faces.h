@@ -2,7 +2,7 @@
 // Problems on the simplex for a few tasks: the minimum lies inside some face, and each face is solved by itself. Faces
 // are sets of tasks, a bit each, matrices kTasks x kTasks.
 #pragma once
-#include "linear.h"
+#include "cholesky.h"
 
 namespace gs {
 

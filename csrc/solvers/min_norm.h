@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // argmin w^T G w over the simplex: the shortest convex combination of the task gradients (MGDA), exactly.
 #pragma once
-#include "linear.h"
+#include "cholesky.h"
 
 namespace gs {
 
@@ -17,8 +17,8 @@ constexpr int64_t min_norm_scratch_bytes(int64_t num_tasks) {
 // members take side by side, where substitutions with L are chains of divisions. R grows by a row when a task enters
 // and is repaired by Givens rotations when one leaves. Its rows lie packed, one after the other, which on a GPU also
 // spreads a column over the banks of shared memory. Where S grows beyond a few tasks, it jumps to what is left of all
-// tasks when those with negative u leave all at once, for one or two factorizations of M and no R; where gradients are
-// independent, mostly that is the answer.
+// tasks when those with negative u leave all at once, for one or two factorizations of M; where gradients are
+// independent, mostly that is the answer, without R.
 template <class Team>
 class MinNorm {
  public:
@@ -70,7 +70,7 @@ class MinNorm {
     };
     // The size of S from which to jump, once, from a cold start: fewer tasks take less time one after the other.
     int64_t few = warm ? 0 : 2 + tasks_ / 16;
-    enter_positive();
+    if (!warm || !enter_together()) enter_positive();
     if (warm) {
       settle();
     } else {
@@ -79,8 +79,12 @@ class MinNorm {
     for (int64_t j = most_violating(); j >= 0 && solves > 0; j = most_violating()) {
       if (size_ == few) {
         few = 0;
-        if (drop_negative() && most_violating() < 0) return;
-        enter_positive();
+        if (!drop_negative()) {
+          enter_positive();
+        } else {
+          if (most_violating() < 0) return;
+          invert_factor();
+        }
       } else if (uncertain_) {
         refine();
       } else {
@@ -101,21 +105,53 @@ class MinNorm {
     }
   }
 
-  // The S to jump to, and its w. False, and w as it was, if tasks nearly depend on others, which single steps are
-  // better at. R is gone in either case.
+  // The same at once; false if tasks depend so much on others that they had better enter one by one.
+  GS_HOST_DEVICE bool enter_together() {
+    size_ = 0;
+    for (int64_t i = 0; i < tasks_; i++) {
+      if (!(w_[i] > 0)) continue;
+      if (team_.rank() == 0) members_[size_] = i;
+      size_++;
+    }
+    team_.sync();
+    if (!factor()) return false;
+    invert_factor();
+    return true;
+  }
+
+  // L takes the place of R, and u that of the row after it. False if tasks nearly depend on others.
+  GS_HOST_DEVICE bool factor() {
+    const auto row_of = [rows = inverse_](int64_t r) { return rows + r * (r + 1) / 2; };
+    const auto entry = [gram = gram_, tasks = tasks_, members = members_, shift = shift_](int64_t k, int64_t c) {
+      return gram[members[k] * tasks + members[c]] + shift;
+    };
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) row(size_)[k] = 1;
+    fill_lower(team_, row_of, size_, entry);
+    return factor_and_solve(team_, row_of, size_, 1e-8);
+  }
+
+  // R in the place of L, row by row.
+  GS_HOST_DEVICE void invert_factor() {
+    const int64_t count = size_;
+    for (size_ = 0; size_ < count;) {
+      const double* const factor = row(size_);
+      const double scale = factor[size_];
+      for (int64_t c = team_.rank(); c < size_; c += team_.size()) b_[c] = factor[c];
+      team_.sync();
+      append(scale);
+    }
+  }
+
+  // The S to jump to, its w and its L. False, and w as it was, if tasks nearly depend on others, which single steps are
+  // better at.
   GS_HOST_DEVICE bool drop_negative() {
     for (int64_t k = team_.rank(); k < tasks_; k += team_.size()) members_[k] = k;
     size_ = 0;
     for (int64_t left = tasks_; size_ != left;) {
       size_ = left;
-      double* const u = row(size_);
       team_.sync();
-      for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
-        for (int64_t c = 0; c <= k; c++) row(k)[c] = at(members_[k], members_[c]) + shift_;
-        u[k] = 1;
-      }
-      team_.sync();
-      if (!factor_and_solve(team_, [this](int64_t r) { return row(r); }, size_, 1e-8)) return false;
+      if (!factor()) return false;
+      const double* const u = row(size_);
       left = 0;
       for (int64_t k = 0; k < size_; k++) {
         if (!(u[k] > 0)) continue;
@@ -206,10 +242,10 @@ class MinNorm {
     team_.sync();
   }
 
-  // Appends the row of task j to R and its part to u. With g its column of M and l = R g the row is (-l^T R, 1) / p,
-  // p^2 = M_jj - |l|^2. False, and j left out, if p^2 is not above `least` M_jj.
+  // Task j enters S. With g its column of M its row of L is (l, p), l = R g, p^2 = M_jj - |l|^2. False, and j left out,
+  // if p^2 is not above `least` M_jj.
   GS_HOST_DEVICE bool enter(int64_t j, double least = -INFINITY) {
-    double *g = a_, *l = b_, *added = row(size_);
+    double *g = a_, *l = b_;
     for (int64_t k = team_.rank(); k < size_; k += team_.size()) g[k] = at(j, members_[k]) + shift_;
     team_.sync();
     double squares = 0;
@@ -220,9 +256,16 @@ class MinNorm {
     const double diagonal = at(j, j) + shift_, pivot = diagonal - team_.sum(squares);
     if (!(pivot > least * diagonal)) return false;
     const double floor = 1e-14 * diagonal;  // below it, j is affinely dependent on S to working precision
-    const double scale = 1 / std::sqrt(pivot > floor ? pivot : floor);
+    if (team_.rank() == 0) members_[size_] = j;
     team_.sync();
-    multiply_transposed(l, added);
+    append(1 / std::sqrt(pivot > floor ? pivot : floor));
+    return true;
+  }
+
+  // Appends to R the row (-l^T R, 1) / p for the l in b_ and scale = 1 / p, and its part to u.
+  GS_HOST_DEVICE void append(double scale) {
+    double* const added = row(size_);
+    multiply_transposed(b_, added);
     double sum = 0;
     for (int64_t c = team_.rank(); c < size_; c += team_.size()) {
       added[c] *= -scale;
@@ -234,12 +277,10 @@ class MinNorm {
       added[size_] = scale;
       z_[size_] = z;
       u_[size_] = z * scale;
-      members_[size_] = j;
     }
     size_++;
     refined_ = false;
     team_.sync();
-    return true;
   }
 
   // Removes member k. Rotations of row k with k+1, k+2, ... leave zeros in column k but in the row that was carried

@@ -2,7 +2,7 @@
 // FairGrad (Ban and Ji, ICML 2024, equation 8), and for alpha = 1 Nash-MTL (Navon et al., ICML 2022, equation 3):
 // (G w)_i = w_i^(-1 / alpha), w > 0.
 #pragma once
-#include "linear.h"
+#include "cholesky.h"
 
 namespace gs {
 

@@ -3,8 +3,8 @@
 #pragma once
 #include <type_traits>
 
+#include "cholesky.h"
 #include "gradsurgery/gradsurgery.h"
-#include "linear.h"
 #include "tridiagonal.h"
 
 namespace gs {
@@ -148,7 +148,7 @@ GS_HOST_DEVICE_CALL bool solve_independent(const Team& team, const double* gram,
     x[i] = norms[i] > 0 ? (preference ? preference[i] : 1) : 0;
   }
   team.sync();
-  factor_and_solve(team, [&](int64_t i) { return rows + i * stride; }, num_tasks);
+  factor_and_solve(team, [=](int64_t i) { return rows + i * stride; }, num_tasks);
   // Column j of the factor's inverse, right of the diagonal in row j.
   double trace = 0;
   for (int64_t j = team.rank(); j < num_tasks; j += team.size()) {
