@@ -36,14 +36,15 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
   double* const parts = sums + blocks * num_tasks;
   double* const copy = parts + warps * num_tasks;
   const uint64_t now = order ? 0 : static_cast<uint64_t>(*step);
-  arrive_cluster();
+  const bool shares = blocks > 1;
+  if (shares) arrive_cluster();
 
   // The first entries of G are on their way while the warp draws its first orders.
   constexpr int kAhead = 16;
   double ahead[kAhead];
   const auto load = [&](int first) {
 #pragma unroll
-    for (int a = 0; a < kAhead; a++) {
+    for (int a = 0; a < kAhead && a * threads() < entries; a++) {
       const int e = first + a * threads();
       ahead[a] = e < entries ? g[e] : 0;
     }
@@ -54,7 +55,7 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
   bool finite = true;
   for (int first = thread();;) {
 #pragma unroll
-    for (int a = 0; a < kAhead; a++) {
+    for (int a = 0; a < kAhead && a * threads() < entries; a++) {
       const int e = first + a * threads();
       finite = finite && std::isfinite(ahead[a]);
       if (kHoldsGram<kPerLane> && e < entries) copy[e] = ahead[a];
@@ -68,21 +69,25 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
 
   if (!broken) project_tasks<kPerLane>(kHoldsGram<kPerLane> ? copy : g, num_tasks, order, seed, now, own, parts);
   sync_block();
-  wait_cluster();
-  for (int j = thread(); j < num_tasks; j += threads()) {
-    shared_of(0, sums)[member * num_tasks + j] = sum_parts(parts, warps, num_tasks, j);
+  if (shares) {
+    wait_cluster();
+    for (int j = thread(); j < num_tasks; j += threads()) {
+      shared_of(0, sums)[member * num_tasks + j] = sum_parts(parts, warps, num_tasks, j);
+    }
+    arrive_cluster();
+    wait_cluster();
+    if (member > 0) return;
   }
-  arrive_cluster();
-  wait_cluster();
-  if (member > 0) return;
   for (int j = thread(); j < num_tasks; j += threads()) {
-    weights[problem * num_tasks + j] = pcgrad_weight(sum_parts(sums, blocks, num_tasks, j), num_tasks, broken, mean);
+    const double added = shares ? sum_parts(sums, blocks, num_tasks, j) : sum_parts(parts, warps, num_tasks, j);
+    weights[problem * num_tasks + j] = pcgrad_weight(added, num_tasks, broken, mean);
   }
   if (advance && thread() == 0) ++*step;
 }
 
-// Blocks per problem: from this many tasks on, one multiprocessor takes longer than several and their meeting.
-constexpr int kSharedTasks = 17, kSharingBlocks = 8;
+// From this many tasks on one multiprocessor takes longer than several and their meeting, as long as there are few
+// blocks on each.
+constexpr int kSharedTasks = 17, kSharingBlocks = 8, kFewBlocks = 4;
 
 template <int kPerLane>
 gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const int64_t* order, uint64_t seed,
@@ -96,7 +101,7 @@ gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const 
     return launch_clusters(blocks, pcgrad_kernel<kPerLane>, batch * blocks, warps * kWarp, 8 * values * num_tasks,
                            stream, gram, num_tasks, blocks, order, seed, step, advance, mean, weights);
   };
-  if (traits.clusters && num_tasks >= kSharedTasks && batch * kSharingBlocks <= traits.processors) {
+  if (traits.clusters && num_tasks >= kSharedTasks && batch * kSharingBlocks <= kFewBlocks * traits.processors) {
     const gs_status status = launch_with(kSharingBlocks);
     // A part of the GPU may have no room for a cluster.
     if (status != GS_UNSUPPORTED) return status;

@@ -10,15 +10,15 @@ struct WarpTeam {
   static constexpr int kColumns = 2;
   static constexpr int kSmall = 8;
   static constexpr int kPanel = 4;
+  static constexpr int kPairMembers = 4;
   GS_DEVICE int64_t rank() const { return thread() % kWarp; }
   GS_DEVICE int64_t size() const { return kWarp; }
   GS_DEVICE void sync() const { sync_warp(); }
   // Of each so many neighbours, a power of two.
-  GS_DEVICE double sum(double value, int64_t members = kWarp) const {
-    for (int mask = static_cast<int>(members) / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  GS_DEVICE double sum(double value, int members = kWarp) const {
+    for (int mask = members / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
     return value;
   }
-  GS_DEVICE double first(double value) const { return shuffle(value, 0); }
   GS_DEVICE void least(double& value, int64_t& index) const {
     auto position = static_cast<double>(index);
     for (int mask = kWarp / 2; mask > 0; mask /= 2) {
@@ -38,6 +38,7 @@ class BlockTeam {
   static constexpr int kColumns = 1;
   static constexpr int kSmall = 0;
   static constexpr int kPanel = 4;
+  static constexpr int kPairMembers = 8;
   static constexpr int kValues = kMaxThreads / kWarp;
   // With kValues of shared memory.
   GS_DEVICE explicit BlockTeam(double* values) : values_(values) {}
@@ -45,7 +46,7 @@ class BlockTeam {
   GS_DEVICE int64_t size() const { return threads(); }
   GS_DEVICE void sync() const { sync_block(); }
   // Of so many neighbours in a warp, or of all.
-  GS_DEVICE double sum(double value, int64_t members) const { return WarpTeam().sum(value, members); }
+  GS_DEVICE double sum(double value, int members) const { return WarpTeam().sum(value, members); }
   GS_DEVICE double sum(double value) const {
     value = WarpTeam().sum(value);
     sync_block();
@@ -54,12 +55,6 @@ class BlockTeam {
     double total = 0;
     for (int w = 0; w < threads() / kWarp; w++) total += values_[w];
     return total;
-  }
-  GS_DEVICE double first(double value) const {
-    sync_block();
-    if (thread() == 0) values_[0] = value;
-    sync_block();
-    return values_[0];
   }
 
  private:

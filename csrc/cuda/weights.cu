@@ -58,8 +58,8 @@ GS_KERNEL GS_BLOCKS(kMostWarps* kWarp, 1)
   }
 }
 
-// The spectral methods by a block per problem, from a number of tasks on: so many lanes for each pair of rows.
-constexpr int64_t kSpectralTasks = 17, kPairLanes = 8, kSpectralThreads = 512;
+// The spectral methods by a block per problem, from a number of tasks on.
+constexpr int64_t kSpectralTasks = 17, kSpectralThreads = 512;
 
 GS_KERNEL GS_BLOCKS(kSpectralThreads, 1)
     spectral_kernel(const double* gram, int64_t num_tasks, gs_weighting method, const double* preference,
@@ -80,7 +80,7 @@ GS_KERNEL GS_BLOCKS(kSpectralThreads, 1)
 
 gs_status launch_spectral(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
                           const double* preference, double* weights, double* workspace, gs_stream stream) {
-  const int64_t values = scratch_of(method, num_tasks), lanes = (num_tasks + 1) / 2 * kPairLanes;
+  const int64_t values = scratch_of(method, num_tasks), lanes = (num_tasks + 1) / 2 * BlockTeam::kPairMembers;
   const int64_t threads = std::min((lanes + kWarp - 1) / kWarp * kWarp, kSpectralThreads);
   const bool fits = values * 8 <= kSharedBytes;
   return launch(spectral_kernel, batch, static_cast<int>(threads), (BlockTeam::kValues + (fits ? values : 0)) * 8,

@@ -139,9 +139,10 @@ GS_HOST_DEVICE_CALL bool factor_and_solve(const Team& team, Row row, int64_t siz
       write(own, v);
     }
     for (int64_t i = own + team.size(); i <= size; i += team.size()) {
-      reduce(i, v);
-      panel.substitute(v);
-      write(i, v);
+      Values other;  // the triangle's rows are still to be written
+      reduce(i, other);
+      panel.substitute(other);
+      write(i, other);
     }
     team.sync();
     if (team.rank() < count) {

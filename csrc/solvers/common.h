@@ -36,20 +36,19 @@ GS_HOST_DEVICE void fill_nan(const Team& team, double* values, int64_t count) {
   for (int64_t i = team.rank(); i < count; i += team.size()) values[i] = NAN;
 }
 
-// The solvers run on a team: the threads of a warp on a GPU, one thread on the CPU. Members share the arrays and take
-// turns in loops over tasks; a sync() stands between a write and another member's read, and the other way round. What
-// every member computes for itself, and what sum(), first() and least() return, is the same for all, so they take the
-// same branches.
+// The solvers run on a team: the threads of a warp or a block on a GPU, one thread on the CPU. Members share the arrays
+// and take turns in loops over tasks; a sync() stands between a write and another member's read, and the other way
+// round. What every member computes for itself, and what sum() and least() return, is the same for all, so they take
+// the same branches.
 struct SerialTeam {
-  static constexpr int kColumns = 8;  // columns that a member sums at a time
-  static constexpr int kSmall = 0;    // rows of a matrix that each member had better factor; at most size()
-  static constexpr int kPanel = 1;    // columns that are factored together; at most size()
+  static constexpr int kColumns = 8;      // columns that a member sums at a time
+  static constexpr int kSmall = 0;        // rows of a matrix that each member had better factor; at most size()
+  static constexpr int kPanel = 1;        // columns that are factored together; at most size()
+  static constexpr int kPairMembers = 1;  // members that turn a pair of rows; divides size()
   GS_HOST_DEVICE int64_t rank() const { return 0; }
   GS_HOST_DEVICE int64_t size() const { return 1; }
   GS_HOST_DEVICE void sync() const {}
   GS_HOST_DEVICE double sum(double value) const { return value; }
-  // The value of member 0.
-  GS_HOST_DEVICE double first(double value) const { return value; }
   // The least value and its index, the smallest one among equal values.
   GS_HOST_DEVICE void least(double&, int64_t&) const {}
 };

@@ -62,35 +62,30 @@ class MinNorm {
   GS_HOST_DEVICE double at(int64_t i, int64_t j) const { return gram_[i * tasks_ + j]; }
   GS_HOST_DEVICE double* row(int64_t r) const { return inverse_ + r * (r + 1) / 2; }
 
+  // Each function has one place here, as far as that goes: a GPU is to keep the instructions of all.
   GS_HOST_DEVICE void descend(bool warm) {
     int64_t solves = 8 * tasks_ + 32;
-    const auto settle = [&] {
-      while (solves-- > 0 && !move_to_face_minimum()) {
-      }
-    };
     // The size of S from which to jump, once, from a cold start: fewer tasks take less time one after the other.
     int64_t few = warm ? 0 : 2 + tasks_ / 16;
-    if (!warm || !enter_together()) enter_positive();
-    if (warm) {
-      settle();
-    } else {
-      sum_up();
-    }
-    for (int64_t j = most_violating(); j >= 0 && solves > 0; j = most_violating()) {
+    bool jumped = false, begins = !warm || !enter_together();
+    for (;;) {
+      if (begins) enter_positive();
+      begins = false;
+      while (!jumped && solves-- > 0 && !move_to_face_minimum()) {
+      }
+      const int64_t j = most_violating();
+      if (j < 0 || solves <= 0) return;
+      if (jumped) invert_factor();
+      jumped = false;
       if (size_ == few) {
         few = 0;
-        if (!drop_negative()) {
-          enter_positive();
-        } else {
-          if (most_violating() < 0) return;
-          invert_factor();
-        }
+        jumped = drop_negative();
+        begins = !jumped;
       } else if (uncertain_) {
         refine();
       } else {
         enter(j);
       }
-      settle();
     }
   }
 

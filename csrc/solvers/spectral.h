@@ -11,65 +11,67 @@ namespace gs {
 
 constexpr int64_t spectral_scratch(int64_t num_tasks) { return (num_tasks + 1) * padded(num_tasks) + 4 * num_tasks; }
 
-// x^T y, and the rotation of x and y, over the entries 0, step, 2 step, ... below count; four at a time, so that
+// x^T y, and the rotation of x and y, over the entries 0, kStep, 2 kStep, ... below count; four at a time, so that
 // accesses need not wait for each other.
-GS_HOST_DEVICE inline double strided_dot(const double* x, const double* y, int64_t count, int64_t step) {
+template <int kStep>
+GS_HOST_DEVICE double strided_dot(const double* x, const double* y, int count) {
   double sum[4] = {};
-  int64_t i = 0;
-  for (; i + 3 * step < count; i += 4 * step) {
-    GS_UNROLL for (int k = 0; k < 4; k++) sum[k] += x[i + k * step] * y[i + k * step];
+  int i = 0;
+  for (; i + 3 * kStep < count; i += 4 * kStep) {
+    GS_UNROLL for (int k = 0; k < 4; k++) sum[k] += x[i + k * kStep] * y[i + k * kStep];
   }
-  for (; i < count; i += step) sum[0] += x[i] * y[i];
+  for (; i < count; i += kStep) sum[0] += x[i] * y[i];
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-GS_HOST_DEVICE inline void strided_rotate(double* x, double* y, int64_t count, int64_t step, double cosine,
-                                          double sine) {
-  const auto rotate = [&](auto number, int64_t i) {
+template <int kStep>
+GS_HOST_DEVICE void strided_rotate(double* x, double* y, int count, double cosine, double sine) {
+  const auto rotate = [&](auto number, int i) {
     constexpr int kNumber = decltype(number)::value;
     double a[kNumber], b[kNumber];
     GS_UNROLL for (int k = 0; k < kNumber; k++) {
-      a[k] = x[i + k * step];
-      b[k] = y[i + k * step];
+      a[k] = x[i + k * kStep];
+      b[k] = y[i + k * kStep];
     }
     GS_UNROLL for (int k = 0; k < kNumber; k++) {
-      x[i + k * step] = cosine * a[k] - sine * b[k];
-      y[i + k * step] = sine * a[k] + cosine * b[k];
+      x[i + k * kStep] = cosine * a[k] - sine * b[k];
+      y[i + k * kStep] = sine * a[k] + cosine * b[k];
     }
   };
-  int64_t i = 0;
-  for (; i + 3 * step < count; i += 4 * step) rotate(std::integral_constant<int, 4>(), i);
-  for (; i < count; i += step) rotate(std::integral_constant<int, 1>(), i);
+  int i = 0;
+  for (; i + 3 * kStep < count; i += 4 * kStep) rotate(std::integral_constant<int, 4>(), i);
+  for (; i < count; i += kStep) rotate(std::integral_constant<int, 1>(), i);
 }
 
 // Turns the rows a_k of a symmetric positive semidefinite matrix into lambda_k v_k^T for its eigenvalues and
 // eigenvectors, in no order; lambda_k = |a_k| goes into values. One-sided Jacobi: for each pair of rows a rotation that
-// makes them orthogonal, pairs without a common row side by side, each by as many members as there are. A sum of
-// products Q^T A with orthogonal rows is diag(lambda) V^T. Rows for eigenvalues that are 0 to rounding hold noise.
+// makes them orthogonal, pairs without a common row side by side, each by kPairMembers members. A sum of products Q^T A
+// with orthogonal rows is diag(lambda) V^T. Rows for eigenvalues that are 0 to rounding hold noise.
 template <class Team>
-GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num_tasks, double* values) {
-  const int64_t stride = padded(num_tasks), pairs = (num_tasks + 1) / 2, rounds = 2 * pairs - 1;
-  int64_t members = 1;
-  while (2 * members * pairs <= team.size()) members *= 2;
-  const int64_t rank = team.rank() % members, group = team.rank() / members, groups = team.size() / members;
+GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t tasks, double* values) {
+  constexpr int kMembers = Team::kPairMembers;
+  // A GPU multiplies 64-bit integers in several steps.
+  const auto num_tasks = static_cast<int>(tasks), stride = static_cast<int>(padded(tasks));
+  const int pairs = (num_tasks + 1) / 2, rounds = 2 * pairs - 1, member = static_cast<int>(team.rank());
+  const int rank = member % kMembers, group = member / kMembers, groups = static_cast<int>(team.size()) / kMembers;
   for (int sweep = 0; sweep < 30; sweep++) {
     // The squared lengths, which a sweep keeps up to date, but for rounding.
-    for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
+    for (int k = member; k < num_tasks; k += kMembers * groups) {
       values[k] = dot(rows + k * stride, rows + k * stride, num_tasks);
     }
     team.sync();
     double again = 0;
-    for (int64_t round = 0; round < rounds; round++) {
-      for (int64_t first = 0; first < pairs; first += groups) {
+    for (int round = 0; round < rounds; round++) {
+      for (int first = 0; first < pairs; first += groups) {
         // A tournament: the last player stays, the others move on by one place a round.
-        const int64_t k = first + group, above = round + k, below = round - k;
-        const int64_t p = k == 0 ? rounds : above < rounds ? above : above - rounds;
-        const int64_t q = below < 0 ? below + rounds : below;
+        const int k = first + group, above = round + k, below = round - k;
+        const int p = k == 0 ? rounds : above < rounds ? above : above - rounds;
+        const int q = below < 0 ? below + rounds : below;
         const bool plays = k < pairs && p < num_tasks;  // else q sits out
         double *const a = rows + p * stride, *const b = rows + q * stride;
         const double aa = plays ? values[p] : 0, bb = plays ? values[q] : 0;
-        const double part = plays ? strided_dot(a + rank, b + rank, num_tasks - rank, members) : 0;
-        const double ab = team.sum(part, members);
+        const double part = plays ? strided_dot<kMembers>(a + rank, b + rank, num_tasks - rank) : 0;
+        const double ab = team.sum(part, kMembers);
         team.sync();
         if (!(ab * ab > 1e-30 * (aa * bb))) continue;
         // The tangent of twice the angle is twice / apart.
@@ -82,13 +84,13 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t num
           values[p] = std::fmax(aa - sine * secant * ab, 0.0);
           values[q] = std::fmax(bb + sine * secant * ab, 0.0);
         }
-        strided_rotate(a + rank, b + rank, num_tasks - rank, members, cosine, sine);
+        strided_rotate<kMembers>(a + rank, b + rank, num_tasks - rank, cosine, sine);
       }
       team.sync();
     }
     if (team.sum(again) == 0) break;
   }
-  for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
+  for (int k = member; k < num_tasks; k += kMembers * groups) {
     values[k] = std::sqrt(dot(rows + k * stride, rows + k * stride, num_tasks));
   }
   team.sync();

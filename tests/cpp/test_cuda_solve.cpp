@@ -14,7 +14,7 @@ void test_task_order(int64_t num_tasks) {
 }
 
 // Many processors: several blocks share a problem.
-void test_pcgrad(int64_t num_tasks, bool own_order, int processors = 3) {
+void test_pcgrad(int64_t num_tasks, bool own_order, int processors = 1) {
   Emulator::get().processors = processors;
   const Values grams = grams_of(num_tasks);
   std::vector<int64_t> order(num_tasks * num_tasks);

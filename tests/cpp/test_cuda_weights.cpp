@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The solvers of gs_weighting and Gradient Vaccine on the GPU, compiled for the host (emulated.h), against the CPU's
 // results, in several orders of threads and blocks: the same bits in each.
+#include "cuda/teams.cuh"
 #include "emulation.h"
 #include "solvers/faces.h"
 #include "solvers/spectral.h"
@@ -115,9 +116,54 @@ void test_faces_of_near_copies() {
   }
 }
 
+// The factor and the solution that a team of so many threads leaves in place are those of one thread; a last row that
+// is the one before, to 12 digits, is refused where it must not be.
+template <class Make>
+void test_factor(int64_t size, int threads, const Make& make_team) {
+  const int64_t stride = gs::padded(size);
+  std::mt19937 random(7);
+  std::normal_distribution<double> normal;
+  Values points(size * size), rows((size + 1) * stride, NAN);
+  for (double& value : points) value = normal(random);
+  for (int64_t i = 0; i < size; i++) {
+    rows[size * stride + i] = normal(random);
+    for (int64_t j = 0; j <= i; j++) {
+      rows[i * stride + j] = i == j ? 0.1 : 0;
+      for (int64_t k = 0; k < size; k++) rows[i * stride + j] += points[i * size + k] * points[j * size + k];
+    }
+  }
+  const auto solve = [=](const auto& team, Values& values, double least) {
+    return gs::factor_and_solve(team, [&](int64_t i) { return &values[i * stride]; }, size, least);
+  };
+  Values expected = rows;
+  CHECK(solve(gs::SerialTeam(), expected, 0), "not positive");
+  const auto by_team = [&](Values& values, double least) {
+    std::vector<char> solved(threads);
+    Emulator& emulator = Emulator::get();
+    const auto kernel = [&] { solved[emulator.thread()] = solve(make_team(), values, least); };
+    emulator.run(1, threads, gs::gpu::BlockTeam::kValues * 8, kernel, 1);
+    CHECK(std::count(solved.begin(), solved.end(), solved[0]) == threads, "threads differ");
+    return solved[0] != 0;
+  };
+  const Values got = in_every_order(static_cast<int64_t>(rows.size()), [&](double* out) {
+    Values values = rows;
+    CHECK(by_team(values, 0), "not positive");
+    std::copy(values.begin(), values.end(), out);
+    return GS_OK;
+  });
+  check_close(got, expected, 1e-9, "factor");
+  double *const last = &rows[(size - 1) * stride], *const before = last - stride;
+  std::copy(before, before + size - 1, last);
+  last[size - 2] = before[size - 2];
+  last[size - 1] = before[size - 2] * (1 + 1e-12);
+  Values copy = rows;
+  CHECK(by_team(copy, -INFINITY), "a small pivot");
+  CHECK(!by_team(rows, 1e-8), "a small pivot");
+}
+
 // A team of one that takes the sweeps of larger ones.
 struct Member : gs::SerialTeam {
-  double sum(double value, int64_t = 1) const { return value; }
+  double sum(double value, int = 1) const { return value; }
 };
 
 // Eigenvalues close together: rows turn by large angles however orthogonal they are already.
@@ -179,6 +225,10 @@ int main() {
   for (const int num_tasks : {2, 3, 5, 8}) test_cagrad_faces(num_tasks);
   test_faces_of_near_copies();
   test_clustered_eigenvalues();
+  for (const int64_t size : {2, 3, 4, 9, 31, 32, 33, 70}) {
+    test_factor(size, 32, [] { return gs::gpu::WarpTeam(); });
+    test_factor(size, 96, [] { return gs::gpu::BlockTeam(&gs::gpu::shared<double>()); });
+  }
   for (const int64_t num_tasks : {1, 2, 3, 8, 17}) {
     for (int method = GS_UPGRAD; method <= GS_KRUM; method++) {
       test_weights(num_tasks, static_cast<gs_weighting>(method), method % 2 == 1);
