@@ -261,6 +261,17 @@ def test_sanitize_solvers(tasks):
     assert method.state_dict()["step"] == 2
 
 
+@pytest.mark.parametrize("batch", [1, 5, 200])
+@pytest.mark.parametrize("tasks", [16, 17, 40, 100, 256])
+def test_sanitize_pcgrad_by_one_and_several_blocks(tasks, batch):
+    rows = gradients(batch * tasks, 40, torch.float64).view(batch, tasks, 40)
+    rows -= rows.mean(1, keepdim=True)
+    products = rows @ rows.mT
+    got = gradsurgery.pcgrad_weights(products, seed=1, step=3)
+    expected = gradsurgery.pcgrad_weights(products.cpu(), seed=1, step=3)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-8, atol=1e-8)
+
+
 def kernels_of(call):
     """The names of our kernels that a call launches."""
     activity = torch.profiler.ProfilerActivity.CUDA

@@ -15,7 +15,7 @@ namespace {
 // Parts of a slot, whose products are summed while the next ones are on their way. More copies than those would hold up
 // the threads that start them.
 constexpr int kParts = 8, kAhead = 1;
-constexpr int64_t kLeastPart = 256;
+constexpr int64_t kLeastPart = 8192;  // bytes: smaller ones wait for memory one after the other
 constexpr int kPairs = kFusedTasks * (kFusedTasks + 1) / 2;
 
 // What the stages keep in shared memory beside the gradients, one after the other.
@@ -178,8 +178,9 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
   const bool is_pcgrad = table.method == GS_PCGRAD;
   const uint64_t step = is_pcgrad ? static_cast<uint64_t>(*table.step) : 0;
 
-  const int64_t share = (end - begin + kParts * kFusedUnit - 1) / (kParts * kFusedUnit) * kFusedUnit;
-  const int64_t part = share > kLeastPart ? share : kLeastPart;
+  const auto units = [](int64_t columns) { return (columns + kFusedUnit - 1) / kFusedUnit * kFusedUnit; };
+  const int64_t share = units((end - begin + kParts - 1) / kParts);
+  const int64_t least = units(kLeastPart / (num_tasks * int64_t{sizeof(In)})), part = share > least ? share : least;
   int64_t copied = begin;
   const auto copy_part = [&] {
     const int64_t next = copied + part < end ? copied + part : end;
