@@ -24,7 +24,7 @@ constexpr int kBlockThreads = kPerLane <= 2 ? kMaxThreads : kMaxThreads / 2;
 
 // `blocks` blocks per problem, a cluster, share its tasks. Each warp projects some of them; the parts are added in the
 // order of the warps, and their sums in that of the blocks, by the first one.
-template <int kPerLane>
+template <int kPerLane, bool kShares>
 GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
     pcgrad_kernel(const double* gram, int num_tasks, int blocks, const int64_t* order, uint64_t seed, int64_t* step,
                   bool advance, bool mean, double* weights) {
@@ -36,15 +36,14 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
   double* const parts = sums + blocks * num_tasks;
   double* const copy = parts + warps * num_tasks;
   const uint64_t now = order ? 0 : static_cast<uint64_t>(*step);
-  const bool shares = blocks > 1;
-  if (shares) arrive_cluster();
+  if (kShares) arrive_cluster();
 
   // The first entries of G are on their way while the warp draws its first orders.
-  constexpr int kAhead = 16;
+  constexpr int kAhead = kShares ? 16 : 4;  // few warps have to load it all
   double ahead[kAhead];
   const auto load = [&](int first) {
 #pragma unroll
-    for (int a = 0; a < kAhead && a * threads() < entries; a++) {
+    for (int a = 0; a < kAhead; a++) {
       const int e = first + a * threads();
       ahead[a] = e < entries ? g[e] : 0;
     }
@@ -55,7 +54,7 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
   bool finite = true;
   for (int first = thread();;) {
 #pragma unroll
-    for (int a = 0; a < kAhead && a * threads() < entries; a++) {
+    for (int a = 0; a < kAhead; a++) {
       const int e = first + a * threads();
       finite = finite && std::isfinite(ahead[a]);
       if (kHoldsGram<kPerLane> && e < entries) copy[e] = ahead[a];
@@ -69,7 +68,7 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
 
   if (!broken) project_tasks<kPerLane>(kHoldsGram<kPerLane> ? copy : g, num_tasks, order, seed, now, own, parts);
   sync_block();
-  if (shares) {
+  if (kShares) {
     wait_cluster();
     for (int j = thread(); j < num_tasks; j += threads()) {
       shared_of(0, sums)[member * num_tasks + j] = sum_parts(parts, warps, num_tasks, j);
@@ -79,7 +78,7 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
     if (member > 0) return;
   }
   for (int j = thread(); j < num_tasks; j += threads()) {
-    const double added = shares ? sum_parts(sums, blocks, num_tasks, j) : sum_parts(parts, warps, num_tasks, j);
+    const double added = kShares ? sum_parts(sums, blocks, num_tasks, j) : sum_parts(parts, warps, num_tasks, j);
     weights[problem * num_tasks + j] = pcgrad_weight(added, num_tasks, broken, mean);
   }
   if (advance && thread() == 0) ++*step;
@@ -94,19 +93,19 @@ gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const 
                         int64_t* step, bool advance, bool mean, double* weights, gs_stream stream) {
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
-  const auto launch_with = [&](int blocks) {
+  const auto launch_with = [&](auto kernel, int blocks) {
     const int warps = std::min((num_tasks + blocks - 1) / blocks, kBlockThreads<kPerLane> / kWarp);
     const int64_t values = blocks + warps + (kHoldsGram<kPerLane> ? num_tasks : 0);  // per task
     static_assert(kWarpBytesPerTask == 8);
-    return launch_clusters(blocks, pcgrad_kernel<kPerLane>, batch * blocks, warps * kWarp, 8 * values * num_tasks,
-                           stream, gram, num_tasks, blocks, order, seed, step, advance, mean, weights);
+    return launch_clusters(blocks, kernel, batch * blocks, warps * kWarp, 8 * values * num_tasks, stream, gram,
+                           num_tasks, blocks, order, seed, step, advance, mean, weights);
   };
   if (traits.clusters && num_tasks >= kSharedTasks && batch * kSharingBlocks <= kFewBlocks * traits.processors) {
-    const gs_status status = launch_with(kSharingBlocks);
+    const gs_status status = launch_with(&pcgrad_kernel<kPerLane, true>, kSharingBlocks);
     // A part of the GPU may have no room for a cluster.
     if (status != GS_UNSUPPORTED) return status;
   }
-  return launch_with(1);
+  return launch_with(&pcgrad_kernel<kPerLane, false>, 1);
 }
 
 }  // namespace

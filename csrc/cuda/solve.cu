@@ -14,7 +14,7 @@ namespace {
 // The same answer for every lane.
 GS_DEVICE bool warp_finite(const double* values, int64_t count) {
   bool finite = true;
-#pragma unroll 8
+#pragma unroll 16
   for (int64_t i = thread() % kWarp; i < count; i += kWarp) finite &= std::isfinite(values[i]);
   return all_of_warp(finite);
 }

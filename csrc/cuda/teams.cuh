@@ -19,6 +19,10 @@ struct WarpTeam {
     for (int mask = members / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
     return value;
   }
+  template <class... Values>
+  GS_DEVICE void sum_each(Values&... values) const {
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) ((values += shuffle_xor(values, mask)), ...);
+  }
   GS_DEVICE void least(double& value, int64_t& index) const {
     auto position = static_cast<double>(index);
     for (int mask = kWarp / 2; mask > 0; mask /= 2) {
@@ -55,6 +59,10 @@ class BlockTeam {
     double total = 0;
     for (int w = 0; w < threads() / kWarp; w++) total += values_[w];
     return total;
+  }
+  template <class... Values>
+  GS_DEVICE void sum_each(Values&... values) const {
+    ((values = sum(values)), ...);
   }
 
  private:

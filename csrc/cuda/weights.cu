@@ -25,7 +25,7 @@ int64_t scratch_of(gs_weighting method, int64_t num_tasks) {
 // The same answer for every thread.
 GS_DEVICE bool block_finite(const double* values, int64_t count) {
   bool finite = true;
-#pragma unroll 8
+#pragma unroll 16
   for (int64_t i = thread(); i < count; i += threads()) finite &= std::isfinite(values[i]);
   return !any_of_block(!finite);
 }

@@ -38,7 +38,7 @@ GS_HOST_DEVICE void fill_nan(const Team& team, double* values, int64_t count) {
 
 // The solvers run on a team: the threads of a warp or a block on a GPU, one thread on the CPU. Members share the arrays
 // and take turns in loops over tasks; a sync() stands between a write and another member's read, and the other way
-// round. What every member computes for itself, and what sum() and least() return, is the same for all, so they take
+// round. What every member computes for itself, and what sums and least() return, is the same for all, so they take
 // the same branches.
 struct SerialTeam {
   static constexpr int kColumns = 8;      // columns that a member sums at a time
@@ -49,6 +49,9 @@ struct SerialTeam {
   GS_HOST_DEVICE int64_t size() const { return 1; }
   GS_HOST_DEVICE void sync() const {}
   GS_HOST_DEVICE double sum(double value) const { return value; }
+  // Several sums at once, each in place of its part.
+  template <class... Values>
+  GS_HOST_DEVICE void sum_each(Values&...) const {}
   // The least value and its index, the smallest one among equal values.
   GS_HOST_DEVICE void least(double&, int64_t&) const {}
 };

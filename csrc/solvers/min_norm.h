@@ -182,9 +182,8 @@ class MinNorm {
         error += deviation * deviation;
       }
     }
-    spread = team_.sum(spread);
-    value = team_.sum(value);
-    error = std::sqrt(team_.sum(error));
+    team_.sum_each(spread, value, error);
+    error = std::sqrt(error);
     double worst = -kTolerance * spread;
     int64_t worst_task = -1;
     for (int64_t j = team_.rank(); j < tasks_; j += team_.size()) {

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The methods that need G's eigenvalues: IMTL-G, ConFIG, Aligned-MTL.
 #pragma once
-#include <type_traits>
-
 #include "cholesky.h"
 #include "gradsurgery/gradsurgery.h"
 #include "tridiagonal.h"
@@ -16,31 +14,31 @@ constexpr int64_t spectral_scratch(int64_t num_tasks) { return (num_tasks + 1) *
 template <int kStep>
 GS_HOST_DEVICE double strided_dot(const double* x, const double* y, int count) {
   double sum[4] = {};
-  int i = 0;
-  for (; i + 3 * kStep < count; i += 4 * kStep) {
-    GS_UNROLL for (int k = 0; k < 4; k++) sum[k] += x[i + k * kStep] * y[i + k * kStep];
+  for (int first = 0; first < count; first += 4 * kStep) {
+    GS_UNROLL for (int k = 0; k < 4; k++) {
+      const int i = first + k * kStep;
+      if (i < count) sum[k] += x[i] * y[i];
+    }
   }
-  for (; i < count; i += kStep) sum[0] += x[i] * y[i];
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 template <int kStep>
 GS_HOST_DEVICE void strided_rotate(double* x, double* y, int count, double cosine, double sine) {
-  const auto rotate = [&](auto number, int i) {
-    constexpr int kNumber = decltype(number)::value;
-    double a[kNumber], b[kNumber];
-    GS_UNROLL for (int k = 0; k < kNumber; k++) {
-      a[k] = x[i + k * kStep];
-      b[k] = y[i + k * kStep];
+  for (int first = 0; first < count; first += 4 * kStep) {
+    double a[4], b[4];
+    GS_UNROLL for (int k = 0; k < 4; k++) {
+      const int i = first + k * kStep;
+      a[k] = i < count ? x[i] : 0;
+      b[k] = i < count ? y[i] : 0;
     }
-    GS_UNROLL for (int k = 0; k < kNumber; k++) {
-      x[i + k * kStep] = cosine * a[k] - sine * b[k];
-      y[i + k * kStep] = sine * a[k] + cosine * b[k];
+    GS_UNROLL for (int k = 0; k < 4; k++) {
+      const int i = first + k * kStep;
+      if (i >= count) break;
+      x[i] = cosine * a[k] - sine * b[k];
+      y[i] = sine * a[k] + cosine * b[k];
     }
-  };
-  int i = 0;
-  for (; i + 3 * kStep < count; i += 4 * kStep) rotate(std::integral_constant<int, 4>(), i);
-  for (; i < count; i += kStep) rotate(std::integral_constant<int, 1>(), i);
+  }
 }
 
 // Turns the rows a_k of a symmetric positive semidefinite matrix into lambda_k v_k^T for its eigenvalues and
@@ -201,9 +199,7 @@ GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, i
     const double wanted = norms[k] > 0 ? (preference ? preference[k] : 1) : 0;
     whole += wanted * wanted;
   }
-  length = team.sum(length);
-  kept = team.sum(kept);
-  whole = team.sum(whole);
+  team.sum_each(length, kept, whole);
   team.sync();
   combine_padded(team, rows, num_tasks, factor, c);
   if (kept > rounding * rounding * whole) return length;
@@ -223,8 +219,7 @@ GS_HOST_DEVICE void imtl_g(const Team& team, const double* gram, int64_t num_tas
     total += weights[i];
     size += std::fabs(weights[i]);
   }
-  total = team.sum(total);
-  size = team.sum(size);
+  team.sum_each(total, size);
   const bool any = std::fabs(total) > 1e-12 * size;
   for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = any ? weights[i] / total : 0;
 }
