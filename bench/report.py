@@ -102,7 +102,7 @@ def gpu_section(run: dict[str, Any]) -> str:
         f"{run['commit'][:12]}, {run['date'][:10]}.",
         f"Of the targets of `bench/gpu_targets.py` it met {met} and missed {missed}:",
         f"[{GPU.relative_to(ROOT)}]({GPU.relative_to(ROOT)}). What changed since then and what it brought:",
-        "[bench/NOTES.md](bench/NOTES.md#one-wave-of-slots).",
+        "[bench/NOTES.md](bench/NOTES.md#the-solvers-and-what-the-last-changes-brought).",
         "",
         "![Share of the bandwidth over the size of the gradients](docs/bandwidth.svg)",
     ]
