@@ -27,7 +27,7 @@ GOLDEN_VALUES = {
 }
 
 
-@pytest.fixture(params=[name for name in USABLE if name != "triton"])
+@pytest.fixture(params=USABLE)
 def backend(request):
     """Not Triton: what it has is the reference's."""
     return request.param

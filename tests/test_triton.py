@@ -2,6 +2,7 @@
 """What is particular to the Triton backend: its arithmetics, its cut into slots, its launch parameters."""
 
 from itertools import pairwise, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from test_gram import assert_gram, flatten
 pytestmark = pytest.mark.skipif("triton" not in USABLE, reason=gradsurgery.backends()["triton"])
 
 if "triton" in USABLE:
-    from gradsurgery.backends.triton import launch, table, tuning
+    from gradsurgery.backends.triton import launch, table, tuning, weights
 
 
 @pytest.fixture(params=[True, False], ids=["fast float64", "slow float64"])
@@ -71,6 +72,17 @@ def test_pcgrad_by_several_programs(monkeypatch, tasks):
     got = gradsurgery.pcgrad_weights(gram.expand(3, tasks, tasks), seed=1, step=2, reduction="mean", backend="triton")
     torch.testing.assert_close(got, expected.expand(3, tasks))
     assert torch.equal(gradsurgery.task_order(tasks, seed=1, step=torch.tensor(2), backend="triton"), order)
+
+
+@pytest.mark.parametrize(("kilobytes", "most"), [(64, 64), (100, 64), (164, 128), (228, 128)])
+def test_rotations_that_shared_memory_has_no_room_for_are_pytorchs(monkeypatch, kilobytes, most):
+    properties = SimpleNamespace(shared_memory_per_multiprocessor=kilobytes * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gpu = torch.device("cuda")
+    for tasks in (2, 64, 65, 128):
+        assert weights.serves("config", tasks, gpu) == (tasks <= most)
+        assert weights.serves("upgrad", tasks, gpu)
+        assert not weights.serves("krum", tasks, gpu)
 
 
 @pytest.mark.parametrize("tasks", [9, 20, 70])

@@ -17,6 +17,7 @@ TOOL = Path(__file__).with_name("triton_compile.py")
 # Every padded number of tasks, for older GPUs too: `make gpu-code`.
 WHOLE = "GRADSURGERY_TEST_WHOLE" in os.environ
 STREAMING = ("slot_sums", "sum_slots", "weighted_sums")
+SOLVERS = ("exact", "frank_wolfe", "cone_projection", "cagrad", "fairgrad", "from_cosines", "aligned_mtl")
 ROWS, FLOAT64, FLOAT32 = ("constexpr[0]", "constexpr[1]", "constexpr[2]")
 
 
@@ -71,8 +72,8 @@ def test_nvidia(architecture):
         # Lanes must agree on what they decide by: see launch._SOLVER.
         if kernel["kernel"] not in STREAMING:
             assert constants["enable_fp_fusion"] == "False", name
-        # The solvers of min-norm problems hold two [T, T] matrices in registers.
-        if kernel["kernel"] not in ("exact", "frank_wolfe") or tasks <= 32:
+        # Solvers hold up to three [T, T] matrices in registers.
+        if kernel["kernel"] not in SOLVERS or tasks <= 32:
             assert kernel["local"] <= 32, name
         # Triton's own layout may give every warp the same tiles. Four copies of the arithmetic: whole blocks, the last
         # one, and for bfloat16 one step with scaled rows.

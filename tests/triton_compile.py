@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from cpp.check_sass import READ, SPILL, kernels_of
 from gradsurgery._gradients import parse
-from gradsurgery.backends.triton import launch, version
+from gradsurgery.backends.triton import launch, version, weights
 
 WARP = {"cuda": 32, "hip": 64}
 
@@ -90,6 +90,9 @@ def launch_all(target: GPUTarget, small: bool) -> None:
         launch.min_norm(gram, False, 1, 0.0, out)
         launch.gradnorm([out] * 4, 1.5, 0.025, out)
         launch.gradnorm_step(gram, out, 1.5, 0.025, (out, out), out)
+        if not small or tasks == 8:
+            for method in ("upgrad", "cagrad", "fairgrad", "config", "aligned_mtl_median"):
+                weights.weights(gram, method, None, 1.0, 1.0, out)
 
 
 def recompiled() -> int:

@@ -60,6 +60,17 @@ class TritonBackend(PlainStages):
         """Write the min-norm weights."""
         _launch().min_norm(gram, exact, max_iter, tol, out)
 
+    def weights(
+        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
+    ) -> None:
+        """Write the weights of one of the methods of ``solvers.WEIGHTINGS``."""
+        from . import weights
+
+        if weights.serves(method, gram.shape[-1], gram.device):
+            weights.weights(gram, method, preference, parameter, limit, out)
+        else:
+            super().weights(gram, method, preference, parameter, limit, out)
+
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """Write GradNorm's new weights."""
         _launch().gradnorm(inputs, alpha, lr, out)

@@ -36,7 +36,7 @@ _GRAM_SLOTS = {"rows": 1056, 16: 1056, 32: 1056, 64: 264, 128: 264}
 _COMBINE_SLOTS = 1056
 _ROWS_AT_MOST = 8
 # A product that one lane fuses with a sum and another does not would make them disagree on what both decide by.
-_SOLVER = {"enable_fp_fusion": False}
+SOLVER = {"enable_fp_fusion": False}
 _PCGRAD_ELEMENTS = 64
 # A block has at most 1,024 threads.
 _MAX_WARPS = 16 if torch.version.hip else 32
@@ -235,7 +235,7 @@ def task_order(seed: int, step: Tensor, out: Tensor) -> None:
     tasks, rows, num_warps = _tile(num_tasks)
     with on(out.device):
         pcgrad_kernels.write_orders[(triton.cdiv(num_tasks, rows),)](
-            out, seed, step, num_tasks, TASKS=tasks, ROWS=rows, num_warps=num_warps, **_SOLVER
+            out, seed, step, num_tasks, TASKS=tasks, ROWS=rows, num_warps=num_warps, **SOLVER
         )
 
 
@@ -260,7 +260,7 @@ def pcgrad(gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance:
                 TASKS=tasks,
                 ROWS=rows,
                 num_warps=num_warps,
-                **_SOLVER,
+                **SOLVER,
             )
     if programs > 1:
         torch.sum(parts, 1, out=out.view(problems, num_tasks))
@@ -272,17 +272,14 @@ def min_norm(gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) 
     """Write the min-norm weights."""
     num_tasks = gram.shape[-1]
     problems = out.numel() // num_tasks
-    tasks = triton.next_power_of_2(num_tasks)
-    num_warps = min(max(1, tasks * tasks // 256), _MAX_WARPS)
     if problems == 0:
         return
+    shape = solver_shape(num_tasks) | SOLVER
     with on(gram.device):
         if exact:
-            min_norm_kernels.exact[(problems,)](out, gram, num_tasks, TASKS=tasks, num_warps=num_warps, **_SOLVER)
+            min_norm_kernels.exact[(problems,)](out, gram, num_tasks, **shape)
         else:
-            min_norm_kernels.frank_wolfe[(problems,)](
-                out, gram, num_tasks, max_iter, tol, TASKS=tasks, num_warps=num_warps, **_SOLVER
-            )
+            min_norm_kernels.frank_wolfe[(problems,)](out, gram, num_tasks, max_iter, tol, **shape)
 
 
 def gradnorm(inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
@@ -291,7 +288,7 @@ def gradnorm(inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> 
     if out.numel():
         with on(out.device):
             gradnorm_kernels.update[(out.numel() // num_tasks,)](
-                out, *inputs, alpha, lr, num_tasks, TASKS=triton.next_power_of_2(num_tasks), num_warps=1, **_SOLVER
+                out, *inputs, alpha, lr, num_tasks, TASKS=triton.next_power_of_2(num_tasks), num_warps=1, **SOLVER
             )
 
 
@@ -312,8 +309,14 @@ def gradnorm_step(
                 num_tasks,
                 TASKS=triton.next_power_of_2(num_tasks),
                 num_warps=1,
-                **_SOLVER,
+                **SOLVER,
             )
+
+
+def solver_shape(num_tasks: int) -> dict[str, int]:
+    """Return the padded number of tasks and the warps of a program that holds a matrix [T, T]."""
+    tasks = triton.next_power_of_2(num_tasks)
+    return {"TASKS": tasks, "num_warps": min(max(1, tasks * tasks // 256), _MAX_WARPS)}
 
 
 def _tile(num_tasks: int) -> tuple[int, int, int]:

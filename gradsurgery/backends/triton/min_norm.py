@@ -6,11 +6,17 @@ import triton.language as tl
 
 
 @triton.jit
-def all_finite(gram, num_tasks, TASKS: tl.constexpr):
-    """Return whether G is finite."""
+def load_gram(gram, num_tasks, TASKS: tl.constexpr):
+    """Return G with zeros beyond T."""
     task = tl.arange(0, TASKS)
     inside = (task < num_tasks)[:, None] & (task < num_tasks)[None, :]
-    g = tl.load(gram + task[:, None] * num_tasks + task[None, :], mask=inside, other=0.0)
+    return tl.load(gram + task[:, None] * num_tasks + task[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def all_finite(gram, num_tasks, TASKS: tl.constexpr):
+    """Return whether G is finite."""
+    g = load_gram(gram, num_tasks, TASKS)
     return tl.min(tl.min((g - g == 0).to(tl.int32), 1), 0) > 0
 
 
@@ -42,12 +48,12 @@ def sweep(table, k, entering, TASKS: tl.constexpr):
 
 
 @triton.jit
-def matrix(gram, b, inverse_norm, num_tasks, TASKS: tl.constexpr):
-    """Return M = C + b b^T, C = G with rows and columns divided by the norms; 0 beyond T."""
+def matrix(gram, scale, shift, ridge, inverse, b, num_tasks, TASKS: tl.constexpr):
+    """Return M = D (scale G + shift_i + shift_j + ridge I) D + b b^T with D = diag(inverse); 0 beyond T, where D is."""
     task = tl.arange(0, TASKS)
-    inside = (task < num_tasks)[:, None] & (task < num_tasks)[None, :]
-    g = tl.load(gram + task[:, None] * num_tasks + task[None, :], mask=inside, other=0.0)
-    return g * inverse_norm[:, None] * inverse_norm[None, :] + b[:, None] * b[None, :]
+    g = load_gram(gram, num_tasks, TASKS) * scale + shift[:, None] + shift[None, :]
+    g = tl.where(task[:, None] == task[None, :], g + ridge, g)
+    return g * inverse[:, None] * inverse[None, :] + b[:, None] * b[None, :]
 
 
 @triton.jit(do_not_specialize=["num_tasks"])
@@ -73,7 +79,8 @@ def exact(out, gram, num_tasks, TASKS: tl.constexpr):
         if least > 0:
             inverse_norm = tl.where(inside, 1.0 / norm, 0.0)
             b = tl.where(inside, least / norm, 0.0)
-            v = descend(gram, b, inverse_norm, num_tasks, TASKS)
+            zeros = tl.zeros([TASKS], tl.float64)
+            v = descend(gram, 1.0, zeros, 0.0, inverse_norm, b, b, 0.0, num_tasks, TASKS)
             weights = v * inverse_norm * least
             weights = weights / tl.sum(weights, 0)
     else:
@@ -82,17 +89,20 @@ def exact(out, gram, num_tasks, TASKS: tl.constexpr):
 
 
 @triton.jit
-def descend(gram, b, inverse_norm, num_tasks, TASKS: tl.constexpr):
-    """Return the solution v of the non-negative least squares problem."""
+def descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASKS: tl.constexpr):
+    """Return v with M v >= b, v >= 0, v^T (M v - b) = 0 for the matrix() M with ``outer`` as its b.
+
+    What is missing in M v >= b up to ``noise`` does not count.
+    """
     task = tl.arange(0, TASKS)
-    table = matrix(gram, b, inverse_norm, num_tasks, TASKS)
+    table = matrix(gram, scale, shift, ridge, inverse, outer, num_tasks, TASKS)
     v = tl.zeros([TASKS], tl.float64)
     active = task < 0
     smallest = tl.full([], 1.0, tl.float64)
     running = 1
     for _ in range(8 * num_tasks + 32):
         if running > 0:
-            m = matrix(gram, b, inverse_norm, num_tasks, TASKS)
+            m = matrix(gram, scale, shift, ridge, inverse, outer, num_tasks, TASKS)
             z = solve(table, active, b)
             missing = b - tl.sum(m * z[None, :], 1)
             refined = z + solve(table, active, missing)
@@ -111,7 +121,7 @@ def descend(gram, b, inverse_norm, num_tasks, TASKS: tl.constexpr):
             worst = tl.max(excess, 0)
             found = tl.where(leaving, tl.where(ratio == reach, task, TASKS), tl.where(excess == worst, task, TASKS))
             k = tl.min(found, 0)
-            if leaving | (worst > 1e-14 * tl.sum(v, 0)):
+            if leaving | (worst > 1e-14 * tl.sum(v, 0) + noise):
                 active = tl.where(task == k, ~leaving, active)
                 v = tl.where(task == k, 0.0, v)
                 # An exchange back loses what a small pivot has blown up: the table is then made anew.
@@ -146,7 +156,7 @@ def frank_wolfe(out, gram, num_tasks, max_iter, tol: tl.float64, TASKS: tl.const
     gram += problem * num_tasks * num_tasks
     task = tl.arange(0, TASKS)
     inside = task < num_tasks
-    g = tl.load(gram + task[:, None] * num_tasks + task[None, :], mask=inside[:, None] & inside[None, :], other=0.0)
+    g = load_gram(gram, num_tasks, TASKS)
     diagonal = tl.load(gram + task * (num_tasks + 1), mask=inside, other=0.0)
     w = tl.where(inside, 1.0, 0.0).to(tl.float64) / num_tasks
     running = tl.min(tl.min((g - g == 0).to(tl.int32), 1), 0)
