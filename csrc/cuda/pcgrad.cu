@@ -33,7 +33,7 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
   const int64_t problem = block() / blocks;
   const double* g = gram + problem * entries;
   double* const sums = &shared<double>();  // of the first block
-  double* const parts = sums + blocks * num_tasks;
+  double* const parts = sums + (kShares ? blocks * num_tasks : 0);
   double* const copy = parts + warps * num_tasks;
   const uint64_t now = order ? 0 : static_cast<uint64_t>(*step);
   if (kShares) arrive_cluster();
@@ -95,7 +95,7 @@ gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const 
   if (const gs_status status = get_traits(traits)) return status;
   const auto launch_with = [&](auto kernel, int blocks) {
     const int warps = std::min((num_tasks + blocks - 1) / blocks, kBlockThreads<kPerLane> / kWarp);
-    const int64_t values = blocks + warps + (kHoldsGram<kPerLane> ? num_tasks : 0);  // per task
+    const int64_t values = (blocks > 1 ? blocks : 0) + warps + (kHoldsGram<kPerLane> ? num_tasks : 0);  // per task
     static_assert(kWarpBytesPerTask == 8);
     return launch_clusters(blocks, kernel, batch * blocks, warps * kWarp, 8 * values * num_tasks, stream, gram,
                            num_tasks, blocks, order, seed, step, advance, mean, weights);

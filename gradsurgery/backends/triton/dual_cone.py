@@ -26,7 +26,7 @@ def cone_projection(out, gram, preference, num_tasks, ridge: tl.float64, ALONE: 
     if all_finite(gram, num_tasks, TASKS):
         scale, inverse, b, noise = terms(gram, u, ridge, num_tasks, TASKS)
         zeros = tl.zeros([TASKS], tl.float64)
-        v = u + inverse * descend(gram, scale, zeros, ridge, inverse, zeros, b, noise, num_tasks, TASKS)
+        v = u + inverse * descend(gram, scale, zeros, ridge, inverse, zeros, b, noise, 1, num_tasks, TASKS)
     tl.store(out + (problem * tl.num_programs(1) + tl.program_id(1)) * num_tasks + task, v, mask=inside)
 
 
@@ -95,7 +95,8 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
             b = tl.where(stationary, cone_b, b)
             ridge = tl.where(stationary, 1e-12, 0.0)
             noise = tl.where(stationary, cone_noise, 0.0)
-            x = descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASKS) * inverse
+            guarded = tl.where(stationary, 1, 0)
+            x = descend(gram, scale, shift, ridge, inverse, outer, b, noise, guarded, num_tasks, TASKS) * inverse
             if stationary:
                 weights = even + x
                 running = 0

@@ -80,7 +80,7 @@ def exact(out, gram, num_tasks, TASKS: tl.constexpr):
             inverse_norm = tl.where(inside, 1.0 / norm, 0.0)
             b = tl.where(inside, least / norm, 0.0)
             zeros = tl.zeros([TASKS], tl.float64)
-            v = descend(gram, 1.0, zeros, 0.0, inverse_norm, b, b, 0.0, num_tasks, TASKS)
+            v = descend(gram, 1.0, zeros, 0.0, inverse_norm, b, b, 0.0, 0, num_tasks, TASKS)
             weights = v * inverse_norm * least
             weights = weights / tl.sum(weights, 0)
     else:
@@ -89,10 +89,11 @@ def exact(out, gram, num_tasks, TASKS: tl.constexpr):
 
 
 @triton.jit
-def descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASKS: tl.constexpr):
+def descend(gram, scale, shift, ridge, inverse, outer, b, noise, guarded, num_tasks, TASKS: tl.constexpr):
     """Return v with M v >= b, v >= 0, v^T (M v - b) = 0 for the matrix() M with ``outer`` as its b.
 
-    What is missing in M v >= b up to ``noise`` does not count.
+    What is missing in M v >= b up to ``noise`` does not count. If ``guarded`` is 1, it ends where most is missing of a
+    task that depends on others: rounding made that up, and may have made M indefinite.
     """
     task = tl.arange(0, TASKS)
     table = matrix(gram, scale, shift, ridge, inverse, outer, num_tasks, TASKS)
@@ -121,7 +122,11 @@ def descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASK
             worst = tl.max(excess, 0)
             found = tl.where(leaving, tl.where(ratio == reach, task, TASKS), tl.where(excess == worst, task, TASKS))
             k = tl.min(found, 0)
-            if leaving | (worst > 1e-14 * tl.sum(v, 0) + noise):
+            diagonal = tl.sum(tl.where(task[:, None] == task[None, :], table, 0.0), 1)
+            depends = ~leaving & (pick(diagonal, k, TASKS) < 1e-13)
+            if tl.where(depends, guarded, 0) > 0:
+                running = 0
+            elif leaving | (worst > 1e-14 * tl.sum(v, 0) + noise):
                 active = tl.where(task == k, ~leaving, active)
                 v = tl.where(task == k, 0.0, v)
                 # An exchange back loses what a small pivot has blown up: the table is then made anew.

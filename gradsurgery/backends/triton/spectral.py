@@ -6,6 +6,9 @@ import triton.language as tl
 
 from .min_norm import all_finite, load_gram, sweep
 
+ROUNDING = tl.constexpr(2.0**-23)
+"""What an eigenvalue counts as 0 below, relative to T times the largest."""
+
 
 @triton.jit
 def diagonalize(rows, TASKS: tl.constexpr):
@@ -45,21 +48,23 @@ def solve_cosines(gram, preference, norms, num_tasks, TASKS: tl.constexpr):
     """Return c = pinv(K) p with the matrix K of cosines (0 for a zero gradient), and its length sqrt(c^T K c).
 
     Eigenvalues up to T 2^-23 of the largest count as 0. If hardly more is left of p then, c = 0. By exchanges alone
-    where trace(K^-1) shows that no eigenvalue counts as 0.
+    where trace(K^-1), which no 1 / pivot exceeds, shows that no eigenvalue counts as 0.
     """
     task = tl.arange(0, TASKS)
     is_diagonal = task[:, None] == task[None, :]
     inverse = tl.where(norms > 0, 1.0 / tl.where(norms > 0, norms, 1.0), 0.0)
     cosines = load_gram(gram, num_tasks, TASKS) * inverse[:, None] * inverse[None, :]
     p = tl.where(norms > 0, preference, 0.0)
-    rounding = 0.00000011920928955078125 * num_tasks.to(tl.float64)  # 2^-23 T
+    rounding = ROUNDING * num_tasks.to(tl.float64)
     table = tl.where(is_diagonal, tl.where(norms > 0, cosines, 1.0), cosines)
+    independent = 1
     for t in range(num_tasks):
-        table, _pivot = sweep(table, t, t >= 0, TASKS)
+        table, pivot = sweep(table, t, t >= 0, TASKS)
+        independent = tl.where(pivot > rounding * num_tasks, independent, 0)
     trace = -tl.sum(tl.where((task < num_tasks), tl.sum(tl.where(is_diagonal, table, 0.0), 1), 0.0), 0)
     c = tl.where(task < num_tasks, -tl.sum(table * p[None, :], 1), 0.0)
     squared = tl.sum(c * p, 0)
-    if trace * rounding * num_tasks >= 1:
+    if (independent == 0) | (trace * rounding * num_tasks >= 1):
         values, vectors = diagonalize(cosines, TASKS)
         kept = values > rounding * tl.max(values, 0)
         along = tl.where(kept, tl.sum(vectors * p[None, :], 1), 0.0)
@@ -108,7 +113,7 @@ def aligned_mtl(out, gram, preference, num_tasks, MODE: tl.constexpr, TASKS: tl.
         trace = tl.sum(tl.load(gram + task * (num_tasks + 1), mask=inside, other=0.0), 0)
         rows = load_gram(gram, num_tasks, TASKS) * tl.where(trace > 0, 1.0 / tl.where(trace > 0, trace, 1.0), 0.0)
         values, vectors = diagonalize(rows, TASKS)
-        kept = values > 0.00000011920928955078125 * num_tasks * tl.max(values, 0)  # 2^-23 T
+        kept = values > ROUNDING * num_tasks * tl.max(values, 0)
         rank = tl.sum(kept.to(tl.int32), 0)
         if MODE == "min":
             scale = tl.min(tl.where(kept, values, float("inf")), 0)
