@@ -196,8 +196,7 @@ GS_DEVICE void let_next_kernel_start() {
 
 // What the choice of kernels depends on, of the current device.
 struct Traits {
-  bool overlaps;     // a kernel may start before the one ahead of it has ended
-  bool clusters;     // blocks may share their shared memory
+  bool overlaps;     // a kernel may start before the one ahead of it has ended, and blocks may form clusters
   bool fast_double;  // float64 at half of the rate of float32, not a 32nd or less
   int processors;
   int64_t shared_bytes;  // that a block may have

@@ -100,7 +100,7 @@ gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const 
     return launch_clusters(blocks, kernel, batch * blocks, warps * kWarp, 8 * values * num_tasks, stream, gram,
                            num_tasks, blocks, order, seed, step, advance, mean, weights);
   };
-  if (traits.clusters && num_tasks >= kSharedTasks && batch * kSharingBlocks <= kFewBlocks * traits.processors) {
+  if (traits.overlaps && num_tasks >= kSharedTasks && batch * kSharingBlocks <= kFewBlocks * traits.processors) {
     const gs_status status = launch_with(&pcgrad_kernel<kPerLane, true>, kSharingBlocks);
     // A part of the GPU may have no room for a cluster.
     if (status != GS_UNSUPPORTED) return status;

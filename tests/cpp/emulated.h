@@ -219,14 +219,13 @@ inline void let_next_kernel_start() {}
 
 struct Traits {
   bool overlaps;
-  bool clusters;
   bool fast_double;
   int processors;
   int64_t shared_bytes;
 };
 inline gs_status get_traits(Traits& traits) {
   const Emulator& emulator = Emulator::get();
-  traits = {emulator.fast_double, emulator.fast_double, emulator.fast_double, emulator.processors, 64 * 1024};
+  traits = {emulator.fast_double, emulator.fast_double, emulator.processors, 64 * 1024};
   return GS_OK;
 }
 

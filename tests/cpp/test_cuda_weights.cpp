@@ -237,6 +237,7 @@ int main() {
   }
   test_weights(40, GS_UPGRAD, false);  // scratch in the workspace
   for (const gs_weighting method : {GS_CAGRAD, GS_CONFIG, GS_FAIRGRAD}) test_weights(70, method, false);
+  test_weights(78, GS_CONFIG, false);  // likewise, by a block
   test_gradvac(70);
   std::printf("ok\n");
   return 0;
