@@ -86,7 +86,7 @@ struct Order {
 // The rows that count in a block's segment: those with a weight other than 0 in one of the directions.
 template <int K>
 struct Terms {
-  double weight[K][GS_MAX_TASKS];  // by task
+  double weight[K][GS_MAX_TASKS];
   int32_t of_warp[kWarps];         // a vector of its own: what others write meanwhile is not to be read along with it
   int32_t row[GS_MAX_TASKS];
   int32_t count;
@@ -98,13 +98,11 @@ GS_DEVICE void find_terms(const double* own, int64_t stride, int num_tasks, Term
   static_assert(kThreads >= GS_MAX_TASKS);
   const int t = thread(), warp = t / kWarp;
   bool counts = false;
-  if (t < num_tasks) {
+  double weight[K];
 #pragma unroll
-    for (int k = 0; k < K; k++) {
-      const double weight = own[k * stride + t];
-      terms.weight[k][t] = weight;
-      counts = counts || weight != 0;
-    }
+  for (int k = 0; k < K; k++) {
+    weight[k] = t < num_tasks ? own[k * stride + t] : 0;
+    counts = counts || weight[k] != 0;
   }
   const uint32_t lanes = ballot_of_warp(counts);
   if (t % kWarp == 0) terms.of_warp[warp] = count_bits(lanes);
@@ -115,16 +113,20 @@ GS_DEVICE void find_terms(const double* own, int64_t stride, int num_tasks, Term
     before += w < warp ? terms.of_warp[w] : 0;
     all += terms.of_warp[w];
   }
-  if (counts) terms.row[before] = t;
+  if (counts) {
+    terms.row[before] = t;
+#pragma unroll
+    for (int k = 0; k < K; k++) terms.weight[k][before] = weight[k];
+  }
   if (t == 0) terms.count = all;
 }
 
-// sum += the k-th weight of a task times x, unless the weight is 0: x may be anything then.
+// sum += the k-th weight of a term times x, unless the weight is 0: x may be anything then.
 template <int K>
-GS_DEVICE void add_term(const Terms<K>& terms, int task, double x, double (&sum)[K]) {
+GS_DEVICE void add_term(const Terms<K>& terms, int term, double x, double (&sum)[K]) {
 #pragma unroll
   for (int k = 0; k < K; k++) {
-    const double weight = terms.weight[k][task];
+    const double weight = terms.weight[k][term];
     if (K == 1 || weight != 0) sum[k] += weight * x;
   }
 }
@@ -163,7 +165,7 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks) combine_kernel(GS_ARGUMENT(Table) table, 
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
 #pragma unroll
-          for (int e = 0; e < kVector<In>; e++) add_term(terms, task[u], to_double(x[s][u].get(e)), sum[s][e]);
+          for (int e = 0; e < kVector<In>; e++) add_term(terms, first + u, to_double(x[s][u].get(e)), sum[s][e]);
         }
       }
     }
