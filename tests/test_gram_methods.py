@@ -171,6 +171,28 @@ def test_fairgrad_solves_its_equation(backend, tasks, case, alpha):
         assert (w @ gram @ w).clamp(min=0).sqrt() <= math.sqrt(tasks) + 1e-6
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("tasks", [2, 5, 9, 16])
+def test_fairgrad_of_opposite_gradients_whose_gram_matrix_is_rounded(backend, tasks, alpha):
+    """The function to minimize is not convex; it is with T 2^-23 or a few times as much on the cosines."""
+    rows = normal(tasks, 40)
+    rows[1:] = -torch.linspace(0.3, 0.9, tasks - 1, dtype=torch.float64)[:, None] * rows[0]
+    for noise in (0, 1e-5):
+        gram = gradsurgery.gram(rows).float().double()
+        gram[1:, 1:] *= 1 - noise * (1 - torch.eye(tasks - 1))
+        w = weigh("fairgrad", gram, backend, alpha=alpha)
+        assert w.isfinite().all()
+        assert (w > 0).all()
+        norms = gram.diagonal().sqrt()
+        cosines = (gram / norms[:, None] / norms).clamp(-1, 1)
+        solved = False
+        for ridge in (1e-12, *(tasks * 2.0**-23 * 8**k for k in range(3))):
+            product = norms * ((cosines + ridge * torch.eye(tasks)) @ (norms * w))
+            error = (product * w ** (1 / alpha) - 1).abs().max()
+            solved |= bool(error <= 1e-8 + 4e-15 / ridge)  # and rounding, where terms cancel
+        assert solved
+
+
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_nash_mtl_is_fairgrad_on_a_leash(backend, tasks, case):

@@ -87,7 +87,7 @@ struct Order {
 template <int K>
 struct Terms {
   double weight[K][GS_MAX_TASKS];
-  int32_t of_warp[kWarps];         // a vector of its own: what others write meanwhile is not to be read along with it
+  int32_t of_warp[kWarps];  // a vector of its own: what others write meanwhile is not to be read along with it
   int32_t row[GS_MAX_TASKS];
   int32_t count;
 };

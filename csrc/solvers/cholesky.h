@@ -185,15 +185,15 @@ GS_HOST_DEVICE_CALL bool factor_and_solve(const Team& team, Row row, int64_t siz
 template <int kSize>
 struct SmallFactor {
   double lower[kSize][kSize], inverse[kSize];  // L below the diagonal; 1 / D
-  bool definite = true;                        // no pivot is below 1e-14 of its diagonal entry; such count as that much
+  bool definite = true;                        // each pivot is above `least` of its diagonal entry
 
   // entry(i, j) is that of row i and column j <= i.
   template <class Entry>
-  GS_HOST_DEVICE explicit SmallFactor(const Entry& entry) {
+  GS_HOST_DEVICE explicit SmallFactor(const Entry& entry, double least = kLeastPivot) {
     GS_UNROLL for (int i = 0; i < kSize; i++) { GS_UNROLL for (int j = 0; j <= i; j++) lower[i][j] = entry(i, j); }
     GS_UNROLL for (int k = 0; k < kSize; k++) {
-      const double floor = 1e-14 * entry(k, k);
-      definite = definite && lower[k][k] > floor;
+      const double floor = kLeastPivot * entry(k, k);
+      definite = definite && lower[k][k] > least * entry(k, k);
       inverse[k] = 1 / (lower[k][k] > floor ? lower[k][k] : floor);
       GS_UNROLL for (int i = kSize - 1; i > k; i--) {
         const double ratio = lower[i][k] * inverse[k];
@@ -215,12 +215,15 @@ struct SmallFactor {
 // Solves A x = b likewise. entry(i, j) is that of A, j <= i; rows is scratch, but for its row `size`, which holds b and
 // becomes x. Up to kSmall rows each member does all of the work by itself: it takes less time than waiting for others.
 template <class Team, class Entry>
-GS_HOST_DEVICE void solve_positive(const Team& team, const Entry& entry, double* rows, int64_t stride, int64_t size) {
+GS_HOST_DEVICE bool solve_positive(const Team& team, const Entry& entry, double* rows, int64_t stride, int64_t size,
+                                   double least = -INFINITY) {
   constexpr int kSmall = Team::kSmall;
   double* const right = rows + size * stride;
   if constexpr (kSmall > 0) {
     if (size <= kSmall) {
-      const SmallFactor<kSmall> factor([&](int i, int j) { return i < size ? entry(i, j) : i == j ? 1.0 : 0.0; });
+      const auto padded_entry = [&](int i, int j) { return i < size ? entry(i, j) : i == j ? 1.0 : 0.0; };
+      const SmallFactor<kSmall> factor(padded_entry, least);
+      if (!factor.definite) return false;
       double x[kSmall];
       GS_UNROLL for (int i = 0; i < kSmall; i++) x[i] = i < size ? right[i] : 0;
       factor.solve(x);
@@ -229,12 +232,12 @@ GS_HOST_DEVICE void solve_positive(const Team& team, const Entry& entry, double*
         if (i == team.rank() && i < size) right[i] = x[i];
       }
       team.sync();
-      return;
+      return true;
     }
   }
   const auto row = [=](int64_t i) { return rows + i * stride; };
   fill_lower(team, row, size, entry);
-  factor_and_solve(team, row, size);
+  return factor_and_solve(team, row, size, least);
 }
 
 }  // namespace gs

@@ -13,7 +13,8 @@ constexpr int64_t newton_scratch(int64_t num_tasks) {
 // With n_i = |g_i| / max |g|, y_i = n_i w_i, K the matrix of cosines and p = 1 / alpha this is (K y)_i = n_i^(p - 1)
 // y_i^-p: the minimum of the convex F(y) = y^T K y / 2 - sum_i n_i^(p - 1) phi(y_i), phi'(y) = y^-p. Newton's method,
 // with steps that take no y_i further than nine tenths of the way to 0. A ridge of 1e-12 on K gives Pareto-stationary
-// gradients an answer too, where y has none or grows without bound.
+// gradients an answer too, where y has none or grows without bound. Where F turns out not to be convex, because G was
+// rounded, it starts again with more of a ridge.
 template <class Team>
 class Newton {
  public:
@@ -38,21 +39,18 @@ class Newton {
     each_entry(team, num_tasks, [&](int64_t i, int64_t j) {
       const bool some = norms_[i] > 0 && norms_[j] > 0;
       const double cosine = some ? gram[i * num_tasks + j] / largest_ / norms_[i] / largest_ / norms_[j] : 0;
-      cosines_[i * num_tasks + j] = i == j ? 1 + kRidge : cosine;
+      cosines_[i * num_tasks + j] = std::fmin(std::fmax(cosine, -1.0), 1.0);
     });
     for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
       // Without pow, which takes as long as a step, for Nash-MTL.
       c_[i] = norms_[i] > 0 && power_ != 1 ? std::pow(norms_[i], power_ - 1) : 1;
-      y_[i] = c_[i] == 1 ? 1 : std::pow(c_[i], 1 / (1 + power_));  // exact where the gradients are orthogonal
     }
-    team.sync();
   }
 
   // The weights; 0 for a zero gradient.
   GS_HOST_DEVICE void solve(double* weights) {
-    multiply(team_, cosines_, tasks_, y_, ky_);
-    for (int step = 0; step < kSteps; step++) {
-      if (!improve()) break;
+    for (double ridge = 1e-12; !descend(ridge);) {
+      ridge = std::fmax(8 * ridge, 0x1p-23 * static_cast<double>(tasks_));
     }
     const double scale = std::pow(largest_, -2 / (1 + power_));
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
@@ -62,37 +60,43 @@ class Newton {
   }
 
  private:
-  static constexpr double kRidge = 1e-12;
-  static constexpr int kSteps = 100;
-
-  // One step; false if y is as good as rounding allows.
-  GS_HOST_DEVICE bool improve() {
+  // False where F is not convex.
+  GS_HOST_DEVICE bool descend(double ridge) {
     const int64_t stride = padded(tasks_);
     double* const direction = rows_ + tasks_ * stride;
-    double residual = 0;
+    double last = INFINITY;
+    team_.sync();
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-      const double pull = power_ == 1 ? c_[i] / y_[i] : c_[i] * std::pow(y_[i], -power_);
-      bend_[i] = power_ * pull / y_[i];
-      direction[i] = pull - ky_[i];
-      const double error = direction[i] / pull;
-      residual += error * error;
+      cosines_[i * (tasks_ + 1)] = 1 + ridge;
+      y_[i] = c_[i] == 1 ? 1 : std::pow(c_[i], 1 / (1 + power_));  // exact where the gradients are orthogonal
     }
-    residual = std::sqrt(team_.sum(residual) / static_cast<double>(tasks_));
-    if (!(residual > 1e-15)) return false;
     team_.sync();
-    const auto entry = [&](int64_t i, int64_t j) { return cosines_[i * tasks_ + j] + (i == j ? bend_[i] : 0); };
-    solve_positive(team_, entry, rows_, stride, tasks_);
-    double lowest = 0;
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) lowest = std::fmin(lowest, direction[i] / y_[i]);
-    int64_t unused = 0;
-    team_.least(lowest, unused);
-    const double step = lowest < -0.9 ? -0.9 / lowest : 1;
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) y_[i] += step * direction[i];
-    team_.sync();
-    multiply(team_, cosines_, tasks_, y_, ky_);
-    const bool better = residual > 1e-3 || residual < 0.5 * last_;
-    last_ = residual;
-    return better;
+    while (steps_-- > 0) {
+      multiply(team_, cosines_, tasks_, y_, ky_);
+      double residual = 0;
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        const double pull = power_ == 1 ? c_[i] / y_[i] : c_[i] * std::pow(y_[i], -power_);
+        bend_[i] = power_ * pull / y_[i];
+        direction[i] = pull - ky_[i];
+        const double error = direction[i] / pull;
+        residual += error * error;
+      }
+      residual = std::sqrt(team_.sum(residual) / static_cast<double>(tasks_));
+      if (!(residual > 1e-15)) break;
+      team_.sync();
+      const auto entry = [&](int64_t i, int64_t j) { return cosines_[i * tasks_ + j] + (i == j ? bend_[i] : 0); };
+      if (!solve_positive(team_, entry, rows_, stride, tasks_, kLeastPivot)) return false;
+      double lowest = 0;
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) lowest = std::fmin(lowest, direction[i] / y_[i]);
+      int64_t unused = 0;
+      team_.least(lowest, unused);
+      const double step = lowest < -0.9 ? -0.9 / lowest : 1;
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) y_[i] += step * direction[i];
+      team_.sync();
+      if (residual <= 1e-3 && residual >= 0.5 * last) break;  // y is as good as rounding allows
+      last = residual;
+    }
+    return true;
   }
 
   const Team team_;
@@ -101,7 +105,8 @@ class Newton {
   double *norms_, *c_, *y_, *ky_;
   double* bend_;  // the second derivatives of the separate terms of F
   double *cosines_, *rows_;
-  double largest_ = 0, last_ = INFINITY;
+  double largest_ = 0;
+  int steps_ = 100;
 };
 
 // The weights, all shortened by one factor so that |d| <= max_norm.

@@ -230,32 +230,41 @@ def _square(gram: Tensor, x: Tensor) -> Tensor:
 
 
 def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
-    """Return w with (G w)_i = w_i^(-1 / alpha), by Newton's method on the convex function whose minimum that is."""
+    """Return w with (G w)_i = w_i^(-1 / alpha), by Newton's method on the convex function whose minimum that is.
+
+    Where a second derivative shows that it is not convex, as rounding of G can have it, it starts again with more of a
+    ridge on the cosines.
+    """
+    num_tasks = gram.shape[-1]
     power = 1 / alpha
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     largest = norms.max(-1, keepdim=True).values
     n = torch.where(largest > 0, norms / largest, 0)
     pair = (n > 0)[..., :, None] & (n > 0)[..., None, :]
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    eye = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
     scaled = norms[..., :, None] * norms[..., None, :]
-    cosines = torch.where(eye > 0, 1 + 1e-12, torch.where(pair, gram / scaled, 0))
+    cosines = torch.where(eye > 0, 1, torch.where(pair, gram / scaled, 0).clamp(-1, 1))
+    ridge = torch.full_like(largest, 1e-12)
     c = torch.where(n > 0, n ** (power - 1), 1)
-    y = c ** (1 / (1 + power))
+    y = start = c ** (1 / (1 + power))
     last = torch.full_like(largest, torch.inf)
     settled = torch.zeros_like(largest, dtype=torch.bool)
     for _ in range(100):
-        ky = (cosines @ y[..., None]).squeeze(-1)
+        matrix = cosines + ridge[..., None] * eye
         pull = c * y**-power
-        residual = ((pull - ky) / pull).norm(dim=-1, keepdim=True)
+        missing = pull - (matrix @ y[..., None]).squeeze(-1)
+        residual = (missing / pull).norm(dim=-1, keepdim=True)
         settled = settled | ~(residual > 1e-15)
         if all_done(settled):
             break
-        hessian = cosines + (power * pull / y)[..., None] * eye
-        direction = torch.linalg.solve_ex(hessian, (pull - ky)[..., None])[0].squeeze(-1)
+        factor, info = torch.linalg.cholesky_ex(matrix + (power * pull / y)[..., None] * eye)
+        convex = (info == 0)[..., None]
+        direction = torch.cholesky_solve(missing[..., None], factor).squeeze(-1)
         step = 0.9 / (-direction / y).max(-1, keepdim=True).values.clamp(min=0.9)
-        y = torch.where(settled, y, y + step * direction)
-        settled = settled | ~((residual > 1e-3) | (residual < 0.5 * last))
-        last = residual
+        y = torch.where(settled, y, torch.where(convex, y + step * direction, start))
+        ridge = torch.where(settled | convex, ridge, (8 * ridge).clamp(min=num_tasks * 2.0**-23))
+        settled = settled | (convex & ~((residual > 1e-3) | (residual < 0.5 * last)))
+        last = torch.where(convex, residual, torch.inf)
     return torch.where(n > 0, y / torch.where(n > 0, n, 1) * largest ** (-2 / (1 + power)), 0)
 
 

@@ -53,6 +53,29 @@ void test_weights(int64_t num_tasks, gs_weighting method, bool preferred) {
   check_directions(grams, got, expected, num_tasks, 1e-6, method);
 }
 
+// Opposite gradients and an error of 1e-6: the team must give up a factorization and begin again together.
+void test_indefinite(int64_t num_tasks) {
+  Values gram(num_tasks * num_tasks), expected(num_tasks);
+  const auto length = [](int64_t i) { return i == 0 ? -1 : 0.3 + 0.07 * static_cast<double>(i % 9); };
+  for (int64_t e = 0; e < num_tasks * num_tasks; e++) {
+    const int64_t i = e / num_tasks, j = e % num_tasks;
+    gram[e] = length(i) * length(j) * (i == j || i * j == 0 ? 1 : 1 - 1e-6);
+  }
+  const int64_t bytes = gs_weights_workspace_bytes(GS_FAIRGRAD, 1, num_tasks);
+  CHECK(gs_weights_cpu(gram.data(), 1, num_tasks, GS_FAIRGRAD, nullptr, 3, 1e30, expected.data(), allocate(bytes).get(),
+                       bytes, nullptr) == GS_OK,
+        "%s", gs_last_error());
+  const int64_t gpu_bytes = gs_weights_cuda_workspace_bytes(GS_FAIRGRAD, 1, num_tasks);
+  const Values got = in_every_order(num_tasks, [&](double* out) {
+    return gs_weights_cuda(gram.data(), 1, num_tasks, GS_FAIRGRAD, nullptr, 3, 1e30, out, allocate(gpu_bytes).get(),
+                           gpu_bytes, nullptr);
+  });
+  for (int64_t i = 0; i < num_tasks; i++) {
+    CHECK(std::abs(got[i] - expected[i]) <= 1e-6 * expected[i], "T %ld: weight %g, expected %g",
+          static_cast<long>(num_tasks), got[i], expected[i]);
+  }
+}
+
 // Independent gradients need no more than faces: one of them meets CAGrad's conditions to rounding, and shows that no
 // other one does.
 void test_cagrad_faces(int num_tasks) {
@@ -239,6 +262,7 @@ int main() {
   for (const gs_weighting method : {GS_CAGRAD, GS_CONFIG, GS_FAIRGRAD}) test_weights(70, method, false);
   test_weights(78, GS_CONFIG, false);  // likewise, by a block
   test_gradvac(70);
+  for (const int64_t num_tasks : {5, 20, 40}) test_indefinite(num_tasks);
   std::printf("ok\n");
   return 0;
 }

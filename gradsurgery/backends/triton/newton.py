@@ -18,7 +18,8 @@ def power_of(x, exponent):
 def fairgrad(out, gram, num_tasks, alpha: tl.float64, limit: tl.float64, TASKS: tl.constexpr):
     """Write w with (G w)_i = w_i^(-1 / alpha), shortened to |d| <= limit; program: problem.
 
-    By Newton's method on the convex function whose minimum that is, as in csrc/solvers/newton.h.
+    By Newton's method on the convex function whose minimum that is, with more of a ridge where it is not convex, as in
+    csrc/solvers/newton.h.
     """
     problem = tl.program_id(0).to(tl.int64)
     gram += problem * num_tasks * num_tasks
@@ -34,30 +35,40 @@ def fairgrad(out, gram, num_tasks, alpha: tl.float64, limit: tl.float64, TASKS: 
         largest = tl.max(norms, 0)
         n = norms / tl.where(largest > 0, largest, 1.0)
         inverse = tl.where(norms > 0, 1.0 / tl.where(norms > 0, norms, 1.0), 0.0)
-        cosines = tl.where(is_diagonal, 1 + 1e-12, g * inverse[:, None] * inverse[None, :])
+        cosines = tl.minimum(tl.maximum(g * inverse[:, None] * inverse[None, :], -1.0), 1.0)
+        ridge = tl.full([], 1e-12, tl.float64)
         c = tl.where(n > 0, power_of(tl.where(n > 0, n, 1.0), power - 1), 1.0)
-        y = power_of(c, 1 / (1 + power))
+        start = power_of(c, 1 / (1 + power))
+        y = start
         last = tl.full([], float("inf"), tl.float64)
         running = 1
         for _ in range(100):
             if running > 0:
+                matrix = tl.where(is_diagonal, 1 + ridge, cosines)
                 pull = c * power_of(y, -power)
-                missing = tl.where(inside, pull - tl.sum(cosines * y[None, :], 1), 0.0)
+                missing = tl.where(inside, pull - tl.sum(matrix * y[None, :], 1), 0.0)
                 error = missing / pull
                 residual = tl.sqrt(tl.sum(error * error, 0))
                 if residual > 1e-15:
-                    hessian = tl.where(is_diagonal, cosines + (power * pull / y)[None, :], cosines)
+                    hessian = tl.where(is_diagonal, matrix + (power * pull / y)[None, :], matrix)
                     table = hessian
+                    least = tl.full([], float("inf"), tl.float64)
                     for t in range(num_tasks):
-                        table, _pivot = sweep(table, t, t >= 0, TASKS)
-                    direction = tl.where(inside, -tl.sum(table * missing[None, :], 1), 0.0)
-                    rest = tl.where(inside, missing - tl.sum(hessian * direction[None, :], 1), 0.0)
-                    direction -= tl.where(inside, tl.sum(table * rest[None, :], 1), 0.0)
-                    lowest = tl.min(direction / y, 0)
-                    y += tl.where(lowest < -0.9, -0.9 / tl.minimum(lowest, -0.9), 1.0) * direction
-                    if (residual <= 1e-3) & ~(residual < 0.5 * last):
-                        running = 0
-                    last = residual
+                        table, pivot = sweep(table, t, t >= 0, TASKS)
+                        least = tl.minimum(least, pivot)
+                    if least > 1e-14:
+                        direction = tl.where(inside, -tl.sum(table * missing[None, :], 1), 0.0)
+                        rest = tl.where(inside, missing - tl.sum(hessian * direction[None, :], 1), 0.0)
+                        direction -= tl.where(inside, tl.sum(table * rest[None, :], 1), 0.0)
+                        lowest = tl.min(direction / y, 0)
+                        y += tl.where(lowest < -0.9, -0.9 / tl.minimum(lowest, -0.9), 1.0) * direction
+                        if (residual <= 1e-3) & ~(residual < 0.5 * last):
+                            running = 0
+                        last = residual
+                    else:  # sweep() takes no pivot below it
+                        y = start
+                        ridge = tl.maximum(8 * ridge, num_tasks * 1.1920928955078125e-07)
+                        last = tl.full([], float("inf"), tl.float64)
                 else:
                     running = 0
         scale = power_of(tl.where(largest > 0, largest, 1.0), -2 / (1 + power))
