@@ -257,10 +257,33 @@ def test_projections_by_a_gram_matrix_that_is_not_quite_positive(backend, seed):
     random = np.random.default_rng(seed)
     tasks = int(random.integers(3, 10))
     rows = random.standard_normal((tasks, int(random.integers(1, tasks)))).astype(np.float32)
-    gram = torch.from_numpy(rows @ rows.T).double().to(DEVICE)
-    for name, options in (("dualproj", {"reg_eps": 1e-12}), ("cagrad", {})):
-        got, expected = weigh(name, gram, backend, **options), weigh(name, gram, "reference", **options)
-        assert got.norm() <= 10 * expected.norm(), name
+    for case in (rows, either_sign(tasks, seed)):
+        gram = torch.from_numpy(case @ case.T).double().to(DEVICE)
+        for name, options in (("dualproj", {"reg_eps": 1e-12}), ("upgrad", {"reg_eps": 1e-9}), ("cagrad", {})):
+            got, expected = weigh(name, gram, backend, **options), weigh(name, gram, "reference", **options)
+            assert got.norm() <= 10 * expected.norm(), name
+
+
+def either_sign(tasks, seed):
+    """One vector with either sign, to four digits."""
+    random = np.random.default_rng(seed)
+    signs = random.choice([-1, 1], (tasks, 1))
+    rows = signs * random.standard_normal((1, 200)) + 1e-4 * random.standard_normal((tasks, 200))
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("tasks", "columns"), [(5, 1), (8, 1), (8, 3), (17, 1), (17, 3), (33, 16), (8, None)])
+def test_cagrad_stays_in_its_ball_whatever_the_rounding(backend, tasks, columns, seed):
+    """G in float32 of dependent gradients has errors that far out in the search for lambda are all there is."""
+    if columns is None:
+        rows = torch.from_numpy(either_sign(tasks, seed)).to(DEVICE)
+    else:
+        rows = normal(tasks, columns, torch.float32, seed)
+    gram = (rows @ rows.T).double()
+    w = weigh("cagrad", gram, backend, c=0.5)
+    mean = rows.double().mean(0)
+    assert (w @ rows.double() - mean).norm() <= 0.5 * mean.norm() * 1.01
 
 
 @pytest.mark.parametrize("name", ["imtl_g", "config"])

@@ -43,16 +43,21 @@ class CAGrad {
     team_.sync();
     // Where the mean gradient is 0 but for rounding, so is d.
     if (!(c > 0) || !(mean_squared_ > 1e-15 * trace_)) return;
-    if (find_root(kappa)) {
-      const double factor = kappa / std::sqrt(length_squared());
-      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] += factor * x_[i];
-    } else {
+    double length = find_root(kappa) ? std::sqrt(length_squared()) : 0;
+    if (length == 0) {
       // Pareto-stationary gradients, g_x = 0: of the directions that solve the problem the one nearest to g_0.
       DualCone cone(team_, gram_, tasks_, 1e-12, inner_);
       cone.add_solution({nullptr, even, -1}, weights);
-      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] -= even;
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        x_[i] = weights[i] - 2 * even;
+        weights[i] = even;
+      }
       team_.sync();
+      multiply(team_, gram_, tasks_, x_, gx_);
+      length = std::fmax(std::sqrt(length_squared()), kappa);  // it is not to leave the ball, but for rounding
     }
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] += kappa / length * x_[i];
+    team_.sync();
   }
 
  private:
@@ -71,11 +76,29 @@ class CAGrad {
 
   GS_HOST_DEVICE double length_squared() const { return std::fmax(team_dot(team_, x_, gx_, tasks_), 0.0); }
 
+  GS_HOST_DEVICE bool is_indefinite() {
+    const int64_t stride = padded(tasks_);
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) inner_[tasks_ * stride + i] = 0;
+    team_.sync();
+    const auto entry = [&](int64_t i, int64_t j) { return gram_[i * tasks_ + j] + (i == j ? 1e-12 * trace_ : 0); };
+    const bool definite = solve_positive(team_, entry, inner_, stride, tasks_, 0);
+    team_.sync();
+    return !definite;
+  }
+
   // Leaves in place the x of the lambda with |lambda g_x| = kappa; false if there is none below 1e7 kappa / |g|.
   GS_HOST_DEVICE bool find_root(double kappa) {
     const double target = kappa * kappa, least = target / trace_;  // the root is above
-    double low = 0, high = 1e14 * least;                           // squares of lambda
+    double low = 0, high = 0x1p23 * least;                         // squares of lambda
     double before = 0, before_value = -target, last = high, last_value = minimize(std::sqrt(high)) - target;
+    if (last_value < 0) {
+      // So far out a G that was rounded to float32 is but noise.
+      if (is_indefinite()) return false;
+      before = low = high;
+      before_value = last_value;
+      last = high = 1e14 * least;
+      last_value = minimize(std::sqrt(high)) - target;
+    }
     if (last_value < 0) return false;
     for (int step = 0; step < 40 && high - low > 1e-15 * high; step++) {
       // The secant of the last two, or a mean of the bracket where it is left or nothing much was gained.

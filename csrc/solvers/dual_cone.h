@@ -28,7 +28,6 @@ class DualCone {
       : team_(team),
         gram_(gram),
         tasks_(num_tasks),
-        ridge_(ridge),
         v_(scratch),
         product_(v_ + num_tasks),
         best_(product_ + num_tasks),
@@ -40,23 +39,37 @@ class DualCone {
     double trace = 0;
     for (int64_t i = 0; i < num_tasks; i++) trace += gram[i * num_tasks + i];
     scale_ = trace > 0 ? 1 / trace : 0;
-    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) root_[i] = std::sqrt(entry(i, i));
-    team.sync();
+    set_ridge(ridge);
   }
 
-  // weights += v.
+  // weights += v. Where H turns out to be indefinite, because G was rounded, with more of a ridge.
   GS_HOST_DEVICE_CALL void add_solution(const Start& u, double* weights) {
-    if (!pivot(u)) descend(u);
+    const double given = ridge_;
+    for (int attempts = 12; attempts > 0; attempts--) {
+      indefinite_ = false;
+      if (!pivot(u)) descend(u);
+      if (!indefinite_) break;
+      set_ridge(std::fmax(8 * ridge_, 0x1p-23 * static_cast<double>(tasks_)));
+    }
     // What lies below u by rounding.
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] += best_[i] > u(i) ? best_[i] : u(i);
     team_.sync();
+    if (ridge_ != given) set_ridge(given);
   }
 
  private:
   static constexpr int kPatience = 4;
+  static constexpr double kRounding = 1e-13;
 
   GS_HOST_DEVICE double entry(int64_t i, int64_t j) const {
     return gram_[i * tasks_ + j] * scale_ + (i == j ? ridge_ : 0);
+  }
+
+  GS_HOST_DEVICE void set_ridge(double ridge) {
+    ridge_ = ridge;
+    team_.sync();
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) root_[i] = std::sqrt(entry(i, i));
+    team_.sync();
   }
 
   GS_HOST_DEVICE void start(const Start& u) {
@@ -147,12 +160,16 @@ class DualCone {
   // y = H v, and its length sqrt(v^T H v).
   GS_HOST_DEVICE void multiply_v() {
     multiply(team_, gram_, tasks_, v_, product_);
-    double length = 0;
+    double squared = 0, terms = 0;
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      const double along = v_[i] * root_[i];
       product_[i] = product_[i] * scale_ + ridge_ * v_[i];
-      length += v_[i] * product_[i];
+      squared += v_[i] * product_[i];
+      terms += along * along;
     }
-    length_ = std::sqrt(std::fmax(team_.sum(length), 0.0));
+    team_.sum_each(squared, terms);
+    length_ = std::sqrt(std::fmax(squared, 0.0));
+    indefinite_ = indefinite_ || squared < -kRounding * terms;
     team_.sync();
   }
 
@@ -201,13 +218,13 @@ class DualCone {
   const Team team_;
   const double* gram_;
   const int64_t tasks_;
-  const double ridge_;
-  double scale_;
+  double ridge_, scale_;
   double *v_, *product_, *best_, *root_;  // root: of H_ii
   double *free_, *index_;                 // 1 for the tasks in F, 0 for the others; the tasks in F
   double* target_;                        // the minimum over F
   double* rows_;
   double length_ = 0;
+  bool indefinite_ = false;  // v^T H v was negative
 };
 
 // DualProj: the projection of sum_t p_t g_t. preference NULL: 1 / T each.

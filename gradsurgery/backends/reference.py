@@ -210,6 +210,7 @@ def _wolfe(gram: Tensor) -> Tensor:
         )
         u = torch.linalg.solve_ex(matrix, active.to(gram.dtype)[..., None])[0].squeeze(-1)
         target = torch.where(active, u / u.sum(-1, keepdim=True), 0)
+        settled = settled | ~target.isfinite().all(-1, keepdim=True)  # w is the best there is
         blocked = active & (target <= 0)
         distance = torch.where(blocked, weights / (weights - target), torch.inf)
         distance = torch.where(blocked & (weights == target), 0, distance)

@@ -195,8 +195,15 @@ def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
 
     wanted = (c > 0) & (mean_squared > 1e-15 * trace)
     low = torch.where(wanted, (target / trace).sqrt(), 1)
-    high = 1e7 * low
+    high = 2.0**11.5 * low
     high_value = excess(high)
+    if not all_done((high_value >= 0) | ~wanted):
+        # So far out a G that was rounded to float32 is but noise.
+        eye = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
+        definite = torch.linalg.cholesky_ex(gram + 1e-12 * trace[..., None] * eye)[1][:, None] == 0
+        far_value = excess(1e7 * low)
+        far = definite & (high_value < 0)
+        high, high_value = torch.where(far, 1e7 * low, high), torch.where(far, far_value, high_value)
     stationary = high_value < 0
     low_value = excess(low)
     found, found_x = low.clone(), x.clone()
@@ -220,8 +227,11 @@ def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
         side = torch.where(below, -1, torch.where(above, 1, side))
         settled = settled | (value.abs() <= 1e-12 * target) | (high - low <= 1e-15 * high)
     even = 1 / num_tasks
-    weights = even + (target / _square(gram, found_x)).sqrt() * found_x
-    cone = _dual_cone(gram, torch.full_like(mean[:1], even), 1e-12).squeeze(-2)
+    squared = _square(gram, found_x)
+    stationary |= squared == 0
+    weights = even + (target / squared).sqrt() * found_x
+    added = _dual_cone(gram, torch.full_like(mean[:1], even), 1e-12).squeeze(-2) - even
+    cone = even + (target / torch.maximum(_square(gram, added), target)).sqrt() * added
     return torch.where(wanted, torch.where(stationary, cone, weights), even)
 
 

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .min_norm import all_finite, descend, load_gram
+from .min_norm import all_finite, descend, load_gram, sweep
 
 
 @triton.jit(do_not_specialize=["num_tasks", "ridge"])
@@ -12,7 +12,7 @@ def cone_projection(out, gram, preference, num_tasks, ridge: tl.float64, ALONE: 
     """Write argmin v^T H v with v >= u, H = G / trace(G) + ridge I; program: (problem, vector u).
 
     u is the preference, or with ALONE its entry of the program's task alone. z = v - u solves the problem of descend()
-    with M = H and b = -H u.
+    with M = H and b = -H u. Where v^T H v comes out negative, because G was rounded, it is solved with more of a ridge.
     """
     problem = tl.program_id(0).to(tl.int64)
     gram += problem * num_tasks * num_tasks
@@ -24,9 +24,18 @@ def cone_projection(out, gram, preference, num_tasks, ridge: tl.float64, ALONE: 
         u = tl.where(task == tl.program_id(1), u, 0.0)
     v = tl.full([TASKS], float("nan"), tl.float64)
     if all_finite(gram, num_tasks, TASKS):
-        scale, inverse, b, noise = terms(gram, u, ridge, num_tasks, TASKS)
         zeros = tl.zeros([TASKS], tl.float64)
-        v = u + inverse * descend(gram, scale, zeros, ridge, inverse, zeros, b, noise, 1, num_tasks, TASKS)
+        running = 1
+        for _ in range(12):
+            if running > 0:
+                scale, inverse, b, noise = terms(gram, u, ridge, num_tasks, TASKS)
+                v = u + inverse * descend(gram, scale, zeros, ridge, inverse, zeros, b, noise, 1, num_tasks, TASKS)
+                hv = tl.sum(load_gram(gram, num_tasks, TASKS) * v[None, :], 1) * scale + ridge * v
+                along = tl.where(inside, v / tl.where(inside, inverse, 1.0), 0.0)
+                if tl.sum(v * hv, 0) < -1e-13 * tl.sum(along * along, 0):
+                    ridge = tl.maximum(8 * ridge, num_tasks * 1.1920928955078125e-07)
+                else:
+                    running = 0
     tl.store(out + (problem * tl.num_programs(1) + tl.program_id(1)) * num_tasks + task, v, mask=inside)
 
 
@@ -50,8 +59,9 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
 
     For a given lambda = kappa / |g_x| the x of the dual problem is that of the shortest convex combination of the
     vectors lambda g_t + g_0. The lambda with |lambda g_x| = kappa is found by a bracketed secant on squares: first the
-    bracket's ends, the upper one first. If that is too low, the gradients are Pareto-stationary, and the projection of
-    g_0 on the dual cone is next and last.
+    bracket's ends, the upper one first, at 2^11.5 and if that is too low at 1e7, unless G is indefinite, where it would be
+    but rounding. If that is too low as well, the gradients are Pareto-stationary, and the projection of g_0 on the dual
+    cone is next and last.
     """
     problem = tl.program_id(0).to(tl.int64)
     gram += problem * num_tasks * num_tasks
@@ -74,13 +84,14 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
         running = 0
     cone_scale, cone_inverse, cone_b, cone_noise = terms(gram, even, 1e-12, num_tasks, TASKS)
     low = tl.sqrt(target / tl.where(trace > 0, trace, 1.0))
-    high = 1e7 * low
+    high = 2896.309375740099 * low
     at = high
+    ends = 0  # of the bracket that have been seen, counting the second upper one
     low_value = -target
     high_value = target
     side = 0
     stationary = target < 0
-    for step in range(43):
+    for _ in range(44):
         if running > 0:
             shift = at * mean + 0.5 * mean_squared
             square = tl.maximum(at * at * diagonal + 2 * shift, 0.0)
@@ -98,7 +109,8 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
             guarded = tl.where(stationary, 1, 0)
             x = descend(gram, scale, shift, ridge, inverse, outer, b, noise, guarded, num_tasks, TASKS) * inverse
             if stationary:
-                weights = even + x
+                squared = tl.maximum(tl.sum(x * tl.sum(g * x[None, :], 1), 0), target)
+                weights = even + tl.sqrt(target / squared) * x  # not out of the ball, but for rounding
                 running = 0
             else:
                 shortest = tl.min(tl.where(norm == least, task, TASKS), 0)
@@ -106,14 +118,24 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
                 x = x / tl.sum(x, 0)
                 squared = tl.maximum(tl.sum(x * tl.sum(g * x[None, :], 1), 0), 0.0)
                 value = at * at * squared - target
-                weights = even + tl.sqrt(target / squared) * x
-                settled = (step > 1) & (tl.abs(value) <= 1e-12 * target)
-                if step == 0:
+                weights = tl.where(squared > 0, even + tl.sqrt(target / tl.where(squared > 0, squared, 1.0)) * x, weights)
+                settled = (ends > 2) & (tl.abs(value) <= 1e-12 * target)
+                if ends < 2:
                     high_value = value
                     stationary = value < 0
-                elif step == 1:
+                    if (ends == 0) & stationary:
+                        least = tl.full([], float("inf"), tl.float64)
+                        table = tl.where(task[:, None] == task[None, :], g / trace + 1e-12, g / trace)
+                        for t in range(num_tasks):
+                            table, pivot = sweep(table, t, t >= 0, TASKS)
+                            least = tl.minimum(least, pivot)
+                        stationary = least <= 1e-14  # sweep() takes no pivot below it
+                    ends = tl.where((value < 0) & ~stationary, ends + 1, 2)
+                    high = tl.where((ends == 1) & (value < 0), 1e7 * low, high)
+                elif ends == 2:
                     low_value = value
                     settled = value >= 0
+                    ends = 3
                 elif value < 0:
                     high_value = tl.where(side < 0, high_value / 2, high_value)
                     low = at
@@ -130,5 +152,6 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
                 z = high * high
                 secant = tl.sqrt(a - low_value * (z - a) / (high_value - low_value))
                 at = tl.where(z > 1e6 * a, tl.sqrt(low * high), secant)
-                at = tl.where(step == 0, low, tl.minimum(tl.maximum(at, low), high))
+                at = tl.minimum(tl.maximum(at, low), high)
+                at = tl.where(ends == 1, high, tl.where(ends == 2, low, at))
     tl.store(out + problem * num_tasks + task, weights, mask=inside)
