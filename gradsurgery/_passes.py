@@ -142,7 +142,7 @@ def check_memory(rows: Rows) -> None:
             raise RuntimeError(
                 "backward passes returned gradients in the same memory, where one writes over the other's: each must "
                 "return tensors of its own, which those of torch.cuda.make_graphed_callables do not (capture the whole "
-                "step instead)"
+                "step instead), nor functions that return a saved gradient as it is (clone it there)"
             )
 
 

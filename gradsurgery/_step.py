@@ -32,6 +32,8 @@ class Plan:
     """The other parameters with a gradient."""
     segments: list[int]
     """The segment of each shared parameter."""
+    blocks: list[int]
+    """What each segment is of: a group's number, or a parameter's id."""
     num_segments: int
     read_segments: list[int]
     """Those that G is computed in: the same, or with ``measured``, 1 for these parameters and 0 for the others."""
@@ -74,13 +76,14 @@ def make_plan(
         named = {id(p) for p in shared}
         chosen = [p for p, count in enumerate(reach) if count and id(parameters[p]) in named]
     if per_tensor:
-        segments = list(range(len(chosen)))
+        of_chosen = blocks = [id(parameters[p]) for p in chosen]
     elif groups is not None:
         of_chosen = [groups[id(parameters[p])] for p in chosen]
-        ids = {g: i for i, g in enumerate(sorted(set(of_chosen)))}
-        segments = [ids[g] for g in of_chosen]
+        blocks = sorted(set(of_chosen))
     else:
-        segments = [0] * len(chosen)
+        of_chosen, blocks = [0] * len(chosen), [0]
+    places = {block: place for place, block in enumerate(blocks)}
+    segments = [places[block] for block in of_chosen]
     read_segments = segments
     if measured is not None:
         named = {id(p) for p in measured}
@@ -95,6 +98,7 @@ def make_plan(
         shared=chosen,
         plain=sorted({p for p, count in enumerate(reach) if count} - set(chosen)),
         segments=segments,
+        blocks=blocks,
         num_segments=max(segments, default=0) + 1,
         read_segments=read_segments,
         num_read_segments=max(read_segments, default=0) + 1,
@@ -109,6 +113,15 @@ def check_kept(name: str, kept: list[Tensor], shared: list[Tensor]) -> None:
         raise ValueError(
             f"method {name!r} keeps gradients of the shared parameters, which must be the same at each step: name them "
             f"by shared=; had {len(kept)}, got {len(shared)}"
+        )
+
+
+def check_blocks(name: str, had: list[int] | None, blocks: list[int]) -> None:
+    """Raise ValueError where the rows of a method's state are those of other blocks."""
+    if had not in (None, blocks):
+        raise ValueError(
+            f"method {name!r} has a state for each group or tensor of the shared parameters, which must be the same at "
+            f"each step; had {len(had or ())}, got {len(blocks)} or others"
         )
 
 

@@ -145,10 +145,10 @@ def collect(
     return Collected(tasks, list(parameters), grads, values, present, scale)
 
 
-def holds_weights(losses: Losses) -> bool:
+def holds_weights(losses: Losses, partial: bool) -> bool:
     """Whether weights are no more than rounded in the losses' dtype, which their gradients have; 16 bits do not do."""
-    each = losses.values() if isinstance(losses, Mapping) else [losses] if isinstance(losses, Tensor) else losses
-    return not any(isinstance(loss, Tensor) and loss.dtype in (torch.bfloat16, torch.float16) for loss in each)
+    each = _check_losses(losses, partial)[1]
+    return not any(loss is not None and loss.dtype in (torch.bfloat16, torch.float16) for loss in each)
 
 
 def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor | None]]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -134,9 +136,9 @@ def gradnorm_update(
     target's mean is over all tasks. The step depends on the scale of the gradients, as in the paper.
 
     Args:
-        weights, norms, losses, initial_losses: [..., T] each; losses and initial losses positive.
-        alpha: restoring force, 0 equalises the norms.
-        lr: step on w.
+        weights, norms, losses, initial_losses: [..., T] each, of any real dtype; losses and initial losses positive.
+        alpha: restoring force, >= 0; 0 equalises the norms.
+        lr: step on w, >= 0.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Returns:
@@ -150,6 +152,9 @@ def gradnorm_update(
             raise ValueError(f"{name} must have the shape [..., T] of weights, got {_shape(value)}")
         if value.device != weights.device:
             raise ValueError(f"{name} must be on {weights.device} like weights, got {value.device}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a real floating-point tensor, got {value.dtype}")
+    check_gradnorm(alpha, lr)
     inputs = [as_float64(value) for value in values.values()]
     out = torch.empty_like(inputs[0])
     choose(backend, weights.device, weights.shape[-1]).gradnorm(inputs, alpha, lr, out)
@@ -161,7 +166,7 @@ def pcgrad_step(gram: Tensor, step: Tensor, seed: int, reduction: str, backend: 
     problems, out = _problems(gram)
     chosen = choose(backend, gram.device, gram.shape[-1])
     chosen.pcgrad(problems, None, seed, step, True, reduction == "mean", out)
-    return out
+    return constant("pcgrad weights", out, [gram])
 
 
 def solver_weights(
@@ -188,11 +193,10 @@ def gradvac_step(gram: Tensor, step: Tensor, seed: int, beta: float, targets: Te
 def gradnorm_step(
     gram: Tensor, losses: Tensor, state: tuple[Tensor, Tensor], alpha: float, lr: float, backend: str | None
 ) -> Tensor:
-    """Return the weights [..., T] of the state, float64 tensors (weights, initial losses), and update it in place."""
+    """Return the weights [..., T] of the state, (weights, initial losses), and update it in place; all are float64."""
     problems, out = _problems(gram)
-    losses = as_float64(losses.to(gram.device).expand(out.shape))
     choose(backend, gram.device, gram.shape[-1]).gradnorm_step(problems, losses, alpha, lr, state, out)
-    return out
+    return constant("gradnorm weights", out, [gram])
 
 
 def _problems(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,7 +223,7 @@ def _check_order(order: Tensor, num_tasks: int, device: torch.device) -> Tensor:
     if order.device != device:
         raise ValueError(f"order must be on {device} like gram, got {order.device}")
     # Only host values can be checked without a synchronisation.
-    if device.type == "cpu" and not (order.sort(dim=1).values == torch.arange(num_tasks)).all():
+    if device.type == "cpu" and not (order.sort(dim=1).values == torch.arange(num_tasks, device=device)).all():
         raise ValueError(f"each row of order must be a permutation of 0..{num_tasks - 1}, got {order.tolist()}")
     return order.contiguous()
 
@@ -228,8 +232,14 @@ def check_solver(solver: str, max_iter: int, tol: float) -> None:
     """Raise ValueError unless these are options of :func:`min_norm_weights`."""
     if solver not in ("exact", "frank_wolfe"):
         raise ValueError(f'solver must be "exact" or "frank_wolfe", got {solver!r}')
-    if max_iter < 1 or not tol >= 0:
-        raise ValueError(f"max_iter must be >= 1 and tol >= 0, got {max_iter} and {tol}")
+    if not isinstance(max_iter, int) or max_iter < 1 or not tol >= 0:
+        raise ValueError(f"max_iter must be an int >= 1 and tol >= 0, got {max_iter} and {tol}")
+
+
+def check_gradnorm(alpha: float, lr: float) -> None:
+    """Raise ValueError unless these are options of :func:`gradnorm_update`."""
+    if not 0 <= alpha < math.inf or not 0 <= lr < math.inf:
+        raise ValueError(f"alpha and lr must be >= 0 and finite, got {alpha} and {lr}")
 
 
 def _check_seed(seed: int) -> int:

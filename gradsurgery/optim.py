@@ -12,7 +12,8 @@ from torch import Tensor
 from . import methods
 from ._gradients import assign_grads, check_gradient
 from ._operate import Operation, backward_once
-from ._step import Plan, add_plain, add_sparse, check_kept, make_plan, read, targets
+from ._processes import check_parameters, warn_of_others
+from ._step import Plan, add_plain, add_sparse, check_blocks, check_kept, make_plan, read, targets
 from .backends import choose
 from .collect import Collected, Losses, collect, holds_weights
 from .diagnostics import SurgeryInfo
@@ -45,8 +46,16 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         shared: the shared parameters. All other parameters then get the plain sum of their gradients. Default: those
             that two or more losses reach, found anew at each backward.
         granularity: "global" (one G for all shared parameters), "per_group" (one per parameter group) or "per_tensor".
-        process_group: None; surgery runs on one process.
+        process_group: None; surgery runs on one process. ``backward`` passes by the hooks in which
+            DistributedDataParallel averages gradients.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be, or a parameter is spread over processes, as those of
+            ``fully_shard`` are.
+
+    Warns:
+        UserWarning: ``torch.distributed`` has several processes, whose parameters would part.
     """
 
     def __init__(
@@ -72,6 +81,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"method {self.method.name!r} {whole}, which needs granularity 'global', got {granularity!r}"
             )
+        check_parameters(optimizer.param_groups)
+        warn_of_others()
         self.granularity = granularity
         self.backend = backend
         self._shared = None if shared is None else list(shared)
@@ -79,13 +90,12 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self._check_known(self.method.gram_parameters, "norm_parameters")
         self._pending: Collected | None = None
         self._plan: Plan | None = None
+        self._blocks: list[int] | None = None  # of the steps so far
         self._kept: list[Tensor] = []
         self._kept_tasks: list[str] | None = None
         # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
         super().__setstate__({})
-        for name in _HOOKS:
-            # The wrapped optimizer steps, reads and writes the state, so it also runs these hooks.
-            setattr(self, name, getattr(optimizer, name))
+        self._share_hooks()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -135,7 +145,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         before = self._pending
         passes = {"scaler": scaler, "retain_graph": retain_graph, "mode": mode, "chunk_size": chunk_size}
         once = self.method.weights_losses and not self.method.needs_gram
-        if once and before is None and holds_weights(losses):
+        if once and before is None and holds_weights(losses, self.method.takes_absent):
             return backward_once(self.method, losses, self._trainable(), self.backend, features=features, **passes)
         self.collect(losses, features=features, **passes)  # type: ignore[arg-type]
         try:
@@ -200,6 +210,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     "what is shared cannot be told without every loss: name it by shared=, or give all of them first"
                 )
+        if named is not None:
             collected = collected.covering(self._kept)
         grads, reach, sparse = read(collected)
         plan = self._plan_for(collected, reach, named)
@@ -255,6 +266,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
+        check_parameters([param_group])
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -287,11 +299,21 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self.method.load_state_dict(before)
             raise
         if surgery is not None:
-            self._kept, self._kept_tasks, self._plan = [parameters[place] for place in places], None, None
+            self._kept, self._kept_tasks = [parameters[place] for place in places], None
+            self._plan = self._blocks = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler leaves a bound step behind, which belongs to this object alone.
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("step", *_HOOKS)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share_hooks()
+
+    def _share_hooks(self) -> None:
+        for name in _HOOKS:
+            # The wrapped optimizer steps, reads and writes the state, so it also runs these hooks.
+            setattr(self, name, getattr(self.optimizer, name))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(method={self.method.name}, granularity={self.granularity}, {self.optimizer!r})"
@@ -319,6 +341,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 per_tensor=self.granularity == "per_tensor",
                 measured=measured,
             )
+            if self.method.state_by_problem and plan.shared:
+                check_blocks(self.method.name, self._blocks, plan.blocks)
+                self._blocks = plan.blocks
             self._plan = plan
         return plan
 

@@ -156,7 +156,7 @@ GRAM = torch.eye(3)
         ),
         (lambda: gradsurgery.pcgrad_weights(GRAM, order=torch.zeros(3, 3)), TypeError, "order must be an int64 tensor"),
         (lambda: gradsurgery.min_norm_weights(GRAM, solver="newton"), ValueError, 'solver must be "exact" or'),
-        (lambda: gradsurgery.min_norm_weights(GRAM, max_iter=0), ValueError, "max_iter must be >= 1"),
+        (lambda: gradsurgery.min_norm_weights(GRAM, max_iter=0), ValueError, "max_iter must be an int >= 1"),
         (lambda: gradsurgery.min_norm_weights(GRAM, tol=-1.0), ValueError, "tol >= 0"),
         (lambda: gradsurgery.task_order(0, seed=0, step=0), ValueError, "num_tasks must be an int >= 1, got 0"),
         (
@@ -179,7 +179,7 @@ GRAM = torch.eye(3)
         (lambda: gradsurgery.methods.get("mgda", normalization="l1"), ValueError, "normalization must be one of none"),
         (lambda: gradsurgery.methods.get("mgda", combine="both"), ValueError, 'combine must be "original" or'),
         (lambda: gradsurgery.methods.get("mgda", solver="newton"), ValueError, "solver must be"),
-        (lambda: gradsurgery.methods.get("gradnorm", lr=-1.0), ValueError, "lr must be >= 0"),
+        (lambda: gradsurgery.methods.get("gradnorm", lr=-1.0), ValueError, "alpha and lr must be >= 0 and"),
         (
             lambda: gradsurgery.methods.get("pcgrad").load_state_dict({"x": 1}),
             ValueError,

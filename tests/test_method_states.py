@@ -39,7 +39,7 @@ def test_options_for_other_tasks_begin_nothing():
 def test_losses_for_other_tasks_begin_nothing(name):
     method = methods.get(name)
     for losses in (torch.ones(1), torch.ones(3)):
-        with pytest.raises(ValueError, match=r"losses must be a tensor \[2\], got a tensor of shape"):
+        with pytest.raises(ValueError, match=r"needs losses, a tensor \[2\], got a tensor of shape"):
             gradsurgery.aggregate(normal(2, 5), method, losses=losses)
     assert method.state_dict()["buffers"] is None
 

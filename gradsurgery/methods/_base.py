@@ -4,20 +4,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .._extension import NativeSolver
+from .._gradients import describe
 from ..functional import _check_seed, solver_weights
 
 
-def check_not_capturing(name: str, device: torch.device) -> None:
-    """Raise RuntimeError while a CUDA graph is captured: state made or moved there would start anew at each replay."""
+@contextmanager
+def making_state(name: str, device: torch.device) -> Iterator[None]:
+    """Where a method's state is made, or moved to a device.
+
+    Raises RuntimeError while a CUDA graph is captured: the state would start anew at each replay. Made in inference
+    mode it would be of no use outside.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"method {name!r} must run once before its steps are captured in a CUDA graph")
+    with torch.inference_mode(False):
+        yield
 
 
 def check_positive(name: str, value: float) -> float:
@@ -25,6 +34,13 @@ def check_positive(name: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return value
+
+
+def read_losses(name: str, losses: Any, shape: torch.Size, device: torch.device) -> Tensor:
+    """Return losses [T] or [..., T] as float64 of that shape [..., T] on the device, detached."""
+    if not isinstance(losses, Tensor) or losses.shape not in (shape[-1:], shape):
+        raise ValueError(f"method {name!r} needs losses, a tensor [{shape[-1]}], got {describe(losses)}")
+    return losses.detach().to(device, torch.float64).expand(shape).contiguous()
 
 
 def taken_over(own: Tensor | None, value: Tensor | None) -> Tensor | None:
@@ -61,8 +77,8 @@ class PerTask:
                 f"{self.name} must hold one number for each of {gram.shape[-1]} tasks, got {len(self.values)}"
             )
         if self.values.device != gram.device:
-            check_not_capturing(method, gram.device)
-            self.values = self.values.to(gram.device)
+            with making_state(method, gram.device):
+                self.values = self.values.to(gram.device)
         return self.values
 
 
@@ -94,6 +110,9 @@ class Method:
     """Whether d, as a function of factors a_t > 0 on the task gradients, is linear, or when."""
     cost: ClassVar[str] = "T"
     """Operations per problem, in T."""
+
+    state_by_problem: ClassVar[bool] = False
+    """Whether the state has a row for each of several problems, which then must be the same at each step."""
 
     gram_parameters: Sequence[Tensor] | None = None
     """The shared parameters whose G the weights come from; None: all."""
@@ -129,7 +148,8 @@ class Method:
             raise ValueError(
                 f"state of method {self.name!r} must have the keys {sorted(self.state_dict())}, got {sorted(state)}"
             )
-        self._restore(state)
+        with torch.inference_mode(False):
+            self._restore(state)
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Take over a state with the right keys."""
@@ -170,11 +190,12 @@ class SteppedMethod(Method):
     def _step_on(self, device: torch.device) -> Tensor:
         """Return the counter, for use and for the increment."""
         if self._step is None:
-            check_not_capturing(self.name, device)
-            # Made where G lives: a copy from the host would synchronise.
-            self._step = torch.zeros((), dtype=torch.int64, device=device)
+            with making_state(self.name, device):
+                # Made where G lives: a copy from the host would synchronise.
+                self._step = torch.zeros((), dtype=torch.int64, device=device)
         elif self._step.device != device:
-            self._step = self._step.to(device)
+            with making_state(self.name, device):
+                self._step = self._step.to(device)
         return self._step
 
     def state_dict(self) -> dict[str, Any]:

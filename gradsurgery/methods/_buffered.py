@@ -12,7 +12,7 @@ from torch import Tensor
 from .._gradients import describe
 from ..combine import combine
 from ..gram import gram
-from ._base import Method, check_not_capturing
+from ._base import Method, making_state, read_losses
 
 Rows = Sequence[Sequence[Tensor | None]]
 Buffers = list[list[Tensor]]
@@ -46,25 +46,28 @@ class BufferedMethod(Method):
             scale: the gradient scaler's factor on ``rows``, []; None: 1. The result is without it.
             backend: a name of :func:`gradsurgery.backends`; None chooses.
         """
-        if losses is not None and losses.shape != (len(rows),):
-            raise ValueError(f"losses must be a tensor [{len(rows)}], got {describe(losses)}")
         if self._buffers is not None:
             _check_alike(self._buffers, rows, self.name)
+            columns = zip(*self._buffers, *rows, strict=True)
+            dtypes = [next(g.dtype for g in column[len(rows) :] if g is not None) for column in columns]
+            if dtypes != [b.dtype for b in self._buffers[0]]:  # the model's dtype has changed
+                with making_state(self.name, self._buffers[0][0].device):
+                    self._buffers = [[b.to(d) for b, d in zip(row, dtypes, strict=True)] for row in self._buffers]
         products = gram(rows, backend=backend)
         if scale is not None:
             products = products / scale.double().square()
         self._finite = products.isfinite().all()
         if losses is not None:
-            losses = losses.to(products)
+            losses = read_losses(self.name, losses, products.shape[:-1], products.device)
             self._finite = self._finite & losses.isfinite().all()
         if self._buffers is None or self._state is None:
-            check_not_capturing(self.name, products.device)
-            self._buffers = self._new_buffers(rows)
-            self._state = self._initial(products)
+            with making_state(self.name, products.device):
+                self._buffers = self._new_buffers(rows)
+                self._state = self._initial(products)
         if next(iter(self._state.values())).device != products.device:
-            check_not_capturing(self.name, products.device)
-            self._buffers = [[b.to(products.device) for b in row] for row in self._buffers]
-            self._state = {name: value.to(products.device) for name, value in self._state.items()}
+            with making_state(self.name, products.device):
+                self._buffers = [[b.to(products.device) for b in row] for row in self._buffers]
+                self._state = {name: value.to(products.device) for name, value in self._state.items()}
         return self._replace(rows, products, losses, scale, backend)
 
     def _replace(

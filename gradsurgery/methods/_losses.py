@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._gradients import describe
-from ._base import Method, PerTask, check_not_capturing
+from ._base import Method, PerTask, making_state, read_losses
 
 
 class LossMethod(Method):
@@ -47,7 +47,7 @@ class LossMethod(Method):
             ValueError: the losses, the state or an option are for another number of tasks, or losses are missing.
             RuntimeError: the first call is captured in a CUDA graph.
         """
-        values = self._read(losses, gram.shape[:-1], gram.device)
+        values = read_losses(self.name, losses, gram.shape[:-1], gram.device)
         counts = self._counts(values) & gram.isfinite().all(-1).all(-1)[..., None]
         return torch.where(counts, self._weigh(values, counts), torch.nan)
 
@@ -59,12 +59,6 @@ class LossMethod(Method):
         """Return the initial state for losses [..., T]."""
         return {}
 
-    def _read(self, losses: Any, shape: torch.Size, device: torch.device) -> Tensor:
-        """Return the losses as float64 of that shape [..., T] on the device, detached."""
-        if not isinstance(losses, Tensor) or losses.shape not in (shape[-1:], shape):
-            raise ValueError(f"method {self.name!r} needs losses, a tensor [{shape[-1]}], got {describe(losses)}")
-        return losses.detach().to(device, torch.float64).expand(shape).contiguous()
-
     def _counts(self, losses: Tensor) -> Tensor:
         """Return whether each problem's losses have weights, bool [..., 1]."""
         counts = losses.isfinite().all(-1, keepdim=True)
@@ -73,8 +67,8 @@ class LossMethod(Method):
     def _state_for(self, losses: Tensor) -> dict[str, Tensor]:
         """Return the state for losses [..., T], on their device."""
         if self._state is None:
-            check_not_capturing(self.name, losses.device)
-            self._state = self._initial(losses)
+            with making_state(self.name, losses.device):
+                self._state = self._initial(losses)
         first = self._state[self.state_names[0]]
         if self._losses_shape(first) != losses.shape:
             raise ValueError(
@@ -82,8 +76,8 @@ class LossMethod(Method):
                 f"{tuple(losses.shape)}"
             )
         if first.device != losses.device:
-            check_not_capturing(self.name, losses.device)
-            self._state = {name: value.to(losses.device) for name, value in self._state.items()}
+            with making_state(self.name, losses.device):
+                self._state = {name: value.to(losses.device) for name, value in self._state.items()}
         return self._state
 
     def _keep(self, counts: Tensor, **new: Tensor) -> None:

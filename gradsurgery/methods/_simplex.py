@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._gradients import describe
 from ..functional import check_gram
-from ._base import Method, check_not_capturing, taken_over
+from ._base import Method, making_state, taken_over
 
 
 def project_on_simplex(x: Tensor) -> Tensor:
@@ -29,6 +29,8 @@ class SimplexMethod(Method):
     Subclasses say in ``_step`` what w becomes. A problem whose G is not finite gets NaN weights and keeps its w.
     """
 
+    state_by_problem = True
+
     _w: Tensor | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -36,14 +38,16 @@ class SimplexMethod(Method):
         gram = check_gram(gram)
         w = self._w
         if w is None:
-            check_not_capturing(self.name, gram.device)
-            w = torch.full_like(gram[..., 0], 1 / gram.shape[-1])
+            with making_state(self.name, gram.device):
+                w = torch.full(gram.shape[:-1], 1 / gram.shape[-1], dtype=torch.float64, device=gram.device)
         if w.shape != gram.shape[:-1]:
             raise ValueError(
                 f"the state of method {self.name!r} is for weights of shape {tuple(w.shape)}, got G of shape "
                 f"{tuple(gram.shape)}"
             )
-        w = w.to(gram.device)
+        if w.device != gram.device:
+            with making_state(self.name, gram.device):
+                w = w.to(gram.device)
         finite = gram.isfinite().all(-1).all(-1)[..., None]
         moved = self._step(gram, w)
         weights = torch.where(finite, self._direction(moved), torch.nan)

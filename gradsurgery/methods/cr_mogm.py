@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._base import Method, check_not_capturing, taken_over, weigh
+from ._base import Method, making_state, taken_over, weigh
 from ._buffered import BufferedMethod
 from ._coordinate import CoordinateMethod
 
@@ -30,6 +30,7 @@ class CRMOGM(Method):
     """
 
     name = "cr_mogm"
+    state_by_problem = True
     scale = "the other method's"
     cost = "the other method's"
 
@@ -57,10 +58,11 @@ class CRMOGM(Method):
             )
         new = weigh(self.method, gram.detach(), losses, backend)
         if self._w is None:
-            check_not_capturing(self.name, gram.device)
-            self._w = torch.full_like(new, torch.nan)
+            with making_state(self.name, gram.device):
+                self._w = torch.full_like(new, torch.nan)
         if self._w.device != new.device:
-            self._w = self._w.to(new.device)
+            with making_state(self.name, gram.device):
+                self._w = self._w.to(new.device)
         averaged = torch.where(self._w.isnan(), new, self.alpha * self._w + (1 - self.alpha) * new)
         finite = new.isfinite().all(-1, keepdim=True)
         self._w.copy_(torch.where(finite, averaged, self._w))

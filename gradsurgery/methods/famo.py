@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..collect import Losses
+from ._base import read_losses
 from ._losses import LossMethod
 
 _BETAS = (0.9, 0.999)
@@ -65,7 +66,7 @@ class FAMO(LossMethod):
         if not isinstance(losses, Tensor):
             each = losses.values() if isinstance(losses, Mapping) else losses
             losses = torch.stack([torch.as_tensor(loss, dtype=before.dtype, device=before.device) for loss in each])
-        after = self._read(losses, before.shape, before.device)
+        after = read_losses(self.name, losses, before.shape, before.device)
         counts = self._counts(after)
         self._learn(after, counts)
         self._keep(counts, pending=torch.zeros_like(counts))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._gradients import describe
-from ..functional import gradnorm_step
-from ._base import Method, check_not_capturing
+from ..functional import check_gradnorm, gradnorm_step
+from ._base import Method, making_state, read_losses
 
 
 class GradNorm(Method):
@@ -22,8 +22,8 @@ class GradNorm(Method):
     weights, and the losses of the first step, which stand for L(0).
 
     Args:
-        alpha: restoring force; 0 equalises the gradient norms.
-        lr: step on the weights.
+        alpha: restoring force, >= 0; 0 equalises the gradient norms.
+        lr: step on the weights, >= 0.
         norm_parameters: the parameters over which the norms are taken (the paper: the last shared layer); default
             all shared parameters. Read by the optimizers; ``weights`` itself takes the norms from the G that it is
             given.
@@ -36,8 +36,7 @@ class GradNorm(Method):
     scale = "sums to T"
 
     def __init__(self, alpha: float = 1.5, lr: float = 0.025, norm_parameters: Sequence[Tensor] | None = None) -> None:
-        if not lr >= 0:
-            raise ValueError(f"lr must be >= 0, got {lr}")
+        check_gradnorm(alpha, lr)
         self.alpha = alpha
         self.lr = lr
         self.gram_parameters = None if norm_parameters is None else list(norm_parameters)
@@ -45,21 +44,21 @@ class GradNorm(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the current weights [..., T] and update them."""
-        if losses is None:
-            raise ValueError("GradNorm needs losses, a tensor [T], got None")
         shape = gram.shape[:-1]
+        losses = read_losses(self.name, losses, shape, gram.device)
         if self._state is None:
-            check_not_capturing(self.name, gram.device)
-            # An initial loss that is not finite gives way to the first one that is.
-            weights = torch.ones(shape, dtype=torch.float64, device=gram.device)
-            self._state = (weights, torch.full_like(weights, torch.nan))
+            with making_state(self.name, gram.device):
+                # An initial loss that is not finite gives way to the first one that is.
+                weights = torch.ones(shape, dtype=torch.float64, device=gram.device)
+                self._state = (weights, torch.full_like(weights, torch.nan))
         weights, initial_losses = self._state
         if weights.shape != shape:
             raise ValueError(
                 f"GradNorm's state is for weights of shape {tuple(weights.shape)}, got G of shape {tuple(gram.shape)}"
             )
         if weights.device != gram.device:
-            self._state = (weights.to(gram.device), initial_losses.to(gram.device))
+            with making_state(self.name, gram.device):
+                self._state = (weights.to(gram.device), initial_losses.to(gram.device))
         return gradnorm_step(gram, losses, self._state, self.alpha, self.lr, backend)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._gradients import describe
 from ..functional import gradvac_step
-from ._base import SteppedMethod, check_not_capturing, taken_over
+from ._base import SteppedMethod, making_state, taken_over
 
 
 class GradVac(SteppedMethod):
@@ -32,6 +32,7 @@ class GradVac(SteppedMethod):
     """
 
     name = "gradvac"
+    state_by_problem = True
     scale = "sum"
     linear = True
     cost = "T^3"
@@ -47,11 +48,13 @@ class GradVac(SteppedMethod):
         """Return the weights, move the targets, and advance the step counter."""
         targets = self._targets
         if targets is None:
-            check_not_capturing(self.name, gram.device)
-            targets = torch.zeros(gram.shape, dtype=torch.float64, device=gram.device)
+            with making_state(self.name, gram.device):
+                targets = torch.zeros(gram.shape, dtype=torch.float64, device=gram.device)
         if targets.shape != gram.shape:
             raise ValueError(f"GradVac's state is for G of shape {tuple(targets.shape)}, got shape {tuple(gram.shape)}")
-        targets = targets.to(gram.device)
+        if targets.device != gram.device:
+            with making_state(self.name, gram.device):
+                targets = targets.to(gram.device)
         weights = gradvac_step(gram, self._step_on(gram.device), self.seed, self.beta, targets, backend)
         self._targets = targets  # last: a step that raised has not begun
         return weights

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._extension import NativeSolver
 from ..functional import check_solver, min_norm_weights
-from ._base import Method
+from ._base import Method, read_losses
 
 _NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 
@@ -82,7 +82,5 @@ class MGDA(Method):
         if self.normalization in ("l2", "loss+"):
             scale = scale * gram.diagonal(dim1=-2, dim2=-1).sqrt()
         if self.needs_losses:
-            if losses is None:
-                raise ValueError(f"MGDA with normalization={self.normalization!r} needs losses, got None")
-            scale = scale * losses.to(scale)
+            scale = scale * read_losses(self.name, losses, scale.shape, scale.device).to(scale)
         return torch.where(scale == 0, 1, scale)

@@ -59,9 +59,9 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
 
     For a given lambda = kappa / |g_x| the x of the dual problem is that of the shortest convex combination of the
     vectors lambda g_t + g_0. The lambda with |lambda g_x| = kappa is found by a bracketed secant on squares: first the
-    bracket's ends, the upper one first, at 2^11.5 and if that is too low at 1e7, unless G is indefinite, where it would be
-    but rounding. If that is too low as well, the gradients are Pareto-stationary, and the projection of g_0 on the dual
-    cone is next and last.
+    bracket's ends, the upper one first, at 2^11.5 and if that is too low at 1e7, unless G is indefinite, where it would
+    be but rounding. If that is too low as well, the gradients are Pareto-stationary, and the projection of g_0 on the
+    dual cone is next and last.
     """
     problem = tl.program_id(0).to(tl.int64)
     gram += problem * num_tasks * num_tasks
@@ -118,7 +118,8 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
                 x = x / tl.sum(x, 0)
                 squared = tl.maximum(tl.sum(x * tl.sum(g * x[None, :], 1), 0), 0.0)
                 value = at * at * squared - target
-                weights = tl.where(squared > 0, even + tl.sqrt(target / tl.where(squared > 0, squared, 1.0)) * x, weights)
+                factor = tl.sqrt(target / tl.where(squared > 0, squared, 1.0))
+                weights = tl.where(squared > 0, even + factor * x, weights)
                 settled = (ends > 2) & (tl.abs(value) <= 1e-12 * target)
                 if ends < 2:
                     high_value = value

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""What comes between steps: copies, checkpoints, evaluations, other dtypes, processes and parameters."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import two_losses, two_task_net
+
+methods = gradsurgery.methods
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+# One for each place where a method makes its state.
+STATEFUL = ("pcgrad", "gradvac", "gradnorm", "dwa", "modo", "cr_mogm")
+
+
+def duplicates(optimizer):
+    return copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))
+
+
+def test_hooks_of_a_copy_run_and_those_of_the_original_do_not():
+    original, called = gradsurgery.PCGrad(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1)), []
+    original.register_step_post_hook(lambda *_: called.append("original"))
+    for optimizer in duplicates(original):
+        optimizer.register_step_pre_hook(lambda *_: called.append("step"))
+        optimizer.register_state_dict_post_hook(lambda *_: called.append("state"))
+        optimizer.step()
+        optimizer.state_dict()
+    assert called == ["step", "state"] * 2
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_states_made_during_an_evaluation_go_on(name):
+    method, gram, losses = methods.get(name), torch.eye(2, dtype=torch.float64), torch.ones(2)
+    with torch.inference_mode():
+        method.weights(gram.clone(), losses=losses.clone())
+    method.weights(gram, losses=losses)
+    with torch.inference_mode():
+        method.load_state_dict(copy.deepcopy(method.state_dict()))
+        fresh = methods.get(name)
+        fresh.load_state_dict(method.state_dict())
+    for each in (method, fresh):
+        each.weights(gram, losses=losses)
+
+
+def test_an_evaluation_before_the_first_step_counts():
+    method = methods.get("dtp")
+    with torch.inference_mode():
+        method.update([0.5, 0.6])
+    method.update([0.7, 0.2])
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_state_dict_is_a_snapshot(name):
+    method, gram, losses = methods.get(name), torch.tensor([[1.0, -0.5], [-0.5, 2.0]]).double(), torch.tensor([1.0, 2])
+    method.weights(gram, losses=losses)
+    state = method.state_dict()
+    before, other = copy.deepcopy(state), methods.get(name)
+    other.load_state_dict(state)
+    for each in (method, other):
+        each.weights(gram, losses=losses / 3)
+    assert str(state) == str(before)
+
+
+@pytest.mark.parametrize("name", ["moco", "db_mtl", "excess_mtl", "m_config"])
+def test_a_model_goes_on_in_another_dtype(name):
+    states = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        net = two_task_net(dtype)
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.Adam(net.parameters()), name)
+        if states:
+            optimizer.load_state_dict(states[torch.float32])
+        optimizer.backward(two_losses(net, X.to(dtype)))
+        optimizer.step()
+        states[dtype] = optimizer.state_dict()
+        assert all(b.dtype == dtype for row in states[dtype]["surgery"]["buffers"] for b in row)
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+class Branches(torch.nn.Module):
+    """Three layers, of which each step uses some, and two losses."""
+
+    def __init__(self):
+        super().__init__()
+        for name in "xyz":
+            self.add_module(name, torch.nn.Linear(4, 4))
+        self.heads = torch.nn.Linear(4, 2)
+
+    def forward(self, used):
+        z = torch.ones(3, 4)
+        for name in used:
+            z = self.get_submodule(name)(z).tanh() + z
+        return [self.heads(z)[:, 0].square().mean(), (self.heads(z)[:, 1] - 1).square().mean()]
+
+
+@pytest.mark.parametrize("granularity", ["per_group", "per_tensor"])
+@pytest.mark.parametrize("name", ["modo", "sdmgrad", "gradvac", "cr_mogm"])
+def test_a_block_does_not_get_the_state_of_another(name, granularity):
+    net = Branches()
+    groups = [{"params": list(net.get_submodule(m).parameters())} for m in ("x", "y", "z", "heads")]
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(groups, lr=0.1), name, granularity=granularity)
+    optimizer.backward(net("xy"))
+    before = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match=f"method '{name}' has a state for each group or tensor"):
+        optimizer.backward(net("yz"))
+    torch.testing.assert_close([p.grad for p in net.parameters()], before, rtol=0, atol=0)
+    optimizer.backward(net("yx"))
+    copied = gradsurgery.SurgeryOptimizer(torch.optim.SGD(groups, lr=0.1), name, granularity=granularity)
+    copied.backward(net("xz"))
+    copied.load_state_dict(optimizer.state_dict())
+    copied.backward(net("xy"))
+
+
+@pytest.mark.parametrize("name", ["moco", "db_mtl", "excess_mtl"])
+def test_a_named_parameter_that_a_step_leaves_out_has_a_zero_gradient(name):
+    net = Branches()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = gradsurgery.SurgeryOptimizer(sgd, name, shared=[*net.x.parameters(), *net.y.parameters()])
+    optimizer.backward(net("xy"))
+    optimizer.zero_grad()
+    optimizer.backward(net("x"))
+    assert net.x.weight.grad.norm() > 0
+    assert net.y.weight.grad.isfinite().all()
+
+
+def test_parameters_on_several_processes_are_refused(tmp_path):
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = torch.nn.Parameter(DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (1,)), [Replicate()]))
+        message = r"parameters must lie on one process, got a \w+ of shape \(3,\)"
+        with pytest.raises(TypeError, match=message):
+            gradsurgery.PCGrad(torch.optim.SGD([sharded], lr=0.1))
+        optimizer = gradsurgery.PCGrad(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1))
+        for given in (sharded, [sharded]):
+            with pytest.raises(TypeError, match=message):
+                optimizer.add_param_group({"params": given})
+        assert len(optimizer.param_groups) == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_other_processes_are_warned_of(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.warns(UserWarning, match="no gradients are averaged over the 2 that there are"):
+        gradsurgery.PCGrad(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1))
