@@ -66,7 +66,7 @@ class CRMOGM(Method):
         averaged = torch.where(self._w.isnan(), new, self.alpha * self._w + (1 - self.alpha) * new)
         finite = new.isfinite().all(-1, keepdim=True)
         self._w.copy_(torch.where(finite, averaged, self._w))
-        return torch.where(finite, averaged, new)
+        return averaged
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average (None before the first step), and the other method's state."""

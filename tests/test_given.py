@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""What the optimizers give a method, and heads in steps of several batches, sparse or in 16 bits."""
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import grads_of, two_losses, two_task_net
+from gradsurgery.collect import collect
+
+methods = gradsurgery.methods
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+
+
+class Recorder(methods.Method):
+    name = "recorder"
+    needs_losses = True
+
+    def __init__(self, num_batches=1):
+        self.num_batches = num_batches
+        self.given = []
+
+    def weights(self, gram, *, losses=None, **options):
+        self.given.append((losses, options))
+        return torch.ones_like(gram[..., 0])
+
+
+def test_losses_of_micro_batches_are_summed_and_of_batches_the_last_count():
+    net = two_task_net(torch.float64)
+    batches = [two_losses(net, X.double() + shift) for shift in (0.0, 0.3, 0.7)]
+    values = torch.stack([torch.stack(losses) for losses in batches]).detach()
+    for num_batches, expected in ((1, values.sum(0)), (3, values[2])):
+        method = Recorder(num_batches)
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+        for losses in batches:
+            optimizer.collect(losses, retain_graph=True)
+        optimizer.combine()
+        torch.testing.assert_close(method.given[0][0], expected)
+
+
+@pytest.mark.parametrize("name", [None, "reference"])
+def test_a_named_backend_also_yields_the_weights(name):
+    method, net = Recorder(), two_task_net()
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method, backend=name)
+    optimizer.backward(two_losses(net, X))
+    assert method.given[0][1] == ({} if name is None else {"backend": name})
+
+
+def test_a_head_that_one_of_three_batches_reaches_gets_a_third():
+    net, head = two_task_net(torch.float64), torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([*net.parameters(), head], lr=0.1), "modo")
+    for batch in range(3):
+        a, b = two_losses(net, X.double() + batch)
+        optimizer.collect([a + 3 * head.square().sum() if batch == 1 else a, b])
+    optimizer.combine()
+    torch.testing.assert_close(head.grad, torch.full_like(head, 2))
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.float16, 2)])
+def test_weights_in_16_bits_are_not_rounded(dtype, passes):
+    w, counted = torch.nn.Parameter(torch.ones(4)), []
+    w.register_hook(lambda grad: counted.append(1))
+    optimizer = gradsurgery.SurgeryOptimizer(
+        torch.optim.SGD([w], lr=0.1), methods.get("constant", task_weights=[0.3, 0.7])
+    )
+    optimizer.backward([(w.sum() * k).to(dtype) for k in (1, 2)])
+    assert len(counted) == passes
+    torch.testing.assert_close(w.grad, torch.full((4,), 1.7), rtol=1e-6, atol=0)
+
+
+def test_a_weight_of_a_loss_counts_for_a_sparse_head():
+    net, table = two_task_net(), torch.nn.Embedding(5, 6, sparse=True)
+    optimizer = gradsurgery.GradNorm(torch.optim.SGD([*net.parameters(), *table.parameters()], lr=0.0), lr=0.2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        a, b = two_losses(net, X)
+        info = optimizer.backward([a, b + table(torch.tensor([1, 2])).sum()])
+    assert (info.weights[1] - 1).abs() > 1e-3
+    torch.testing.assert_close(table.weight.grad.to_dense()[1], info.weights[1].float().expand(6))
+
+
+def test_norm_parameters_must_be_shared():
+    net = two_task_net()
+    optimizer = gradsurgery.GradNorm(
+        torch.optim.SGD(net.parameters(), lr=0.1), norm_parameters=list(net["a"].parameters())
+    )
+    with pytest.raises(ValueError, match="no two losses share any of norm_parameters"):
+        optimizer.backward(two_losses(net, X))
+    assert grads_of(net) == [None] * len(grads_of(net))
+
+
+def test_an_average_of_gradnorm_reads_its_norm_parameters():
+    infos = []
+    for wrapped in (False, True):
+        net = two_task_net(torch.float64)
+        torch.manual_seed(3)
+        for p in net.parameters():
+            torch.nn.init.normal_(p)
+        method = methods.GradNorm(lr=0.2, norm_parameters=list(net["trunk"][2].parameters()))
+        method = methods.CRMOGM(method, alpha=0.0) if wrapped else method
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+        for _ in range(3):
+            optimizer.zero_grad()
+            info = optimizer.backward(two_losses(net, X.double()))
+            optimizer.step()
+        infos.append(info.weights)
+    assert (infos[0] - 1).abs().min() > 1e-4
+    torch.testing.assert_close(infos[0], infos[1])
+
+
+def test_an_average_of_a_step_that_is_not_finite():
+    method, gram = methods.CRMOGM("mgda", alpha=0.5), torch.diag(torch.tensor([1.0, 3.0]).double())
+    before = method.weights(gram)
+    assert method.weights(gram * torch.nan).isnan().all()
+    torch.testing.assert_close(method.weights(gram), before)
+
+
+def test_a_checkpoint_goes_on_with_other_names_of_its_tasks():
+    net = two_task_net()
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "moco")
+    optimizer.backward(dict(zip("ab", two_losses(net, X), strict=True)))
+    with pytest.raises(ValueError, match=r"same tasks: had \['a', 'b'\], got \['c', 'd'\]"):
+        optimizer.backward(dict(zip("cd", two_losses(net, X), strict=True)))
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.backward(dict(zip("cd", two_losses(net, X), strict=True)))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_a_loss_that_depends_on_no_feature(mode):
+    net, alone = two_task_net(torch.float64), torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    parameters = [*net.parameters(), alone]
+
+    def forward():
+        z = net["trunk"](X.double())
+        return z, [net["a"](z.tanh()).square().mean(), net["b"](z.tanh()).square().mean(), alone.square().sum()]
+
+    expected = collect(forward()[1], parameters).grads
+    features, losses = forward()
+    found = collect(losses, parameters, features=features, mode=mode).grads
+    for row, other in zip(found, expected, strict=True):
+        for a, b in zip(row, other, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
