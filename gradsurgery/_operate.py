@@ -95,7 +95,7 @@ class Operation:
         return gram, measured
 
     def _weigh(self, measured: Tensor) -> Tensor:
-        losses, name = self.collected.losses, self.backend_name and self.backend.name
+        losses, name = self.collected.losses, self.backend_name
         if self.whole:
             return weigh(self.method, measured[0], losses, name)[None]
         return weigh(self.method, measured, losses, name)

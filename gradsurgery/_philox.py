@@ -15,7 +15,7 @@ def philox_words(rows: Tensor, count: int, seed: int, step: Tensor) -> Tensor:
     """Return ``count`` 32-bit words for each row: Philox4x32-10 with key ``seed`` and counter (step, row, block)."""
     blocks = torch.arange((count + 3) // 4, device=rows.device)
     shape = (len(rows), len(blocks))
-    return _philox(rows[:, None].expand(shape), blocks.expand(shape), seed, step).flatten(1)
+    return _philox(rows[:, None].expand(shape), blocks.expand(shape), seed, step).flatten(1)[:, :count]
 
 
 def coordinate_uniforms(begin: int, count: int, seed: int, step: Tensor, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._constant import constant
 from ._gradients import Grads, TaskGradients, parse
-from .backends import choose
+from .backends import Backend, choose
 from .combine import Direction, _check_out, combine, combine_of, combine_rows_of, new_out
 from .gram import gram, gram_of
 from .methods import CoordinateMethod, Method, resolve
@@ -52,21 +52,32 @@ def aggregate(
         raise ValueError(f"method {chosen.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
     if isinstance(chosen, BufferedMethod):
         result = _aggregate_buffers(chosen, parsed, losses, out, backend)
-        return result if out is not None else constant("aggregate", result, parsed.differentiable)
-    stages = choose(backend, parsed.device, parsed.num_tasks)
-    if isinstance(chosen, CoordinateMethod):
-        result = combine_rows_of(parsed, chosen.rule(parsed.device, parsed.num_tasks), out, False, stages)
-        return result if out is not None else constant("aggregate", result, parsed.differentiable)
-    solver = None if stages.aggregate is None else chosen.native_solver(parsed.device)
-    if stages.aggregate is not None and solver is not None:
-        direction = new_out(parsed) if out is None else out
-        if parsed.matrix is not None or (parsed.lists is not None and parsed.lists.fits(direction)):
-            stages.aggregate(parsed, solver, direction)
-            return out if out is not None else constant("aggregate", direction, parsed.differentiable)
-    products = gram_of(parsed, stages)
-    weights = weigh(chosen, products, losses, backend)
-    result = combine_of(parsed, weights, out, False, stages)
+    else:
+        stages = choose(backend, parsed.device, parsed.num_tasks)
+        if isinstance(chosen, CoordinateMethod):
+            result = combine_rows_of(parsed, chosen.rule(parsed.device, parsed.num_tasks), out, False, stages)
+        else:
+            result = _aggregate_sum(chosen, parsed, losses, out, stages, backend)
     return result if out is not None else constant("aggregate", result, parsed.differentiable)
+
+
+def _aggregate_sum(
+    method: Method,
+    grads: TaskGradients,
+    losses: Tensor | None,
+    out: Direction | None,
+    stages: Backend,
+    backend: str | None,
+) -> Direction:
+    """Return the weighted sum of the gradients, by one operator where there is one."""
+    solver = None if stages.aggregate is None else method.native_solver(grads.device)
+    if stages.aggregate is not None and solver is not None:
+        direction = new_out(grads) if out is None else out
+        if grads.matrix is not None or (grads.lists is not None and grads.lists.fits(direction)):
+            stages.aggregate(grads, solver, direction)
+            return direction
+    weights = weigh(method, gram_of(grads, stages), losses, backend)
+    return combine_of(grads, weights, out, False, stages)
 
 
 def _aggregate_buffers(

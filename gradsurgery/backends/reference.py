@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .._gradients import TaskGradients
 from .._philox import philox_words
-from . import solvers
 from .plain import PlainStages
+from .spectral import all_done
 
 _CHUNK_COLUMNS = 1 << 14
 
@@ -169,7 +169,7 @@ def _frank_wolfe(gram: Tensor, max_iter: int, tol: float) -> Tensor:
         moved = (weights * keep).scatter_add(-1, vertex, 1 - keep)
         weights = torch.where(running, moved, weights)
         running = running & (1 - keep >= tol)
-        if solvers.all_done(~running):
+        if all_done(~running):
             break
     return weights
 
@@ -197,7 +197,7 @@ def _wolfe(gram: Tensor) -> Tensor:
         violation = torch.where(active, -torch.inf, (value - gw) / norms)
         worst, joining = violation.max(-1, keepdim=True)
         settled = settled | (at_minimum & ~(worst > error))
-        if solvers.all_done(settled):
+        if all_done(settled):
             break
         joins = torch.zeros_like(active).scatter(-1, joining, at_minimum & ~settled)
         active = active | joins

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .spectral import aligned_mtl, all_done, config, imtl_g
+
 WEIGHTINGS = (
     "upgrad",
     "dualproj",
@@ -58,11 +60,11 @@ def solve(
     elif method == "krum":
         weights = _krum(gram, int(parameter), int(limit))
     elif method == "imtl_g":
-        weights = _imtl_g(gram)
+        weights = imtl_g(gram)
     elif method == "config":
-        weights = _config(gram, preference)
+        weights = config(gram, preference)
     else:
-        weights = _aligned_mtl(gram, preference, method.removeprefix("aligned_mtl_"))
+        weights = aligned_mtl(gram, preference, method.removeprefix("aligned_mtl_"))
     out.copy_(torch.where(finite, weights, torch.nan).view_as(out))
 
 
@@ -88,49 +90,6 @@ def gradvac(gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tens
         goals_after[:, rows, j] = torch.where(counts, moved, goals_after[:, rows, j])
     out.copy_(torch.where(finite, c.sum(-2), torch.nan).view_as(out))
     goals.copy_(torch.where(finite[..., None], goals_after, goals))
-
-
-def all_done(done: Tensor) -> bool:
-    """Whether to end an iteration early."""
-    return done.device.type == "cpu" and bool(done.all())
-
-
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues [B, T] of positive semidefinite matrices, and their eigenvectors as rows [B, T, T]."""
-    if matrix.device.type == "cpu":
-        values, vectors = torch.linalg.eigh(matrix)
-        return values, vectors.mT
-    return jacobi(matrix)  # torch.linalg.eigh would synchronise
-
-
-def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what :func:`eigh` does, in no order, by one-sided Jacobi rotations of disjoint pairs of rows at a time.
-
-    Rotations that make the rows of a matrix A = V diag(lambda) V^T orthogonal turn it into diag(lambda) V^T.
-    """
-    num_tasks = matrix.shape[-1]
-    players = num_tasks + num_tasks % 2
-    rows = torch.nn.functional.pad(matrix, (0, 0, 0, players - num_tasks))
-    rounds = max(players - 1, 1)
-    pair = torch.arange(players // 2, device=matrix.device)
-    for _ in range(15):
-        rotated = torch.zeros((), dtype=torch.bool, device=matrix.device)
-        for number in range(rounds):
-            p, q = torch.where(pair == 0, rounds, (number + pair) % rounds), (number - pair) % rounds
-            a, b = rows[:, p], rows[:, q]
-            aa, bb, ab = a.square().sum(-1), b.square().sum(-1), (a * b).sum(-1)
-            rotate = ab.abs() > 1e-15 * aa.sqrt() * bb.sqrt()
-            rotated |= rotate.any()
-            zeta = torch.where(rotate, (bb - aa) / (2 * ab), torch.inf)
-            tangent = torch.where(zeta < 0, -1, 1) / (zeta.abs() + (1 + zeta.square()).sqrt())
-            cosine = (1 + tangent.square()).rsqrt()[..., None]
-            sine = cosine * tangent[..., None]
-            rows[:, p], rows[:, q] = cosine * a - sine * b, sine * a + cosine * b
-        if all_done(~rotated):
-            break
-    rows = rows[:, :num_tasks]  # what was added for an even number is still 0
-    values = rows.norm(dim=-1)
-    return values, torch.where(values[..., None] > 0, rows / values[..., None], 0)
 
 
 def _dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
@@ -206,7 +165,7 @@ def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
         high, high_value = torch.where(far, 1e7 * low, high), torch.where(far, far_value, high_value)
     stationary = high_value < 0
     low_value = excess(low)
-    found, found_x = low.clone(), x.clone()
+    found = low.clone()
     settled = ~wanted | stationary | (low_value >= 0)
     side = torch.zeros_like(low)
     for _ in range(40):
@@ -218,7 +177,7 @@ def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
         scale = torch.where(b > 1e6 * a, middle, secant)
         scale = torch.where(settled, found, torch.minimum(torch.maximum(scale, low), high))
         value = excess(scale)
-        found, found_x = scale, torch.where(settled, found_x, x)
+        found = scale
         below, above = (value < 0) & ~settled, (value >= 0) & ~settled
         high_value = torch.where(below & (side < 0), high_value / 2, high_value)
         low_value = torch.where(above & (side > 0), low_value / 2, low_value)
@@ -227,9 +186,9 @@ def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
         side = torch.where(below, -1, torch.where(above, 1, side))
         settled = settled | (value.abs() <= 1e-12 * target) | (high - low <= 1e-15 * high)
     even = 1 / num_tasks
-    squared = _square(gram, found_x)
+    squared = _square(gram, x)
     stationary |= squared == 0
-    weights = even + (target / squared).sqrt() * found_x
+    weights = even + (target / squared).sqrt() * x
     added = _dual_cone(gram, torch.full_like(mean[:1], even), 1e-12).squeeze(-2) - even
     cone = even + (target / torch.maximum(_square(gram, added), target)).sqrt() * added
     return torch.where(wanted, torch.where(stationary, cone, weights), even)
@@ -288,50 +247,3 @@ def _krum(gram: Tensor, num_byzantine: int, num_selected: int) -> Tensor:
     scores = others.sort(-1).values[..., :nearest].sum(-1)
     selected = scores.sort(dim=-1, stable=True).indices[..., :num_selected]
     return torch.zeros_like(scores).scatter_(-1, selected, 1 / num_selected)
-
-
-def _solve_cosines(gram: Tensor, preference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return c = pinv(K) p for the matrix K of cosines, its length sqrt(c^T K c), and the norms."""
-    num_tasks = gram.shape[-1]
-    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    product = norms[..., :, None] * norms[..., None, :]
-    values, vectors = eigh(torch.where(product > 0, gram / product, 0))
-    rounding = 2.0**-23 * num_tasks
-    kept = values > rounding * values.max(-1, keepdim=True).values
-    preference = torch.where(norms > 0, preference, 0)
-    along = torch.where(kept, (vectors @ preference[..., None]).squeeze(-1), 0)
-    enough = along.norm(dim=-1, keepdim=True) > rounding * preference.norm(dim=-1, keepdim=True)
-    factor = torch.where(kept & enough, along / values, 0)
-    c = (factor[..., None, :] @ vectors).squeeze(-2)
-    return c, (factor * along).sum(-1, keepdim=True).sqrt(), norms
-
-
-def _imtl_g(gram: Tensor) -> Tensor:
-    c, _, norms = _solve_cosines(gram, gram.new_ones(gram.shape[-1]))
-    v = torch.where(norms > 0, c / norms, 0)
-    total = v.sum(-1, keepdim=True)
-    return torch.where(total.abs() > 1e-12 * v.abs().sum(-1, keepdim=True), v / total, 0)
-
-
-def _config(gram: Tensor, preference: Tensor) -> Tensor:
-    c, length, norms = _solve_cosines(gram, preference)
-    a = torch.where((norms > 0) & (length > 0), c / norms / length, 0)
-    return (gram @ a[..., None]).squeeze(-1).sum(-1, keepdim=True) * a
-
-
-def _aligned_mtl(gram: Tensor, preference: Tensor, mode: str) -> Tensor:
-    num_tasks = gram.shape[-1]
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    values, vectors = eigh(torch.where(trace > 0, gram / trace, 0))
-    kept = values > 2.0**-23 * num_tasks * values.max(-1, keepdim=True).values
-    rank = kept.sum(-1, keepdim=True)
-    ascending = torch.where(kept, values, torch.inf).sort(-1).values
-    if mode == "min":
-        scale = ascending[..., :1]
-    elif mode == "median":  # the lower one
-        scale = ascending.gather(-1, ((rank - 1) // 2).clamp(min=0))
-    else:
-        scale = torch.where(kept, values, 0).sum(-1, keepdim=True) / rank
-    along = (vectors @ preference[..., None]).squeeze(-1)
-    factor = torch.where(kept, (scale / values).sqrt() * along, 0)
-    return torch.where(rank > 0, (factor[..., None, :] @ vectors).squeeze(-2), preference)

@@ -36,6 +36,13 @@ def check_positive(name: str, value: float) -> float:
     return value
 
 
+def check_not_negative(name: str, value: float) -> float:
+    """Return the value; ValueError unless it is >= 0 and finite."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+    return value
+
+
 def read_losses(name: str, losses: Any, shape: torch.Size, device: torch.device) -> Tensor:
     """Return losses [T] or [..., T] as float64 of that shape [..., T] on the device, detached."""
     if not isinstance(losses, Tensor) or losses.shape not in (shape[-1:], shape):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._gradients import describe
-from ._base import Method, PerTask, making_state, read_losses
+from ._base import Method, PerTask, check_not_negative, making_state, read_losses
 
 
 class LossMethod(Method):
@@ -126,8 +126,7 @@ class TrainedScales(LossMethod):
     state_names = ("s",)
 
     def __init__(self, lr: float = 0.025, initial: float | Sequence[float] | Tensor = 0.0) -> None:
-        if not 0 <= lr < math.inf:
-            raise ValueError(f"lr must be >= 0 and finite, got {lr}")
+        check_not_negative("lr", lr)
         self.lr = lr
         if isinstance(initial, (int, float)) and not math.isfinite(initial):
             raise ValueError(f"initial must be finite, got {initial}")

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from ._base import SolverMethod
+from ._base import SolverMethod, check_not_negative
 
 
 class CAGrad(SolverMethod):
@@ -35,8 +33,7 @@ class CAGrad(SolverMethod):
     solver = "cagrad"
 
     def __init__(self, c: float = 0.5, rescale: int = 0) -> None:
-        if not 0 <= c < math.inf:
-            raise ValueError(f"c must be >= 0 and finite, got {c}")
+        check_not_negative("c", c)
         if rescale not in (0, 1, 2):
             raise ValueError(f"rescale must be 0, 1 or 2, got {rescale!r}")
         self.parameter = c

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ._base import check_not_negative
 from ._losses import LossMethod
 from ._preferences import Preferences, across, unit
 
@@ -33,8 +33,7 @@ class COSMOS(LossMethod):
     scale = "w . L = p . L"
 
     def __init__(self, penalty: float = 1.0, pref: Sequence[float] | Tensor | None = None) -> None:
-        if not 0 <= penalty < math.inf:
-            raise ValueError(f"penalty must be >= 0 and finite, got {penalty}")
+        check_not_negative("penalty", penalty)
         self.penalty = penalty
         self._preferences = Preferences(pref)
 

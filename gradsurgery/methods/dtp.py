@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ._base import check_not_negative
 from ._losses import LossMethod
 
 _LEAST = 1e-6
@@ -37,8 +37,7 @@ class DTP(LossMethod):
     state_names = ("kpis", "updated")
 
     def __init__(self, gamma: float = 1.0, alpha: float = 0.5) -> None:
-        if not 0 <= gamma < math.inf:
-            raise ValueError(f"gamma must be >= 0 and finite, got {gamma}")
+        check_not_negative("gamma", gamma)
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha must be > 0 and <= 1, got {alpha}")
         self.gamma = gamma

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..collect import Losses
-from ._base import read_losses
+from ._base import check_not_negative, read_losses
 from ._losses import LossMethod
 
 _BETAS = (0.9, 0.999)
@@ -44,8 +43,7 @@ class FAMO(LossMethod):
 
     def __init__(self, lr: float = 0.025, gamma: float = 0.01) -> None:
         for name, value in (("lr", lr), ("gamma", gamma)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+            check_not_negative(name, value)
         self.lr = lr
         self.gamma = gamma
 

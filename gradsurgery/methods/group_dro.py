@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._base import check_not_negative
 from ._losses import LossMethod
 
 
@@ -31,8 +32,7 @@ class GroupDRO(LossMethod):
     state_names = ("log_q",)
 
     def __init__(self, eta: float = 0.01) -> None:
-        if not 0 <= eta < math.inf:
-            raise ValueError(f"eta must be >= 0 and finite, got {eta}")
+        check_not_negative("eta", eta)
         self.eta = eta
 
     def _initial(self, losses: Tensor) -> dict[str, Tensor]:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ._base import check_not_negative
 from ._losses import LossMethod
 from ._preferences import Preferences, across, unit
 
@@ -38,8 +38,7 @@ class PBI(LossMethod):
         pref: Sequence[float] | Tensor | None = None,
         ideal: Sequence[float] | Tensor | None = None,
     ) -> None:
-        if not 0 <= theta < math.inf:
-            raise ValueError(f"theta must be >= 0 and finite, got {theta}")
+        check_not_negative("theta", theta)
         self.theta = theta
         self._preferences = Preferences(pref, ideal)
 

@@ -44,7 +44,7 @@ class Random(SteppedMethod):
         step = self._step_on(gram.device)
         row = torch.full((1,), _ROW, device=gram.device)
         uniform = (philox_words(row, 2 * gram.shape[-1], self.seed, step)[0].double() + 0.5) / 2**32
-        radius, angle = uniform[: 2 * gram.shape[-1]].unflatten(0, (-1, 2)).unbind(1)
+        radius, angle = uniform.unflatten(0, (-1, 2)).unbind(1)
         normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
         step += 1
         return nan_unless_finite(normal.softmax(0), gram)
