@@ -3,8 +3,7 @@
 
 It is the oracle of every other backend. It never uses a float32 matrix product over the parameters (wrong by 1e-3 at
 1e7 elements): gradients are cut into chunks, widened to float64, and summed there. It does not read values on the host,
-with one
-exception: on the CPU, where that costs nothing, an iteration ends early when all problems have converged.
+with one exception: on the CPU, where that costs nothing, an iteration ends early when all problems have converged.
 """
 
 from __future__ import annotations

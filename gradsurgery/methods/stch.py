@@ -16,8 +16,7 @@ class STCH(LossMethod):
 
     f = T mu log sum_t exp(l_t / mu), l_t = log(L_t / n_t), n the nadir: w_t = df / dL_t = T softmax(l / mu)_t / L_t. In
     the first ``warmup`` steps f = sum_t log L_t and w_t = 1 / L_t; n is the mean of the losses over the last fifth of
-    them, at least one step. Multiplying a loss by a factor from the start leaves the
-    direction as it is.
+    them, at least one step. Multiplying a loss by a factor from the start leaves the direction as it is.
 
     Conventions: steps in place of LibMTL's epochs, of which four pass and the fifth gives the nadir: for the same, set
     ``warmup`` to five epochs of steps. No epsilon in the logarithms (LibMTL: 1e-20). Losses must not be negative (NaN

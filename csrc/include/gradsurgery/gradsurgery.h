@@ -172,7 +172,7 @@ GS_API gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_t
                                 uint64_t seed, int64_t* step, int advance, int mean, double* weights, gs_stream stream);
 
 // Min-norm weights [batch, T]: argmin of w^T G w over the simplex. max_iter and tol are those of Frank-Wolfe;
-// the exact solver ends by itself, in at most 8 T + 32 linear solves.
+// the exact solver ends by itself, in at most 8 T + 32 steps and T + 1 factorizations.
 GS_API int64_t gs_min_norm_workspace_bytes(int64_t batch, int64_t num_tasks);
 GS_API gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver,
                                  int64_t max_iter, double tol, double* weights, void* workspace,
