@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ._gradients import TaskGradients, parse
-from ._step import Plan, add_all
+from ._plan import Plan
+from ._step import add_all
 from .backends import Backend, choose
 from .collect import Collected, Losses, collect
 from .combine import combine_of, combine_rows_of

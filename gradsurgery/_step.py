@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What a step of the optimizers does with which parameter, and where the directions go."""
+"""Where the directions of a step of the optimizers go, and what the plain gradients become."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
-from operator import is_
+from collections.abc import Container
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,114 +14,6 @@ from ._gradients import TaskGradients, assign_grads, is_dense, parse, read_lists
 from .backends import Backend, choose
 from .collect import Collected
 from .combine import combine_of
-
-
-@dataclass(slots=True)
-class Plan:
-    """Which parameters are shared, and their segments: settled once for all steps with the same reach."""
-
-    parameters: list[Tensor]
-    reach: bytes
-    """Of each parameter, how many losses reach it."""
-    enough: int
-    """How many must, for it to be shared."""
-    measured: Sequence[Tensor] | None
-    shared: list[int]
-    plain: list[int]
-    """The other parameters with a gradient."""
-    segments: list[int]
-    """The segment of each shared parameter."""
-    blocks: list[int]
-    """What each segment is of: a group's number, or a parameter's id."""
-    num_segments: int
-    read_segments: list[int]
-    """Those that G is computed in: the same, or with ``measured``, 1 for these parameters and 0 for the others."""
-    num_read_segments: int
-
-    def holds(self, parameters: list[Tensor], reach: bytes, enough: int, measured: Sequence[Tensor] | None) -> bool:
-        """Whether it is a plan for these."""
-        return (
-            self.reach == reach
-            and self.enough == enough
-            and self.measured is measured
-            and len(self.parameters) == len(parameters)
-            and all(map(is_, self.parameters, parameters))
-        )
-
-
-def make_plan(
-    parameters: list[Tensor],
-    reach: bytes,
-    *,
-    shared: Sequence[Tensor] | None,
-    enough: int,
-    groups: dict[int, int] | None,
-    per_tensor: bool,
-    measured: Sequence[Tensor] | None,
-) -> Plan:
-    """Return a plan.
-
-    Args:
-        parameters, reach: those of the step.
-        shared: the shared parameters; None: those that ``enough`` losses reach.
-        enough: see ``shared``.
-        groups: from a parameter's id to its group, for segments by groups.
-        per_tensor: a segment for each shared parameter.
-        measured: the parameters whose G the method reads; None: all shared ones.
-    """
-    if shared is None:
-        chosen = [p for p, count in enumerate(reach) if count >= enough]
-    else:
-        named = {id(p) for p in shared}
-        chosen = [p for p, count in enumerate(reach) if count and id(parameters[p]) in named]
-    if per_tensor:
-        of_chosen = blocks = [id(parameters[p]) for p in chosen]
-    elif groups is not None:
-        of_chosen = [groups[id(parameters[p])] for p in chosen]
-        blocks = sorted(set(of_chosen))
-    else:
-        of_chosen, blocks = [0] * len(chosen), [0]
-    places = {block: place for place, block in enumerate(blocks)}
-    segments = [places[block] for block in of_chosen]
-    read_segments = segments
-    if measured is not None:
-        named = {id(p) for p in measured}
-        read_segments = [int(id(parameters[p]) in named) for p in chosen]
-        if not any(read_segments):
-            raise ValueError("no two losses share any of norm_parameters")
-    return Plan(
-        parameters=parameters,
-        reach=reach,
-        enough=enough,
-        measured=measured,
-        shared=chosen,
-        plain=sorted({p for p, count in enumerate(reach) if count} - set(chosen)),
-        segments=segments,
-        blocks=blocks,
-        num_segments=max(segments, default=0) + 1,
-        read_segments=read_segments,
-        num_read_segments=max(read_segments, default=0) + 1,
-    )
-
-
-def check_kept(name: str, kept: list[Tensor], shared: list[Tensor]) -> None:
-    """Raise ValueError where the gradients that a method keeps are those of other parameters."""
-    if not kept or not shared:
-        return
-    if len(shared) != len(kept) or not all(map(is_, shared, kept)):
-        raise ValueError(
-            f"method {name!r} keeps gradients of the shared parameters, which must be the same at each step: name them "
-            f"by shared=; had {len(kept)}, got {len(shared)}"
-        )
-
-
-def check_blocks(name: str, had: list[int] | None, blocks: list[int]) -> None:
-    """Raise ValueError where the rows of a method's state are those of other blocks."""
-    if had not in (None, blocks):
-        raise ValueError(
-            f"method {name!r} has a state for each group or tensor of the shared parameters, which must be the same at "
-            f"each step; had {len(had or ())}, got {len(blocks)} or others"
-        )
 
 
 def read(collected: Collected) -> tuple[TaskGradients, bytes, list[int]]:

@@ -92,9 +92,9 @@ def min_norm_weights(
     """Return the weights of the shortest convex combination: argmin of w^T G w, w >= 0, sum(w) = 1.
 
     ``solver="exact"`` is Wolfe's active-set method: it ends by itself, to rounding, in at most 8 T + 32 steps and
-    T + 1 factorizations. ``solver="frank_wolfe"`` starts at w = 1/T and steps towards the task of least (G w)_t (the first of equals)
-    until the step is below ``tol``, at most ``max_iter`` times; it is there for comparison, and for T >= 16 it often
-    stops far from the optimum.
+    T + 1 factorizations. ``solver="frank_wolfe"`` starts at w = 1/T and steps towards the task of least (G w)_t (the
+    first of equals) until the step is below ``tol``, at most ``max_iter`` times; it is there for comparison, and for
+    T >= 16 it often stops far from the optimum.
 
     Args:
         gram: [..., T, T].

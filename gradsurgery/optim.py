@@ -12,8 +12,9 @@ from torch import Tensor
 from . import methods
 from ._gradients import assign_grads, check_gradient
 from ._operate import Operation, backward_once
+from ._plan import Planner
 from ._processes import check_parameters, warn_of_others
-from ._step import Plan, add_plain, add_sparse, check_blocks, check_kept, make_plan, read, targets
+from ._step import add_plain, add_sparse, read, targets
 from .backends import choose
 from .collect import Collected, Losses, collect, holds_weights
 from .diagnostics import SurgeryInfo
@@ -85,14 +86,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         warn_of_others()
         self.granularity = granularity
         self.backend = backend
-        self._shared = None if shared is None else list(shared)
-        self._check_known(self._shared, "shared")
+        self._planner = Planner(shared, granularity)
+        self._check_known(self._planner.named, "shared")
         self._check_known(self.method.gram_parameters, "norm_parameters")
         self._pending: Collected | None = None
-        self._plan: Plan | None = None
-        self._blocks: list[int] | None = None  # of the steps so far
-        self._kept: list[Tensor] = []
-        self._kept_tasks: list[str] | None = None
         # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
         super().__setstate__({})
         self._share_hooks()
@@ -203,25 +200,13 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 f"a step of method {self.method.name!r} has 1 or {self.method.num_batches} batches, got "
                 f"{collected.batches}"
             )
-        named = self._shared
-        if self.method.takes_absent:
-            named = self._kept or named
-            if not named and not all(collected.present):
-                raise ValueError(
-                    "what is shared cannot be told without every loss: name it by shared=, or give all of them first"
-                )
-        if named is not None:
-            collected = collected.covering(self._kept)
+        collected = self._planner.cover(self.method, collected)
         grads, reach, sparse = read(collected)
-        plan = self._plan_for(collected, reach, named)
+        plan = self._planner.plan_for(self.method, collected, reach, self.param_groups)
         for p in plan.shared if sparse else ():
             for t, row in enumerate(collected.grads):
                 if row[p] is not None:
                     check_gradient(row[p], f"grads[{t}][{p}]")
-        if isinstance(self.method, BufferedMethod):
-            check_kept(self.method.name, self._kept, [collected.parameters[p] for p in plan.shared])
-            if self._kept_tasks not in (None, collected.tasks):
-                raise ValueError(f"every step must have the same tasks: had {self._kept_tasks}, got {collected.tasks}")
         backend = choose(self.backend, grads.device, grads.num_tasks)
         plain = [p for p in plan.plain if p not in sparse] if sparse else plan.plain
         parameters = [collected.parameters[p] for p in plan.shared + plain]
@@ -230,10 +215,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
         operation = Operation(self.method, collected, grads, plan, backend, self.backend, self.granularity == "global")
         gram, weights = operation.write(shared_out, accumulate, self._forget)
-        if isinstance(self.method, BufferedMethod) and not self._kept:
-            self._kept = parameters[: len(plan.shared)]
-        if self._kept:
-            self._kept_tasks = collected.tasks
+        self._planner.remember(self.method, plan, collected)
         if self.method.weights_losses:
             plain_weights, done = weights[0], set()  # type: ignore[index]
         elif plain or sparse:
@@ -275,9 +257,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         Also, under "shared", the places of the parameters whose gradients the method keeps, if it does.
         """
         state = {**self.optimizer.state_dict(), "surgery": self.method.state_dict()}
-        if self._kept:
+        if self._planner.kept:
             places = {id(p): place for place, p in enumerate(self._parameters())}
-            state["shared"] = [places[id(p)] for p in self._kept]
+            state["shared"] = [places[id(p)] for p in self._planner.kept]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -299,8 +281,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self.method.load_state_dict(before)
             raise
         if surgery is not None:
-            self._kept, self._kept_tasks = [parameters[place] for place in places], None
-            self._plan = self._blocks = None
+            self._planner.restore([parameters[place] for place in places])
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler leaves a bound step behind, which belongs to this object alone.
@@ -323,29 +304,6 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         unknown = [p for p in parameters or () if id(p) not in known]
         if unknown:
             raise ValueError(f"{name} holds {len(unknown)} tensors that are not parameters of the wrapped optimizer")
-
-    def _plan_for(self, collected: Collected, reach: bytes, shared: Sequence[Tensor] | None) -> Plan:
-        """Return the last step's plan if it still holds, else a new one."""
-        plan, measured = self._plan, self.method.gram_parameters
-        enough = collected.batches + 1 if len(collected.tasks) > 1 else 1
-        if plan is None or not plan.holds(collected.parameters, reach, enough, measured):
-            groups = None
-            if self.granularity == "per_group":
-                groups = {id(p): g for g, group in enumerate(self.param_groups) for p in group["params"]}
-            plan = make_plan(
-                collected.parameters,
-                reach,
-                shared=shared,
-                enough=enough,
-                groups=groups,
-                per_tensor=self.granularity == "per_tensor",
-                measured=measured,
-            )
-            if self.method.state_by_problem and plan.shared:
-                check_blocks(self.method.name, self._blocks, plan.blocks)
-                self._blocks = plan.blocks
-            self._plan = plan
-        return plan
 
     def _forget(self) -> None:
         self._pending = None

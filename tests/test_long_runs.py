@@ -113,6 +113,17 @@ def test_a_block_does_not_get_the_state_of_another(name, granularity):
     copied.backward(net("xy"))
 
 
+def test_a_step_that_fails_settles_no_blocks():
+    net, method = Branches(), methods.get("modo")
+    groups = [{"params": list(net.get_submodule(m).parameters())} for m in ("x", "y", "z", "heads")]
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(groups, lr=0.1), method, granularity="per_group")
+    method.weights = None
+    with pytest.raises(TypeError):
+        optimizer.backward(net("xy"))
+    del method.weights
+    optimizer.backward(net("yz"))
+
+
 @pytest.mark.parametrize("name", ["moco", "db_mtl", "excess_mtl"])
 def test_a_named_parameter_that_a_step_leaves_out_has_a_zero_gradient(name):
     net = Branches()

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""Which parameters are shared, and in which segments, from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+from .collect import Collected
+from .methods import Method
+from .methods._buffered import BufferedMethod
+
+
+@dataclass(slots=True)
+class Plan:
+    """Which parameters are shared, and their segments: settled once for all steps with the same reach."""
+
+    parameters: list[Tensor]
+    reach: bytes
+    """Of each parameter, how many losses reach it."""
+    enough: int
+    """How many must, for it to be shared."""
+    measured: Sequence[Tensor] | None
+    shared: list[int]
+    plain: list[int]
+    """The other parameters with a gradient."""
+    segments: list[int]
+    """The segment of each shared parameter."""
+    blocks: list[int]
+    """What each segment is of: a group's number, or a parameter's id."""
+    num_segments: int
+    read_segments: list[int]
+    """Those that G is computed in: the same, or with ``measured``, 1 for these parameters and 0 for the others."""
+    num_read_segments: int
+
+    def holds(self, parameters: list[Tensor], reach: bytes, enough: int, measured: Sequence[Tensor] | None) -> bool:
+        """Whether it is a plan for these."""
+        return (
+            self.reach == reach
+            and self.enough == enough
+            and self.measured is measured
+            and len(self.parameters) == len(parameters)
+            and all(map(is_, self.parameters, parameters))
+        )
+
+
+def make_plan(
+    parameters: list[Tensor],
+    reach: bytes,
+    *,
+    shared: Sequence[Tensor] | None,
+    enough: int,
+    groups: dict[int, int] | None,
+    per_tensor: bool,
+    measured: Sequence[Tensor] | None,
+) -> Plan:
+    """Return a plan.
+
+    Args:
+        parameters, reach: those of the step.
+        shared: the shared parameters; None: those that ``enough`` losses reach.
+        enough: see ``shared``.
+        groups: from a parameter's id to its group, for segments by groups.
+        per_tensor: a segment for each shared parameter.
+        measured: the parameters whose G the method reads; None: all shared ones.
+    """
+    if shared is None:
+        chosen = [p for p, count in enumerate(reach) if count >= enough]
+    else:
+        named = {id(p) for p in shared}
+        chosen = [p for p, count in enumerate(reach) if count and id(parameters[p]) in named]
+    if per_tensor:
+        of_chosen = blocks = [id(parameters[p]) for p in chosen]
+    elif groups is not None:
+        of_chosen = [groups[id(parameters[p])] for p in chosen]
+        blocks = sorted(set(of_chosen))
+    else:
+        of_chosen, blocks = [0] * len(chosen), [0]
+    places = {block: place for place, block in enumerate(blocks)}
+    segments = [places[block] for block in of_chosen]
+    read_segments = segments
+    if measured is not None:
+        named = {id(p) for p in measured}
+        read_segments = [int(id(parameters[p]) in named) for p in chosen]
+        if not any(read_segments):
+            raise ValueError("no two losses share any of norm_parameters")
+    return Plan(
+        parameters=parameters,
+        reach=reach,
+        enough=enough,
+        measured=measured,
+        shared=chosen,
+        plain=sorted({p for p, count in enumerate(reach) if count} - set(chosen)),
+        segments=segments,
+        blocks=blocks,
+        num_segments=max(segments, default=0) + 1,
+        read_segments=read_segments,
+        num_read_segments=max(read_segments, default=0) + 1,
+    )
+
+
+class Planner:
+    """Makes the plans, and sees to it that what a method keeps is of the same parameters and tasks at each step.
+
+    Args:
+        named: the parameters that the user says are shared; None: they are found anew at each step.
+        granularity: "global", "per_group" or "per_tensor".
+    """
+
+    def __init__(self, named: Iterable[Tensor] | None, granularity: str) -> None:
+        self.named = None if named is None else list(named)
+        self.granularity = granularity
+        self._plan: Plan | None = None
+        self._blocks: list[int] | None = None
+        self._kept: list[Tensor] = []
+        self._kept_tasks: list[str] | None = None
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The parameters whose gradients the method keeps."""
+        return self._kept
+
+    def restore(self, kept: list[Tensor]) -> None:
+        """Begin anew, with a method that keeps the gradients of these."""
+        self._kept, self._kept_tasks, self._plan, self._blocks = kept, None, None, None
+
+    def cover(self, method: Method, collected: Collected) -> Collected:
+        """Return the same with zero gradients of what the method keeps and no loss reaches, if it is to be shared."""
+        if not self._named_for(method) and not all(collected.present):
+            raise ValueError(
+                "what is shared cannot be told without every loss: name it by shared=, or give all of them first"
+            )
+        return collected if self._named_for(method) is None else collected.covering(self._kept)
+
+    def plan_for(self, method: Method, collected: Collected, reach: bytes, groups: list[dict[str, Any]]) -> Plan:
+        """Return the last step's plan if it still holds, else a new one.
+
+        Args:
+            method, collected: those of the step.
+            reach: of each parameter, how many losses reach it.
+            groups: the optimizer's parameter groups.
+
+        Raises:
+            ValueError: the method keeps something of other parameters, segments or tasks, or reads a G that there is
+                not.
+        """
+        plan, measured = self._plan, method.gram_parameters
+        enough = collected.batches + 1 if len(collected.tasks) > 1 else 1
+        if plan is None or not plan.holds(collected.parameters, reach, enough, measured):
+            group_of = None
+            if self.granularity == "per_group":
+                group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
+            plan = make_plan(
+                collected.parameters,
+                reach,
+                shared=self._named_for(method),
+                enough=enough,
+                groups=group_of,
+                per_tensor=self.granularity == "per_tensor",
+                measured=measured,
+            )
+            self._check_same(method, plan)
+            self._plan = plan
+        if isinstance(method, BufferedMethod) and self._kept_tasks not in (None, collected.tasks):
+            raise ValueError(f"every step must have the same tasks: had {self._kept_tasks}, got {collected.tasks}")
+        return plan
+
+    def remember(self, method: Method, plan: Plan, collected: Collected) -> None:
+        """Take note of what the method keeps after a step."""
+        if not plan.shared:
+            return
+        if method.state_by_problem:
+            self._blocks = plan.blocks
+        if isinstance(method, BufferedMethod):
+            self._kept = self._kept or [plan.parameters[p] for p in plan.shared]
+            self._kept_tasks = collected.tasks
+
+    def _named_for(self, method: Method) -> list[Tensor] | None:
+        return (self._kept or self.named) if method.takes_absent else self.named
+
+    def _check_same(self, method: Method, plan: Plan) -> None:
+        if not plan.shared:
+            return
+        shared = [plan.parameters[p] for p in plan.shared]
+        if self._kept and (len(shared) != len(self._kept) or not all(map(is_, shared, self._kept))):
+            raise ValueError(
+                f"method {method.name!r} keeps gradients of the shared parameters, which must be the same at each "
+                f"step: name them by shared=; had {len(self._kept)}, got {len(shared)}"
+            )
+        if self._blocks not in (None, plan.blocks):
+            raise ValueError(
+                f"method {method.name!r} has a state for each group or tensor of the shared parameters, which must be "
+                f"the same at each step; had {len(self._blocks or ())}, got {len(plan.blocks)} or others"
+            )
