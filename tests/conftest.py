@@ -68,9 +68,14 @@ INTERPRETED_METHODS = {
 INTERPRETED_NEVER = ("test_a_batch_is_its_problems", "test_cagrad_of_near_copies")
 
 
+# Tests of many seconds: at the end one would leave the other processes without work.
+FIRST = ("test_triton_compile", "test_examples", "test_bench_gpu_peers", "test_bench_gpu", "test_install", "test_step")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what the Triton backend does not serve, and most of what its interpreter is slow at."""
     items[:] = [item for item in items if not hasattr(item, "callspec") or worthwhile(item)]
+    items.sort(key=lambda item: item.module.__name__ not in FIRST)
 
 
 def worthwhile(item: Any) -> bool:
