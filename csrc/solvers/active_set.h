@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: MIT
+// A set S of tasks, and the shortest point of the affine hull of their gradients.
+#pragma once
+#include "cholesky.h"
+
+namespace gs {
+
+// The shortest point solves M u = 1, M = G_S + c 1 1^T, w = u / sum(u), for any c > 0. With L the Cholesky factor of M
+// and R = L^-1, u = R^T z, z = R 1: products with R are sums that members take side by side, where substitutions with L
+// are chains of divisions. R grows by a row when a task enters and is repaired by Givens rotations when one leaves. Its
+// rows lie packed, one after the other, which on a GPU also spreads a column over the banks of shared memory.
+template <class Team>
+class ActiveSet {
+ public:
+  static constexpr int64_t scratch(int64_t num_tasks) { return (num_tasks + 1) * (num_tasks + 2) / 2 + 6 * num_tasks; }
+
+  // memory holds scratch(num_tasks) values.
+  GS_HOST_DEVICE ActiveSet(const Team& team, const double* gram, int64_t num_tasks, double* memory)
+      : team_(team),
+        gram_(gram),
+        tasks_(num_tasks),
+        u_(memory),
+        z_(u_ + num_tasks),
+        a_(z_ + num_tasks),
+        b_(a_ + num_tasks),
+        c_(b_ + num_tasks),
+        members_(reinterpret_cast<int64_t*>(c_ + num_tasks)),
+        inverse_(c_ + 2 * num_tasks) {}
+
+  GS_HOST_DEVICE int64_t size() const { return size_; }
+  GS_HOST_DEVICE int64_t member(int64_t k) const { return members_[k]; }
+  GS_HOST_DEVICE double u(int64_t k) const { return u_[k]; }
+  GS_HOST_DEVICE double shift() const { return shift_; }  // c
+  GS_HOST_DEVICE void set_shift(double shift) { shift_ = shift; }
+  GS_HOST_DEVICE bool is_refined() const { return refined_; }
+  GS_HOST_DEVICE double* spare() const { return a_; }  // [T], which every change of the set writes over
+  GS_HOST_DEVICE void clear() { size_ = 0; }
+
+  GS_HOST_DEVICE double sum_of_u() const {
+    double total = 0;
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) total += u_[k];
+    return team_.sum(total);
+  }
+
+  // The tasks that count, at once; false if tasks depend so much on others that they had better enter one by one.
+  template <class Counts>
+  GS_HOST_DEVICE bool enter_together(const Counts& counts) {
+    size_ = 0;
+    for (int64_t i = 0; i < tasks_; i++) {
+      if (!counts(i)) continue;
+      if (team_.rank() == 0) members_[size_] = i;
+      size_++;
+    }
+    team_.sync();
+    if (!factor()) return false;
+    invert_factor();
+    return true;
+  }
+
+  // What is left of all tasks when those with negative u leave, all at once, until none is; L is in the place of R.
+  // False if tasks nearly depend on others, which single steps are better at.
+  GS_HOST_DEVICE bool drop_negative() {
+    for (int64_t k = team_.rank(); k < tasks_; k += team_.size()) members_[k] = k;
+    size_ = 0;
+    for (int64_t left = tasks_; size_ != left;) {
+      size_ = left;
+      team_.sync();
+      if (!factor()) return false;
+      const double* const u = row(size_);
+      left = 0;
+      for (int64_t k = 0; k < size_; k++) {
+        if (!(u[k] > 0)) continue;
+        if (team_.rank() == 0) {
+          members_[left] = members_[k];
+          u_[left] = u[k];
+        }
+        left++;
+      }
+    }
+    team_.sync();
+    return true;
+  }
+
+  // R in the place of L, row by row.
+  GS_HOST_DEVICE void invert_factor() {
+    const int64_t count = size_;
+    for (size_ = 0; size_ < count;) {
+      const double* const factor = row(size_);
+      const double scale = factor[size_];
+      for (int64_t c = team_.rank(); c < size_; c += team_.size()) b_[c] = factor[c];
+      team_.sync();
+      append(scale);
+    }
+  }
+
+  // Task j enters S. With g its column of M its row of L is (l, p), l = R g, p^2 = M_jj - |l|^2. False, and j left out,
+  // if p^2 is not above `least` M_jj.
+  GS_HOST_DEVICE bool enter(int64_t j, double least = -INFINITY) {
+    double *g = a_, *l = b_;
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) g[k] = at(j, members_[k]) + shift_;
+    team_.sync();
+    double squares = 0;
+    for (int64_t r = team_.rank(); r < size_; r += team_.size()) {
+      l[r] = dot(row(r), g, r + 1);
+      squares += l[r] * l[r];
+    }
+    const double diagonal = at(j, j) + shift_, pivot = diagonal - team_.sum(squares);
+    if (!(pivot > least * diagonal)) return false;
+    const double floor = 1e-14 * diagonal;  // below it, j is affinely dependent on S to working precision
+    if (team_.rank() == 0) members_[size_] = j;
+    team_.sync();
+    append(1 / std::sqrt(pivot > floor ? pivot : floor));
+    return true;
+  }
+
+  // Removes member k. Rotations of row k with k+1, k+2, ... leave zeros in column k but in the row that was carried
+  // along. Without that row and the column, R^T R is the inverse of the rest of M (a Schur complement).
+  GS_HOST_DEVICE void leave(int64_t k) {
+    double *carried = a_, *cosine = b_, *sine = u_, *squares = c_;
+    size_--;
+    double total = 0;
+    for (int64_t r = k; r <= size_; r++) {
+      total += row(r)[k] * row(r)[k];
+      if (r % team_.size() == team_.rank()) squares[r] = total;
+    }
+    for (int64_t c = team_.rank(); c <= k; c += team_.size()) carried[c] = row(k)[c];
+    team_.sync();
+    for (int64_t r = k + team_.rank(); r < size_; r += team_.size()) {
+      cosine[r] = row(r + 1)[k] / std::sqrt(squares[r + 1]);
+      sine[r] = std::sqrt(squares[r] / squares[r + 1]);
+    }
+    double carried_z = z_[k];
+    for (int64_t r = k; r < size_; r++) {
+      team_.sync();
+      const double a = cosine[r], b = sine[r], z = z_[r + 1];
+      const double* from = row(r + 1);
+      double* to = row(r);
+      const auto rotate = [&](int64_t begin, int64_t end, double* target) {
+        for (int64_t c = begin + team_.rank(); c < end; c += team_.size()) {
+          const double value = from[c], other = carried[c];
+          target[c] = b * value - a * other;
+          carried[c] = a * value + b * other;
+        }
+      };
+      rotate(0, k, to);
+      rotate(k + 1, r + 1, to - 1);
+      if (team_.rank() == 0) {
+        to[r] = b * from[r + 1];
+        carried[r + 1] = a * from[r + 1];
+        z_[r] = b * z - a * carried_z;
+        members_[r] = members_[r + 1];
+      }
+      carried_z = a * z + b * carried_z;
+    }
+    team_.sync();
+    multiply_transposed(z_, u_);
+    refined_ = false;
+  }
+
+  // Adds to u what is missing in M u = 1, from G w of w = u / total.
+  GS_HOST_DEVICE void refine(const double* gw, double total) {
+    double *missing = b_, *product = c_;
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
+      missing[k] = 1 - total * (gw[members_[k]] + shift_);
+    }
+    team_.sync();
+    for (int64_t r = team_.rank(); r < size_; r += team_.size()) product[r] = dot(row(r), missing, r + 1);
+    team_.sync();
+    multiply_transposed(product, missing);
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) u_[k] += missing[k];
+    refined_ = true;
+  }
+
+ private:
+  GS_HOST_DEVICE double at(int64_t i, int64_t j) const { return gram_[i * tasks_ + j]; }
+  GS_HOST_DEVICE double* row(int64_t r) const { return inverse_ + r * (r + 1) / 2; }
+
+  // L takes the place of R, and u that of the row after it. False if tasks nearly depend on others.
+  GS_HOST_DEVICE bool factor() {
+    const auto row_of = [rows = inverse_](int64_t r) { return rows + r * (r + 1) / 2; };
+    const auto entry = [gram = gram_, tasks = tasks_, members = members_, shift = shift_](int64_t k, int64_t c) {
+      return gram[members[k] * tasks + members[c]] + shift;
+    };
+    for (int64_t k = team_.rank(); k < size_; k += team_.size()) row(size_)[k] = 1;
+    fill_lower(team_, row_of, size_, entry);
+    return factor_and_solve(team_, row_of, size_, 1e-8);
+  }
+
+  // Appends to R the row (-l^T R, 1) / p for the l in b_ and scale = 1 / p, and its part to u.
+  GS_HOST_DEVICE void append(double scale) {
+    double* const added = row(size_);
+    multiply_transposed(b_, added);
+    double sum = 0;
+    for (int64_t c = team_.rank(); c < size_; c += team_.size()) {
+      added[c] *= -scale;
+      sum += added[c];
+    }
+    const double z = team_.sum(sum) + scale;
+    for (int64_t c = team_.rank(); c < size_; c += team_.size()) u_[c] += z * added[c];
+    if (team_.rank() == 0) {
+      added[size_] = scale;
+      z_[size_] = z;
+      u_[size_] = z * scale;
+    }
+    size_++;
+    refined_ = false;
+    team_.sync();
+  }
+
+  // out = R^T x.
+  GS_HOST_DEVICE void multiply_transposed(const double* x, double* out) {
+    constexpr int64_t kColumns = Team::kColumns;
+    const int64_t step = team_.size();
+    for (int64_t base = 0; base < size_; base += kColumns * step) {
+      const int64_t first = base + team_.rank();
+      const int64_t whole = base + kColumns * step < size_ ? base + kColumns * step : size_;
+      double sum[kColumns] = {};
+      for (int64_t r = base; r < whole; r++) {
+        for (int64_t c = 0; c < kColumns; c++) {
+          if (first + c * step <= r) sum[c] += row(r)[first + c * step] * x[r];
+        }
+      }
+      for (int64_t r = whole; r < size_; r++) {
+        for (int64_t c = 0; c < kColumns; c++) sum[c] += row(r)[first + c * step] * x[r];
+      }
+      for (int64_t c = 0; c < kColumns; c++) {
+        if (first + c * step < size_) out[first + c * step] = sum[c];
+      }
+    }
+    team_.sync();
+  }
+
+  const Team team_;
+  const double* gram_;
+  const int64_t tasks_;
+  double *u_, *z_;       // by member
+  double *a_, *b_, *c_;  // scratch of one function at a time
+  int64_t* members_;
+  double* inverse_;  // R
+  double shift_ = 0;
+  int64_t size_ = 0;
+  bool refined_ = false;
+};
+
+}  // namespace gs
