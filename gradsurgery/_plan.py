@@ -30,8 +30,8 @@ class Plan:
     """The other parameters with a gradient."""
     segments: list[int]
     """The segment of each shared parameter."""
-    blocks: list[int]
-    """What each segment is of: a group's number, or a parameter's id."""
+    blocks: list[Any]
+    """What each segment is of: a group's number, or a parameter."""
     num_segments: int
     read_segments: list[int]
     """Those that G is computed in: the same, or with ``measured``, 1 for these parameters and 0 for the others."""
@@ -73,15 +73,16 @@ def make_plan(
     else:
         named = {id(p) for p in shared}
         chosen = [p for p, count in enumerate(reach) if count and id(parameters[p]) in named]
+    blocks: list[Any] = [0]
     if per_tensor:
-        of_chosen = blocks = [id(parameters[p]) for p in chosen]
+        segments, blocks = list(range(len(chosen))), [parameters[p] for p in chosen]
     elif groups is not None:
         of_chosen = [groups[id(parameters[p])] for p in chosen]
         blocks = sorted(set(of_chosen))
+        places = {group: place for place, group in enumerate(blocks)}
+        segments = [places[group] for group in of_chosen]
     else:
-        of_chosen, blocks = [0] * len(chosen), [0]
-    places = {block: place for place, block in enumerate(blocks)}
-    segments = [places[block] for block in of_chosen]
+        segments = [0] * len(chosen)
     read_segments = segments
     if measured is not None:
         named = {id(p) for p in measured}
@@ -115,7 +116,7 @@ class Planner:
         self.named = None if named is None else list(named)
         self.granularity = granularity
         self._plan: Plan | None = None
-        self._blocks: list[int] | None = None
+        self._blocks: list[Any] | None = None
         self._kept: list[Tensor] = []
         self._kept_tasks: list[str] | None = None
 
@@ -186,13 +187,20 @@ class Planner:
         if not plan.shared:
             return
         shared = [plan.parameters[p] for p in plan.shared]
-        if self._kept and (len(shared) != len(self._kept) or not all(map(is_, shared, self._kept))):
+        if self._kept and not _are_same(self._kept, shared):
             raise ValueError(
                 f"method {method.name!r} keeps gradients of the shared parameters, which must be the same at each "
                 f"step: name them by shared=; had {len(self._kept)}, got {len(shared)}"
             )
-        if self._blocks not in (None, plan.blocks):
+        if self._blocks is not None and not _are_same(self._blocks, plan.blocks):
             raise ValueError(
                 f"method {method.name!r} has a state for each group or tensor of the shared parameters, which must be "
-                f"the same at each step; had {len(self._blocks or ())}, got {len(plan.blocks)} or others"
+                f"the same at each step; had {len(self._blocks)}, got {len(plan.blocks)} or others"
             )
+
+
+def _are_same(these: list[Any], those: list[Any]) -> bool:
+    """Whether two lists hold the same numbers or parameters."""
+    return len(these) == len(those) and all(
+        a is b or (isinstance(a, int) and a == b) for a, b in zip(these, those, strict=True)
+    )

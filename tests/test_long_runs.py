@@ -107,6 +107,11 @@ def test_a_block_does_not_get_the_state_of_another(name, granularity):
         optimizer.backward(net("yz"))
     torch.testing.assert_close([p.grad for p in net.parameters()], before, rtol=0, atol=0)
     optimizer.backward(net("yx"))
+    for other in duplicates(optimizer):
+        other.step()
+    same, same_optimizer = copy.deepcopy((net, optimizer))
+    same.heads.bias.requires_grad_(False)
+    same_optimizer.backward(same("xy"))
     copied = gradsurgery.SurgeryOptimizer(torch.optim.SGD(groups, lr=0.1), name, granularity=granularity)
     copied.backward(net("xz"))
     copied.load_state_dict(optimizer.state_dict())

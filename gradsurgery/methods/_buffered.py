@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -48,9 +48,10 @@ class BufferedMethod(Method):
         """
         if self._buffers is not None:
             _check_alike(self._buffers, rows, self.name)
-            columns = zip(*self._buffers, *rows, strict=True)
-            dtypes = [next(g.dtype for g in column[len(rows) :] if g is not None) for column in columns]
-            if dtypes != [b.dtype for b in self._buffers[0]]:  # the model's dtype has changed
+            if any(g is not None and g.dtype is not b.dtype for b, g in _pairs(self._buffers, rows)):
+                # The model's dtype has changed.
+                columns = zip(*rows, strict=True)
+                dtypes = [next(g.dtype for g in column if g is not None) for column in columns]
                 with making_state(self.name, self._buffers[0][0].device):
                     self._buffers = [[b.to(d) for b, d in zip(row, dtypes, strict=True)] for row in self._buffers]
         products = gram(rows, backend=backend)
@@ -156,12 +157,15 @@ class BufferedMethod(Method):
             self._state = {name: state[name].clone() for name in self.state_names}
 
 
+def _pairs(buffers: Buffers, rows: Rows) -> Iterator[tuple[Tensor, Tensor | None]]:
+    return ((b, g) for a, row in zip(buffers, rows, strict=True) for b, g in zip(a, row, strict=True))
+
+
 def _check_alike(buffers: Buffers, rows: Rows, name: str) -> None:
     """Raise ValueError unless the rows are those of the buffers' tasks and parameters."""
-    if len(buffers) == len(rows) and all(len(a) == len(b) for a, b in zip(buffers, rows, strict=True)):
-        pairs = ((b, g) for a, row in zip(buffers, rows, strict=True) for b, g in zip(a, row, strict=True))
-        if all(g is None or b.shape == g.shape for b, g in pairs):
-            return
+    alike = len(buffers) == len(rows) and all(len(a) == len(b) for a, b in zip(buffers, rows, strict=True))
+    if alike and all(g is None or b.shape == g.shape for b, g in _pairs(buffers, rows)):
+        return
     raise ValueError(
         f"the state of method {name!r} is for {len(buffers)} tasks and {len(buffers[0])} shared parameters of other "
         f"shapes, got {len(rows)} and {len(rows[0])}"
