@@ -110,7 +110,7 @@ def test_a_block_does_not_get_the_state_of_another(name, granularity):
     for other in duplicates(optimizer):
         other.step()
     same, same_optimizer = copy.deepcopy((net, optimizer))
-    same.heads.bias.requires_grad_(False)
+    same.z.bias.requires_grad_(False)
     same_optimizer.backward(same("xy"))
     copied = gradsurgery.SurgeryOptimizer(torch.optim.SGD(groups, lr=0.1), name, granularity=granularity)
     copied.backward(net("xz"))
