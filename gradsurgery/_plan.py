@@ -117,17 +117,12 @@ class Planner:
         self.granularity = granularity
         self._plan: Plan | None = None
         self._blocks: list[Any] | None = None
-        self._kept: list[Tensor] = []
+        self.kept: list[Tensor] = []  # whose gradients the method keeps
         self._kept_tasks: list[str] | None = None
-
-    @property
-    def kept(self) -> list[Tensor]:
-        """The parameters whose gradients the method keeps."""
-        return self._kept
 
     def restore(self, kept: list[Tensor]) -> None:
         """Begin anew, with a method that keeps the gradients of these."""
-        self._kept, self._kept_tasks, self._plan, self._blocks = kept, None, None, None
+        self.kept, self._kept_tasks, self._plan, self._blocks = kept, None, None, None
 
     def cover(self, method: Method, collected: Collected) -> Collected:
         """Return the same with zero gradients of what the method keeps and no loss reaches, if it is to be shared."""
@@ -135,7 +130,7 @@ class Planner:
             raise ValueError(
                 "what is shared cannot be told without every loss: name it by shared=, or give all of them first"
             )
-        return collected if self._named_for(method) is None else collected.covering(self._kept)
+        return collected if self._named_for(method) is None else collected.covering(self.kept)
 
     def plan_for(self, method: Method, collected: Collected, reach: bytes, groups: list[dict[str, Any]]) -> Plan:
         """Return the last step's plan if it still holds, else a new one.
@@ -177,20 +172,20 @@ class Planner:
         if method.state_by_problem:
             self._blocks = plan.blocks
         if isinstance(method, BufferedMethod):
-            self._kept = self._kept or [plan.parameters[p] for p in plan.shared]
+            self.kept = self.kept or [plan.parameters[p] for p in plan.shared]
             self._kept_tasks = collected.tasks
 
     def _named_for(self, method: Method) -> list[Tensor] | None:
-        return (self._kept or self.named) if method.takes_absent else self.named
+        return (self.kept or self.named) if method.takes_absent else self.named
 
     def _check_same(self, method: Method, plan: Plan) -> None:
         if not plan.shared:
             return
         shared = [plan.parameters[p] for p in plan.shared]
-        if self._kept and not _are_same(self._kept, shared):
+        if self.kept and not _are_same(self.kept, shared):
             raise ValueError(
                 f"method {method.name!r} keeps gradients of the shared parameters, which must be the same at each "
-                f"step: name them by shared=; had {len(self._kept)}, got {len(shared)}"
+                f"step: name them by shared=; had {len(self.kept)}, got {len(shared)}"
             )
         if self._blocks is not None and not _are_same(self._blocks, plan.blocks):
             raise ValueError(

@@ -55,7 +55,8 @@ INTERPRETED_TASKS = {
     "test_worst_rounding_of_a_float32_chain": 17,
 }
 
-# Of test_gram_methods: the parameters that stand for others, and tests of many problems or tasks.
+# Of these: the parameters that stand for others, and tests of many problems or tasks.
+SOLVERS = ("test_gram_methods", "test_rounded_gram")
 INTERPRETED_METHODS = {
     "case": "rank deficient",
     "tasks": 5,
@@ -83,9 +84,9 @@ def worthwhile(item: Any) -> bool:
     if item.module.__name__ == "test_coordinate" and parameters.get("backend") == "triton":
         # Which has what the reference has.
         return item.originalname in ("test_golden_values", "test_lists_are_the_flat_form_cut")
-    if item.module.__name__ in ("test_gram_methods", "test_gradvac") and parameters.get("backend") == "reference":
+    if item.module.__name__ in (*SOLVERS, "test_gradvac") and parameters.get("backend") == "reference":
         return parameters.get("tasks", 1) <= 5
-    if item.module.__name__ == "test_gram_methods" and parameters.get("backend") == "triton":
+    if item.module.__name__ in SOLVERS and parameters.get("backend") == "triton":
         if parameters.get("method") == "gradvac":
             return False  # which is the reference's
         if INTERPRETED:
