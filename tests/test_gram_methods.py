@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gradsurgery
+from conftest import USABLE
 from gradsurgery.backends import spectral
 from inputs import DEVICE, HOSTILE, hostile, near_copies, normal
 
