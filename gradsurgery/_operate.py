@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ._gradients import TaskGradients, parse
 from ._plan import Plan
+from ._shards import Shards
 from ._step import add_all
 from .backends import Backend, choose
 from .collect import Collected, Losses, collect
 from .combine import combine_of, combine_rows_of
 from .diagnostics import SurgeryInfo
+from .distributed import Replicas
 from .gram import gram_of
 from .methods import CoordinateMethod, Method
 from .methods._base import weigh
@@ -31,6 +33,7 @@ class Operation:
     collected: Collected
     grads: TaskGradients
     plan: Plan
+    processes: Replicas | Shards
     backend: Backend
     backend_name: str | None
     """The user's choice."""
@@ -53,7 +56,8 @@ class Operation:
             before()
             combine_rows_of(shared, rule, out, accumulate, self.backend)
             return None, None
-        if self.backend.aggregate is not None and method.gram_parameters is None and shared.lists is not None:
+        whole = method.gram_parameters is None and not self.processes.sharded
+        if self.backend.aggregate is not None and whole and shared.lists is not None:
             solver = method.native_solver(self.grads.device)
             if solver is not None and out and shared.lists.fits(out):
                 before()
@@ -88,7 +92,7 @@ class Operation:
         """Return G of all shared parameters, and what the method weighs by."""
         plan, tasks = self.plan, len(self.collected.tasks)
         gram = gram_of(self.grads.select(plan.shared, plan.read_segments, plan.num_read_segments), self.backend)
-        measured = gram = self._unscaled(gram)
+        measured = gram = self._unscaled(self.processes.total(gram))
         if self.method.gram_parameters is not None:
             measured, gram = gram[1:], gram.sum(0, keepdim=True)
         if self.collected.batches > 1:
@@ -106,20 +110,26 @@ class Operation:
 
 
 def backward_once(
-    method: Method, losses: Losses, parameters: list[Tensor], backend: str | None, **passes: Any
+    method: Method,
+    losses: Losses,
+    parameters: list[Tensor],
+    processes: Replicas | Shards,
+    backend: str | None,
+    **passes: Any,
 ) -> SurgeryInfo:
     """Go back from the weighted sum of the losses, in one pass, and add the gradients; a failure changes nothing."""
     before, found = method.state_dict(), []
 
-    def weigh_by(values: Tensor) -> Tensor:
+    def weigh_by(tasks: list[str], values: Tensor) -> Tensor:
+        values = processes.average_losses(tasks, values)
         gram = values.new_zeros(()).expand(len(values), len(values))
         found.append(weigh(method, gram, values, backend))
         return found[0]
 
     try:
-        collected = collect(losses, parameters, weigh=weigh_by, **passes)
+        collected = collect(losses, parameters, weigh=weigh_by, sharded=processes.sharded, **passes)
         with torch.no_grad():
-            add_all(collected, backend)
+            add_all(processes.average(collected), processes, backend)
     except BaseException:
         method.load_state_dict(before)
         raise

@@ -39,6 +39,25 @@ class Passes:
         check_memory(rows)
         return rows
 
+    def to_shards(self, losses: list[Tensor]) -> Rows:
+        """Go from each loss to parameters of ``fully_shard``, whose gradients are this process's shards.
+
+        It keeps other tensors in the graph than the parameters, and its hooks wait for whole passes into ``.grad``.
+        """
+        parameters: list[Any] = self.parameters
+        before = [p.grad for p in parameters]
+        rows: Rows = []
+        try:
+            for loss, keep in self._last_frees(losses):
+                for p in parameters:
+                    p.grad = None
+                loss.backward(retain_graph=keep)
+                rows.append([None if p.grad is None else p.grad.to_local() for p in parameters])
+        finally:
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = grad
+        return rows
+
     def _batched_from_losses(self, losses: list[Tensor]) -> Rows:
         """All losses at once, but to the parameters of one task alone by a pass of their sum."""
         masks, _ = reach(losses)

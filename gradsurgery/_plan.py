@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .collect import Collected
-from .methods import Method
+from .methods import GradDrop, Method
 from .methods._buffered import BufferedMethod
 
 
@@ -192,6 +192,17 @@ class Planner:
                 f"method {method.name!r} has a state for each group or tensor of the shared parameters, which must be "
                 f"the same at each step; had {len(self._blocks)}, got {len(plan.blocks)} or others"
             )
+
+
+def check_method(method: Method, granularity: str, sharded: bool) -> None:
+    """Raise ValueError for a method that does not take several segments, or shards of gradients."""
+    keeps = isinstance(method, BufferedMethod)
+    if granularity != "global" and (method.weights_losses or keeps):
+        why = "weights losses" if method.weights_losses else "keeps gradients"
+        raise ValueError(f"method {method.name!r} {why}, which needs granularity 'global', got {granularity!r}")
+    if sharded and (keeps or isinstance(method, GradDrop)):
+        why = "keeps gradients" if keeps else "numbers all coordinates"
+        raise ValueError(f"method {method.name!r} {why}, which needs whole parameters, got sharded ones")
 
 
 def _are_same(these: list[Any], those: list[Any]) -> bool:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._gradients import TaskGradients, assign_grads, is_dense, parse, read_lists
+from ._gradients import TaskGradients, is_dense, parse, read_lists
+from ._shards import Shards
 from .backends import Backend, choose
 from .collect import Collected
 from .combine import combine_of
+from .distributed import Replicas
 
 
 def read(collected: Collected) -> tuple[TaskGradients, bytes, list[int]]:
@@ -74,15 +76,16 @@ def add_plain(
         combine_of(rest, weights[None], [out[i] for i in left], accumulate, backend)
 
 
-def add_all(collected: Collected, backend: str | None) -> None:
+def add_all(collected: Collected, processes: Replicas | Shards, backend: str | None) -> None:
     """Add the sum of each parameter's gradients to its ``.grad``."""
     grads, reach, sparse = read(collected)
     params = [p for p, count in enumerate(reach) if count and p not in sparse]
     parameters = [collected.parameters[p] for p in params]
-    out, accumulate, done = targets(parameters, grads, params)
+    local = processes.local(parameters)
+    out, accumulate, done = targets(local, grads, params)
     ones = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device)
     add_plain(grads, params, ones, out, accumulate, done, choose(backend, grads.device, grads.num_tasks))
-    assign_grads(parameters, out)
+    processes.assign(parameters, local, out)
     for p in sparse:
         add_sparse(collected.parameters[p], [row[p] for row in collected.grads], ones)
 

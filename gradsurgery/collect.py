@@ -96,8 +96,9 @@ def collect(
     mode: str = "sequential",
     chunk_size: int | None = None,
     features: Tensor | Sequence[Tensor] | None = None,
-    weigh: Callable[[Tensor], Tensor] | None = None,
+    weigh: Callable[[list[str], Tensor], Tensor] | None = None,
     partial: bool = False,
+    sharded: bool = False,
 ) -> Collected:
     """Return the gradient of every loss with respect to every parameter.
 
@@ -108,9 +109,10 @@ def collect(
         losses, scaler, retain_graph: as in :meth:`gradsurgery.SurgeryOptimizer.backward`.
         parameters: the P parameters.
         mode, chunk_size, features: likewise.
-        weigh: from the losses [T] to weights [T]. Then there is one pass, from the weighted sum, and one row of
-            gradients; how the passes would go otherwise does not matter.
+        weigh: from the tasks and the losses [T] to weights [T]. Then there is one pass, from the weighted sum, and one
+            row of gradients; how the passes would go otherwise does not matter.
         partial: take None for a loss that is absent; its row is of None.
+        sharded: the parameters are those of ``fully_shard``, and the gradients their shards.
 
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
@@ -123,13 +125,15 @@ def collect(
         raise ValueError(f'mode must be "sequential" or "batched", got {mode!r}')
     if chunk_size is not None and (mode != "batched" or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f'chunk_size must be an int >= 1, with mode="batched", got {chunk_size!r} with mode={mode!r}')
+    if sharded and (mode != "sequential" or features is not None):
+        raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
     if isinstance(features, Tensor):
         features = [features]
     scale = None
     absent = torch.zeros((), dtype=torch.float64, device=scalars[0].device)
     values = torch.stack([absent if loss is None else loss.detach().to(absent) for loss in each])
     if weigh is not None:
-        weights = weigh(values)
+        weights = weigh(tasks, values)
         terms = [loss * weight.to(loss) for weight, loss in zip(weights.unbind(), scalars, strict=True)]
         scalars = [sum((term.to(terms[0].device) for term in terms[1:]), terms[0])]
         mode, chunk_size, features = "sequential", None, None
@@ -137,7 +141,12 @@ def collect(
         scale = scaler.scale(torch.ones((), device=scalars[0].device))
         scalars = [scaler.scale(loss) for loss in scalars]
     passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph)
-    grads = passes.from_losses(scalars) if features is None else passes.by_features(scalars, features)
+    if sharded:
+        grads = passes.to_shards(scalars)
+    elif features is None:
+        grads = passes.from_losses(scalars)
+    else:
+        grads = passes.by_features(scalars, features)
     present = [loss is not None for loss in each]
     if not all(present):
         found = iter(grads)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from . import methods
 from .optim import SurgeryOptimizer
@@ -24,7 +24,7 @@ class _NamedOptimizer(SurgeryOptimizer):
         *,
         shared: Iterable[Tensor] | None = None,
         granularity: str = "global",
-        process_group: None = None,
+        process_group: distributed.ProcessGroup | None = None,
         backend: str | None = None,
         **method_options: Any,
     ) -> None:

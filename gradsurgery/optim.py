@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from . import methods
-from ._gradients import assign_grads, check_gradient
+from ._gradients import check_gradient
 from ._operate import Operation, backward_once
-from ._plan import Planner
-from ._processes import check_parameters, warn_of_others
+from ._plan import Planner, check_method
+from ._shards import processes_of
 from ._step import add_plain, add_sparse, read, targets
 from .backends import choose
 from .collect import Collected, Losses, collect, holds_weights
 from .diagnostics import SurgeryInfo
-from .methods._buffered import BufferedMethod
 
 _GRANULARITIES = ("global", "per_group", "per_tensor")
 _HOOKS = [
@@ -47,16 +46,16 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         shared: the shared parameters. All other parameters then get the plain sum of their gradients. Default: those
             that two or more losses reach, found anew at each backward.
         granularity: "global" (one G for all shared parameters), "per_group" (one per parameter group) or "per_tensor".
-        process_group: None; surgery runs on one process. ``backward`` passes by the hooks in which
-            DistributedDataParallel averages gradients.
+        process_group: the processes that train the model together, each with a batch of its own: surgery is on the
+            averages of their task gradients and losses, so it does what one process with all batches would. None: the
+            default group where ``torch.distributed`` is initialised. A group of this process alone takes none. All of
+            them call ``backward`` and ``combine`` together; one that raises by itself leaves the others waiting.
+            Parameters of ``fully_shard`` name their processes, which operate on their shards: by one pass per loss, and
+            no method that keeps gradients or numbers coordinates (GradDrop).
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be, or a parameter is spread over processes, as those of
-            ``fully_shard`` are.
-
-    Warns:
-        UserWarning: ``torch.distributed`` has several processes, whose parameters would part.
+        TypeError, ValueError: an argument is not what it must be.
     """
 
     def __init__(
@@ -66,26 +65,19 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         *,
         shared: Iterable[Tensor] | None = None,
         granularity: str = "global",
-        process_group: None = None,
+        process_group: distributed.ProcessGroup | None = None,
         backend: str | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if granularity not in _GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(_GRANULARITIES)}, got {granularity!r}")
-        if process_group is not None:
-            raise ValueError("process_group must be None: surgery runs on one process")
         self.optimizer = optimizer
         self.method = methods.resolve(method, {})
-        whole = "weights losses" if self.method.weights_losses else "keeps gradients"
-        if granularity != "global" and (self.method.weights_losses or isinstance(self.method, BufferedMethod)):
-            raise ValueError(
-                f"method {self.method.name!r} {whole}, which needs granularity 'global', got {granularity!r}"
-            )
-        check_parameters(optimizer.param_groups)
-        warn_of_others()
         self.granularity = granularity
         self.backend = backend
+        self._processes = processes_of(process_group, self._parameters())
+        check_method(self.method, granularity, self._processes.sharded)
         self._planner = Planner(shared, granularity)
         self._check_known(self._planner.named, "shared")
         self._check_known(self.method.gram_parameters, "norm_parameters")
@@ -136,14 +128,18 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 one or batched. Every parameter must lie either above or below, and a loss depend on each feature.
 
         Raises:
-            ValueError, TypeError: a loss or a gradient is not what it must be; nothing has changed then.
+            ValueError, TypeError: a loss or a gradient is not what it must be, or another process has other tasks or
+                parameters; nothing has changed then.
             RuntimeError: the batched pass failed, as where vmap does not know an operator; nothing has changed then.
         """
         before = self._pending
         passes = {"scaler": scaler, "retain_graph": retain_graph, "mode": mode, "chunk_size": chunk_size}
         once = self.method.weights_losses and not self.method.needs_gram
         if once and before is None and holds_weights(losses, self.method.takes_absent):
-            return backward_once(self.method, losses, self._trainable(), self.backend, features=features, **passes)
+            parameters = self._trainable()
+            return backward_once(
+                self.method, losses, parameters, self._processes, self.backend, features=features, **passes
+            )
         self.collect(losses, features=features, **passes)  # type: ignore[arg-type]
         try:
             return self.combine()
@@ -180,6 +176,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             chunk_size=chunk_size,
             features=features,
             partial=self.method.takes_absent,
+            sharded=self._processes.sharded,
         )
         if before is None:
             self._pending = collected
@@ -200,7 +197,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 f"a step of method {self.method.name!r} has 1 or {self.method.num_batches} batches, got "
                 f"{collected.batches}"
             )
-        collected = self._planner.cover(self.method, collected)
+        collected = self._planner.cover(self.method, self._processes.average(collected))
         grads, reach, sparse = read(collected)
         plan = self._planner.plan_for(self.method, collected, reach, self.param_groups)
         for p in plan.shared if sparse else ():
@@ -210,10 +207,12 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         backend = choose(self.backend, grads.device, grads.num_tasks)
         plain = [p for p in plan.plain if p not in sparse] if sparse else plan.plain
         parameters = [collected.parameters[p] for p in plan.shared + plain]
-        out, accumulate, done = targets(parameters, grads, plan.shared + plain)
+        local = self._processes.local(parameters)
+        out, accumulate, done = targets(local, grads, plan.shared + plain)
         shared_out, plain_out = out[: len(plan.shared)], out[len(plan.shared) :]
 
-        operation = Operation(self.method, collected, grads, plan, backend, self.backend, self.granularity == "global")
+        whole = self.granularity == "global"
+        operation = Operation(self.method, collected, grads, plan, self._processes, backend, self.backend, whole)
         gram, weights = operation.write(shared_out, accumulate, self._forget)
         self._planner.remember(self.method, plan, collected)
         if self.method.weights_losses:
@@ -225,10 +224,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             done = {i - len(plan.shared) for i in done} if collected.batches == 1 else set()
         if plain:
             add_plain(grads, plain, plain_weights, plain_out, accumulate, done, backend)
-        assign_grads(parameters, out)
+        self._processes.assign(parameters, local, out)
         for p in sparse:
             add_sparse(collected.parameters[p], [row[p] for row in collected.grads], plain_weights)
-        if self.granularity == "global":
+        if whole:
             gram, weights = (None if value is None else value[0] for value in (gram, weights))
         if collected.batches > 1:
             gram, weights = gram[..., -num_tasks:, -num_tasks:], weights[..., -num_tasks:]  # type: ignore[index]
@@ -248,8 +247,12 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
-        check_parameters([param_group])
         self.optimizer.add_param_group(param_group)
+        try:
+            self._processes.check(self.param_groups[-1]["params"])
+        except TypeError:
+            self.param_groups.pop()
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state, and the method's under "surgery".

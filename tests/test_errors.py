@@ -303,7 +303,7 @@ def test_wrapper_arguments():
             ValueError,
             "weights losses, which needs granularity 'global'",
         ),
-        ({"process_group": object()}, ValueError, "process_group must be None"),
+        ({"process_group": object()}, TypeError, "process_group must be a torch.distributed.ProcessGroup, got object"),
         ({"method": "sum of all"}, ValueError, "method must be one of"),
     ]:
         with pytest.raises(error, match=message):

@@ -146,28 +146,3 @@ def test_a_named_parameter_that_a_step_leaves_out_has_a_zero_gradient(name):
     optimizer.backward(net("x"))
     assert net.x.weight.grad.norm() > 0
     assert net.y.weight.grad.isfinite().all()
-
-
-def test_parameters_on_several_processes_are_refused(tmp_path):
-    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        sharded = torch.nn.Parameter(DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (1,)), [Replicate()]))
-        message = r"parameters must lie on one process, got a \w+ of shape \(3,\)"
-        with pytest.raises(TypeError, match=message):
-            gradsurgery.PCGrad(torch.optim.SGD([sharded], lr=0.1))
-        optimizer = gradsurgery.PCGrad(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1))
-        for given in (sharded, [sharded]):
-            with pytest.raises(TypeError, match=message):
-                optimizer.add_param_group({"params": given})
-        assert len(optimizer.param_groups) == 1
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_other_processes_are_warned_of(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.warns(UserWarning, match="no gradients are averaged over the 2 that there are"):
-        gradsurgery.PCGrad(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1))

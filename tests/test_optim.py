@@ -341,7 +341,7 @@ def test_an_error_amid_writing_leaves_nothing_to_combine_again(monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(gradsurgery.optim, "assign_grads", fail)
+    monkeypatch.setattr(gradsurgery.distributed, "assign_grads", fail)
     with pytest.raises(MemoryError):
         optimizer.combine()
     assert grads_of(net) == before

@@ -15,7 +15,10 @@ README = (ROOT / "README.md").read_text()
 
 
 @on_cpu
-def test_python_blocks_run_in_order(capsys):
+def test_python_blocks_run_in_order(capsys, monkeypatch):
+    # One process of one, as torchrun starts it.
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 4
     namespace: dict[str, object] = {}

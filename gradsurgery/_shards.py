@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""Surgery on parameters that ``torch.distributed.fsdp.fully_shard`` has spread over processes.
+
+Its hooks average each task's gradient and leave this process its shard. So G is the sum over the processes of their
+shards' products, T x T numbers, and each combines its own shard; no process ever has a whole gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, distributed
+
+from .collect import Collected
+from .distributed import Replicas, is_sharded
+
+
+def processes_of(group: Any, parameters: list[Tensor]) -> Replicas | Shards:
+    """Return the processes that train the parameters together.
+
+    Raises:
+        TypeError, ValueError: as :class:`Replicas` and :meth:`Shards.check` do; a group beside sharded parameters.
+    """
+    sharded = [p for p in parameters if is_sharded(p)]
+    if not sharded:
+        return Replicas(group)
+    if group is not None:
+        raise ValueError("process_group must be None for sharded parameters, which name their processes")
+    shards = Shards(sharded[0])
+    shards.check(parameters)
+    return shards
+
+
+class Shards:
+    """The processes that sharded parameters are spread over.
+
+    Args:
+        like: one of the parameters.
+
+    Attributes:
+        sharded: whether each parameter is spread over the processes.
+    """
+
+    sharded = True
+
+    def __init__(self, like: Any) -> None:
+        self.mesh = like.device_mesh
+        self.dims = _sharded_dims(like)
+
+    def check(self, parameters: Iterable[Any]) -> None:
+        """Raise TypeError for a parameter that is not sharded over the same processes, as ``fully_shard`` does it."""
+        for p in parameters:
+            if not is_sharded(p):
+                raise TypeError(
+                    f"all parameters must be sharded or none, got one of shape {tuple(p.shape)} that is not: "
+                    "fully_shard the module that holds it"
+                )
+            if p.device_mesh != self.mesh or _sharded_dims(p) != self.dims:
+                raise TypeError(
+                    "all parameters must be sharded over the same processes, as fully_shard does it, got placements "
+                    f"{p.placements} of {p.device_mesh} beside shards over dimensions {self.dims} of {self.mesh}"
+                )
+
+    def total(self, gram: Tensor) -> Tensor:
+        """Return G of whole gradients from that of their shards, which it is written over."""
+        for dim in self.dims:
+            distributed.all_reduce(gram, group=self.mesh.get_group(dim))
+        return gram
+
+    def local(self, parameters: list[Any]) -> list[Tensor]:
+        """Return this process's shards, with the shards of ``.grad`` as theirs."""
+        shards = []
+        for p in parameters:
+            shard = p.to_local().detach()
+            shard.grad = None if p.grad is None else p.grad.to_local()
+            shards.append(shard)
+        return shards
+
+    def assign(self, parameters: list[Any], local: list[Tensor], grads: list[Tensor]) -> None:
+        """Make each gradient the shard of its parameter's ``.grad``."""
+        from torch.distributed.tensor import DTensor  # which takes a second, and whoever has shards has it
+
+        for p, grad in zip(parameters, grads, strict=True):
+            p.grad = DTensor.from_local(
+                grad, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
+
+    def average(self, collected: Collected) -> Collected:
+        """Return the same with the losses' averages, for the gradients are averages already."""
+        return replace(collected, losses=self.average_losses(collected.tasks, collected.losses))
+
+    def average_losses(self, tasks: list[str], losses: Tensor) -> Tensor:
+        """Return the averages of losses [T]."""
+        losses = losses / self.mesh.size()
+        for dim in range(self.mesh.ndim):
+            distributed.all_reduce(losses, group=self.mesh.get_group(dim))
+        return losses
+
+
+def _sharded_dims(parameter: Any) -> list[int]:
+    return [dim for dim, placement in enumerate(parameter.placements) if placement.is_shard()]

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: MIT
+"""What test_distributed.py has two processes do, and one process with both batches.
+
+As a program, one of the two: ``python tests/processes.py RANK STORE RESULT`` stores what every case returned.
+"""
+
+import copy
+import sys
+from functools import partial
+
+import torch
+from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, init_device_mesh
+
+import gradsurgery
+from gradsurgery import methods
+
+WORLD = 2
+BATCHES = torch.randn(4, WORLD, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+OPTIONS = {"constant": {"task_weights": [0.5, 1.0, 2.0]}, "uw": {"lr": 0.5}, "gradnorm": {"lr": 0.1}}
+WHOLE = ("db_mtl", "excess_mtl", "graddrop", "m_config", "moco")  # what does not take shards
+
+
+class Net(nn.Module):
+    """A trunk and three heads, of which the last skips a layer; and a head that nothing reaches."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.first = nn.Linear(5, 7)
+            self.second = nn.Linear(7, 7)
+            self.heads = nn.ModuleList(nn.Linear(7, 1) for _ in range(4))
+        self.double()
+
+    def forward(self, x):
+        return self.losses(*self.features(x))
+
+    def features(self, x):
+        low = self.first(x).tanh()
+        return low, self.second(low).tanh()
+
+    def losses(self, low, high):
+        outputs = [self.heads[0](high), self.heads[1](high), self.heads[2](low)]
+        return [(out - t).square().mean() + 0.1 for t, out in enumerate(outputs)]
+
+
+def alone():
+    return not distributed.is_initialized()
+
+
+def on_each(losses):
+    """Return the losses of this process; where it is alone, the averages of both."""
+    if not alone():
+        return losses(distributed.get_rank())
+    columns = zip(*(losses(rank) for rank in range(WORLD)), strict=True)
+    present = [[loss for loss in column if loss is not None] for column in columns]
+    return [sum(column) / WORLD if column else None for column in present]
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def gradients(net):
+    return [whole(p.grad) for p in net.parameters() if p.grad is not None]
+
+
+def wrap(net, method="pcgrad", **options):
+    if isinstance(method, str):
+        method = methods.get(method, **OPTIONS.get(method, {}))
+    return gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), method, **options)
+
+
+def result(net, info=None):
+    """Return the parameters, which of them have a gradient, and what the step says of itself."""
+    found = [whole(p) for p in net.parameters()]
+    found.append(torch.tensor([p.grad is not None for p in net.parameters()]))
+    if info is not None:
+        found += [value for value in (info._gram, info._weights) if value is not None]
+    return found
+
+
+def train(method="pcgrad", make=Net, model=lambda net: net, scaler=None, **how):
+    """Train for some steps and return the result."""
+    net = make()
+    call, optimizer = model(net), wrap(net, method(net) if callable(method) else method)
+    scaler = scaler and torch.amp.GradScaler("cpu", init_scale=4.0)
+    for x in BATCHES:
+        optimizer.zero_grad()
+        info = optimizer.backward(on_each(lambda rank, x=x: call(x[rank])), scaler=scaler, **how)
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+    return result(net, info)
+
+
+def sharded(mesh=None):
+    """Return a net whose parameters are spread over the processes."""
+    net = Net()
+    if not alone():
+        mesh = None if mesh is None else init_device_mesh("cpu", mesh, mesh_dim_names=("copies", "shards"))
+        mesh = mesh or init_device_mesh("cpu", (WORLD,))
+        for module in (net.first, net.second, net.heads[0], net):
+            fully_shard(module, mesh=mesh)
+    return net
+
+
+def replicated(net):
+    return net if alone() else nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+
+
+def resumed(make=Net):
+    """A method with a state, and momentum, from a checkpoint on."""
+    net = make()
+    optimizer = wrap(net, "gradvac")
+    for t, x in enumerate(BATCHES):
+        if t == 2 and not alone():
+            stored, surgery = get_optimizer_state_dict(net, optimizer), optimizer.method.state_dict()
+            optimizer = wrap(net, "gradvac")
+            set_optimizer_state_dict(net, optimizer, stored, options=StateDictOptions(strict=False))
+            optimizer.method.load_state_dict(surgery)
+        optimizer.zero_grad()
+        info = optimizer.backward(on_each(lambda rank, x=x: net(x[rank])))
+        optimizer.step()
+    return result(net, info)
+
+
+def by_segments(granularity, make=Net):
+    net = make()
+    groups = [{"params": [*net.first.parameters()]}, {"params": [*net.second.parameters(), *net.heads.parameters()]}]
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(groups, lr=0.1), "mgda", granularity=granularity)
+    info = optimizer.backward(on_each(lambda rank: net(BATCHES[0][rank])))
+    optimizer.step()
+    return result(net, info)
+
+
+def accumulated(make=Net):
+    """Micro-batches under a scaler, on top of gradients that are there."""
+    net = make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = wrap(net, "cagrad")
+    optimizer.backward(on_each(lambda rank: net(BATCHES[0][rank])), scaler=scaler)
+    for x in BATCHES[1:3]:
+        optimizer.collect(on_each(lambda rank, x=x: net(x[rank])), scaler=scaler)
+    info = optimizer.combine()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+    scaler.step(optimizer)
+    return [*result(net, info), whole(norm)]
+
+
+def double_sampled(make=Net):
+    net = make()
+    optimizer = wrap(net, "modo")
+    for x in BATCHES[:3]:
+        optimizer.collect(on_each(lambda rank, x=x: net(x[rank])))
+    return [*result(net, optimizer.combine()), *gradients(net)]
+
+
+def by_features(mode):
+    net = Net()
+    if alone():
+        info = wrap(net).backward(on_each(lambda rank: net(BATCHES[0][rank])[:2]))
+    else:
+        low, high = net.features(BATCHES[0][distributed.get_rank()])
+        info = wrap(net).backward(net.losses(low, high)[:2], features=high, mode=mode)
+    return result(net, info)
+
+
+def different_reach():
+    """Each process's losses reach other parameters, in another order of first sight."""
+    net = Net()
+
+    def losses(rank):
+        low, high = net.features(BATCHES[0][rank])
+        if rank == 0:
+            return [net.heads[0](high).square().mean(), net.heads[1](low).square().mean(), low.sum()]
+        return [low.square().mean(), net.heads[1](low).mean(), net.heads[2](low).mean()]
+
+    optimizer = wrap(net)
+    info = optimizer.backward(on_each(losses))
+    optimizer.step()
+    return result(net, info)
+
+
+def absent_losses():
+    """Each process lacks another loss, and then both the same."""
+    net = Net()
+    optimizer = wrap(net, "m_config")
+    optimizer.backward(on_each(lambda rank: net(BATCHES[0][rank])))
+    for x, absent in zip(BATCHES[1:], [(0, 1), (2, 2), (0, None)], strict=True):
+
+        def losses(rank, x=x, absent=absent):
+            return [None if t == absent[rank] else loss for t, loss in enumerate(net(x[rank]))]
+
+        optimizer.backward(on_each(losses))
+        optimizer.step()
+    return result(net)
+
+
+def small_buckets():
+    before, gradsurgery.distributed._BUCKET_BYTES = gradsurgery.distributed._BUCKET_BYTES, 100
+    try:
+        return train()
+    finally:
+        gradsurgery.distributed._BUCKET_BYTES = before
+
+
+def mixed():
+    """Parameters of several dtypes and memory layouts."""
+    torch.manual_seed(2)
+    convolution = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    net = nn.ModuleDict({"a": convolution, "b": nn.Linear(4, 4).bfloat16(), "c": nn.Linear(4, 4).double()})
+    # Numbers that 8 bits hold, whose sums are exact.
+    for p in net.parameters():
+        p.data = p.data.mul(8).round().div(8)
+    x = torch.randint(-2, 3, (WORLD, 2, 3, 2, 2)).float()
+
+    def losses(rank):
+        z = net["a"](x[rank]).flatten(1)
+        y = net["b"](z.bfloat16().detach())
+        return [z.sum(), (2 * z - y).sum(), (2 * y).sum() - z.sum()]
+
+    info = wrap(net).backward(on_each(losses))
+    return [info.gram, *gradients(net)]
+
+
+def not_finite(make=Net):
+    net = make()
+    poison = torch.tensor([1.0, torch.inf], dtype=torch.float64)
+    info = wrap(net).backward(on_each(lambda rank: [loss * poison[rank] for loss in net(BATCHES[0][rank])]))
+    return [info.gram.isfinite(), *(g.isfinite() for g in gradients(net))]
+
+
+def gradnorm_of_first(net):
+    return methods.get("gradnorm", norm_parameters=[net.first.weight], lr=0.1)
+
+
+HYBRID, PURE = partial(sharded, (WORLD, 1)), partial(sharded, (1, WORLD))
+
+CASES = {name: partial(train, name) for name in methods.available()}
+CASES |= {f"shards {name}": partial(train, name, sharded) for name in methods.available() if name not in WHOLE}
+for kind, make in {"": Net, "shards ": sharded, "hybrid ": HYBRID, "pure ": PURE}.items():
+    CASES |= {
+        f"{kind}scaler": partial(train, make=make, scaler=True),
+        f"{kind}gradnorm of first": partial(train, gradnorm_of_first, make),
+        f"{kind}accumulated": partial(accumulated, make),
+        f"{kind}double sampled": partial(double_sampled, make),
+        f"{kind}not finite": partial(not_finite, make),
+        f"{kind}per group": partial(by_segments, "per_group", make),
+        f"{kind}resumed": partial(resumed, make),
+        f"{kind}per tensor": partial(by_segments, "per_tensor", make),
+    }
+CASES |= {
+    "DistributedDataParallel": partial(train, model=replicated),
+    "batched": partial(train, mode="batched"),
+    "features": partial(by_features, "sequential"),
+    "features batched": partial(by_features, "batched"),
+    "different reach": different_reach,
+    "absent losses": absent_losses,
+    "small buckets": small_buckets,
+    "mixed": mixed,
+}
+
+
+def of_one_process():
+    (group, _) = distributed.new_subgroups(1)
+    return of_a_group(group)
+
+
+def of_a_group(group):
+    net = Net()
+    optimizer = wrap(net, process_group=group)
+    assert copy.deepcopy(optimizer)._processes.group is group
+    optimizer.backward(net(BATCHES[0][distributed.get_rank()]))
+    return gradients(net)
+
+
+def of_another_group():
+    # Both processes make both groups.
+    groups = [distributed.new_group([rank]) for rank in range(WORLD)]
+    wrap(Net(), process_group=groups[1 - distributed.get_rank()])
+
+
+def other_tasks():
+    net, rank = Net(), distributed.get_rank()
+    optimizer = wrap(net)
+    losses = net(BATCHES[0][rank])
+    try:
+        optimizer.backward(losses[: 2 + rank])
+    finally:
+        assert all(p.grad is None for p in net.parameters())
+        assert optimizer._pending is None
+
+
+def other_losses():
+    net, rank = Net(), distributed.get_rank()
+    wrap(net, "uw").backward(net(BATCHES[0][rank])[: 2 + rank])
+
+
+def other_shapes():
+    net = nn.Linear(3, 1 + distributed.get_rank())
+    y = net(torch.ones(3)).sum()
+    wrap(net).backward([y, -y])
+
+
+def sparse():
+    table = nn.Embedding(5, 3, sparse=distributed.get_rank() == 1)
+    z = table(torch.tensor([0, 2]))
+    wrap(table).backward([z.sum(), z.square().sum()])
+
+
+def fewer_parameters():
+    net, rank = Net(), distributed.get_rank()
+    parameters = [*net.parameters()][rank:]
+    gradsurgery.PCGrad(torch.optim.SGD(parameters, lr=0.1)).backward(net(BATCHES[0][rank]))
+
+
+def sharded_with(**options):
+    wrap(sharded(), **options)
+
+
+def sharded_group():
+    wrap(sharded(), process_group=distributed.group.WORLD)
+
+
+def whole_among_shards():
+    optimizer = wrap(sharded())
+    try:
+        optimizer.add_param_group({"params": iter([nn.Parameter(torch.ones(3))])})
+    finally:
+        assert len(optimizer.param_groups) == 1
+
+
+def shard_among_whole():
+    optimizer = wrap(Net())
+    try:
+        optimizer.add_param_group({"params": sharded().first.weight})
+    finally:
+        assert len(optimizer.param_groups) == 1
+
+
+def other_shards():
+    net = sharded()
+    net.first = HYBRID().first
+    wrap(net)
+
+
+def sharded_batched():
+    net = sharded()
+    wrap(net).backward(net(BATCHES[0][distributed.get_rank()]), mode="batched")
+
+
+GROUPS = {
+    "of one process": of_one_process,
+    "of a named group": lambda: of_a_group(distributed.group.WORLD),
+    "of the default group": lambda: of_a_group(None),
+}
+ERRORS = {
+    "of another group": of_another_group,
+    "other tasks": other_tasks,
+    "other losses": other_losses,
+    "other shapes": other_shapes,
+    "sparse": sparse,
+    "fewer parameters": fewer_parameters,
+    "sharded moco": partial(sharded_with, method="moco"),
+    "sharded graddrop": partial(sharded_with, method="graddrop"),
+    "sharded in a group": sharded_group,
+    "whole among shards": whole_among_shards,
+    "shard among whole": shard_among_whole,
+    "other shards": other_shards,
+    "sharded batched": sharded_batched,
+}
+
+
+def main(rank, store, path):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    found = {}
+    for name, case in [*CASES.items(), *GROUPS.items()]:
+        found[name] = case()
+    for name, case in ERRORS.items():
+        try:
+            found[name] = case()
+        except (RuntimeError, TypeError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    torch.save(found, path)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""Two processes with a batch each do what one process with both does, bit for bit the same on either."""
+
+import subprocess
+import sys
+
+import torch
+
+import processes
+from conftest import on_cpu
+from processes import BATCHES, CASES, ERRORS, WORLD, Net, gradients, wrap
+
+MESSAGES = dict(
+    [
+        ("of another group", ["ValueError: process_group must be a group of this process"] * 2),
+        (
+            "other tasks",
+            [
+                "ValueError: every process must have the same tasks and parameters, got others than 2 unscaled "
+                "gradients of 12 parameters by ['0', '1'] on process 0",
+                "3 unscaled gradients of 12 parameters by ['0', '1', '2'] on process 1",
+            ],
+        ),
+        ("other losses", ["got others than losses of ['0', '1'] on process 0", "losses of ['0', '1', '2'] on"]),
+        ("other shapes", ["gradients of 2 parameters by ['0', '1'] on process 0", "gradients of 2 parameters by"]),
+        ("sparse", ["TypeError: gradients that are averaged over processes must be dense and real, got others"] * 2),
+        ("fewer parameters", ["gradients of 12 parameters", "gradients of 11 parameters"]),
+        ("sharded moco", ["ValueError: method 'moco' keeps gradients, which needs whole parameters"] * 2),
+        ("sharded graddrop", ["ValueError: method 'graddrop' numbers all coordinates, which needs whole"] * 2),
+        ("sharded in a group", ["ValueError: process_group must be None for sharded parameters"] * 2),
+        ("whole among shards", ["TypeError: all parameters must be sharded or none, got one of shape (3,) that"] * 2),
+        ("shard among whole", ["TypeError: all parameters must be sharded or none, got a sharded one of shape"] * 2),
+        ("other shards", ["TypeError: all parameters must be sharded over the same processes"] * 2),
+        ("sharded batched", ["ValueError: sharded parameters take one backward pass per loss"] * 2),
+    ]
+)
+
+
+def run(folder):
+    """Return what each of the processes returned, by case."""
+    commands = [
+        [sys.executable, processes.__file__, str(rank), f"{folder}/store", f"{folder}/{rank}"] for rank in range(WORLD)
+    ]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(process.returncode == 0 for process in running), errors
+    return [torch.load(folder / str(rank)) for rank in range(WORLD)]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+
+
+# One test, for the processes are started once.
+@on_cpu
+def test_two_processes(tmp_path, subtests):
+    found = run(tmp_path)
+    for name, case in CASES.items():
+        with subtests.test(name):
+            first, second = (results[name] for results in found)
+            assert same(first, second)
+            alone = case()
+            assert len(first) == len(alone)
+            for ours, theirs in zip(first, alone, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    with subtests.test("groups"):
+        assert same(found[0]["of a named group"], found[0]["of the default group"])
+        for rank, results in enumerate(found):
+            net = Net()
+            wrap(net).backward(net(BATCHES[0][rank]))
+            assert same(results["of one process"], gradients(net))
+        assert not same(found[0]["of one process"], found[1]["of one process"])
+    assert set(MESSAGES) == set(ERRORS)
+    for name, messages in MESSAGES.items():
+        with subtests.test(name):
+            for results, message in zip(found, messages, strict=True):
+                assert message in results[name]
