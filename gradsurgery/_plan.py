@@ -14,6 +14,8 @@ from .collect import Collected
 from .methods import GradDrop, Method
 from .methods._buffered import BufferedMethod
 
+_GRANULARITIES = ("global", "per_group", "per_tensor")
+
 
 @dataclass(slots=True)
 class Plan:
@@ -195,7 +197,9 @@ class Planner:
 
 
 def check_method(method: Method, granularity: str, sharded: bool) -> None:
-    """Raise ValueError for a method that does not take several segments, or shards of gradients."""
+    """Raise ValueError for a granularity that there is not, or a method that does not take it, or shards."""
+    if granularity not in _GRANULARITIES:
+        raise ValueError(f"granularity must be one of {', '.join(_GRANULARITIES)}, got {granularity!r}")
     keeps = isinstance(method, BufferedMethod)
     if granularity != "global" and (method.weights_losses or keeps):
         why = "weights losses" if method.weights_losses else "keeps gradients"

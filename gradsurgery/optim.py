@@ -19,7 +19,6 @@ from .backends import choose
 from .collect import Collected, Losses, collect, holds_weights
 from .diagnostics import SurgeryInfo
 
-_GRANULARITIES = ("global", "per_group", "per_tensor")
 _HOOKS = [
     f"_optimizer_{call}_{when}_hooks" for call in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
 ]
@@ -70,8 +69,6 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if granularity not in _GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(_GRANULARITIES)}, got {granularity!r}")
         self.optimizer = optimizer
         self.method = methods.resolve(method, {})
         self.granularity = granularity

@@ -22,7 +22,7 @@ import gradsurgery
 from gradsurgery import methods
 
 WORLD = 2
-BATCHES = torch.randn(4, WORLD, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+BATCHES = torch.randn(3, WORLD, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 OPTIONS = {"constant": {"task_weights": [0.5, 1.0, 2.0]}, "uw": {"lr": 0.5}, "gradnorm": {"lr": 0.1}}
 WHOLE = ("db_mtl", "excess_mtl", "graddrop", "m_config", "moco")  # what does not take shards
 
@@ -150,7 +150,7 @@ def accumulated(make=Net):
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     optimizer = wrap(net, "cagrad")
     optimizer.backward(on_each(lambda rank: net(BATCHES[0][rank])), scaler=scaler)
-    for x in BATCHES[1:3]:
+    for x in BATCHES[1:]:
         optimizer.collect(on_each(lambda rank, x=x: net(x[rank])), scaler=scaler)
     info = optimizer.combine()
     scaler.unscale_(optimizer)
@@ -162,7 +162,7 @@ def accumulated(make=Net):
 def double_sampled(make=Net):
     net = make()
     optimizer = wrap(net, "modo")
-    for x in BATCHES[:3]:
+    for x in BATCHES:
         optimizer.collect(on_each(lambda rank, x=x: net(x[rank])))
     return [*result(net, optimizer.combine()), *gradients(net)]
 
@@ -197,8 +197,7 @@ def absent_losses():
     """Each process lacks another loss, and then both the same."""
     net = Net()
     optimizer = wrap(net, "m_config")
-    optimizer.backward(on_each(lambda rank: net(BATCHES[0][rank])))
-    for x, absent in zip(BATCHES[1:], [(0, 1), (2, 2), (0, None)], strict=True):
+    for x, absent in zip(BATCHES, [(0, 1), (2, 2), (0, None)], strict=True):
 
         def losses(rank, x=x, absent=absent):
             return [None if t == absent[rank] else loss for t, loss in enumerate(net(x[rank]))]
@@ -232,7 +231,7 @@ def mixed():
         return [z.sum(), (2 * z - y).sum(), (2 * y).sum() - z.sum()]
 
     info = wrap(net).backward(on_each(losses))
-    return [info.gram, *gradients(net)]
+    return [info.gram, *gradients(net), torch.tensor(net["a"].weight.grad.stride())]
 
 
 def not_finite(make=Net):
@@ -246,13 +245,10 @@ def gradnorm_of_first(net):
     return methods.get("gradnorm", norm_parameters=[net.first.weight], lr=0.1)
 
 
-HYBRID, PURE = partial(sharded, (WORLD, 1)), partial(sharded, (1, WORLD))
-
 CASES = {name: partial(train, name) for name in methods.available()}
 CASES |= {f"shards {name}": partial(train, name, sharded) for name in methods.available() if name not in WHOLE}
-for kind, make in {"": Net, "shards ": sharded, "hybrid ": HYBRID, "pure ": PURE}.items():
+for kind, make in {"": Net, "shards ": sharded}.items():
     CASES |= {
-        f"{kind}scaler": partial(train, make=make, scaler=True),
         f"{kind}gradnorm of first": partial(train, gradnorm_of_first, make),
         f"{kind}accumulated": partial(accumulated, make),
         f"{kind}double sampled": partial(double_sampled, make),
@@ -262,6 +258,10 @@ for kind, make in {"": Net, "shards ": sharded, "hybrid ": HYBRID, "pure ": PURE
         f"{kind}per tensor": partial(by_segments, "per_tensor", make),
     }
 CASES |= {
+    "scaler": partial(train, scaler=True),
+    "shards of copies": partial(train, "uw", partial(sharded, (WORLD, 1)), scaler=True),
+    "shards accumulated of copies": partial(accumulated, partial(sharded, (WORLD, 1))),
+    "shards of one copy": partial(train, make=partial(sharded, (1, WORLD)), scaler=True),
     "DistributedDataParallel": partial(train, model=replicated),
     "batched": partial(train, mode="batched"),
     "features": partial(by_features, "sequential"),
@@ -352,7 +352,7 @@ def shard_among_whole():
 
 def other_shards():
     net = sharded()
-    net.first = HYBRID().first
+    net.first = sharded((WORLD, 1)).first
     wrap(net)
 
 
