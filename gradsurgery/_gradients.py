@@ -190,6 +190,11 @@ def _segment_ids(segments: Sequence[int] | None, num_params: int) -> list[int]:
 def check_gradient(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+    if hasattr(value, "device_mesh"):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, spread over processes: give its to_local(), and add up G over the "
+            "processes, as SurgeryOptimizer does"
+        )
     if value.layout is not torch.strided:
         raise TypeError(
             f"{name} is a {value.layout} gradient, and gradients must be dense: use sparse=False in the embedding, or "

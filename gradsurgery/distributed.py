@@ -126,9 +126,11 @@ class Replicas:
         """Average the row's entries at these places, in a memory of their own."""
         first = parameters[places[0]]
         ends = list(accumulate(_padded(parameters[p]) for p in places))
-        flat = torch.zeros(ends[-1], dtype=first.dtype, device=first.device)
+        flat = torch.empty(ends[-1], dtype=first.dtype, device=first.device)
         entries = [_view(flat, begin, parameters[p]) for p, begin in zip(places, [0, *ends], strict=False)]
         mine = [i for i, p in enumerate(places) if row[p] is not None]
+        if len(mine) < len(places):
+            flat.zero_()
         if mine:
             torch._foreach_copy_([entries[i] for i in mine], [row[places[i]] for i in mine])  # type: ignore[misc]
         self._average(flat)

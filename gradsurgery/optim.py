@@ -49,8 +49,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             averages of their task gradients and losses, so it does what one process with all batches would. None: the
             default group where ``torch.distributed`` is initialised. A group of this process alone takes none. All of
             them call ``backward`` and ``combine`` together; one that raises by itself leaves the others waiting.
-            Parameters of ``fully_shard`` name their processes, which operate on their shards: by one pass per loss, and
-            no method that keeps gradients or numbers coordinates (GradDrop).
+            Parameters of ``fully_shard`` name their processes, which operate on their shards: by one pass per loss,
+            which adds to ``.grad`` of parameters that are not the optimizer's, too, and by no method that keeps
+            gradients or numbers coordinates (GradDrop).
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Raises:

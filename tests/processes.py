@@ -356,6 +356,10 @@ def other_shards():
     wrap(net)
 
 
+def products_of_shards():
+    gradsurgery.gram([[p.detach() for p in sharded().parameters()]] * 2)
+
+
 def sharded_batched():
     net = sharded()
     wrap(net).backward(net(BATCHES[0][distributed.get_rank()]), mode="batched")
@@ -379,6 +383,7 @@ ERRORS = {
     "whole among shards": whole_among_shards,
     "shard among whole": shard_among_whole,
     "other shards": other_shards,
+    "products of shards": products_of_shards,
     "sharded batched": sharded_batched,
 }
 

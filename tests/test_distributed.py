@@ -31,6 +31,7 @@ MESSAGES = dict(
         ("whole among shards", ["TypeError: all parameters must be sharded or none, got one of shape (3,) that"] * 2),
         ("shard among whole", ["TypeError: all parameters must be sharded or none, got a sharded one of shape"] * 2),
         ("other shards", ["TypeError: all parameters must be sharded over the same processes"] * 2),
+        ("products of shards", ["TypeError: grads[0][0] is a DTensor, spread over processes: give its to_local()"] * 2),
         ("sharded batched", ["ValueError: sharded parameters take one backward pass per loss"] * 2),
     ]
 )

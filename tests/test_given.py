@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import grads_of, two_losses, two_task_net
+from conftest import grads_of, on_cpu, two_losses, two_task_net
 from gradsurgery.collect import collect
 
 methods = gradsurgery.methods
@@ -143,3 +143,24 @@ def test_a_loss_that_depends_on_no_feature(mode):
             assert (a is None) == (b is None)
             if a is not None:
                 torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ([1.0, 2.0], TypeError, "must return a floating-point tensor, got list"),
+        (torch.ones(2, dtype=torch.int64), TypeError, r"floating-point tensor, got a tensor of shape \(2,\)"),
+        (torch.ones(3), ValueError, r"must return weights of shape \(2,\) on cpu, got shape \(3,\) on cpu"),
+        (torch.ones(2, device="meta"), ValueError, r"shape \(2,\) on cpu, got shape \(2,\) on meta"),
+    ],
+)
+@on_cpu
+def test_weights_that_cannot_be(weights, error, message):
+    method, net = Recorder(), two_task_net()
+    method.weights = lambda gram, losses=None: weights
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+    with pytest.raises(error, match=message):
+        optimizer.backward(two_losses(net, X))
+    assert grads_of(net) == [None] * len(grads_of(net))
+    with pytest.raises(error, match=message):
+        gradsurgery.aggregate([[torch.ones(3)], [torch.ones(3)]], method, losses=torch.ones(2))

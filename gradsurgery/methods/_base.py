@@ -163,10 +163,18 @@ class Method:
 
 
 def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | None) -> Tensor:
-    """Return the method's weights."""
-    # A method of the user's own need not know of backends.
+    """Return the method's weights; ValueError or TypeError where a method of the user's own returns something else."""
+    # Which need not know of backends.
     named = {} if backend is None else {"backend": backend}
-    return method.weights(gram, losses=losses, **named)
+    weights = method.weights(gram, losses=losses, **named)
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        raise TypeError(f"method {method.name!r} must return a floating-point tensor, got {describe(weights)}")
+    if weights.shape != gram.shape[:-1] or weights.device != gram.device:
+        raise ValueError(
+            f"method {method.name!r} must return weights of shape {tuple(gram.shape[:-1])} on {gram.device}, got shape "
+            f"{tuple(weights.shape)} on {weights.device}"
+        )
+    return weights
 
 
 class SolverMethod(Method):
