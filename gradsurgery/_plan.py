@@ -147,7 +147,7 @@ class Planner:
                 not.
         """
         plan, measured = self._plan, method.gram_parameters
-        enough = collected.batches + 1 if len(collected.tasks) > 1 else 1
+        enough = min(2, len(collected.tasks))
         if plan is None or not plan.holds(collected.parameters, reach, enough, measured):
             group_of = None
             if self.granularity == "per_group":

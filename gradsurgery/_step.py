@@ -25,7 +25,7 @@ def read(collected: Collected) -> tuple[TaskGradients, bytes, list[int]]:
     """
     grads = read_lists(collected.grads, None)
     if grads is not None:
-        return grads, grads.lists.counts, []
+        return grads, grads.lists.counts if collected.batches == 1 else collected.reach, []
     rows = collected.grads
     sparse = [p for p in range(len(collected.parameters)) if any(_is_sparse(row[p]) for row in rows)]
     if sparse:

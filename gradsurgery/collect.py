@@ -37,8 +37,13 @@ class Collected:
 
     @property
     def reach(self) -> bytes:
-        """The number of tasks with a gradient of each parameter, at most 127."""
-        return bytes(min(127, sum(entry is not None for entry in column)) for column in zip(*self.grads, strict=True))
+        """The number of tasks with a gradient of each parameter, in any of the batches, at most 127."""
+        tasks = len(self.tasks)
+        reached = (
+            [any(g is not None for g in column[t::tasks]) for t in range(tasks)]
+            for column in zip(*self.grads, strict=True)
+        )
+        return bytes(min(127, sum(by_task)) for by_task in reached)
 
     def plus(self, other: Collected) -> Collected:
         """Return the sum.

@@ -56,6 +56,16 @@ def test_a_head_that_one_of_three_batches_reaches_gets_a_third():
     torch.testing.assert_close(head.grad, torch.full_like(head, 2))
 
 
+def test_what_two_tasks_reach_in_different_batches_is_shared():
+    net, between = two_task_net(torch.float64), torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([*net.parameters(), between], lr=0.1), "modo")
+    for batch in range(3):
+        a, b = two_losses(net, X.double() + batch)
+        optimizer.collect([a + between.sum() if batch == 1 else a, b + 3 * between.sum() if batch == 2 else b])
+    weights = optimizer.combine().weights
+    torch.testing.assert_close(between.grad, (3 * weights[1]).expand(5))
+
+
 @pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.float16, 2)])
 def test_weights_in_16_bits_are_not_rounded(dtype, passes):
     w, counted = torch.nn.Parameter(torch.ones(4)), []

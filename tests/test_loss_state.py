@@ -54,7 +54,8 @@ def test_a_state_that_cannot_be_is_refused_whole(name):
         with pytest.raises(ValueError, match="must have the keys"):
             method.load_state_dict(bad)
     for key, value in before.items():
-        for wrong in (3, value.to(torch.float32), *([] if key == first else [value[None], None])):
+        fewer_dimensions = value[0] if value.dim() else value[None]
+        for wrong in (3, value.to(torch.float32), fewer_dimensions, *([] if key == first else [value[None], None])):
             with pytest.raises(ValueError, match=f"{key} must be"):
                 method.load_state_dict({**before, key: wrong})
     torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)

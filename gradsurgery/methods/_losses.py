@@ -97,7 +97,7 @@ class LossMethod(Method):
             self._state = None
             return
         first = state[self.state_names[0]]
-        if not isinstance(first, Tensor) or first.dim() == 0:
+        if not isinstance(first, Tensor) or not self._losses_shape(first):
             raise ValueError(f"{self.state_names[0]} must be a tensor [..., T], got {describe(first)}")
         like = self._initial(torch.empty(self._losses_shape(first), dtype=torch.float64, device=first.device))
         for name, wanted in like.items():
