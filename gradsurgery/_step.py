@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._gradients import TaskGradients, is_dense, parse, read_lists
+from ._gradients import TaskGradients, parse, read_lists
 from ._shards import Shards
 from .backends import Backend, choose
 from .collect import Collected
@@ -50,14 +50,16 @@ def targets(parameters: list[Tensor], grads: TaskGradients, params: list[int]) -
 
 def _target(parameter: Tensor, accumulate: bool) -> Tensor:
     """Return the tensor that a parameter's direction is written into, or added to."""
-    if parameter.grad is None:
+    grad = parameter.grad
+    if grad is None:
         return torch.zeros_like(parameter) if accumulate else torch.empty_like(parameter)
-    if _is_sparse(parameter.grad):
+    if _is_sparse(grad):
         raise TypeError(
             f".grad of a parameter of shape {tuple(parameter.shape)} is sparse, its new gradients are dense"
         )
     # An expanded .grad cannot be written in place.
-    return parameter.grad if is_dense(parameter.grad) else parameter.grad.contiguous()
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
+    return grad.contiguous() if expanded else grad
 
 
 def add_plain(

@@ -218,6 +218,20 @@ def test_expanded_grad_and_frozen_parameters():
     assert torch.equal(info.gram, torch.zeros(2, 2).double())
 
 
+def test_a_view_with_gaps_is_added_to_where_it_is():
+    net = two_task_net(torch.float64)
+    weight, head = net["trunk"][0].weight, net["a"].weight
+    shared, own = torch.ones(16, 12, dtype=torch.float64), torch.ones(1, 16, dtype=torch.float64)
+    weight.grad, head.grad = shared[:, ::2], own[:, 1::2]
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=1.0))
+    optimizer.backward(two_losses(net, X.double()))
+    added = [shared - 1, own - 1]
+    optimizer.zero_grad()
+    optimizer.backward(two_losses(net, X.double()))
+    torch.testing.assert_close(added[0], torch.stack([weight.grad, torch.zeros(16, 6)], 2).flatten(1))
+    torch.testing.assert_close(added[1], torch.stack([torch.zeros(1, 8), head.grad], 2).flatten(1))
+
+
 def test_a_first_loss_of_zero_does_not_freeze_gradnorm():
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = gradsurgery.GradNorm(torch.optim.SGD([weight], lr=0.1))
