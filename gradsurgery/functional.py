@@ -36,6 +36,10 @@ def task_order(
 
     Returns:
         int64 [T, T]. Row i holds i itself, which PCGrad skips.
+
+    Raises:
+        ValueError: ``num_tasks``, ``seed`` or ``step`` is out of its range.
+        RuntimeError: the named backend cannot serve the call.
     """
     if not isinstance(num_tasks, int) or num_tasks < 1:
         raise ValueError(f"num_tasks must be an int >= 1, got {num_tasks!r}")
@@ -74,6 +78,12 @@ def pcgrad_weights(
     Returns:
         float64 [..., T]; NaN where G is not finite. A constant to autograd.
 
+    Raises:
+        ValueError: G or ``order`` has another shape or device, or an option is out of its range. On a GPU
+            nothing looks at what ``order`` holds.
+        TypeError: G is not floating point, or ``order`` not int64.
+        RuntimeError: the named backend cannot serve the call.
+
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, Algorithm 1. Cost: O(T^3).
     """
     if reduction not in ("sum", "mean"):
@@ -106,6 +116,11 @@ def min_norm_weights(
     Returns:
         float64 [..., T] on the simplex; NaN where G is not finite. A constant to autograd. Where the shortest point
         has several representations (dependent gradients) one of them.
+
+    Raises:
+        ValueError: G has another shape, or an option is out of its range.
+        TypeError: G is not floating point.
+        RuntimeError: the named backend cannot serve the call.
 
     Source: P. Wolfe, "Finding the nearest point in a polytope", 1976; Sener & Koltun, "Multi-Task Learning as
     Multi-Objective Optimization", NeurIPS 2018, equation 4 and Algorithm 2. Cost: O(T^3) typically.
@@ -143,6 +158,11 @@ def gradnorm_update(
 
     Returns:
         float64 [..., T], sum T. A constant to autograd.
+
+    Raises:
+        ValueError: shapes or devices differ, or an option is out of its range.
+        TypeError: a tensor is not floating point.
+        RuntimeError: the named backend cannot serve the call.
 
     Source: Chen et al., "GradNorm", ICML 2018, equations 1 and 2, Algorithm 1. Cost: O(T), no second backward pass.
     """

@@ -141,3 +141,23 @@ def test_weights_of_16_bit_losses_are_not_rounded():
         optimizer.backward([p.sum().to(dtype), (2 * p).sum().to(dtype)])
         grads.append(p.grad)
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=0)
+
+
+WITHOUT_WEIGHTS = {"coordinate_median", "db_mtl", "excess_mtl", "graddrop", "m_config", "moco", "trimmed_mean"}
+
+
+@pytest.mark.parametrize("name", sorted(set(methods.available()) - WITHOUT_WEIGHTS))
+def test_weights_are_float64_and_what_is_no_gram_matrix_begins_nothing(name):
+    losses = torch.tensor([1.0, 2.0, 3.0])
+    weights = methods.get(name).weights(torch.eye(3), losses=losses)
+    assert (weights.dtype, weights.shape) == (torch.float64, (3,))
+    method = methods.get(name)
+    before = str(method.state_dict())
+    for bad in (torch.eye(3, dtype=torch.int64), torch.ones(2, 3), torch.ones(3), torch.ones(0, 0), [[1.0]], None):
+        with pytest.raises((TypeError, ValueError), match="gram must be"):
+            method.weights(bad, losses=losses)
+    if method.needs_losses:
+        for bad in (torch.ones(2), torch.ones(3, 1), [1.0, 2.0, 3.0], None):
+            with pytest.raises(ValueError, match="needs losses, a tensor"):
+                method.weights(torch.eye(3), losses=bad)
+    assert str(method.state_dict()) == before

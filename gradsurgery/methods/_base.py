@@ -90,7 +90,10 @@ class PerTask:
 
 
 class Method:
-    """Weights from G, stage 3. Subclasses with state keep it in tensors that ``state_dict`` names."""
+    """Weights from G, stage 3. Subclasses with state keep it in tensors that ``state_dict`` names.
+
+    Constructors raise ValueError for an option that is out of its range.
+    """
 
     name: ClassVar[str]
     """Lower snake case of the paper's name."""
@@ -128,9 +131,17 @@ class Method:
         """Return the weights [..., T] for Gram matrices [..., T, T], and advance the state by one step.
 
         Args:
-            gram: float64 [..., T, T].
+            gram: [..., T, T], of any floating dtype.
             losses: [T] loss values, where ``needs_losses``.
             backend: a name of :func:`gradsurgery.backends`; None chooses.
+
+        Returns:
+            float64 [..., T]; NaN for the problems whose G, or losses, are not finite.
+
+        Raises:
+            ValueError, TypeError: G or the losses are not what they must be, or of another number of tasks than the
+                state or an option; the state is as before then.
+            RuntimeError: the named backend cannot serve the call.
         """
         raise NotImplementedError
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._gradients import describe
+from ..functional import check_gram
 from ._base import Method, PerTask, check_not_negative, making_state, read_losses
 
 
@@ -47,6 +48,7 @@ class LossMethod(Method):
             ValueError: the losses, the state or an option are for another number of tasks, or losses are missing.
             RuntimeError: the first call is captured in a CUDA graph.
         """
+        gram = check_gram(gram)
         values = read_losses(self.name, losses, gram.shape[:-1], gram.device)
         counts = self._counts(values) & gram.isfinite().all(-1).all(-1)[..., None]
         return torch.where(counts, self._weigh(values, counts), torch.nan)

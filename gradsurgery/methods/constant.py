@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..functional import check_gram
 from ._base import Method, PerTask, nan_unless_finite
 
 
@@ -30,5 +31,6 @@ class Constant(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the given weights for each problem, NaN where G is not finite."""
+        gram = check_gram(gram)
         weights = torch.ones_like(gram[..., 0]) if self._weights is None else self._weights.on(gram, self.name)
         return nan_unless_finite(weights, gram)

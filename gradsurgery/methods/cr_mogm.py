@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..functional import check_gram
 from ._base import Method, making_state, taken_over, weigh
 from ._buffered import BufferedMethod
 from ._coordinate import CoordinateMethod
@@ -52,11 +53,12 @@ class CRMOGM(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the average [..., T], after it has taken in the other method's weights."""
+        gram = check_gram(gram)
         if self._w is not None and self._w.shape != gram.shape[:-1]:
             raise ValueError(
                 f"CR-MOGM's state is for weights of shape {tuple(self._w.shape)}, got {tuple(gram.shape[:-1])}"
             )
-        new = weigh(self.method, gram.detach(), losses, backend)
+        new = weigh(self.method, gram, losses, backend)
         if self._w is None:
             with making_state(self.name, gram.device):
                 self._w = torch.full_like(new, torch.nan)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._gradients import describe
-from ..functional import check_gradnorm, gradnorm_step
+from ..functional import check_gradnorm, check_gram, gradnorm_step
 from ._base import Method, making_state, read_losses
 
 
@@ -44,6 +44,7 @@ class GradNorm(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the current weights [..., T] and update them."""
+        check_gram(gram)
         shape = gram.shape[:-1]
         losses = read_losses(self.name, losses, shape, gram.device)
         if self._state is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._gradients import describe
-from ..functional import gradvac_step
+from ..functional import check_gram, gradvac_step
 from ._base import SteppedMethod, making_state, taken_over
 
 
@@ -46,6 +46,7 @@ class GradVac(SteppedMethod):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights, move the targets, and advance the step counter."""
+        check_gram(gram)
         targets = self._targets
         if targets is None:
             with making_state(self.name, gram.device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..functional import check_gram
 from ._base import SolverMethod
 
 
@@ -41,7 +42,7 @@ class Krum(SolverMethod):
         Raises:
             ValueError: there are too few tasks for the options.
         """
-        num_tasks = gram.shape[-1]
+        num_tasks = check_gram(gram).shape[-1]
         needed = max(self.num_selected, self.num_byzantine + 3 if self.num_byzantine else 1)
         if num_tasks < needed:
             raise ValueError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..functional import check_gram
 from ._base import Method, nan_unless_finite
 
 
@@ -21,4 +22,5 @@ class Mean(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return 1 / T for each task; NaN where G is not finite."""
+        gram = check_gram(gram)
         return nan_unless_finite(torch.full_like(gram[..., 0], 1 / gram.shape[-1]), gram)

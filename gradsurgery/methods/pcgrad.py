@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._extension import NativeSolver
-from ..functional import pcgrad_step
+from ..functional import check_gram, pcgrad_step
 from ._base import SteppedMethod
 
 
@@ -36,6 +36,7 @@ class PCGrad(SteppedMethod):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights and advance the step counter."""
+        check_gram(gram)
         return pcgrad_step(gram, self._step_on(gram.device), self.seed, self.reduction, backend)
 
     def native_solver(self, device: torch.device) -> NativeSolver | None:

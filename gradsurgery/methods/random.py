@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._philox import philox_words
+from ..functional import check_gram
 from ._base import SteppedMethod, nan_unless_finite
 
 _ROW = 0xFFFFFFFF
@@ -41,6 +42,7 @@ class Random(SteppedMethod):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the step's weights, NaN where G is not finite, and advance the step counter."""
+        gram = check_gram(gram)
         step = self._step_on(gram.device)
         row = torch.full((1,), _ROW, device=gram.device)
         uniform = (philox_words(row, 2 * gram.shape[-1], self.seed, step)[0].double() + 0.5) / 2**32
