@@ -10,6 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+_JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward")
+"""torch.compile's functions, and fully_shard's of a module's inputs."""
+
 
 def reach(roots: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> tuple[dict[int, int], list[int]]:
     """Walk from the roots to the leaves, each node once, and not beyond the stops.
@@ -38,6 +41,24 @@ def reach(roots: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> tuple[dict[i
         if type(node).__name__ == "AccumulateGrad":
             leaves[id(node.variable)] = mask
     return leaves, stop_masks
+
+
+def joins(losses: Sequence[Tensor]) -> bool:
+    """Whether two losses depend on different outputs of one function that gives zeros, not None, for the others."""
+    entries: dict[Any, set[frozenset[int]]] = defaultdict(set)
+    for loss in losses:
+        outputs: dict[Any, set[int]] = defaultdict(set)
+        stack, seen = [_edge(loss)], set()
+        while stack:
+            node, output = stack.pop()
+            if type(node).__name__ in _JOINING:
+                outputs[node].add(output)
+            elif node not in seen:
+                seen.add(node)
+                stack.extend(edge for edge in node.next_functions if edge[0] is not None)
+        for node, of_loss in outputs.items():
+            entries[node].add(frozenset(of_loss))
+    return any(len(found) > 1 for found in entries.values())
 
 
 def _edge(tensor: Tensor) -> tuple[Any, int]:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ._graph import joins
 from ._passes import Passes, check_memory
 
 Losses = Sequence[Tensor | None] | Tensor | Mapping[str, Tensor | None]
@@ -104,6 +106,7 @@ def collect(
     weigh: Callable[[list[str], Tensor], Tensor] | None = None,
     partial: bool = False,
     sharded: bool = False,
+    tell_apart: bool = False,
 ) -> Collected:
     """Return the gradient of every loss with respect to every parameter.
 
@@ -118,6 +121,7 @@ def collect(
             row of gradients; how the passes would go otherwise does not matter.
         partial: take None for a loss that is absent; its row is of None.
         sharded: the parameters are those of ``fully_shard``, and the gradients their shards.
+        tell_apart: warn where the gradients do not tell which parameters a loss does not reach.
 
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
@@ -126,6 +130,13 @@ def collect(
     """
     tasks, each = _check_losses(losses, partial)
     scalars = [loss for loss in each if loss is not None]
+    if tell_apart and joins(scalars):
+        warnings.warn(
+            "losses depend on different outputs of one compiled function, or of one sharded module's inputs, whose "
+            "backward pass gives zeros to what a loss does not depend on: heads in it count as shared. Name the shared "
+            "parameters by shared=, or compile the trunk and the heads apart",
+            stacklevel=4,
+        )
     if mode not in ("sequential", "batched"):
         raise ValueError(f'mode must be "sequential" or "batched", got {mode!r}')
     if chunk_size is not None and (mode != "batched" or not isinstance(chunk_size, int) or chunk_size < 1):

@@ -56,6 +56,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
+
+    Warns:
+        UserWarning, at the first step: what losses share cannot be told, for one compiled function yields several.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self._planner = Planner(shared, granularity)
         self._check_known(self._planner.named, "shared")
         self._check_known(self.method.gram_parameters, "norm_parameters")
+        self._tell_apart = shared is None  # once: it takes a walk through the graph
         self._pending: Collected | None = None
         # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
         super().__setstate__({})
@@ -175,7 +179,9 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             features=features,
             partial=self.method.takes_absent,
             sharded=self._processes.sharded,
+            tell_apart=self._tell_apart,
         )
+        self._tell_apart = False
         if before is None:
             self._pending = collected
         else:

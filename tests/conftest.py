@@ -70,7 +70,15 @@ INTERPRETED_NEVER = ("test_a_batch_is_its_problems", "test_cagrad_of_near_copies
 
 
 # Tests of many seconds: at the end one would leave the other processes without work.
-FIRST = ("test_triton_compile", "test_examples", "test_bench_gpu_peers", "test_bench_gpu", "test_install", "test_step")
+FIRST = (
+    "test_triton_compile",
+    "test_examples",
+    "test_bench_gpu_peers",
+    "test_bench_gpu",
+    "test_install",
+    "test_step",
+    "test_distributed",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

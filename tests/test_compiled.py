@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""Models under torch.compile: of several outputs of one function autograd does not tell which parameters they reach."""
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import grads_of, on_cpu, two_losses, two_task_net
+from gradsurgery._graph import joins
+
+pytestmark = on_cpu
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = two_task_net()
+
+    def trunk(self, x):
+        return self.parts["trunk"](x).tanh()
+
+    def forward(self, x):
+        z = self.trunk(x)
+        return self.parts["a"](z), self.parts["b"](z)
+
+
+def losses_of(outputs):
+    a, b = outputs
+    return [(a - 1).square().mean(), 3 * (b + 1).square().mean()]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    torch.manual_seed(0)
+    net = Net()
+    return net, torch.compile(net, backend="aot_eager")
+
+
+def surgery(net, losses, method="mgda", **options):
+    """Return all gradients of a net whose parameters keep none."""
+    net.zero_grad()
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method, **options)
+    optimizer.backward(losses)
+    return [g.clone() for g in grads_of(net)]
+
+
+def test_a_whole_model_with_its_shared_parameters_named(whole):
+    net, compiled = whole
+    shared = [*net.parts["trunk"].parameters()]
+    expected = surgery(net, losses_of(net(X)))
+    torch.testing.assert_close(surgery(net, losses_of(compiled(X)), shared=shared), expected)
+    plain = surgery(net, losses_of(net(X)), "uw")
+    torch.testing.assert_close(surgery(net, losses_of(compiled(X)), "uw"), plain)
+
+
+def test_a_whole_model_is_warned_of_once(whole):
+    net, compiled = whole
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="heads in it count as shared. Name the shared parameters") as caught:
+        optimizer.backward(losses_of(compiled(X)))
+    assert [w.filename for w in caught] == [__file__]
+    optimizer.backward(losses_of(compiled(X)))
+
+
+def test_a_trunk_of_its_own_needs_no_names(whole):
+    net, _ = whole
+    trunk = torch.compile(net.trunk, backend="aot_eager")
+    z = trunk(X)
+    outputs = net.parts["a"](z), net.parts["b"](z)
+    torch.testing.assert_close(surgery(net, losses_of(outputs)), surgery(net, losses_of(net(X))))
+
+
+def test_vmap_does_not_take_a_compiled_function(whole):
+    net, compiled = whole
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), shared=[*net.parts["trunk"].parameters()])
+    with pytest.raises(RuntimeError, match=r"compiled backward function within vmap.*mode='sequential' goes back"):
+        optimizer.backward(losses_of(compiled(X)), mode="batched")
+
+
+class CompiledFunction(torch.autograd.Function):
+    """What torch.compile names its functions."""
+
+    @staticmethod
+    def forward(ctx, *values):
+        return tuple(2 * value for value in values)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return tuple(2 * grad for grad in grads)
+
+
+def test_what_joins_losses():
+    net = two_task_net()
+    assert not joins(two_losses(net, X))
+    z = net["trunk"](X)
+    (single,) = CompiledFunction.apply(z)
+    assert not joins([single.sum(), single.square().sum()])
+    first, second = CompiledFunction.apply(z, 2 * z)
+    assert not joins([first.sum() + second.sum(), second.sum() * first.sum()])
+    assert joins([first.sum() + second.sum(), second.sum()])
+    assert joins([first.sum(), net["a"](second).sum()])
+    assert joins([single.sum(), first[0, 0], second[0, 0]])
+    assert not joins([first[0, 0], first[0, 1]])
