@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torchjd.aggregation import MGDA, MGDAWeighting, PCGrad, PCGradWeighting
 
 import gradsurgery as gs
 
+from .exact import direction_error, exact_gram
 from .others import conflict_projection
 from .timing import FLOOR, OURS, Case
 
@@ -52,7 +54,7 @@ def combine_case(gradients: Tensor) -> Case:
         "combine",
         gradients,
         {OURS: lambda: gs.combine(gradients, weights, out=out, backend="cpu"), FLOOR: gradients.sum},
-        _direction_error(gradients, weights),
+        partial(direction_error, gradients, weights),
     )
 
 
@@ -64,7 +66,7 @@ def pcgrad_case(gradients: Tensor) -> Case:
     error = None
     if len(rows) == 2:
         products = exact_gram(gradients)
-        error = _direction_error(gradients, 1 - products[0, 1].clamp(max=0) / products.diagonal())
+        error = partial(direction_error, gradients, 1 - products[0, 1].clamp(max=0) / products.diagonal())
     return _case(
         "pcgrad",
         gradients,
@@ -90,7 +92,7 @@ def mgda_case(gradients: Tensor) -> Case:
             OURS: lambda: gs.aggregate(gradients, "mgda", out=out, backend="cpu"),
             "torchjd": lambda: aggregator(gradients),
         },
-        _direction_error(gradients, weights),
+        partial(direction_error, gradients, weights),
     )
 
 
@@ -135,22 +137,6 @@ def plain_pcgrad(rows: list[Tensor]) -> Tensor:
             if product < 0:
                 p -= product / g.norm() ** 2 * g
     return torch.stack(projected).sum(0)
-
-
-def exact_gram(gradients: Tensor) -> Tensor:
-    """Return J J^T, with float64 products and sums."""
-    return sum(c @ c.T for c in _widened(gradients))
-
-
-def _widened(gradients: Tensor) -> Iterator[Tensor]:
-    """Yield float64 blocks of columns, which take less memory than all at once."""
-    return (block.double() for block in gradients.split(1 << 20, dim=1))
-
-
-def _direction_error(gradients: Tensor, weights: Tensor) -> Callable[[Tensor], float]:
-    """Return a function that gives |d - d_exact| / |d_exact| with the float64 direction of these weights."""
-    exact = torch.cat([weights.double() @ c for c in _widened(gradients)])
-    return lambda direction: ((direction - exact).norm() / exact.norm()).item()
 
 
 def _case(

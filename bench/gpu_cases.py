@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -15,6 +15,7 @@ from torch import Tensor
 import gradsurgery as gs
 from gradsurgery.methods._base import SolverMethod
 
+from .exact import direction_error, exact_gram
 from .gpu_timing import FLAT, OURS, TRITON, Call, Case, Spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -235,37 +236,6 @@ def _solver_case(bench: Bench, spec: Spec) -> Case:
     if bench.device.type == "cuda" and method not in SOLVED:
         contenders[TRITON] = [partial(function, gram, backend="triton", **options) for gram in inputs]
     return Case(spec, contenders, error)
-
-
-def exact_gram(matrix: Tensor) -> Tensor:
-    """Return J J^T, with float64 products and sums."""
-    products = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
-    for block in _widened(matrix):
-        # Many short products use more of a GPU than one long one.
-        rest = block.shape[1] % COLUMNS
-        parts = block[:, rest:].unflatten(1, (-1, COLUMNS)).movedim(1, 0)
-        products += (parts @ parts.mT).sum(0) + block[:, :rest] @ block[:, :rest].mT
-    return products
-
-
-def direction_error(matrix: Tensor, weights: Tensor, direction: Out) -> float:
-    """Return |d - d_exact| / |d_exact| with the float64 direction of these weights."""
-    if not isinstance(direction, Tensor):
-        direction = torch.cat(direction)
-    squares = torch.zeros(2, dtype=torch.float64, device=matrix.device)
-    begin = 0
-    for block in _widened(matrix):
-        exact = weights @ block
-        off = direction[begin : begin + block.shape[1]] - exact
-        squares += torch.stack([off.square().sum(), exact.square().sum()])
-        begin += block.shape[1]
-    return (squares[0] / squares[1]).sqrt().item()
-
-
-def _widened(matrix: Tensor) -> Iterator[Tensor]:
-    """Yield float64 blocks of columns, half a gigabyte each."""
-    width = max(1, (1 << 26) // len(matrix) // COLUMNS) * COLUMNS
-    return (block.double() for block in matrix.split(width, dim=1))
 
 
 def _random_grams(bench: Bench, tasks: int, count: int) -> Tensor:

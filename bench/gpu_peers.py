@@ -17,7 +17,8 @@ from itertools import product
 import torch
 
 from .counts import launches, peak_bytes, synchronisations
-from .gpu_cases import DTYPES, Bench, direction_error, exact_gram
+from .exact import direction_error, exact_gram
+from .gpu_cases import DTYPES, Bench
 from .gpu_ceilings import measure as measure_ceilings
 from .gpu_peer_contenders import METHODS, Contender, contenders
 from .gpu_peer_targets import PeerRow, judge

@@ -10,8 +10,6 @@ import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,7 @@ import torch
 import gradsurgery as gs
 
 from .gpu_timing import Row
-from .origin import commit
+from .origin import origin
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -61,18 +59,7 @@ def provenance(device: torch.device) -> dict[str, object]:
             "cache_bytes": properties.L2_cache_size,
             **_driver(device),
         }
-    return {
-        "machine": machine,
-        "versions": {
-            "gradsurgery": gs.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            **_others(),
-        },
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    return origin(machine, ("torchjd", "pytorch_optimizer"))
 
 
 def print_ceilings(ceilings: dict[str, float]) -> None:
@@ -127,17 +114,6 @@ def store(
 def _line(where: list[str], figures: list[str]) -> str:
     left = " ".join(f"{cell:{width}}" for cell, width in zip(where, WIDTHS, strict=True))
     return f"{left} {' '.join(f'{cell:>9}' for cell in figures)}"
-
-
-def _others() -> dict[str, str]:
-    """Return the versions of the other packages that are installed."""
-    found = {}
-    for name in ("torchjd", "pytorch_optimizer"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _driver(device: torch.device) -> dict[str, str]:

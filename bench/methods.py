@@ -19,7 +19,8 @@ from torchjd import aggregation
 
 import gradsurgery as gs
 
-from .cases import exact_gram, task_gradients
+from .cases import task_gradients
+from .exact import exact_gram
 from .tables import print_rows, print_targets, provenance, store
 from .targets import Target
 from .timing import OURS, Case, Clock

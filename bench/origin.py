@@ -1,11 +1,35 @@
 # SPDX-License-Identifier: MIT
-"""Which commit a run measured."""
+"""What a run measured, and where."""
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import torch
+
+import gradsurgery as gs
+
+
+def origin(machine: dict[str, object], packages: Iterable[str] = ()) -> dict[str, object]:
+    """Return the machine, the versions, also of those of the other packages that are there, the commit and the date."""
+    return {
+        "machine": machine,
+        "versions": {
+            "gradsurgery": gs.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **({} if torch.version.cuda is None else {"cuda": torch.version.cuda}),
+            **_installed(packages),
+        },
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def commit() -> str:
@@ -22,3 +46,13 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.strip() + ("-dirty" if changes else "")
+
+
+def _installed(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

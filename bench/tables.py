@@ -7,8 +7,6 @@ import json
 import os
 import platform
 from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
@@ -19,31 +17,21 @@ from rich.table import Table
 
 import gradsurgery as gs
 
-from .origin import commit
+from .origin import origin
 from .targets import Target, judge
 from .timing import OURS, Row
 
 
 def provenance() -> dict[str, object]:
     """Return the machine, the versions, the commit and the date."""
-    return {
-        "machine": {
-            "cpu": _cpu_model(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_at_start": round(os.getloadavg()[0], 2),
-            "backend": gs.backends()["cpu"],
-        },
-        "versions": {
-            "gradsurgery": gs.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchjd": version("torchjd"),
-            "pytorch_optimizer": version("pytorch_optimizer"),
-        },
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    machine = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_at_start": round(os.getloadavg()[0], 2),
+        "backend": gs.backends()["cpu"],
     }
+    return origin(machine, ("torchjd", "pytorch_optimizer"))
 
 
 def print_rows(console: Console, rows: list[Row]) -> None:

@@ -12,7 +12,8 @@ import torch
 
 import gradsurgery
 from bench import counts, gpu_peer_contenders, gpu_peer_targets, gpu_peers, gpu_profile
-from bench.gpu_cases import Bench, exact_gram, prepare
+from bench.exact import exact_gram
+from bench.gpu_cases import Bench, prepare
 from bench.gpu_timing import OURS, Spec
 
 ROOT = Path(__file__).parent.parent
