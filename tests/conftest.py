@@ -11,7 +11,18 @@ from gradsurgery.backends import choose
 from inputs import DEVICE
 
 # Tests that need one of these skip without it.
-OPTIONAL = {"conflictfree", "cvxpy", "ecos", "matplotlib", "mlxtend", "pytorch_optimizer", "rich", "torchjd"}
+OPTIONAL = {
+    "accelerate",
+    "conflictfree",
+    "cvxpy",
+    "ecos",
+    "lightning",
+    "matplotlib",
+    "mlxtend",
+    "pytorch_optimizer",
+    "rich",
+    "torchjd",
+}
 
 
 def serves(name: str) -> bool:

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""Training loops of other packages do what a plain loop does."""
+
+import copy
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import on_cpu, two_losses, two_task_net
+from inputs import normal
+
+pytestmark = [on_cpu, pytest.mark.filterwarnings("ignore")]
+DATA = normal(32, 6, torch.float32)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = two_task_net()
+
+    def forward(self, x):
+        return two_losses(self.parts, x)
+
+
+def loader():
+    return torch.utils.data.DataLoader(DATA, batch_size=8)
+
+
+def make(net):
+    optimizer = gradsurgery.GradVac(torch.optim.AdamW(net.parameters(), lr=1e-2))
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+
+@pytest.fixture
+def plain():
+    """The parameters and the method's state after a plain loop."""
+    net = Net()
+    optimizer, scheduler = make(net)
+    for x in loader():
+        optimizer.zero_grad()
+        optimizer.backward(net(x))
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+    return net.state_dict(), optimizer.method.state_dict()
+
+
+def check(net, optimizer, plain):
+    torch.testing.assert_close((net.state_dict(), optimizer.method.state_dict()), plain, rtol=0, atol=0)
+
+
+def test_accelerate(plain, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    net = Net()
+    model, optimizer, scheduler, batches = accelerator.prepare(net, *make(net), loader())
+    for x in batches:
+        optimizer.zero_grad()
+        optimizer.optimizer.backward(model(x), scaler=accelerator.scaler)
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+    check(net, optimizer.optimizer, plain)
+    accelerator.save_state(tmp_path)
+    before = copy.deepcopy(net.state_dict())
+    optimizer.optimizer.backward(model(DATA))
+    optimizer.step()
+    accelerator.load_state(tmp_path)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    check(net, optimizer.optimizer, plain)
+
+
+def test_lightning(plain, tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            return tuple([part] for part in make(self.net))
+
+        def training_step(self, batch):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            optimizer.optimizer.backward(self.net(batch))
+            self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+            optimizer.step()
+            self.lr_schedulers().step()
+
+    module = Module()
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, loader())
+    check(module.net, trainer.optimizers[0], plain)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = Module()
+    lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet).fit(
+        resumed, loader(), ckpt_path=tmp_path / "last.ckpt"
+    )
+    check(resumed.net, resumed.optimizers().optimizer, plain)
