@@ -56,7 +56,7 @@ class Operation:
             before()
             combine_rows_of(shared, rule, out, accumulate, self.backend)
             return None, None
-        whole = method.gram_parameters is None and not self.processes.sharded
+        whole = method.gram_parameters is None and self.processes.shards is None
         if self.backend.aggregate is not None and whole and shared.lists is not None:
             solver = method.native_solver(self.grads.device)
             if solver is not None and out and shared.lists.fits(out):
@@ -127,9 +127,9 @@ def backward_once(
         return found[0]
 
     try:
-        collected = collect(losses, parameters, weigh=weigh_by, sharded=processes.sharded, **passes)
+        collected = collect(losses, parameters, weigh=weigh_by, shards=processes.shards, **passes)
         with torch.no_grad():
-            add_all(processes.average(collected), processes, backend)
+            add_all(processes.average_gradients(collected), processes, backend)
     except BaseException:
         method.load_state_dict(before)
         raise

@@ -43,6 +43,9 @@ class Passes:
         """Go from each loss to parameters of ``fully_shard``, whose gradients are this process's shards.
 
         It keeps other tensors in the graph than the parameters, and its hooks wait for whole passes into ``.grad``.
+
+        Raises:
+            RuntimeError: a pass left no gradient, as where ``set_requires_gradient_sync`` holds them back.
         """
         parameters: list[Any] = self.parameters
         before = [p.grad for p in parameters]
@@ -53,6 +56,11 @@ class Passes:
                     p.grad = None
                 loss.backward(retain_graph=keep)
                 rows.append([None if p.grad is None else p.grad.to_local() for p in parameters])
+                if all(entry is None for entry in rows[-1]):
+                    raise RuntimeError(
+                        f"loss {len(rows) - 1} left no gradient in the sharded parameters: set_requires_gradient_sync "
+                        "must stay True, also between micro-batches, for which collect() is"
+                    )
         finally:
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad

@@ -2,7 +2,7 @@
 """Surgery on parameters that ``torch.distributed.fsdp.fully_shard`` has spread over processes.
 
 Its hooks average each task's gradient and leave this process its shard. So G is the sum over the processes of their
-shards' products, T x T numbers, and each combines its own shard; no process ever has a whole gradient.
+shards' products, T x T numbers, and each combines its own shard; no process ever has a whole average.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, distributed
 
 from .collect import Collected
-from .distributed import Replicas, is_sharded
+from .distributed import Replicas, check_same, is_sharded
 
 
 def processes_of(group: Any, parameters: list[Tensor]) -> Replicas | Shards:
     """Return the processes that train the parameters together.
 
     Raises:
-        TypeError, ValueError: as :class:`Replicas` and :meth:`Shards.check` do; a group beside sharded parameters.
+        TypeError, ValueError: as :class:`Replicas` and :meth:`Shards.check` do; a group beside sharded parameters;
+            parameters of FullyShardedDataParallel, which keeps their gradients elsewhere.
     """
     sharded = [p for p in parameters if is_sharded(p)]
+    if any(hasattr(p, "_fsdp_flattened") for p in parameters):
+        raise TypeError("parameters must not be those of FullyShardedDataParallel, got some: use fully_shard")
     if not sharded:
         return Replicas(group)
     if group is not None:
@@ -38,16 +42,12 @@ class Shards:
 
     Args:
         like: one of the parameters.
-
-    Attributes:
-        sharded: whether each parameter is spread over the processes.
     """
-
-    sharded = True
 
     def __init__(self, like: Any) -> None:
         self.mesh = like.device_mesh
         self.dims = _sharded_dims(like)
+        self.shards = self
 
     def check(self, parameters: Iterable[Any]) -> None:
         """Raise TypeError for a parameter that is not sharded over the same processes, as ``fully_shard`` does it."""
@@ -91,12 +91,23 @@ class Shards:
         """Return the same with the losses' averages, for the gradients are averages already."""
         return replace(collected, losses=self.average_losses(collected.tasks, collected.losses))
 
+    def average_gradients(self, collected: Collected) -> Collected:
+        """Return the same, for the gradients are averages already."""
+        return collected
+
     def average_losses(self, tasks: list[str], losses: Tensor) -> Tensor:
         """Return the averages of losses [T]."""
         losses = losses / self.mesh.size()
-        for dim in range(self.mesh.ndim):
-            distributed.all_reduce(losses, group=self.mesh.get_group(dim))
+        for group in self._groups():
+            distributed.all_reduce(losses, group=group)
         return losses
+
+    def check_same(self, tasks: list[str], device: torch.device) -> None:
+        """Raise ValueError, on every process, unless all of them have losses of these tasks."""
+        check_same(tasks, self._groups(), device)
+
+    def _groups(self) -> list[Any]:
+        return [self.mesh.get_group(dim) for dim in range(self.mesh.ndim)]
 
 
 def _sharded_dims(parameter: Any) -> list[int]:

@@ -6,12 +6,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._graph import joins
 from ._passes import Passes, check_memory
+
+if TYPE_CHECKING:
+    from ._shards import Shards
 
 Losses = Sequence[Tensor | None] | Tensor | Mapping[str, Tensor | None]
 
@@ -105,7 +109,7 @@ def collect(
     features: Tensor | Sequence[Tensor] | None = None,
     weigh: Callable[[list[str], Tensor], Tensor] | None = None,
     partial: bool = False,
-    sharded: bool = False,
+    shards: Shards | None = None,
     tell_apart: bool = False,
 ) -> Collected:
     """Return the gradient of every loss with respect to every parameter.
@@ -120,7 +124,7 @@ def collect(
         weigh: from the tasks and the losses [T] to weights [T]. Then there is one pass, from the weighted sum, and one
             row of gradients; how the passes would go otherwise does not matter.
         partial: take None for a loss that is absent; its row is of None.
-        sharded: the parameters are those of ``fully_shard``, and the gradients their shards.
+        shards: of the parameters, if they are those of ``fully_shard``; the gradients then are of the shards.
         tell_apart: warn where the gradients do not tell which parameters a loss does not reach.
 
     Raises:
@@ -141,8 +145,10 @@ def collect(
         raise ValueError(f'mode must be "sequential" or "batched", got {mode!r}')
     if chunk_size is not None and (mode != "batched" or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f'chunk_size must be an int >= 1, with mode="batched", got {chunk_size!r} with mode={mode!r}')
-    if sharded and (mode != "sequential" or features is not None):
-        raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
+    if shards is not None:
+        if mode != "sequential" or features is not None:
+            raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
+        shards.check_same(tasks, scalars[0].device)  # before the hooks mix what does not belong together
     if isinstance(features, Tensor):
         features = [features]
     scale = None
@@ -157,7 +163,7 @@ def collect(
         scale = scaler.scale(torch.ones((), device=scalars[0].device))
         scalars = [scaler.scale(loss) for loss in scalars]
     passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph)
-    if sharded:
+    if shards is not None:
         grads = passes.to_shards(scalars)
     elif features is None:
         grads = passes.from_losses(scalars)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import accumulate, groupby
-from operator import is_
 from typing import Any
 
 import torch
@@ -30,9 +29,6 @@ _ALIGNMENT = 64  # bytes: what the kernels read fastest
 class Replicas:
     """The processes of a group.
 
-    Attributes:
-        sharded: whether each parameter is spread over the processes.
-
     Args:
         group: a process group that this process belongs to; None: the default one, where ``torch.distributed`` is
             initialised when a step is taken, else this process alone.
@@ -42,7 +38,7 @@ class Replicas:
         ValueError: this process does not belong to it.
     """
 
-    sharded = False
+    shards = None
 
     def __init__(self, group: Any = None) -> None:
         if distributed.is_available() and group is distributed.GroupMember.NON_GROUP_MEMBER:
@@ -50,8 +46,6 @@ class Replicas:
         if group is not None and not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
         self.group = group
-        self._parameters: list[Tensor] = []
-        self._shapes = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
         return Replicas(self.group)
@@ -82,9 +76,16 @@ class Replicas:
         assign_grads(parameters, grads)
 
     def average(self, collected: Collected) -> Collected:
-        """Return the averages of gradients and losses, of which what a process lacks counts as 0.
+        """Return the averages of gradients and losses; errors as those of :meth:`average_gradients`."""
+        if self.count == 1:
+            return collected
+        collected = self.average_gradients(collected)
+        return replace(collected, losses=self._average(collected.losses.clone()))
 
-        Its lists take the averages in place, for nobody needs both; averages of averages are the same.
+    def average_gradients(self, collected: Collected) -> Collected:
+        """Return the averages of the gradients, of which what a process lacks counts as 0.
+
+        Its lists take the averages in place, for nobody needs both; averages of averages are, to rounding, the same.
 
         Raises:
             ValueError, on every process: they have not collected the same tasks of the same parameters.
@@ -92,27 +93,30 @@ class Replicas:
         """
         if self.count == 1:
             return collected
-        scaled = "unscaled" if collected.scale is None else "scaled"
-        what = (
-            f"{len(collected.grads)} {scaled} gradients of {len(collected.parameters)} parameters by {collected.tasks}"
-        )
-        mask = bytearray(_kind(entry) for row in collected.grads for entry in row) + bytearray(collected.present)
-        found = self._agree(what, self._shapes_of(collected.parameters), mask, collected.losses.device)
+        parameters, rows = collected.parameters, collected.grads
+        mask = bytearray(_kind(entry) for row in rows for entry in row) + bytearray(collected.present)
+        found = self._agree(collected, mask)
         if _UNFIT in found:
-            raise TypeError("gradients that are averaged over processes must be dense and real, got others")
-        for row in collected.grads:
-            there, found = found[: len(row)], found[len(row) :]
-            for places in _buckets(collected.parameters, there):
-                self._average_bucket(collected.parameters, row, places)
-        return replace(
-            collected, losses=self._average(collected.losses.clone()), present=[bool(there) for there in found]
-        )
+            raise TypeError(
+                "gradients that are averaged over processes must be dense and real, got "
+                + (_describe(collected, mask.index(_UNFIT)) if _UNFIT in mask else "others on another process")
+            )
+        width = len(parameters)
+        reach = [found[t * width : (t + 1) * width] for t in range(len(rows))]
+        # All rows of a bucket in turn: what autograd returned in one piece for all of them is then free.
+        for bucket in _buckets(parameters, bytearray(map(max, zip(*reach, strict=True)))):
+            for row, there in zip(rows, reach, strict=True):
+                places = [p for p in bucket if there[p]]
+                if places:
+                    self._average_bucket(parameters, row, places)
+        present = found[len(rows) * width :]
+        return replace(collected, present=[bool(there) for there in present])
 
     def average_losses(self, tasks: list[str], losses: Tensor) -> Tensor:
         """Return the averages of losses [T]; ValueError, on every process, where they are not of the same tasks."""
         if self.count == 1:
             return losses
-        self._agree(f"losses of {tasks}", "", bytearray(), losses.device)
+        check_same(tasks, [self.group], losses.device)
         return self._average(losses.clone())
 
     def _average(self, values: Tensor) -> Tensor:
@@ -137,32 +141,51 @@ class Replicas:
         for p, entry in zip(places, entries, strict=True):
             row[p] = entry
 
-    def _shapes_of(self, parameters: list[Tensor]) -> str:
-        if len(self._parameters) != len(parameters) or not all(map(is_, self._parameters, parameters)):
-            self._parameters = parameters
-            self._shapes = str([(p.dtype, p.shape, p.stride()) for p in parameters])
-        return self._shapes
-
-    def _agree(self, what: str, shapes: str, mask: bytearray, device: torch.device) -> bytearray:
-        """Return the largest of the processes' masks, by value; ValueError unless the rest is the same everywhere.
-
-        The host learns it, but does not wait for the device's work: what is exchanged does not depend on it.
-        """
+    def _agree(self, collected: Collected, mask: bytearray) -> bytearray:
+        """Return the largest of the processes' masks, by value; ValueError unless the rest is the same everywhere."""
+        device = collected.losses.device
+        scaled = "unscaled" if collected.scale is None else "scaled"
+        what = (
+            f"{len(collected.grads)} {scaled} gradients of {len(collected.parameters)} parameters by {collected.tasks}"
+        )
+        shapes = str([(p.dtype, p.shape, p.stride()) for p in collected.parameters])
+        others, other_shapes, other_mask = _differ([what.encode(), shapes.encode(), mask], [self.group], device)
+        if others:
+            raise ValueError(_others(what))
+        if other_shapes:
+            raise ValueError("parameters must have the same shapes, dtypes and memory layouts on every process")
+        if not other_mask:
+            return mask
         with _aside(device):
-            mine = torch.tensor([_digest((what + shapes).encode()), _digest(mask)], device=device)
-            theirs = [torch.empty_like(mine) for _ in range(self.count)]
-            distributed.all_gather(theirs, mine, group=self.group)
-            layouts, masks = torch.stack(theirs, 1).tolist()
-            if len(set(layouts)) > 1:
-                raise ValueError(
-                    f"every process must have the same tasks and parameters, got others than {what} on process "
-                    f"{distributed.get_rank()}"
-                )
-            if len(set(masks)) == 1:
-                return mask
             union = torch.tensor(list(mask), dtype=torch.uint8, device=device)
             distributed.all_reduce(union, distributed.ReduceOp.MAX, group=self.group)
             return bytearray(union.tolist())
+
+
+def check_same(tasks: list[str], groups: list[Any], device: torch.device) -> None:
+    """Raise ValueError, on every process of the groups, unless all of them have losses of these tasks."""
+    what = f"losses of {tasks}"
+    if any(_differ([what.encode()], groups, device)):
+        raise ValueError(_others(what))
+
+
+def _others(what: str) -> str:
+    process = distributed.get_rank()
+    return f"every process must have the same tasks and parameters, got others than {what} on process {process}"
+
+
+def _differ(values: list[bytes | bytearray], groups: list[Any], device: torch.device) -> list[bool]:
+    """Return for each of the values whether the processes of the groups, dimensions of a mesh, have others.
+
+    The host learns it, but does not wait for what the device computes.
+    """
+    digests = [int.from_bytes(hashlib.blake2b(value, digest_size=7).digest(), "little") for value in values]
+    with _aside(device):
+        extremes = torch.tensor([digests, [-digest for digest in digests]], device=device)
+        for group in groups:
+            distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group=group)
+        largest, least = extremes.tolist()
+    return [high != -low for high, low in zip(largest, least, strict=True)]
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -176,8 +199,11 @@ def _kind(entry: Tensor | None) -> int:
     return _PRESENT if entry.layout is torch.strided and entry.dtype in DTYPES else _UNFIT
 
 
-def _digest(data: bytes | bytearray) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+def _describe(collected: Collected, place: int) -> str:
+    """Return what the gradient at a place of the mask is."""
+    t, p = divmod(place, len(collected.parameters))
+    grad: Any = collected.grads[t][p]
+    return f"{grad.layout} {grad.dtype} for parameter {p} of shape {tuple(grad.shape)}"
 
 
 def _aside(device: torch.device) -> AbstractContextManager[Any]:

@@ -78,7 +78,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self.granularity = granularity
         self.backend = backend
         self._processes = processes_of(process_group, self._parameters())
-        check_method(self.method, granularity, self._processes.sharded)
+        check_method(self.method, granularity, self._processes.shards is not None)
         self._planner = Planner(shared, granularity)
         self._check_known(self._planner.named, "shared")
         self._check_known(self.method.gram_parameters, "norm_parameters")
@@ -131,7 +131,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError, TypeError: a loss or a gradient is not what it must be, or another process has other tasks or
-                parameters; nothing has changed then.
+                parameters; nothing has changed then, but for what ``fully_shard`` keeps of a pass that raised.
             RuntimeError: the batched pass failed, as where vmap does not know an operator; nothing has changed then.
         """
         before = self._pending
@@ -178,7 +178,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             chunk_size=chunk_size,
             features=features,
             partial=self.method.takes_absent,
-            sharded=self._processes.sharded,
+            shards=self._processes.shards,
             tell_apart=self._tell_apart,
         )
         self._tell_apart = False

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 
 import gradsurgery
@@ -361,6 +361,22 @@ def other_shards():
     wrap(net)
 
 
+def sharded_tasks(names):
+    net, rank = sharded(), distributed.get_rank()
+    optimizer = wrap(net, "uw" if len(names[0]) == 3 else "pcgrad")
+    optimizer.backward(dict(zip(names[rank], net(BATCHES[0][rank]), strict=False)))
+
+
+def held_back():
+    net, rank = sharded(), distributed.get_rank()
+    net.set_requires_gradient_sync(False)
+    wrap(net).collect(net(BATCHES[0][rank]))
+
+
+def flat_shards():
+    wrap(FullyShardedDataParallel(Net(), device_id=torch.device("cpu"), use_orig_params=True))
+
+
 def products_of_shards():
     gradsurgery.gram([[p.detach() for p in sharded().parameters()]] * 2)
 
@@ -391,6 +407,10 @@ if DEVICE == "cpu":
         "whole among shards": whole_among_shards,
         "shard among whole": shard_among_whole,
         "other shards": other_shards,
+        "tasks of shards": partial(sharded_tasks, ("ab", "ba")),
+        "losses of shards": partial(sharded_tasks, ("abc", "ab")),
+        "shards held back": held_back,
+        "flat shards": flat_shards,
         "products of shards": products_of_shards,
         "sharded batched": sharded_batched,
     }

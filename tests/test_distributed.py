@@ -21,8 +21,14 @@ MESSAGES = dict(
             ],
         ),
         ("other losses", ["got others than losses of ['0', '1'] on process 0", "losses of ['0', '1', '2'] on"]),
-        ("other shapes", ["gradients of 2 parameters by ['0', '1'] on process 0", "gradients of 2 parameters by"]),
-        ("sparse", ["TypeError: gradients that are averaged over processes must be dense and real, got others"] * 2),
+        ("other shapes", ["ValueError: parameters must have the same shapes, dtypes and memory layouts"] * 2),
+        (
+            "sparse",
+            [
+                "TypeError: gradients that are averaged over processes must be dense and real, got others on another",
+                "dense and real, got torch.sparse_coo torch.float32 for parameter 0 of shape (5, 3)",
+            ],
+        ),
         ("fewer parameters", ["gradients of 12 parameters", "gradients of 11 parameters"]),
         ("sharded moco", ["ValueError: method 'moco' keeps gradients, which needs whole parameters"] * 2),
         ("sharded graddrop", ["ValueError: method 'graddrop' numbers all coordinates, which needs whole"] * 2),
@@ -30,6 +36,10 @@ MESSAGES = dict(
         ("whole among shards", ["TypeError: all parameters must be sharded or none, got one of shape (3,) that"] * 2),
         ("shard among whole", ["TypeError: all parameters must be sharded or none, got a sharded one of shape"] * 2),
         ("other shards", ["TypeError: all parameters must be sharded over the same processes"] * 2),
+        ("tasks of shards", ["got others than losses of ['a', 'b'] on process 0", "losses of ['b', 'a'] on process 1"]),
+        ("losses of shards", ["than losses of ['a', 'b', 'c'] on process 0", "losses of ['a', 'b'] on process 1"]),
+        ("shards held back", ["RuntimeError: loss 0 left no gradient in the sharded parameters: set_requires_"] * 2),
+        ("flat shards", ["TypeError: parameters must not be those of FullyShardedDataParallel"] * 2),
         ("products of shards", ["TypeError: grads[0][0] is a DTensor, spread over processes: give its to_local()"] * 2),
         ("sharded batched", ["ValueError: sharded parameters take one backward pass per loss"] * 2),
     ]

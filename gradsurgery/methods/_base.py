@@ -130,6 +130,8 @@ class Method:
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [..., T] for Gram matrices [..., T, T], and advance the state by one step.
 
+        A function of the arguments and the state alone: each of several processes computes them for itself.
+
         Args:
             gram: [..., T, T], of any floating dtype.
             losses: [T] loss values, where ``needs_losses``.
