@@ -55,7 +55,7 @@ class Shards:
             if not is_sharded(p):
                 raise TypeError(
                     f"all parameters must be sharded or none, got one of shape {tuple(p.shape)} that is not: "
-                    "fully_shard the module that holds it"
+                    "fully_shard the module that holds it, and wrap the optimizer before the model first runs"
                 )
             if p.device_mesh != self.mesh or _sharded_dims(p) != self.dims:
                 raise TypeError(
