@@ -190,7 +190,7 @@ def _segment_ids(segments: Sequence[int] | None, num_params: int) -> list[int]:
 def check_gradient(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
-    if hasattr(value, "device_mesh"):
+    if is_sharded(value):
         raise TypeError(
             f"{name} is a {type(value).__name__}, spread over processes: give its to_local(), and add up G over the "
             "processes, as SurgeryOptimizer does"
@@ -236,6 +236,11 @@ def as_float64(values: Tensor) -> Tensor:
     if values.requires_grad or values.dtype is not torch.float64:
         values = values.detach().to(torch.float64)
     return values if values.is_contiguous() else values.contiguous()
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(parameter, "device_mesh")
 
 
 def is_dense(tensor: Tensor) -> bool:

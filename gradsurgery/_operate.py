@@ -80,9 +80,9 @@ class Operation:
         backend = choose(self.backend_name, grads.device, method.num_terms * grads.num_tasks)
         rows = [[row[p] for p in self.plan.shared] for row in self.collected.grads]
         losses = self.collected.losses if method.needs_losses else None
-        kept = method.replace(rows, losses, scale, self.backend_name)
+        kept = method.replace(rows, losses, scale, self.backend_name, self.processes.total)
         before()
-        gram = gram_of(parse(kept, None), self.backend)[None]
+        gram = self.processes.total(gram_of(parse(kept, None), self.backend)[None])
         weights = self._weigh(gram)
         terms, factors = method.terms(rows, kept, weights[0], scale)
         combine_of(parse(terms, None), factors, out, accumulate, backend)

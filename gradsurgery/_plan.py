@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._shards import Shards
 from .collect import Collected
 from .methods import GradDrop, Method
 from .methods._buffered import BufferedMethod
@@ -122,6 +123,16 @@ class Planner:
         self.kept: list[Tensor] = []  # whose gradients the method keeps
         self._kept_tasks: list[str] | None = None
 
+    def state_dict(self, method: Method, parameters: list[Tensor], shards: Shards | None) -> dict[str, Any]:
+        """Return the method's state and, of the parameters whose gradients it keeps, the places among all."""
+        state: dict[str, Any] = {"surgery": method.state_dict()}
+        if self.kept:
+            places = {id(p): place for place, p in enumerate(parameters)}
+            state["shared"] = [places[id(p)] for p in self.kept]
+            if shards is not None:
+                state["surgery"] = shards.spread(state["surgery"], self.kept)
+        return state
+
     def restore(self, kept: list[Tensor]) -> None:
         """Begin anew, with a method that keeps the gradients of these."""
         self.kept, self._kept_tasks, self._plan, self._blocks = kept, None, None, None
@@ -204,9 +215,8 @@ def check_method(method: Method, granularity: str, sharded: bool) -> None:
     if granularity != "global" and (method.weights_losses or keeps):
         why = "weights losses" if method.weights_losses else "keeps gradients"
         raise ValueError(f"method {method.name!r} {why}, which needs granularity 'global', got {granularity!r}")
-    if sharded and (keeps or isinstance(method, GradDrop)):
-        why = "keeps gradients" if keeps else "numbers all coordinates"
-        raise ValueError(f"method {method.name!r} {why}, which needs whole parameters, got sharded ones")
+    if sharded and isinstance(method, GradDrop):
+        raise ValueError("method 'graddrop' numbers all coordinates, which needs whole parameters, got sharded ones")
 
 
 def _are_same(these: list[Any], those: list[Any]) -> bool:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from ._gradients import is_sharded
 from .collect import Collected
-from .distributed import Replicas, check_same, is_sharded
+from .distributed import Replicas, check_same
 
 
 def processes_of(group: Any, parameters: list[Tensor]) -> Replicas | Shards:
@@ -80,12 +81,20 @@ class Shards:
 
     def assign(self, parameters: list[Any], local: list[Tensor], grads: list[Tensor]) -> None:
         """Make each gradient the shard of its parameter's ``.grad``."""
-        from torch.distributed.tensor import DTensor  # which takes a second, and whoever has shards has it
-
         for p, grad in zip(parameters, grads, strict=True):
-            p.grad = DTensor.from_local(
-                grad, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-            )
+            p.grad = _spread(grad, p)
+
+    def spread(self, surgery: dict[str, Any], parameters: list[Any]) -> dict[str, Any]:
+        """Return a method's state with the shards of the gradients that it keeps, of these parameters, as DTensors."""
+        kept = [[_spread(b, p) for b, p in zip(row, parameters, strict=True)] for row in surgery["buffers"]]
+        return {**surgery, "buffers": kept}
+
+    def gathered(self, surgery: dict[str, Any]) -> dict[str, Any]:
+        """Return what :meth:`spread` took."""
+        kept = surgery.get("buffers")
+        if kept is None:
+            return surgery
+        return {**surgery, "buffers": [[b.to_local() if is_sharded(b) else b for b in row] for row in kept]}
 
     def average(self, collected: Collected) -> Collected:
         """Return the same with the losses' averages, for the gradients are averages already."""
@@ -108,6 +117,19 @@ class Shards:
 
     def _groups(self) -> list[Any]:
         return [self.mesh.get_group(dim) for dim in range(self.mesh.ndim)]
+
+
+def _spread(shard: Tensor, parameter: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor  # which takes a second, and whoever has shards has it
+
+    return DTensor.from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def _sharded_dims(parameter: Any) -> list[int]:

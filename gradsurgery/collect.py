@@ -6,11 +6,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ._gradients import is_sharded
 from ._graph import joins
 from ._passes import Passes, check_memory
 
@@ -86,7 +87,8 @@ class Collected:
         reach, row = self.reach, list(self.grads[first])
         for p in places:
             if not reach[p]:
-                row[p] = torch.zeros_like(self.parameters[p])
+                parameter: Any = self.parameters[p]
+                row[p] = torch.zeros_like(parameter.to_local() if is_sharded(parameter) else parameter)
         return replace(self, grads=[*self.grads[:first], row, *self.grads[first + 1 :]])
 
     def _check_like(self, other: Collected) -> None:
@@ -148,7 +150,8 @@ def collect(
     if shards is not None:
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
-        shards.check_same(tasks, scalars[0].device)  # before the hooks mix what does not belong together
+        present = [task for task, loss in zip(tasks, each, strict=True) if loss is not None]
+        shards.check_same(present, scalars[0].device)  # before the hooks mix what does not belong together
     if isinstance(features, Tensor):
         features = [features]
     scale = None
@@ -169,11 +172,11 @@ def collect(
         grads = passes.from_losses(scalars)
     else:
         grads = passes.by_features(scalars, features)
-    present = [loss is not None for loss in each]
-    if not all(present):
+    there = [loss is not None for loss in each]
+    if not all(there):
         found = iter(grads)
-        grads = [next(found) if there else [None] * len(parameters) for there in present]
-    return Collected(tasks, list(parameters), grads, values, present, scale)
+        grads = [next(found) if here else [None] * len(parameters) for here in there]
+    return Collected(tasks, list(parameters), grads, values, there, scale)
 
 
 def holds_weights(losses: Losses, partial: bool) -> bool:

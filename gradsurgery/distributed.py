@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ._gradients import DTYPES, assign_grads, is_dense
+from ._gradients import DTYPES, assign_grads, is_dense, is_sharded
 from .collect import Collected
 
 _ABSENT, _PRESENT, _UNFIT = range(3)
@@ -186,11 +186,6 @@ def _differ(values: list[bytes | bytearray], groups: list[Any], device: torch.de
             distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group=group)
         largest, least = extremes.tolist()
     return [high != -low for high, low in zip(largest, least, strict=True)]
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(parameter, "device_mesh")
 
 
 def _kind(entry: Tensor | None) -> int:

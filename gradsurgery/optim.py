@@ -50,8 +50,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             default group where ``torch.distributed`` is initialised. A group of this process alone takes none. All of
             them call ``backward`` and ``combine`` together; one that raises by itself leaves the others waiting.
             Parameters of ``fully_shard`` name their processes, which operate on their shards: by one pass per loss,
-            which adds to ``.grad`` of parameters that are not the optimizer's, too, and by no method that keeps
-            gradients or numbers coordinates (GradDrop).
+            which adds to ``.grad`` of parameters that are not the optimizer's, too, and not by GradDrop.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Raises:
@@ -263,11 +262,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
         Also, under "shared", the places of the parameters whose gradients the method keeps, if it does.
         """
-        state = {**self.optimizer.state_dict(), "surgery": self.method.state_dict()}
-        if self._planner.kept:
-            places = {id(p): place for place, p in enumerate(self._parameters())}
-            state["shared"] = [places[id(p)] for p in self._planner.kept]
-        return state
+        ours = self._planner.state_dict(self.method, self._parameters(), self._processes.shards)
+        return {**self.optimizer.state_dict(), **ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned.
@@ -276,6 +272,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         state = dict(state_dict)
         surgery, places = state.pop("surgery", None), state.pop("shared", [])
+        if surgery is not None and self._processes.shards is not None:
+            surgery = self._processes.shards.gathered(surgery)
         parameters = dict(enumerate(self._parameters()))
         if not set(places) <= set(parameters):
             raise ValueError(f"shared must hold places of {len(parameters)} parameters, got {places}")

@@ -25,7 +25,6 @@ from inputs import DEVICE, normal
 WORLD = 2
 BATCHES = normal(WORLD * 12, 5).reshape(3, WORLD, 4, 5)
 OPTIONS = {"constant": {"task_weights": [0.5, 1.0, 2.0]}, "uw": {"lr": 0.5}, "gradnorm": {"lr": 0.1}}
-WHOLE = ("db_mtl", "excess_mtl", "graddrop", "m_config", "moco")  # what does not take shards
 
 
 class Net(nn.Module):
@@ -132,6 +131,26 @@ def resumed(make=Net):
             optimizer.method.load_state_dict(surgery)
         optimizer.zero_grad()
         info = optimizer.backward(on_each(lambda rank, x=x: net(x[rank])))
+        optimizer.step()
+    return result(net, info)
+
+
+def kept_and_resumed(method, make=Net):
+    """Gradients that a method keeps, from a checkpoint on; the last steps lack a loss or reach less."""
+    net = make()
+    optimizer = wrap(net, method)
+    for t, x in enumerate(BATCHES):
+        if t == 1:
+            stored = copy.deepcopy(optimizer.state_dict())
+            if not alone():
+                buffers = stored["surgery"]["buffers"]
+                assert all(isinstance(b, DTensor) == (make is sharded) for row in buffers for b in row)
+                assert make is Net or [whole(b).shape for b in buffers[0]] == [p.shape for p in optimizer._planner.kept]
+            optimizer = wrap(net, method)
+            optimizer.load_state_dict(stored)
+        optimizer.zero_grad()
+        losses = on_each(lambda rank, x=x: net(x[rank]))
+        info = optimizer.backward([None, *losses[1:]] if t == 2 and method == "m_config" else losses)
         optimizer.step()
     return result(net, info)
 
@@ -249,7 +268,7 @@ def gradnorm_of_first(net):
 CASES = {name: partial(train, name) for name in methods.available()}
 # Two processes on one GPU average its tensors by gloo, which shards none.
 if DEVICE == "cpu":
-    CASES |= {f"shards {name}": partial(train, name, sharded) for name in methods.available() if name not in WHOLE}
+    CASES |= {f"shards {name}": partial(train, name, sharded) for name in methods.available() if name != "graddrop"}
     CASES |= {
         "shards of copies": partial(train, "uw", partial(sharded, (WORLD, 1)), scaler=True),
         "shards accumulated of copies": partial(accumulated, partial(sharded, (WORLD, 1))),
@@ -263,6 +282,8 @@ for kind, make in {"": Net, **({"shards ": sharded} if DEVICE == "cpu" else {})}
         f"{kind}not finite": partial(not_finite, make),
         f"{kind}per group": partial(by_segments, "per_group", make),
         f"{kind}resumed": partial(resumed, make),
+        f"{kind}m_config resumed": partial(kept_and_resumed, "m_config", make),
+        f"{kind}excess_mtl resumed": partial(kept_and_resumed, "excess_mtl", make),
         f"{kind}per tensor": partial(by_segments, "per_tensor", make),
     }
 CASES |= {
@@ -367,6 +388,13 @@ def sharded_tasks(names):
     optimizer.backward(dict(zip(names[rank], net(BATCHES[0][rank]), strict=False)))
 
 
+def absent_of_shards():
+    net, rank = sharded(), distributed.get_rank()
+    optimizer = wrap(net, "m_config")
+    losses = net(BATCHES[0][rank])
+    optimizer.backward([None, *losses[1:]] if rank == 0 else losses)
+
+
 def held_back():
     net, rank = sharded(), distributed.get_rank()
     net.set_requires_gradient_sync(False)
@@ -401,12 +429,12 @@ ERRORS = {
 }
 if DEVICE == "cpu":
     ERRORS |= {
-        "sharded moco": partial(sharded_with, method="moco"),
         "sharded graddrop": partial(sharded_with, method="graddrop"),
         "sharded in a group": sharded_group,
         "whole among shards": whole_among_shards,
         "shard among whole": shard_among_whole,
         "other shards": other_shards,
+        "absent losses of shards": absent_of_shards,
         "tasks of shards": partial(sharded_tasks, ("ab", "ba")),
         "losses of shards": partial(sharded_tasks, ("abc", "ab")),
         "shards held back": held_back,

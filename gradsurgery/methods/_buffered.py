@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +37,14 @@ class BufferedMethod(Method):
     _state: dict[str, Tensor] | None = None
     _finite: Tensor
 
-    def replace(self, rows: Rows, losses: Tensor | None, scale: Tensor | None, backend: str | None) -> Rows:
+    def replace(
+        self,
+        rows: Rows,
+        losses: Tensor | None,
+        scale: Tensor | None,
+        backend: str | None,
+        total: Callable[[Tensor], Tensor] = lambda numbers: numbers,
+    ) -> Rows:
         """Return the T lists of P gradients to take G and d of, and update the buffers.
 
         Args:
@@ -45,6 +52,7 @@ class BufferedMethod(Method):
             losses: [T] float64, where ``needs_losses``.
             scale: the gradient scaler's factor on ``rows``, []; None: 1. The result is without it.
             backend: a name of :func:`gradsurgery.backends`; None chooses.
+            total: from sums over what lies on this process to sums over all, where gradients are sharded.
         """
         if self._buffers is not None:
             _check_alike(self._buffers, rows, self.name)
@@ -54,7 +62,7 @@ class BufferedMethod(Method):
                 dtypes = [next(g.dtype for g in column if g is not None) for column in columns]
                 with making_state(self.name, self._buffers[0][0].device):
                     self._buffers = [[b.to(d) for b, d in zip(row, dtypes, strict=True)] for row in self._buffers]
-        products = gram(rows, backend=backend)
+        products = total(gram(rows, backend=backend))
         if scale is not None:
             products = products / scale.double().square()
         self._finite = products.isfinite().all()
@@ -69,10 +77,16 @@ class BufferedMethod(Method):
             with making_state(self.name, products.device):
                 self._buffers = [[b.to(products.device) for b in row] for row in self._buffers]
                 self._state = {name: value.to(products.device) for name, value in self._state.items()}
-        return self._replace(rows, products, losses, scale, backend)
+        return self._replace(rows, products, losses, scale, backend, total)
 
     def _replace(
-        self, rows: Rows, gram: Tensor, losses: Tensor | None, scale: Tensor | None, backend: str | None
+        self,
+        rows: Rows,
+        gram: Tensor,
+        losses: Tensor | None,
+        scale: Tensor | None,
+        backend: str | None,
+        total: Callable[[Tensor], Tensor],
     ) -> Rows:
         """Do it, with the unscaled G [T, T] of the rows."""
         raise NotImplementedError

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,13 @@ class DBMTL(BufferedMethod):
         return {"step": torch.zeros((), dtype=torch.int64, device=gram.device)}
 
     def _replace(
-        self, rows: Rows, gram: Tensor, losses: Tensor | None, scale: Tensor | None, backend: str | None
+        self,
+        rows: Rows,
+        gram: Tensor,
+        losses: Tensor | None,
+        scale: Tensor | None,
+        backend: str | None,
+        total: Callable[[Tensor], Tensor],
     ) -> Rows:
         assert losses is not None
         assert self._state is not None

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,11 +41,17 @@ class ExcessMTL(BufferedMethod):
         return {"w": torch.ones_like(gram[0]), "first": torch.zeros_like(gram[0])}
 
     def _replace(
-        self, rows: Rows, gram: Tensor, losses: Tensor | None, scale: Tensor | None, backend: str | None
+        self,
+        rows: Rows,
+        gram: Tensor,
+        losses: Tensor | None,
+        scale: Tensor | None,
+        backend: str | None,
+        total: Callable[[Tensor], Tensor],
     ) -> Rows:
         assert self._buffers is not None
         assert self._state is not None
-        excess = torch.stack([self._excess(row, r, scale) for row, r in zip(rows, self._buffers, strict=True)])
+        excess = total(torch.stack([self._excess(row, r, scale) for row, r in zip(rows, self._buffers, strict=True)]))
         first = torch.where(self._state["first"] > 0, self._state["first"], excess)
         started = self._state["first"] > 0
         growth = torch.where(started, self.eta * excess / first, 0)

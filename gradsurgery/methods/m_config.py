@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,7 +53,14 @@ class MConFIG(BufferedMethod):
         self.beta = beta
         self.pref = None if pref is None else PerTask("pref", pref)
 
-    def replace(self, rows: Rows, losses: Tensor | None, scale: Tensor | None, backend: str | None) -> Rows:
+    def replace(
+        self,
+        rows: Rows,
+        losses: Tensor | None,
+        scale: Tensor | None,
+        backend: str | None,
+        total: Callable[[Tensor], Tensor] = lambda numbers: numbers,
+    ) -> Rows:
         """Average the gradients that there are."""
         absent = [t for t, row in enumerate(rows) if all(g is None for g in row)]
         if self._buffers is None and absent:
@@ -65,14 +72,20 @@ class MConFIG(BufferedMethod):
         if self.pref is not None:
             self.pref.on(present, self.name)  # raises before anything changes
         self._present = present
-        return super().replace(rows, losses, scale, backend)
+        return super().replace(rows, losses, scale, backend, total)
 
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
         counts = torch.zeros(len(gram), dtype=torch.int64, device=gram.device)
         return {"step": counts.new_zeros(()), "counts": counts, "previous": torch.zeros_like(gram[0])}
 
     def _replace(
-        self, rows: Rows, gram: Tensor, losses: Tensor | None, scale: Tensor | None, backend: str | None
+        self,
+        rows: Rows,
+        gram: Tensor,
+        losses: Tensor | None,
+        scale: Tensor | None,
+        backend: str | None,
+        total: Callable[[Tensor], Tensor],
     ) -> Rows:
         assert self._state is not None
         counts = self._state["counts"] + self._present

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,13 @@ class MoCo(BufferedMethod):
         return {"step": step, "w": torch.full_like(gram[0], 1 / len(gram))}
 
     def _replace(
-        self, rows: Rows, gram: Tensor, losses: Tensor | None, scale: Tensor | None, backend: str | None
+        self,
+        rows: Rows,
+        gram: Tensor,
+        losses: Tensor | None,
+        scale: Tensor | None,
+        backend: str | None,
+        total: Callable[[Tensor], Tensor],
     ) -> Rows:
         assert losses is not None
         assert self._state is not None
