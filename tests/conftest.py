@@ -77,7 +77,14 @@ INTERPRETED_METHODS = {
     "ridge": 1e-8,
     "scale": 1e6,
 }
-INTERPRETED_NEVER = ("test_a_batch_is_its_problems", "test_cagrad_of_near_copies")
+# And these, or one of their cases.
+INTERPRETED_NEVER = {
+    "test_a_batch_is_its_problems",
+    "test_cagrad_of_near_copies",
+    "test_cosines_of_half_as_many_dimensions[triton-101]",
+    "test_nash_mtl_is_fairgrad_on_a_leash",
+    "test_rows_out_of_the_range_of_float32_products[70-(-20, 18)-torch.bfloat16]",
+}
 
 
 # Tests of many seconds: at the end one would leave the other processes without work.
@@ -100,6 +107,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def worthwhile(item: Any) -> bool:
     parameters = item.callspec.params
+    interpreted = INTERPRETED and (parameters.get("backend") == "triton" or item.module.__name__ == "test_triton")
+    if interpreted and INTERPRETED_NEVER & {item.name, item.originalname}:
+        return False
     if item.module.__name__ == "test_coordinate" and parameters.get("backend") == "triton":
         # Which has what the reference has.
         return item.originalname in ("test_golden_values", "test_lists_are_the_flat_form_cut")
@@ -109,9 +119,7 @@ def worthwhile(item: Any) -> bool:
         if parameters.get("method") == "gradvac":
             return False  # which is the reference's
         if INTERPRETED:
-            return item.originalname not in INTERPRETED_NEVER and all(
-                parameters.get(name, value) == value for name, value in INTERPRETED_METHODS.items()
-            )
+            return all(parameters.get(name, value) == value for name, value in INTERPRETED_METHODS.items())
     tasks, columns = parameters.get("tasks", 1), parameters.get("columns", 1)
     if parameters.get("backend") != "triton":
         return True
