@@ -77,6 +77,8 @@ INTERPRETED_METHODS = {
     "ridge": 1e-8,
     "scale": 1e6,
 }
+# Likewise of tests/test_rounded_gram.py, which takes seeds.
+INTERPRETED_SEEDS = (0, 5, 31, 34)
 # And these, or one of their cases.
 INTERPRETED_NEVER = {
     "test_a_batch_is_its_problems",
@@ -119,6 +121,8 @@ def worthwhile(item: Any) -> bool:
         if parameters.get("method") == "gradvac":
             return False  # which is the reference's
         if INTERPRETED:
+            if item.module.__name__ == "test_rounded_gram" and parameters.get("seed", 0) not in INTERPRETED_SEEDS:
+                return False
             return all(parameters.get(name, value) == value for name, value in INTERPRETED_METHODS.items())
     tasks, columns = parameters.get("tasks", 1), parameters.get("columns", 1)
     if parameters.get("backend") != "triton":
