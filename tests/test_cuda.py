@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import on_gpu, two_losses, two_task_net
+from conftest import needs_a_gpu, two_losses, two_task_net
 
+needs_a_gpu()
 pytestmark = [
-    on_gpu,
     pytest.mark.usefixtures("no_default_device"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
     pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True:UserWarning"),

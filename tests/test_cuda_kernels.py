@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import on_gpu
+from conftest import needs_a_gpu
 from gradsurgery.methods._base import SolverMethod
 from inputs import DTYPES, GRAM_TOLERANCE
 from test_combine import assert_direction
 from test_gram import assert_gram
 
-pytestmark = [on_gpu, pytest.mark.usefixtures("no_default_device", "nan_in_free_memory")]
+needs_a_gpu()
+pytestmark = [pytest.mark.usefixtures("no_default_device", "nan_in_free_memory")]
 
 OPS = torch.ops.gradsurgery
 TASKS = [1, 2, 3, 5, 6, 7, 8, 9, 12, 16, 24, 32, 33, 48, 64, 65, 128, 256]
