@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,18 @@ from ._base import Method, making_state, read_losses
 
 Rows = Sequence[Sequence[Tensor | None]]
 Buffers = list[list[Tensor]]
+
+
+@dataclass(slots=True)
+class Given:
+    """What ``BufferedMethod.replace`` was given, with the unscaled G [T, T] of the rows."""
+
+    rows: Rows
+    gram: Tensor
+    losses: Tensor | None
+    scale: Tensor | None
+    backend: str | None
+    total: Callable[[Tensor], Tensor]
 
 
 class BufferedMethod(Method):
@@ -77,18 +90,10 @@ class BufferedMethod(Method):
             with making_state(self.name, products.device):
                 self._buffers = [[b.to(products.device) for b in row] for row in self._buffers]
                 self._state = {name: value.to(products.device) for name, value in self._state.items()}
-        return self._replace(rows, products, losses, scale, backend, total)
+        return self._replace(Given(rows, products, losses, scale, backend, total))
 
-    def _replace(
-        self,
-        rows: Rows,
-        gram: Tensor,
-        losses: Tensor | None,
-        scale: Tensor | None,
-        backend: str | None,
-        total: Callable[[Tensor], Tensor],
-    ) -> Rows:
-        """Do it, with the unscaled G [T, T] of the rows."""
+    def _replace(self, given: Given) -> Rows:
+        """Do it."""
         raise NotImplementedError
 
     def terms(self, rows: Rows, kept: Rows, weights: Tensor, scale: Tensor | None) -> tuple[Rows, Tensor]:
@@ -109,17 +114,19 @@ class BufferedMethod(Method):
         """Return the tensors besides the buffers before the first step."""
         raise NotImplementedError
 
-    def _average(self, rows: Rows, keep: Tensor, factor: Tensor, scale: Tensor | None, backend: str | None) -> Buffers:
+    def _average(self, given: Given, keep: Tensor, factor: Tensor) -> Buffers:
         """Replace each buffer b_t by keep b_t + factor_t g_t, in a finite step; keep is [] or [T], factor [T]."""
         assert self._buffers is not None
-        if scale is not None:
-            factor = factor / scale.double()
+        if given.scale is not None:
+            factor = factor / given.scale.double()
         kept = torch.where(self._finite, keep, 1).expand_as(factor)
         weights = torch.stack([kept, torch.where(self._finite, factor, 0)], 1)
         # One call for all of them: two "tasks" with T P "parameters", and a segment for each task.
         flat: list[Any] = [b for row in self._buffers for b in row]
-        segments = [t for t, row in enumerate(rows) for _ in row]
-        combine([flat, [g for row in rows for g in row]], weights, segments=segments, out=flat, backend=backend)
+        segments = [t for t, row in enumerate(given.rows) for _ in row]
+        combine(
+            [flat, [g for row in given.rows for g in row]], weights, segments=segments, out=flat, backend=given.backend
+        )
         return self._buffers
 
     def _keep(self, **new: Tensor) -> None:

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ._buffered import BufferedMethod, Rows
+from ._buffered import BufferedMethod, Given, Rows
 
 
 class DBMTL(BufferedMethod):
@@ -43,21 +41,13 @@ class DBMTL(BufferedMethod):
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
         return {"step": torch.zeros((), dtype=torch.int64, device=gram.device)}
 
-    def _replace(
-        self,
-        rows: Rows,
-        gram: Tensor,
-        losses: Tensor | None,
-        scale: Tensor | None,
-        backend: str | None,
-        total: Callable[[Tensor], Tensor],
-    ) -> Rows:
-        assert losses is not None
+    def _replace(self, given: Given) -> Rows:
+        assert given.losses is not None
         assert self._state is not None
-        self._finite = self._finite & (losses > 0).all()
+        self._finite = self._finite & (given.losses > 0).all()
         step = self._state["step"] + 1
         keep = self.beta / step.double() ** self.sigma
-        buffers = self._average(rows, keep, (1 - keep) / losses, scale, backend)
+        buffers = self._average(given, keep, (1 - keep) / given.losses)
         self._keep(step=step)
         return buffers
 

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ._base import check_positive
-from ._buffered import BufferedMethod, Buffers, Rows
+from ._buffered import BufferedMethod, Buffers, Given, Rows
 
 
 class ExcessMTL(BufferedMethod):
@@ -40,22 +40,16 @@ class ExcessMTL(BufferedMethod):
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
         return {"w": torch.ones_like(gram[0]), "first": torch.zeros_like(gram[0])}
 
-    def _replace(
-        self,
-        rows: Rows,
-        gram: Tensor,
-        losses: Tensor | None,
-        scale: Tensor | None,
-        backend: str | None,
-        total: Callable[[Tensor], Tensor],
-    ) -> Rows:
+    def _replace(self, given: Given) -> Rows:
         assert self._buffers is not None
         assert self._state is not None
-        excess = total(torch.stack([self._excess(row, r, scale) for row, r in zip(rows, self._buffers, strict=True)]))
+        rows, scale = given.rows, given.scale
+        of_each = [self._excess(row, r, scale) for row, r in zip(rows, self._buffers, strict=True)]
+        excess = given.total(torch.stack(of_each))
         first = torch.where(self._state["first"] > 0, self._state["first"], excess)
         started = self._state["first"] > 0
         growth = torch.where(started, self.eta * excess / first, 0)
-        w = len(gram) * (self._state["w"].log() + growth).softmax(0)
+        w = len(rows) * (self._state["w"].log() + growth).softmax(0)
         self._keep(w=w, first=first)
         if scale is None:
             return rows

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..functional import solver_weights
 from ._base import PerTask
-from ._buffered import BufferedMethod, Rows
+from ._buffered import BufferedMethod, Given, Rows
 
 
 class MConFIG(BufferedMethod):
@@ -78,19 +78,11 @@ class MConFIG(BufferedMethod):
         counts = torch.zeros(len(gram), dtype=torch.int64, device=gram.device)
         return {"step": counts.new_zeros(()), "counts": counts, "previous": torch.zeros_like(gram[0])}
 
-    def _replace(
-        self,
-        rows: Rows,
-        gram: Tensor,
-        losses: Tensor | None,
-        scale: Tensor | None,
-        backend: str | None,
-        total: Callable[[Tensor], Tensor],
-    ) -> Rows:
+    def _replace(self, given: Given) -> Rows:
         assert self._state is not None
         counts = self._state["counts"] + self._present
         new = torch.where(self._present, (1 - self.beta) / self._total(counts), 0)
-        averages = self._average(rows, 1 - new, new, scale, backend)
+        averages = self._average(given, 1 - new, new)
         self._keep(step=self._state["step"] + 1, counts=counts)
         return averages
 

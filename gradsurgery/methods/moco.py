@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ._base import check_positive
-from ._buffered import BufferedMethod, Rows
+from ._buffered import BufferedMethod, Given, Rows
 from ._simplex import project_on_simplex
 
 
@@ -49,22 +47,14 @@ class MoCo(BufferedMethod):
         step = torch.zeros((), dtype=torch.int64, device=gram.device)
         return {"step": step, "w": torch.full_like(gram[0], 1 / len(gram))}
 
-    def _replace(
-        self,
-        rows: Rows,
-        gram: Tensor,
-        losses: Tensor | None,
-        scale: Tensor | None,
-        backend: str | None,
-        total: Callable[[Tensor], Tensor],
-    ) -> Rows:
-        assert losses is not None
+    def _replace(self, given: Given) -> Rows:
+        assert given.losses is not None
         assert self._state is not None
         step = self._state["step"] + 1
         beta = self.beta / step.double().sqrt()
-        norms = gram.diagonal().sqrt()
-        factor = torch.where(norms > 0, beta * losses / norms, 0)
-        buffers = self._average(rows, 1 - beta, factor, scale, backend)
+        norms = given.gram.diagonal().sqrt()
+        factor = torch.where(norms > 0, beta * given.losses / norms, 0)
+        buffers = self._average(given, 1 - beta, factor)
         self._keep(step=step)
         return buffers
 
