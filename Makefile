@@ -46,13 +46,14 @@ sass: .venv/installed
 		-c csrc/cuda/NAME.cu -o build/sass$(ARCH)/NAME.o
 	$(BIN)/python tests/cpp/check_sass.py $(KERNELS:%=build/sass$(ARCH)/%.o)
 
-# What .ci/run has no time for: the longest emulated kernels, what nvcc makes of all of them, for the oldest GPUs too, all of
-# Triton's kernels, and the library with CUDA.
+# What .ci/run has no time for: the longest emulated and interpreted kernels, what nvcc makes of all of them, for the oldest
+# GPUs too, all of Triton's kernels, and the library with CUDA.
 gpu-code: .venv/installed
 	GRADSURGERY_TEST_WHOLE=1 $(MAKE) cpp
 	$(MAKE) sass
 	$(MAKE) sass ARCH=80
-	TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=triton GRADSURGERY_TEST_WHOLE=1 $(BIN)/python -m pytest tests/test_triton_compile.py
+	TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=triton GRADSURGERY_TEST_WHOLE=1 $(BIN)/python -m pytest tests/test_triton_compile.py \
+		tests/test_triton.py tests/test_rounded_gram.py tests/test_gram_methods.py tests/test_gram.py tests/test_weights.py tests/test_combine.py tests/test_graddrop.py tests/test_peers.py
 	cmake -S . -B build/cuda -DGRADSURGERY_CUDA=ON -DBUILD_TESTING=OFF -DCMAKE_CUDA_ARCHITECTURES=90a-real
 	cmake --build build/cuda --parallel 2
 	! readelf -d build/cuda/libgradsurgery.so | grep NEEDED | grep -E 'torch|c10'

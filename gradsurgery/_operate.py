@@ -56,8 +56,8 @@ class Operation:
             before()
             combine_rows_of(shared, rule, out, accumulate, self.backend)
             return None, None
-        whole = method.gram_parameters is None and self.processes.shards is None
-        if self.backend.aggregate is not None and whole and shared.lists is not None:
+        reads_all = method.gram_parameters is None and self.processes.shards is None
+        if self.backend.aggregate is not None and reads_all and shared.lists is not None:
             solver = method.native_solver(self.grads.device)
             if solver is not None and out and shared.lists.fits(out):
                 before()

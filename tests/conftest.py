@@ -43,6 +43,8 @@ if "cpu" in required:
     assert not absent, f"packages {absent} are not installed"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# More than CI has time for: `make gpu-code`.
+WHOLE = "GRADSURGERY_TEST_WHOLE" in os.environ
 
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="about the CPU, or about no device at all")
 
@@ -82,12 +84,12 @@ INTERPRETED_METHODS = {
     "ridge": 1e-8,
     "scale": 1e6,
 }
-# Likewise of tests/test_rounded_gram.py, which takes seeds.
+# Likewise of tests/test_rounded_gram.py, which takes seeds, but for `make gpu-code`.
 INTERPRETED_SEEDS = (0, 5, 31, 34)
 # And these, or one of their cases.
-INTERPRETED_NEVER = {
-    "test_a_batch_is_its_problems",
-    "test_cagrad_of_near_copies",
+INTERPRETED_NEVER = {"test_a_batch_is_its_problems", "test_cagrad_of_near_copies"}
+# Nor these, but by `make gpu-code`.
+INTERPRETED_WHOLE = {
     "test_cosines_of_half_as_many_dimensions[triton-101]",
     "test_nash_mtl_is_fairgrad_on_a_leash",
     "test_rows_out_of_the_range_of_float32_products[70-(-20, 18)-torch.bfloat16]",
@@ -115,7 +117,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def worthwhile(item: Any) -> bool:
     parameters = item.callspec.params
     interpreted = INTERPRETED and (parameters.get("backend") == "triton" or item.module.__name__ == "test_triton")
-    if interpreted and INTERPRETED_NEVER & {item.name, item.originalname}:
+    never = INTERPRETED_NEVER | (set() if WHOLE else INTERPRETED_WHOLE)
+    if interpreted and never & {item.name, item.originalname}:
         return False
     if item.module.__name__ == "test_coordinate" and parameters.get("backend") == "triton":
         # Which has what the reference has.
@@ -126,7 +129,8 @@ def worthwhile(item: Any) -> bool:
         if parameters.get("method") == "gradvac":
             return False  # which is the reference's
         if INTERPRETED:
-            if item.module.__name__ == "test_rounded_gram" and parameters.get("seed", 0) not in INTERPRETED_SEEDS:
+            seeds = item.module.__name__ == "test_rounded_gram" and not WHOLE
+            if seeds and parameters.get("seed", 0) not in INTERPRETED_SEEDS:
                 return False
             return all(parameters.get(name, value) == value for name, value in INTERPRETED_METHODS.items())
     tasks, columns = parameters.get("tasks", 1), parameters.get("columns", 1)
@@ -134,7 +138,7 @@ def worthwhile(item: Any) -> bool:
         return True
     if not INTERPRETED:
         return tasks <= 128
-    if parameters.get("case", "normal") not in ("normal", "mixed scales") and tasks != 3:
+    if parameters.get("case", "normal") not in ("normal", "mixed scales") and (tasks > 3 or (tasks < 3 and not WHOLE)):
         return False
     if item.module.__name__ == "test_weights" and tasks > 17:
         return item.originalname == "test_task_order" and tasks <= 128

@@ -7,7 +7,8 @@ import sys
 import torch
 
 import processes
-from processes import BATCHES, CASES, ERRORS, WORLD, Net, gradients, wrap
+from process_cases import BATCHES, CASES, WORLD, Net, gradients, wrap
+from process_errors import ERRORS
 
 MESSAGES = dict(
     [

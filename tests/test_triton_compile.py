@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import USABLE, on_cpu
+from conftest import USABLE, WHOLE, on_cpu
 
 pytestmark = [on_cpu, pytest.mark.skipif("triton" not in USABLE, reason="needs Triton")]
 
 TOOL = Path(__file__).with_name("triton_compile.py")
-# Every padded number of tasks, for older GPUs too: `make gpu-code`.
-WHOLE = "GRADSURGERY_TEST_WHOLE" in os.environ
 STREAMING = ("slot_sums", "sum_slots", "weighted_sums")
 SOLVERS = ("exact", "frank_wolfe", "cone_projection", "cagrad", "fairgrad", "from_cosines", "aligned_mtl")
 ROWS, FLOAT64, FLOAT32 = ("constexpr[0]", "constexpr[1]", "constexpr[2]")
@@ -53,6 +51,7 @@ def check_common(kernels: list[dict], matrix: str) -> None:
             assert (count(kernel, *matrix.split()) > 0) == matrices, name
 
 
+# Whole: every padded number of tasks, for older GPUs too.
 @pytest.mark.parametrize("architecture", ["80", "90"] if WHOLE else ["90"])
 def test_nvidia(architecture):
     kernels, recompiled = compiled("cuda", architecture, *([] if WHOLE else ["--small"]))

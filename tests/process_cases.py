@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: MIT
+"""What test_distributed.py has two processes do, and one process with both batches."""
+
+import copy
+from functools import partial
+
+import torch
+from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, init_device_mesh
+
+import gradsurgery
+from gradsurgery import methods
+from inputs import DEVICE, normal
+
+WORLD = 2
+BATCHES = normal(WORLD * 12, 5).reshape(3, WORLD, 4, 5)
+# One of each kind of method.
+OF_SHARDS = ("cr_mogm", "db_mtl", "gradvac", "krum", "mgda", "moco", "pcgrad", "sdmgrad", "sum", "trimmed_mean", "uw")
+OPTIONS = {"constant": {"task_weights": [0.5, 1.0, 2.0]}, "uw": {"lr": 0.5}, "gradnorm": {"lr": 0.1}}
+
+
+class Net(nn.Module):
+    """A trunk and three heads, of which the last skips a layer; and a head that nothing reaches."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[0] if DEVICE == "cuda" else []):
+            torch.manual_seed(1)
+            self.first = nn.Linear(5, 7)
+            self.second = nn.Linear(7, 7)
+            self.heads = nn.ModuleList(nn.Linear(7, 1) for _ in range(4))
+        self.double()
+
+    def forward(self, x):
+        return self.losses(*self.features(x))
+
+    def features(self, x):
+        low = self.first(x).tanh()
+        return low, self.second(low).tanh()
+
+    def losses(self, low, high):
+        outputs = [self.heads[0](high), self.heads[1](high), self.heads[2](low)]
+        return [(out - t).square().mean() + 0.1 for t, out in enumerate(outputs)]
+
+
+def alone():
+    return not distributed.is_initialized()
+
+
+def on_each(losses):
+    """Return the losses of this process; where it is alone, the averages of both."""
+    if not alone():
+        return losses(distributed.get_rank())
+    columns = zip(*(losses(rank) for rank in range(WORLD)), strict=True)
+    present = [[loss for loss in column if loss is not None] for column in columns]
+    return [sum(column) / WORLD if column else None for column in present]
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def gradients(net):
+    return [whole(p.grad) for p in net.parameters() if p.grad is not None]
+
+
+def wrap(net, method="pcgrad", **options):
+    if isinstance(method, str):
+        method = methods.get(method, **OPTIONS.get(method, {}))
+    return gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), method, **options)
+
+
+def result(net, info=None):
+    """Return the parameters, which of them have a gradient, and what the step says of itself."""
+    found = [whole(p) for p in net.parameters()]
+    found.append(torch.tensor([p.grad is not None for p in net.parameters()]))
+    if info is not None:
+        found += [value for value in (info._gram, info._weights) if value is not None]
+    return found
+
+
+def train(method="pcgrad", make=Net, model=lambda net: net, scaler=None, **how):
+    """Train for some steps and return the result."""
+    net = make()
+    call, optimizer = model(net), wrap(net, method(net) if callable(method) else method)
+    scaler = scaler and torch.amp.GradScaler(DEVICE, init_scale=4.0)
+    for x in BATCHES:
+        optimizer.zero_grad()
+        info = optimizer.backward(on_each(lambda rank, x=x: call(x[rank])), scaler=scaler, **how)
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+    return result(net, info)
+
+
+def sharded(mesh=None):
+    """Return a net whose parameters are spread over the processes."""
+    net = Net()
+    if not alone():
+        mesh = None if mesh is None else init_device_mesh("cpu", mesh, mesh_dim_names=("copies", "shards"))
+        mesh = mesh or init_device_mesh("cpu", (WORLD,))
+        for module in (net.first, net.second, net.heads[0], net):
+            fully_shard(module, mesh=mesh)
+    return net
+
+
+def replicated(net):
+    return net if alone() else nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+
+
+def resumed(make=Net):
+    """A method with a state, and momentum, from a checkpoint on."""
+    net = make()
+    optimizer = wrap(net, "gradvac")
+    for t, x in enumerate(BATCHES):
+        if t == 2 and not alone():
+            stored, surgery = get_optimizer_state_dict(net, optimizer), optimizer.method.state_dict()
+            optimizer = wrap(net, "gradvac")
+            set_optimizer_state_dict(net, optimizer, stored, options=StateDictOptions(strict=False))
+            optimizer.method.load_state_dict(surgery)
+        optimizer.zero_grad()
+        info = optimizer.backward(on_each(lambda rank, x=x: net(x[rank])))
+        optimizer.step()
+    return result(net, info)
+
+
+def kept_and_resumed(method, make=Net):
+    """Gradients that a method keeps, from a checkpoint on; the last step of M-ConFIG does not reach a shared layer."""
+    net = make()
+    optimizer = wrap(net, method)
+    for t, x in enumerate(BATCHES):
+        if t == 1:
+            stored = copy.deepcopy(optimizer.state_dict())
+            if not alone():
+                buffers = stored["surgery"]["buffers"]
+                assert all(isinstance(b, DTensor) == (make is sharded) for row in buffers for b in row)
+                assert make is Net or [whole(b).shape for b in buffers[0]] == [p.shape for p in optimizer._planner.kept]
+            optimizer = wrap(net, method)
+            optimizer.load_state_dict(stored)
+        optimizer.zero_grad()
+        losses = on_each(lambda rank, x=x: net(x[rank]))
+        info = optimizer.backward([None, None, losses[2]] if t == 2 and method == "m_config" else losses)
+        optimizer.step()
+    return result(net, info)
+
+
+def by_segments(granularity, make=Net):
+    net = make()
+    groups = [{"params": [*net.first.parameters()]}, {"params": [*net.second.parameters(), *net.heads.parameters()]}]
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(groups, lr=0.1), "mgda", granularity=granularity)
+    info = optimizer.backward(on_each(lambda rank: net(BATCHES[0][rank])))
+    optimizer.step()
+    return result(net, info)
+
+
+def accumulated(make=Net):
+    """Micro-batches under a scaler, on top of gradients that are there."""
+    net = make()
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
+    optimizer = wrap(net, "cagrad")
+    optimizer.backward(on_each(lambda rank: net(BATCHES[0][rank])), scaler=scaler)
+    for x in BATCHES[1:]:
+        optimizer.collect(on_each(lambda rank, x=x: net(x[rank])), scaler=scaler)
+    info = optimizer.combine()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+    scaler.step(optimizer)
+    return [*result(net, info), whole(norm)]
+
+
+def double_sampled(make=Net):
+    net = make()
+    optimizer = wrap(net, "modo")
+    for x in BATCHES:
+        optimizer.collect(on_each(lambda rank, x=x: net(x[rank])))
+    return [*result(net, optimizer.combine()), *gradients(net)]
+
+
+def by_features(mode):
+    net = Net()
+    if alone():
+        info = wrap(net).backward(on_each(lambda rank: net(BATCHES[0][rank])[:2]))
+    else:
+        low, high = net.features(BATCHES[0][distributed.get_rank()])
+        info = wrap(net).backward(net.losses(low, high)[:2], features=high, mode=mode)
+    return result(net, info)
+
+
+def different_reach():
+    """Each process's losses reach other parameters, in another order of first sight."""
+    net = Net()
+
+    def losses(rank):
+        low, high = net.features(BATCHES[0][rank])
+        if rank == 0:
+            return [net.heads[0](high).square().mean(), net.heads[1](low).square().mean(), low.sum()]
+        return [low.square().mean(), net.heads[1](low).mean(), net.heads[2](low).mean()]
+
+    optimizer = wrap(net)
+    info = optimizer.backward(on_each(losses))
+    optimizer.step()
+    return result(net, info)
+
+
+def absent_losses():
+    """Each process lacks another loss, and then both the same."""
+    net = Net()
+    optimizer = wrap(net, "m_config")
+    for x, absent in zip(BATCHES, [(0, 1), (2, 2), (0, None)], strict=True):
+
+        def losses(rank, x=x, absent=absent):
+            return [None if t == absent[rank] else loss for t, loss in enumerate(net(x[rank]))]
+
+        optimizer.backward(on_each(losses))
+        optimizer.step()
+    return result(net)
+
+
+def small_buckets():
+    before, gradsurgery.distributed._BUCKET_BYTES = gradsurgery.distributed._BUCKET_BYTES, 100
+    try:
+        return train()
+    finally:
+        gradsurgery.distributed._BUCKET_BYTES = before
+
+
+def mixed():
+    """Parameters of several dtypes and memory layouts."""
+    torch.manual_seed(2)
+    convolution = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    net = nn.ModuleDict({"a": convolution, "b": nn.Linear(4, 4).bfloat16(), "c": nn.Linear(4, 4).double()})
+    # Numbers that 8 bits hold, whose sums are exact.
+    for p in net.parameters():
+        p.data = p.data.mul(8).round().div(8)
+    x = torch.randint(-2, 3, (WORLD, 2, 3, 2, 2)).float()
+
+    def losses(rank):
+        z = net["a"](x[rank]).flatten(1)
+        y = net["b"](z.bfloat16().detach())
+        return [z.sum(), (2 * z - y).sum(), (2 * y).sum() - z.sum()]
+
+    info = wrap(net).backward(on_each(losses))
+    return [info.gram, *gradients(net), torch.tensor(net["a"].weight.grad.stride())]
+
+
+def not_finite(make=Net):
+    net = make()
+    poison = torch.tensor([1.0, torch.inf], dtype=torch.float64)
+    info = wrap(net).backward(on_each(lambda rank: [loss * poison[rank] for loss in net(BATCHES[0][rank])]))
+    return [info.gram.isfinite(), *(g.isfinite() for g in gradients(net))]
+
+
+def gradnorm_of_first(net):
+    return methods.get("gradnorm", norm_parameters=[net.first.weight], lr=0.1)
+
+
+CASES = {name: partial(train, name) for name in methods.available()}
+# Two processes on one GPU average its tensors by gloo, which shards none.
+if DEVICE == "cpu":
+    CASES |= {f"shards {name}": partial(train, name, sharded) for name in OF_SHARDS}
+    CASES |= {
+        "shards of copies": partial(train, "uw", partial(sharded, (WORLD, 1)), scaler=True),
+        "shards accumulated of copies": partial(accumulated, partial(sharded, (WORLD, 1))),
+        "shards of one copy": partial(train, make=partial(sharded, (1, WORLD)), scaler=True),
+    }
+for kind, make in {"": Net, **({"shards ": sharded} if DEVICE == "cpu" else {})}.items():
+    CASES |= {
+        f"{kind}gradnorm of first": partial(train, gradnorm_of_first, make),
+        f"{kind}accumulated": partial(accumulated, make),
+        f"{kind}double sampled": partial(double_sampled, make),
+        f"{kind}not finite": partial(not_finite, make),
+        f"{kind}per group": partial(by_segments, "per_group", make),
+        f"{kind}resumed": partial(resumed, make),
+        f"{kind}m_config resumed": partial(kept_and_resumed, "m_config", make),
+        f"{kind}excess_mtl resumed": partial(kept_and_resumed, "excess_mtl", make),
+        f"{kind}per tensor": partial(by_segments, "per_tensor", make),
+    }
+CASES |= {
+    "scaler": partial(train, scaler=True),
+    "DistributedDataParallel": partial(train, model=replicated),
+    "batched": partial(train, mode="batched"),
+    "features": partial(by_features, "sequential"),
+    "features batched": partial(by_features, "batched"),
+    "different reach": different_reach,
+    "absent losses": absent_losses,
+    "small buckets": small_buckets,
+    "mixed": mixed,
+}

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: MIT
+"""What test_distributed.py has two processes do that one cannot: groups of them, and errors of both."""
+
+import copy
+from functools import partial
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import gradsurgery
+from inputs import DEVICE
+from process_cases import BATCHES, WORLD, Net, gradients, sharded, wrap
+
+
+def of_one_process():
+    (group, _) = distributed.new_subgroups(1)
+    return of_a_group(group)
+
+
+def of_a_group(group):
+    net = Net()
+    optimizer = wrap(net, process_group=group)
+    assert copy.deepcopy(optimizer)._processes.group is group
+    optimizer.backward(net(BATCHES[0][distributed.get_rank()]))
+    return gradients(net)
+
+
+def of_another_group():
+    # Both processes make both groups.
+    groups = [distributed.new_group([rank]) for rank in range(WORLD)]
+    wrap(Net(), process_group=groups[1 - distributed.get_rank()])
+
+
+def other_tasks():
+    net, rank = Net(), distributed.get_rank()
+    optimizer = wrap(net)
+    losses = net(BATCHES[0][rank])
+    try:
+        optimizer.backward(losses[: 2 + rank])
+    finally:
+        assert all(p.grad is None for p in net.parameters())
+        assert optimizer._pending is None
+
+
+def other_losses():
+    net, rank = Net(), distributed.get_rank()
+    wrap(net, "uw").backward(net(BATCHES[0][rank])[: 2 + rank])
+
+
+def other_shapes():
+    net = nn.Linear(3, 1 + distributed.get_rank())
+    y = net(torch.ones(3)).sum()
+    wrap(net).backward([y, -y])
+
+
+def sparse():
+    table = nn.Embedding(5, 3, sparse=distributed.get_rank() == 1)
+    z = table(torch.tensor([0, 2]))
+    wrap(table).backward([z.sum(), z.square().sum()])
+
+
+def fewer_parameters():
+    net, rank = Net(), distributed.get_rank()
+    parameters = [*net.parameters()][rank:]
+    gradsurgery.PCGrad(torch.optim.SGD(parameters, lr=0.1)).backward(net(BATCHES[0][rank]))
+
+
+def sharded_with(**options):
+    wrap(sharded(), **options)
+
+
+def sharded_group():
+    wrap(sharded(), process_group=distributed.group.WORLD)
+
+
+def whole_among_shards():
+    optimizer = wrap(sharded())
+    try:
+        optimizer.add_param_group({"params": iter([nn.Parameter(torch.ones(3))])})
+    finally:
+        assert len(optimizer.param_groups) == 1
+
+
+def shard_among_whole():
+    optimizer = wrap(Net())
+    try:
+        optimizer.add_param_group({"params": sharded().first.weight})
+    finally:
+        assert len(optimizer.param_groups) == 1
+
+
+def other_shards():
+    net = sharded()
+    net.first = sharded((WORLD, 1)).first
+    wrap(net)
+
+
+def sharded_tasks(names):
+    net, rank = sharded(), distributed.get_rank()
+    optimizer = wrap(net, "uw" if len(names[0]) == 3 else "pcgrad")
+    optimizer.backward(dict(zip(names[rank], net(BATCHES[0][rank]), strict=False)))
+
+
+def absent_of_shards():
+    net, rank = sharded(), distributed.get_rank()
+    optimizer = wrap(net, "m_config")
+    losses = net(BATCHES[0][rank])
+    optimizer.backward([None, *losses[1:]] if rank == 0 else losses)
+
+
+def held_back():
+    net, rank = sharded(), distributed.get_rank()
+    net.set_requires_gradient_sync(False)
+    wrap(net).collect(net(BATCHES[0][rank]))
+
+
+def flat_shards():
+    wrap(FullyShardedDataParallel(Net(), device_id=torch.device("cpu"), use_orig_params=True))
+
+
+def products_of_shards():
+    gradsurgery.gram([[p.detach() for p in sharded().parameters()]] * 2)
+
+
+def sharded_batched():
+    net = sharded()
+    wrap(net).backward(net(BATCHES[0][distributed.get_rank()]), mode="batched")
+
+
+GROUPS = {
+    "of one process": of_one_process,
+    "of a named group": lambda: of_a_group(distributed.group.WORLD),
+    "of the default group": lambda: of_a_group(None),
+}
+ERRORS = {
+    "of another group": of_another_group,
+    "other tasks": other_tasks,
+    "other losses": other_losses,
+    "other shapes": other_shapes,
+    "sparse": sparse,
+    "fewer parameters": fewer_parameters,
+}
+if DEVICE == "cpu":
+    ERRORS |= {
+        "sharded graddrop": partial(sharded_with, method="graddrop"),
+        "sharded in a group": sharded_group,
+        "whole among shards": whole_among_shards,
+        "shard among whole": shard_among_whole,
+        "other shards": other_shards,
+        "absent losses of shards": absent_of_shards,
+        "tasks of shards": partial(sharded_tasks, ("ab", "ba")),
+        "losses of shards": partial(sharded_tasks, ("abc", "ab")),
+        "shards held back": held_back,
+        "flat shards": flat_shards,
+        "products of shards": products_of_shards,
+        "sharded batched": sharded_batched,
+    }
