@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One of test_distributed.py's processes: ``python tests/processes.py RANK STORE RESULT`` stores what cases returned."""
+"""One process of test_distributed.py: ``python tests/processes.py RANK STORE RESULT`` stores what cases returned."""
 
 import sys
 
