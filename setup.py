@@ -96,6 +96,8 @@ def extension_arguments(build: str) -> dict:
 
     folders = ["csrc/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if build == "cuda" else [])
     sources = sorted(str(path.relative_to(ROOT)) for folder in folders for path in ROOT.glob(folder))
+    if not sources:
+        sys.exit(f"gradsurgery: there is nothing to compile in {ROOT / 'csrc'}")
     patterns = ("*.h", "*.inl", "*.cuh")
     headers = [str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(f"csrc/**/{pattern}")]
     # at::parallel_for is OpenMP in a header: without the flag it runs on one thread. Apple's compiler has none.

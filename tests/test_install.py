@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -42,14 +43,19 @@ except RuntimeError as error:
     assert "the compiled extension is not there" in result.stdout.splitlines()[1]
 
 
+def run(choice, command, monkeypatch):
+    """Run setup.py in this process, which has torch already: importing it takes seconds."""
+    monkeypatch.setenv("GRADSURGERY_BUILD", choice)
+    monkeypatch.setattr(sys, "argv", ["setup.py", *command.split()])
+    runpy.run_path(str(ROOT / "setup.py"), run_name="__main__")
+
+
 @pytest.fixture
 def compiled(monkeypatch, capfd):
-    """What setup.py says that it compiles. In this process, which has torch already: importing it takes seconds."""
+    """What setup.py says that it compiles."""
 
     def run_setup(choice: str) -> str:
-        monkeypatch.setenv("GRADSURGERY_BUILD", choice)
-        monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
-        runpy.run_path(str(ROOT / "setup.py"), run_name="__main__")
+        run(choice, "--version", monkeypatch)
         printed = capfd.readouterr()
         assert printed.out.split() == [gradsurgery.__version__]
         return re.search("^gradsurgery: compiling (.*)$", printed.err, re.MULTILINE)[1]
@@ -139,6 +145,26 @@ def test_only_gpus_before_ampere(compiled, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0")
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must hold 8\.0 or later, got 7\.0"):
         compiled("cuda")
+
+
+def test_a_source_distribution_holds_all_that_builds_and_tests_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    run("none", f"--quiet egg_info --egg-base {tmp_path} sdist --dist-dir {tmp_path}", monkeypatch)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    kinds = ("csrc/**/*.*", "gradsurgery/**/*.py", "gradsurgery/*.pyi", "tests/**/*.*", "bench/**/*.*", "*.*")
+    files = {path.relative_to(ROOT) for kind in kinds for path in ROOT.glob(kind) if path.is_file()}
+    ours = {str(path) for path in files if path.suffix not in (".so", ".pyc") and not path.name.startswith(".")}
+    assert len(ours) > 200
+    assert ours <= names
+
+
+def test_a_tree_without_sources(compiled, monkeypatch, tmp_path):
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="there is nothing to compile in"):
+        compiled("cpu")
 
 
 def test_versions_agree():
