@@ -41,7 +41,8 @@ def test_projections_by_a_gram_matrix_that_is_not_quite_positive(backend, seed):
         gram = torch.from_numpy(case @ case.T).double().to(DEVICE)
         for name, options in (("dualproj", {"reg_eps": 1e-12}), ("upgrad", {"reg_eps": 1e-9}), ("cagrad", {})):
             got, expected = weigh(name, gram, backend, **options), weigh(name, gram, "reference", **options)
-            assert got.norm() <= 10 * expected.norm(), name
+            # Which ridge makes it positive depends on rounding, and what it is counts less.
+            assert expected.norm() / 3 <= got.norm() <= 3 * expected.norm(), name
 
 
 def either_sign(tasks, seed):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .dual_cone import dual_cone
 from .spectral import aligned_mtl, all_done, config, imtl_g
 
 WEIGHTINGS = (
@@ -48,9 +49,9 @@ def solve(
     if preference is None:
         preference = gram.new_full((num_tasks,), 1 if method == "config" else 1 / num_tasks)
     if method == "upgrad":
-        weights = _dual_cone(gram, preference.diag(), parameter).sum(-2)
+        weights = dual_cone(gram, preference.diag(), parameter).sum(-2)
     elif method == "dualproj":
-        weights = _dual_cone(gram, preference[None], parameter).squeeze(-2)
+        weights = dual_cone(gram, preference[None], parameter).squeeze(-2)
     elif method == "cagrad":
         weights = _cagrad(gram, parameter, min_norm)
     elif method == "fairgrad":
@@ -90,45 +91,6 @@ def gradvac(gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tens
         goals_after[:, rows, j] = torch.where(counts, moved, goals_after[:, rows, j])
     out.copy_(torch.where(finite, c.sum(-2), torch.nan).view_as(out))
     goals.copy_(torch.where(finite[..., None], goals_after, goals))
-
-
-def _dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
-    """Return argmin v^T H v with v >= u, H = G / trace(G) + ridge I, for each of several u [P, T]: [B, P, T].
-
-    With z = v - u and y = H v: z >= 0, y >= 0, z^T y = 0. Lawson & Hanson 1974, which lowers v^T H v at each step: the
-    task with the most negative y joins the set F where y = 0; on the way to the minimum over F those leave whose z
-    would become negative.
-    """
-    num_tasks = gram.shape[-1]
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    eye = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
-    h = torch.where(trace > 0, gram / trace, 0) + ridge * eye
-    root = h.diagonal(dim1=-2, dim2=-1).sqrt()[:, None]
-    u = u.expand(len(gram), *u.shape)
-    v, best, free = u, u, torch.zeros_like(u, dtype=torch.bool)
-    shortest = torch.full_like(u[..., :1], torch.inf)
-    at_minimum = torch.ones_like(shortest, dtype=torch.bool)
-    settled = ~at_minimum
-    for _ in range(4 * num_tasks + 32):
-        y = v @ h
-        length = (v * y).sum(-1, keepdim=True).clamp(min=0).sqrt()
-        descends = at_minimum & ~settled & (length < shortest)
-        best, shortest = torch.where(descends, v, best), torch.where(descends, length, shortest)
-        least, joining = torch.where(free, torch.inf, y / root).min(-1, keepdim=True)
-        settled = settled | (at_minimum & ~(descends & (least < -1e-13 * length)))
-        if all_done(settled):
-            break
-        free = free | torch.zeros_like(free).scatter(-1, joining, at_minimum & ~settled)
-        pair = free[..., :, None] & free[..., None, :]
-        matrix = torch.where(pair, h[:, None], 0) + torch.where(free, 0, 1)[..., None] * eye
-        right = torch.where(free, -(torch.where(free, 0, u) @ h), u)
-        target = torch.linalg.solve_ex(matrix, right[..., None])[0].squeeze(-1)
-        blocked = free & (target < u)
-        reach, leaving = torch.where(blocked, (v - u) / (v - target), torch.inf).min(-1, keepdim=True)
-        leaves = blocked & torch.zeros_like(free).scatter(-1, leaving, blocked.any(-1, keepdim=True))
-        v = torch.where(settled, v, torch.where(leaves, u, v + reach.clamp(max=1) * (target - v)))
-        free, at_minimum = free & ~leaves, ~leaves.any(-1, keepdim=True)
-    return torch.maximum(best, u)
 
 
 def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
@@ -189,7 +151,7 @@ def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
     squared = _square(gram, x)
     stationary |= squared == 0
     weights = even + (target / squared).sqrt() * x
-    added = _dual_cone(gram, torch.full_like(mean[:1], even), 1e-12).squeeze(-2) - even
+    added = dual_cone(gram, torch.full_like(mean[:1], even), 1e-12).squeeze(-2) - even
     cone = even + (target / torch.maximum(_square(gram, added), target)).sqrt() * added
     return torch.where(wanted, torch.where(stationary, cone, weights), even)
 
