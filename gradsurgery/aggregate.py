@@ -4,18 +4,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
 from ._constant import constant
 from ._gradients import Grads, TaskGradients, parse
 from .backends import Backend, choose
-from .combine import Direction, _check_out, combine, combine_of, combine_rows_of, new_out
+from .combine import Direction, check_out, combine, combine_of, combine_rows_of, new_out
 from .gram import gram, gram_of
 from .methods import CoordinateMethod, Method, resolve
 from .methods._base import weigh
 from .methods._buffered import BufferedMethod
+
+
+@overload
+def aggregate(
+    grads: Tensor,
+    method: str | Method = "pcgrad",
+    *,
+    losses: Tensor | None = None,
+    segments: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+    **method_options: Any,
+) -> Tensor: ...
+
+
+@overload
+def aggregate(
+    grads: Sequence[Sequence[Tensor | None]],
+    method: str | Method = "pcgrad",
+    *,
+    losses: Tensor | None = None,
+    segments: Sequence[int] | None = None,
+    out: list[Any] | None = None,
+    backend: str | None = None,
+    **method_options: Any,
+) -> list[Any]: ...
 
 
 def aggregate(
@@ -47,7 +73,7 @@ def aggregate(
     chosen = resolve(method, method_options)
     parsed = parse(grads, segments)
     if out is not None:
-        _check_out(out, parsed)
+        check_out(out, parsed)
     if chosen.needs_losses and losses is None:
         raise ValueError(f"method {chosen.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
     if isinstance(chosen, BufferedMethod):
@@ -102,7 +128,7 @@ def _aggregate_buffers(
     if out is not None:
         return out
     if flat:
-        return found[0]
+        return found[0]  # type: ignore[no-any-return]
     each: list[Any] = [None] * len(rows[0])
     for p, direction in zip(touched, found, strict=True):
         each[p] = direction

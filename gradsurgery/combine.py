@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,30 @@ from .backends import Backend, choose
 
 Direction = Tensor | list[Any]
 """[N] for the flat form; P tensors for the list form, None where no task has a gradient."""
+
+
+@overload
+def combine(
+    grads: Tensor,
+    weights: Tensor,
+    *,
+    segments: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def combine(
+    grads: Sequence[Sequence[Tensor | None]],
+    weights: Tensor,
+    *,
+    segments: Sequence[int] | None = None,
+    out: list[Any] | None = None,
+    accumulate: bool = False,
+    backend: str | None = None,
+) -> list[Any]: ...
 
 
 def combine(
@@ -56,7 +80,7 @@ def combine(
     parsed = parse(grads, segments)
     _check_weights(weights, parsed)
     if out is not None:
-        _check_out(out, parsed)
+        check_out(out, parsed)
     elif accumulate:
         raise ValueError("accumulate=True adds to out, and out is None")
     chosen = choose(backend, parsed.device, parsed.num_tasks)
@@ -133,7 +157,8 @@ def _check_weights(weights: Tensor, grads: TaskGradients) -> None:
         raise ValueError(f"weights must be on the gradients' device {grads.device}, got {weights.device}")
 
 
-def _check_out(out: Direction, grads: TaskGradients) -> None:
+def check_out(out: Direction, grads: TaskGradients) -> None:
+    """Raise ValueError or TypeError unless the direction can be written there."""
     if grads.matrix is not None:
         if not isinstance(out, Tensor) or out.shape != grads.matrix.shape[1:] or not out.is_contiguous():
             raise ValueError(f"out must be a contiguous tensor [{grads.matrix.shape[1]}], got {_shape(out)}")

@@ -46,7 +46,7 @@ def task_order(
     if device is None:
         device = step.device if isinstance(step, Tensor) else "cpu"
     order = torch.empty(num_tasks, num_tasks, dtype=torch.int64, device=device)
-    choose(backend, order.device, num_tasks).task_order(_check_seed(seed), _step_tensor(step, order.device), order)
+    choose(backend, order.device, num_tasks).task_order(check_seed(seed), _step_tensor(step, order.device), order)
     return order
 
 
@@ -92,7 +92,7 @@ def pcgrad_weights(
     if order is not None:
         order = _check_order(order, gram.shape[-1], gram.device)
     chosen = choose(backend, gram.device, gram.shape[-1])
-    chosen.pcgrad(problems, order, _check_seed(seed), _step_tensor(step, gram.device), False, reduction == "mean", out)
+    chosen.pcgrad(problems, order, check_seed(seed), _step_tensor(step, gram.device), False, reduction == "mean", out)
     return constant("pcgrad_weights", out, [gram])
 
 
@@ -262,7 +262,8 @@ def check_gradnorm(alpha: float, lr: float) -> None:
         raise ValueError(f"alpha and lr must be >= 0 and finite, got {alpha} and {lr}")
 
 
-def _check_seed(seed: int) -> int:
+def check_seed(seed: int) -> int:
+    """Return the seed; ValueError if it is out of its range."""
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an int in 0..2^63-1, got {seed!r}")
     return seed

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -17,6 +18,15 @@ class _NamedOptimizer(SurgeryOptimizer):
     """A ``SurgeryOptimizer`` with one method, whose options it takes beside its own."""
 
     method_class: ClassVar[type[methods.Method]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # What help() shows: the options by name.
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if "__init__" not in vars(cls):
+            options = inspect.signature(cls.method_class).parameters.values()
+            own = [p for p in own if p.kind is not p.VAR_KEYWORD] + [p.replace(kind=p.KEYWORD_ONLY) for p in options]
+        cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from ._operate import Operation, backward_once
 from ._plan import Planner, check_method
 from ._shards import processes_of
 from ._step import add_plain, add_sparse, read, targets
-from .backends import choose
+from .backends import check_name, choose
 from .collect import Collected, Losses, collect, holds_weights
 from .diagnostics import SurgeryInfo
 
@@ -75,7 +75,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         self.method = methods.resolve(method, {})
         self.granularity = granularity
-        self.backend = backend
+        self.backend = check_name(backend)
         self._processes = processes_of(process_group, self._parameters())
         check_method(self.method, granularity, self._processes.shards is not None)
         self._planner = Planner(shared, granularity)
@@ -302,7 +302,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             setattr(self, name, getattr(self.optimizer, name))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(method={self.method.name}, granularity={self.granularity}, {self.optimizer!r})"
+        return f"{type(self).__name__}({self.method!r}, granularity={self.granularity!r}, {self.optimizer!r})"
 
     def _check_known(self, parameters: Iterable[Tensor] | None, name: str) -> None:
         known = {id(p) for p in self._parameters()}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What the optimizers give a method, and heads in steps of several batches, sparse or in 16 bits."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -44,6 +46,52 @@ def test_a_named_backend_also_yields_the_weights(name):
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method, backend=name)
     optimizer.backward(two_losses(net, X))
     assert method.given[0][1] == ({} if name is None else {"backend": name})
+
+
+class Own(methods.Method):
+    """As short as a method of a user's own may be."""
+
+    def weights(self, gram, *, losses=None):
+        return torch.full_like(gram[..., 0], 0.5)
+
+
+def test_a_method_of_ones_own_needs_neither_name_nor_backends():
+    rows = torch.arange(6.0).reshape(2, 3)
+    for backend in (None, "reference"):
+        assert gradsurgery.aggregate(rows, Own(), backend=backend).tolist() == [1.5, 2.5, 3.5]
+        net = two_task_net()
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), Own(), backend=backend)
+        assert optimizer.backward(two_losses(net, X)).weights.tolist() == [0.5, 0.5]
+        assert "(Own(), granularity='global'" in repr(optimizer)
+    with pytest.raises(ValueError, match="method 'custom' must return weights of shape"):
+        gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), Wrong()).backward(two_losses(net, X))
+
+
+class Wrong(methods.Method):
+    def weights(self, gram, *, losses=None):
+        return torch.ones(5)
+
+
+def test_what_a_method_was_given_can_be_read():
+    assert repr(methods.PCGrad("mean", 7)) == "PCGrad(reduction='mean', seed=7)"
+    assert repr(methods.Tchebycheff([1, 2])) == "Tchebycheff(pref=[1, 2], ideal=None)"
+    assert (
+        repr(methods.GradNorm(0.5, norm_parameters=[X])) == "GradNorm(alpha=0.5, lr=0.025, norm_parameters=<1 tensors>)"
+    )
+    for name in methods.available():
+        options = set(inspect.signature(type(methods.get(name))).parameters) - {"method_options"}
+        assert all(hasattr(methods.get(name), option) for option in options)
+
+
+def test_named_optimizers_show_their_options():
+    shown = inspect.signature(gradsurgery.CAGrad).parameters
+    assert list(shown) == ["optimizer", "shared", "granularity", "process_group", "backend", "c", "rescale"]
+
+    class Mine(gradsurgery.CAGrad):
+        def __init__(self, parameters):
+            super().__init__(torch.optim.SGD(parameters, lr=0.1))
+
+    assert list(inspect.signature(Mine).parameters) == ["parameters"]
 
 
 def test_a_head_that_one_of_three_batches_reaches_gets_a_third():

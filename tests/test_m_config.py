@@ -308,5 +308,5 @@ def test_absent_losses_are_for_methods_that_take_them():
     net, optimizer = make()
     with pytest.raises(ValueError, match="losses must hold at least one loss, got none"):
         optimizer.backward([None, None])
-    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\), got 1.0"):
+    with pytest.raises(ValueError, match=r"beta must be >= 0 and < 1, got 1.0"):
         methods.MConFIG(beta=1.0)

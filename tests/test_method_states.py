@@ -10,17 +10,20 @@ from inputs import normal
 
 methods = gradsurgery.methods
 EYE = torch.eye(3, dtype=torch.float64)
-NEW = {"gradvac": "targets", "modo": "weights", "sdmgrad": "weights", "cr_mogm": "weights"}
+NEW = {"gradnorm": "weights", "gradvac": "targets", "modo": "weights", "sdmgrad": "weights", "cr_mogm": "weights"}
 
 
 @pytest.mark.parametrize("name", NEW)
 def test_a_first_call_that_fails_begins_nothing(name):
-    method = methods.get(name)
+    method = methods.get(name, **({"method": "pcgrad"} if name == "cr_mogm" else {}))
     for gram in (torch.ones(2, 3), torch.ones(2, 2, dtype=torch.int64)):
-        with pytest.raises((RuntimeError, TypeError, ValueError)):
-            method.weights(gram)
+        with pytest.raises((TypeError, ValueError)):
+            method.weights(gram, losses=torch.ones(2))
+    if name not in ("modo", "sdmgrad"):  # which need no backend
+        with pytest.raises(RuntimeError, match="cannot serve this call"):
+            method.weights(torch.ones(2, 2), losses=torch.ones(2), backend="cuda")
     assert method.state_dict()[NEW[name]] is None
-    method.weights(EYE)
+    method.weights(EYE, losses=torch.ones(3))
 
 
 def test_options_for_other_tasks_begin_nothing():
@@ -30,7 +33,7 @@ def test_options_for_other_tasks_begin_nothing():
     method.weights(EYE[:2, :2])
     averaged = methods.get("cr_mogm", method="pcgrad")
     averaged.weights(EYE[:2, :2])
-    with pytest.raises(ValueError, match=r"weights of shape \(2,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"'cr_mogm' has the shape \(2,\), G needs \(3,\)"):
         averaged.weights(EYE)
     assert averaged.method.state_dict()["step"] == 1
 
@@ -148,10 +151,25 @@ WITHOUT_WEIGHTS = {"coordinate_median", "db_mtl", "excess_mtl", "graddrop", "m_c
 
 @pytest.mark.parametrize("name", sorted(set(methods.available()) - WITHOUT_WEIGHTS))
 def test_weights_are_float64_and_what_is_no_gram_matrix_begins_nothing(name):
+    check_boundary(lambda: methods.get(name))
+
+
+@pytest.mark.parametrize("normalization", ["l2", "loss", "loss+"])
+def test_rescaled_gradients_have_float64_weights_too(normalization):
+    check_boundary(lambda: methods.get("mgda", normalization=normalization))
+    rows = normal(5, 40, seed=3)
+    gram, losses = gradsurgery.gram(rows).bfloat16(), torch.linspace(0.5, 1.5, 5)
+    method = methods.get("mgda", normalization=normalization)
+    got, expected = (method.weights(g, losses=losses) for g in (gram, gram.double()))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def check_boundary(new):
+    """For three tasks."""
     losses = torch.tensor([1.0, 2.0, 3.0])
-    weights = methods.get(name).weights(torch.eye(3), losses=losses)
+    weights = new().weights(torch.eye(3), losses=losses)
     assert (weights.dtype, weights.shape) == (torch.float64, (3,))
-    method = methods.get(name)
+    method = new()
     before = str(method.state_dict())
     for bad in (torch.eye(3, dtype=torch.int64), torch.ones(2, 3), torch.ones(3), torch.ones(0, 0), [[1.0]], None):
         with pytest.raises((TypeError, ValueError), match="gram must be"):

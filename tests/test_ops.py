@@ -94,7 +94,7 @@ def test_opcheck(name):
             "combine_list",
             4,
             [torch.zeros(3, 4), torch.zeros(7)],
-            "num_tasks x P|one tensor per parameter|must be dense",
+            "out must hold one tensor per parameter, got 2 for 3",
         ),
         ("combine_list", 4, [torch.zeros(4, 3), torch.zeros(7), torch.zeros(5)], "gradient 0 must be dense"),
         ("graddrop", 2, torch.tensor([1, 2]), "step must be contiguous"),

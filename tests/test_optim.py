@@ -275,8 +275,10 @@ def test_sparse_head_gradient_outside_the_surgery():
     optimizer.backward([losses[0], losses[1] + table.weight.sum()])
     assert not table.weight.grad.is_sparse
     torch.testing.assert_close(table.weight.grad, 2 * expected.to_dense() + 1)
-    table.weight.grad = expected
-    torch.testing.assert_close(table.weight.grad.to_dense(), expected.to_dense())
+    table.weight.grad = expected.clone()
+    optimizer.backward(net(table(torch.tensor([1, 2]))).mean(0))
+    assert table.weight.grad.is_sparse
+    torch.testing.assert_close(table.weight.grad.to_dense(), 2 * expected.to_dense())
     optimizer.step()
 
 

@@ -27,6 +27,9 @@ def with_value(attribute, *values):
     return [name for name in NAMES if getattr(methods.get(name), attribute) in values]
 
 
+HELD = ("yes", "not if l2, loss or loss+ with original", "but for reg_eps", "T = 2", "if independent")
+
+
 def conflicting(tasks, seed):
     rows = normal(tasks, 60, seed=seed)
     return rows - 1.3 * rows.mean(0) + 0.2 * normal(1, 60, seed=99)
@@ -38,17 +41,33 @@ def test_the_page_is_what_the_classes_say():
 
 @pytest.mark.parametrize("tasks", [2, 3, 8, 20])
 @pytest.mark.parametrize(
-    "name", with_value("non_conflicting", "yes", "but for reg_eps", "T = 2", "c >= 1", "if independent")
+    ("name", "options"),
+    [
+        *((name, OPTIONS.get(name, {})) for name in with_value("non_conflicting", *HELD)),
+        ("cagrad", {"c": 1.0}),
+        *(("mgda", {"normalization": n, "combine": "normalized"}) for n in ("l2", "loss", "loss+")),
+    ],
 )
-def test_conflicts_with_no_task(name, tasks):
-    claim = methods.get(name).non_conflicting
-    if claim == "T = 2" and tasks > 2:
+def test_conflicts_with_no_task(name, options, tasks):
+    if methods.get(name).non_conflicting == "T = 2" and tasks > 2:
         pytest.skip("for two tasks only")
+    losses = torch.linspace(0.5, 1.5, tasks, dtype=torch.float64)
     for seed in range(5):
         rows = conflicting(tasks, seed)
-        options = {"c": 1.0} if claim == "c >= 1" else OPTIONS.get(name, {})
-        d = gradsurgery.aggregate(rows, name, **options)
+        d = gradsurgery.aggregate(rows, name, losses=losses, **options)
         assert (rows @ d >= -1e-7 * rows.norm(dim=1) * d.norm()).all()
+
+
+@pytest.mark.parametrize("normalization", ["l2", "loss", "loss+"])
+def test_mgda_with_original_gradients_may_conflict(normalization):
+    scales, losses = (torch.logspace(0, 2, 5, dtype=torch.float64).roll(k) for k in (0, 1))
+    rows = scales[:, None] * conflicting(5, 1)
+    assert (rows @ gradsurgery.aggregate(rows, "mgda", losses=losses, normalization=normalization)).min() < 0
+
+
+def test_every_claim_is_known():
+    assert set(NAMES) == set(with_value("non_conflicting", "no", *HELD, "c >= 1"))
+    assert set(NAMES) == set(with_value("linear", True, False, "but for reg_eps"))
 
 
 @pytest.mark.parametrize("name", with_value("linear", True, "but for reg_eps"))
@@ -114,9 +133,9 @@ def test_scale_of_orthogonal_gradients(name):
 @pytest.mark.parametrize("name", with_value("scale", "sums to 1", "sums to T"))
 def test_sums_of_weights(name):
     rows, losses = conflicting(6, 2), torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
-    # One more column per task, of its own, shows its weight.
+    # One more column per task, of its own, shows its weight; MoCo's is that of beta L_t g_t / |g_t|.
     marked = torch.cat([rows, torch.eye(6, dtype=torch.float64)], 1)
     weights = gradsurgery.aggregate(marked, name, losses=losses)[60:]
     if name == "moco":
-        return  # whose weights are those of tracked gradients
+        weights = weights * marked.norm(dim=1) / losses / methods.get(name).beta
     torch.testing.assert_close(float(weights.sum()), 1.0 if methods.get(name).scale == "sums to 1" else 6.0)

@@ -101,13 +101,19 @@ def choose(name: str | None, device: torch.device, num_tasks: int) -> Backend:
     """Return the backend for a call; RuntimeError if a named one cannot serve it, ValueError if it is unknown."""
     name = name or os.environ.get("GRADSURGERY_BACKEND")
     if name:
-        if name not in _BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {name!r}")
+        check_name(name)
         why = _BACKENDS[name].why_not(device, num_tasks)
         if why:
             raise RuntimeError(f"backend {name!r} cannot serve this call: {why}")
         return _BACKENDS[name]
     return _automatic(device, num_tasks)
+
+
+def check_name(name: str | None) -> str | None:
+    """Return the name of a backend, or None for the choice; ValueError if there is none such."""
+    if name is not None and name not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {name!r}")
+    return name
 
 
 @lru_cache

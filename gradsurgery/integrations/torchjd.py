@@ -115,7 +115,7 @@ class SurgeryAggregator(GramianWeightedAggregator, Stateful):
         if matrix.stride(1) != 1:
             matrix = matrix.contiguous()
         # By way of the module, whose hooks tell jac_to_grad the weights.
-        return cast(Tensor, combine(matrix, self.weighting(matrix), backend=self.gramian_weighting.backend))
+        return combine(matrix, self.weighting(matrix), backend=self.gramian_weighting.backend)
 
     def reset(self) -> None:
         """Take the method's state back to what it was at construction."""

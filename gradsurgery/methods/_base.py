@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._extension import NativeSolver
 from .._gradients import describe
-from ..functional import _check_seed, solver_weights
+from ..functional import check_seed, solver_weights
 
 
 @contextmanager
@@ -29,25 +31,24 @@ def making_state(name: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def check_positive(name: str, value: float) -> float:
-    """Return the value; ValueError unless it is positive and finite."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return value
-
-
-def check_not_negative(name: str, value: float) -> float:
-    """Return the value; ValueError unless it is >= 0 and finite."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be >= 0 and finite, got {value}")
-    return value
-
-
 def read_losses(name: str, losses: Any, shape: torch.Size, device: torch.device) -> Tensor:
     """Return losses [T] or [..., T] as float64 of that shape [..., T] on the device, detached."""
     if not isinstance(losses, Tensor) or losses.shape not in (shape[-1:], shape):
         raise ValueError(f"method {name!r} needs losses, a tensor [{shape[-1]}], got {describe(losses)}")
     return losses.detach().to(device, torch.float64).expand(shape).contiguous()
+
+
+def state_on(method: str, own: Tensor | None, shape: torch.Size, initial: float, device: torch.device) -> Tensor:
+    """Return a state's float64 tensor on that device: ``own``, ValueError unless it has this shape, or a new one."""
+    if own is None:
+        with making_state(method, device):
+            return torch.full(shape, initial, dtype=torch.float64, device=device)
+    if own.shape != shape:
+        raise ValueError(f"the state of method {method!r} has the shape {tuple(own.shape)}, G needs {tuple(shape)}")
+    if own.device != device:
+        with making_state(method, device):
+            return own.to(device)
+    return own
 
 
 def taken_over(own: Tensor | None, value: Tensor | None) -> Tensor | None:
@@ -73,9 +74,13 @@ class PerTask:
         valid: Callable[[Tensor], Tensor] = torch.isfinite,
     ) -> None:
         self.name = name
+        self.given = values
         self.values = torch.as_tensor(values, dtype=torch.float64).detach().clone()
         if self.values.dim() != 1 or not (self.values.isfinite() & valid(self.values)).all():
             raise ValueError(f"{name} must be T {wanted}, got {values!r}")
+
+    def __repr__(self) -> str:
+        return repr(self.given)
 
     def on(self, gram: Tensor, method: str) -> Tensor:
         """Return the numbers [T] on G's device."""
@@ -95,8 +100,8 @@ class Method:
     Constructors raise ValueError for an option that is out of its range.
     """
 
-    name: ClassVar[str]
-    """Lower snake case of the paper's name."""
+    name: ClassVar[str] = "custom"
+    """Lower snake case of the paper's name; what messages call it."""
     needs_losses: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = True
     """Whether the weights depend on G. If not, only its shape, its device and whether it is finite count, and the
@@ -147,6 +152,11 @@ class Method:
         """
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        options = inspect.signature(type(self)).parameters
+        given = (f"{name}={_brief(getattr(self, name))}" for name in options if hasattr(self, name))
+        return f"{type(self).__name__}({', '.join(given)})"
+
     def native_solver(self, device: torch.device) -> NativeSolver | None:
         """Return what ``weights`` would run on that device, for backends that go from gradients to direction in a call.
 
@@ -177,8 +187,8 @@ class Method:
 
 def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | None) -> Tensor:
     """Return the method's weights; ValueError or TypeError where a method of the user's own returns something else."""
-    # Which need not know of backends.
-    named = {} if backend is None else {"backend": backend}
+    function = getattr(method.weights, "__func__", method.weights)
+    named = {"backend": backend} if backend is not None and _takes_backend(function) else {}
     weights = method.weights(gram, losses=losses, **named)
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         raise TypeError(f"method {method.name!r} must return a floating-point tensor, got {describe(weights)}")
@@ -190,19 +200,40 @@ def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | No
     return weights
 
 
-class SolverMethod(Method):
-    """A method whose weights are a function of G, a preference and numbers, by a solver that every backend has."""
+def _brief(option: Any) -> str:
+    is_parameters = isinstance(option, list) and any(isinstance(item, Tensor) for item in option)
+    return f"<{len(option)} tensors>" if is_parameters else repr(option)
 
-    solver: str
+
+@lru_cache
+def _takes_backend(weights: Callable[..., Tensor]) -> bool:
+    """Whether it has the option, which a user's own need not have."""
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(weights).parameters.items()}
+    return "backend" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values()
+
+
+class Solver(NamedTuple):
+    """A solver that every backend has, and its numbers."""
+
+    name: str
     """One of ``backends.solvers.WEIGHTINGS``."""
     parameter: float = 0.0
     limit: float = math.inf
     pref: PerTask | None = None
 
+
+class SolverMethod(Method):
+    """A method whose weights are a function of G, a preference and numbers."""
+
+    def _solver(self) -> Solver:
+        """Return which function."""
+        raise NotImplementedError
+
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights; NaN where G is not finite."""
-        preference = None if self.pref is None else self.pref.on(gram, self.name)
-        return solver_weights(gram, self.solver, preference, self.parameter, self.limit, backend)
+        name, parameter, limit, pref = self._solver()
+        preference = None if pref is None else pref.on(gram, self.name)
+        return solver_weights(gram, name, preference, parameter, limit, backend)
 
 
 class SteppedMethod(Method):
@@ -212,7 +243,7 @@ class SteppedMethod(Method):
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed = _check_seed(seed)
+        self.seed = check_seed(seed)
         self._step: Tensor | None = None
 
     def _step_on(self, device: torch.device) -> Tensor:
@@ -232,7 +263,7 @@ class SteppedMethod(Method):
         return {"seed": self.seed, "step": step}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        seed, step = _check_seed(state["seed"]), state["step"]
+        seed, step = check_seed(state["seed"]), state["step"]
         if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() != 0:
             raise ValueError(f"step must be an int64 tensor [], got {step!r}")
         self.seed = seed

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .._gradients import describe
 from ..functional import check_gram
-from ._base import Method, PerTask, check_not_negative, making_state, read_losses
+from ._base import Method, PerTask, making_state, read_losses
+from ._checks import check_not_negative
 
 
 class LossMethod(Method):
@@ -128,13 +129,12 @@ class TrainedScales(LossMethod):
     state_names = ("s",)
 
     def __init__(self, lr: float = 0.025, initial: float | Sequence[float] | Tensor = 0.0) -> None:
-        check_not_negative("lr", lr)
-        self.lr = lr
+        self.lr = check_not_negative("lr", lr)
         if isinstance(initial, (int, float)) and not math.isfinite(initial):
             raise ValueError(f"initial must be finite, got {initial}")
-        self._start = float(initial) if isinstance(initial, (int, float)) else PerTask("initial", initial)
+        self.initial = float(initial) if isinstance(initial, (int, float)) else PerTask("initial", initial)
 
     def _initial(self, losses: Tensor) -> dict[str, Tensor]:
-        if isinstance(self._start, float):
-            return {"s": torch.full_like(losses, self._start)}
-        return {"s": self._start.on(losses, self.name).expand_as(losses).clone()}
+        if isinstance(self.initial, float):
+            return {"s": torch.full_like(losses, self.initial)}
+        return {"s": self.initial.on(losses, self.name).expand_as(losses).clone()}

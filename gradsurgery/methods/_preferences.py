@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the scalarisations share that know a preference among the losses."""
+"""Scalarisations that know a preference among the losses."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import torch
 from torch import Tensor
 
 from ._base import PerTask
+from ._losses import LossMethod
 
 
-class Preferences:
-    """A preference p, T positive numbers, and an ideal point z, T finite numbers, both optional."""
+class PreferenceMethod(LossMethod):
+    """Weights from the losses, a preference p, T positive numbers, and an ideal point z, T numbers; both optional."""
 
-    def __init__(self, pref: Sequence[float] | Tensor | None, ideal: Sequence[float] | Tensor | None = None) -> None:
-        self._pref = None if pref is None else PerTask("pref", pref, "positive numbers", lambda p: p > 0)
-        self._ideal = None if ideal is None else PerTask("ideal", ideal)
+    def __init__(
+        self, pref: Sequence[float] | Tensor | None = None, ideal: Sequence[float] | Tensor | None = None
+    ) -> None:
+        self.pref = None if pref is None else PerTask("pref", pref, "positive numbers", lambda p: p > 0)
+        self.ideal = None if ideal is None else PerTask("ideal", ideal)
 
-    def of(self, losses: Tensor, method: str) -> Tensor:
+    def _preferred(self, losses: Tensor) -> Tensor:
         """Return p as [..., T] like the losses, 1 / T each without a preference."""
-        if self._pref is None:
+        if self.pref is None:
             return torch.full_like(losses, 1 / losses.shape[-1])
-        return self._pref.on(losses, method).expand_as(losses)
+        return self.pref.on(losses, self.name).expand_as(losses)
 
-    def excess(self, losses: Tensor, method: str) -> Tensor:
+    def _excess(self, losses: Tensor) -> Tensor:
         """Return L - z [..., T]."""
-        return losses if self._ideal is None else losses - self._ideal.on(losses, method)
+        return losses if self.ideal is None else losses - self.ideal.on(losses, self.name)
 
 
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._gradients import describe
 from ..functional import check_gram
-from ._base import Method, making_state, taken_over
+from ._base import Method, state_on, taken_over
 
 
 def project_on_simplex(x: Tensor) -> Tensor:
@@ -36,18 +36,7 @@ class SimplexMethod(Method):
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [..., T] for [..., T, T], and take the step."""
         gram = check_gram(gram)
-        w = self._w
-        if w is None:
-            with making_state(self.name, gram.device):
-                w = torch.full(gram.shape[:-1], 1 / gram.shape[-1], dtype=torch.float64, device=gram.device)
-        if w.shape != gram.shape[:-1]:
-            raise ValueError(
-                f"the state of method {self.name!r} is for weights of shape {tuple(w.shape)}, got G of shape "
-                f"{tuple(gram.shape)}"
-            )
-        if w.device != gram.device:
-            with making_state(self.name, gram.device):
-                w = w.to(gram.device)
+        w = state_on(self.name, self._w, gram.shape[:-1], 1 / gram.shape[-1], gram.device)
         finite = gram.isfinite().all(-1).all(-1)[..., None]
         moved = self._step(gram, w)
         weights = torch.where(finite, self._direction(moved), torch.nan)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._base import PerTask, SolverMethod
+from ._base import PerTask, Solver, SolverMethod
 
 _SCALE_MODES = ("min", "median", "rmse")
 
@@ -35,4 +35,7 @@ class AlignedMTL(SolverMethod):
         if scale_mode not in _SCALE_MODES:
             raise ValueError(f"scale_mode must be one of {', '.join(_SCALE_MODES)}, got {scale_mode!r}")
         self.pref = None if pref is None else PerTask("pref", pref)
-        self.solver = f"aligned_mtl_{scale_mode}"
+        self.scale_mode = scale_mode
+
+    def _solver(self) -> Solver:
+        return Solver(f"aligned_mtl_{self.scale_mode}", pref=self.pref)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._base import SolverMethod, check_not_negative
+from ._base import Solver, SolverMethod
+from ._checks import check_not_negative
 
 
 class CAGrad(SolverMethod):
@@ -30,16 +31,17 @@ class CAGrad(SolverMethod):
     scale = "mean, times 1 + c"
     non_conflicting = "c >= 1"
     cost = "T^3"
-    solver = "cagrad"
 
     def __init__(self, c: float = 0.5, rescale: int = 0) -> None:
-        check_not_negative("c", c)
         if rescale not in (0, 1, 2):
             raise ValueError(f"rescale must be 0, 1 or 2, got {rescale!r}")
-        self.parameter = c
-        self.factor = (1.0, 1 / (1 + c * c), 1 / (1 + c))[rescale]
+        self.c = check_not_negative("c", c)
+        self.rescale = rescale
+
+    def _solver(self) -> Solver:
+        return Solver("cagrad", self.c)
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights; NaN where G is not finite."""
         weights = super().weights(gram, backend=backend)
-        return weights if self.factor == 1 else weights * self.factor
+        return weights / (1.0, 1 + self.c**2, 1 + self.c)[self.rescale] if self.rescale else weights

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._base import PerTask, SolverMethod
+from ._base import PerTask, Solver, SolverMethod
 
 
 class ConFIG(SolverMethod):
@@ -30,7 +30,9 @@ class ConFIG(SolverMethod):
     non_conflicting = "if independent"
     linear = True
     cost = "T^3"
-    solver = "config"
 
     def __init__(self, pref: Sequence[float] | Tensor | None = None) -> None:
         self.pref = None if pref is None else PerTask("pref", pref)
+
+    def _solver(self) -> Solver:
+        return Solver("config", pref=self.pref)

@@ -27,10 +27,11 @@ class Constant(Method):
     linear = True
 
     def __init__(self, task_weights: Sequence[float] | Tensor | None = None) -> None:
-        self._weights = None if task_weights is None else PerTask("task_weights", task_weights)
+        self.task_weights = None if task_weights is None else PerTask("task_weights", task_weights)
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the given weights for each problem, NaN where G is not finite."""
         gram = check_gram(gram)
-        weights = torch.ones_like(gram[..., 0]) if self._weights is None else self._weights.on(gram, self.name)
+        given = self.task_weights
+        weights = torch.ones_like(gram[..., 0]) if given is None else given.on(gram, self.name)
         return nan_unless_finite(weights, gram)

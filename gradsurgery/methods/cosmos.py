@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._base import check_not_negative
-from ._losses import LossMethod
-from ._preferences import Preferences, across, unit
+from ._checks import check_not_negative
+from ._preferences import PreferenceMethod, across, unit
 
 
-class COSMOS(LossMethod):
+class COSMOS(PreferenceMethod):
     """The objective of COSMOS (Ruchte & Grabocka, ICDM 2021).
 
     f = p . L - penalty cos(p, L), cos(p, L) = p . L / (|p| |L|). w = df / dL = p - penalty (u - cos(p, L) v) / |L|,
@@ -33,12 +32,11 @@ class COSMOS(LossMethod):
     scale = "w . L = p . L"
 
     def __init__(self, penalty: float = 1.0, pref: Sequence[float] | Tensor | None = None) -> None:
-        check_not_negative("penalty", penalty)
-        self.penalty = penalty
-        self._preferences = Preferences(pref)
+        super().__init__(pref)
+        self.penalty = check_not_negative("penalty", penalty)
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
-        p = self._preferences.of(losses, self.name)
+        p = self._preferred(losses)
         direction, size = unit(losses)
         towards, _ = across(unit(p)[0], direction)
         return torch.where(size == 0, p, p - self.penalty * towards / size)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..functional import check_gram
-from ._base import Method, making_state, taken_over, weigh
+from ._base import Method, state_on, taken_over, weigh
 from ._buffered import BufferedMethod
+from ._checks import check_fraction
 from ._coordinate import CoordinateMethod
 
 
@@ -38,12 +39,10 @@ class CRMOGM(Method):
     def __init__(self, method: str | Method = "mgda", alpha: float = 0.9, **method_options: Any) -> None:
         from . import resolve
 
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be in 0..1, got {alpha}")
         self.method = resolve(method, method_options)
         if isinstance(self.method, (BufferedMethod, CoordinateMethod)):
             raise ValueError(f"method must have weights from G or losses alone, got {self.method.name!r}")
-        self.alpha = alpha
+        self.alpha = check_fraction("alpha", alpha)
         self.needs_losses = self.method.needs_losses  # type: ignore[misc]
         self.needs_gram = self.method.needs_gram  # type: ignore[misc]
         self.weights_losses = self.method.weights_losses  # type: ignore[misc]
@@ -54,20 +53,11 @@ class CRMOGM(Method):
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the average [..., T], after it has taken in the other method's weights."""
         gram = check_gram(gram)
-        if self._w is not None and self._w.shape != gram.shape[:-1]:
-            raise ValueError(
-                f"CR-MOGM's state is for weights of shape {tuple(self._w.shape)}, got {tuple(gram.shape[:-1])}"
-            )
+        w = state_on(self.name, self._w, gram.shape[:-1], torch.nan, gram.device)
         new = weigh(self.method, gram, losses, backend)
-        if self._w is None:
-            with making_state(self.name, gram.device):
-                self._w = torch.full_like(new, torch.nan)
-        if self._w.device != new.device:
-            with making_state(self.name, gram.device):
-                self._w = self._w.to(new.device)
-        averaged = torch.where(self._w.isnan(), new, self.alpha * self._w + (1 - self.alpha) * new)
+        averaged = torch.where(w.isnan(), new, self.alpha * w + (1 - self.alpha) * new)
         finite = new.isfinite().all(-1, keepdim=True)
-        self._w.copy_(torch.where(finite, averaged, self._w))
+        self._w = w.copy_(torch.where(finite, averaged, w))
         return averaged
 
     def state_dict(self) -> dict[str, Any]:

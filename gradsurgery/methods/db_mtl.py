@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._buffered import BufferedMethod, Given, Rows
+from ._checks import check_fraction, check_not_negative
 
 
 class DBMTL(BufferedMethod):
@@ -33,10 +34,8 @@ class DBMTL(BufferedMethod):
     state_names = ("step",)
 
     def __init__(self, beta: float = 0.9, sigma: float = 0.0) -> None:
-        if not 0 <= beta < 1 or not sigma >= 0:
-            raise ValueError(f"beta must be in [0, 1) and sigma >= 0, got {beta} and {sigma}")
-        self.beta = beta
-        self.sigma = sigma
+        self.beta = check_fraction("beta", beta, one=False)
+        self.sigma = check_not_negative("sigma", sigma)
 
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
         return {"step": torch.zeros((), dtype=torch.int64, device=gram.device)}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._base import check_not_negative
+from ._checks import check_fraction, check_not_negative
 from ._losses import LossMethod
 
 _LEAST = 1e-6
@@ -37,11 +37,8 @@ class DTP(LossMethod):
     state_names = ("kpis", "updated")
 
     def __init__(self, gamma: float = 1.0, alpha: float = 0.5) -> None:
-        check_not_negative("gamma", gamma)
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha must be > 0 and <= 1, got {alpha}")
-        self.gamma = gamma
-        self.alpha = alpha
+        self.gamma = check_not_negative("gamma", gamma)
+        self.alpha = check_fraction("alpha", alpha, zero=False)
 
     def update(self, kpis: Sequence[float] | Tensor) -> None:
         """Take the tasks' newest KPIs, as after each evaluation.

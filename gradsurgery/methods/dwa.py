@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from ._checks import check_count, check_positive
 from ._losses import LossMethod
 
 
@@ -32,12 +31,8 @@ class DWA(LossMethod):
     state_names = ("history", "steps")
 
     def __init__(self, window: int = 25, temperature: float = 2.0) -> None:
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window must be an int >= 1, got {window!r}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-        self.window = window
-        self.temperature = temperature
+        self.window = check_count("window", window)
+        self.temperature = check_positive("temperature", temperature)
 
     def _initial(self, losses: Tensor) -> dict[str, Tensor]:
         history = losses.new_zeros(*losses.shape, 2 * self.window)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from ._base import SolverMethod, check_positive
+from ._base import Solver, SolverMethod
+from ._checks import check_positive
 
 
 class FairGrad(SolverMethod):
@@ -24,7 +25,9 @@ class FairGrad(SolverMethod):
     scale = "as the equation"
     non_conflicting = "yes"
     cost = "T^3"
-    solver = "fairgrad"
 
     def __init__(self, alpha: float = 1.0) -> None:
-        self.parameter = check_positive("alpha", alpha)
+        self.alpha = check_positive("alpha", alpha)
+
+    def _solver(self) -> Solver:
+        return Solver("fairgrad", self.alpha)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..collect import Losses
-from ._base import check_not_negative, read_losses
+from ._base import read_losses
+from ._checks import check_not_negative
 from ._losses import LossMethod
 
 _BETAS = (0.9, 0.999)
@@ -42,10 +43,8 @@ class FAMO(LossMethod):
     state_names = ("logits", "exp_avg", "exp_avg_sq", "losses", "updates", "pending")
 
     def __init__(self, lr: float = 0.025, gamma: float = 0.01) -> None:
-        for name, value in (("lr", lr), ("gamma", gamma)):
-            check_not_negative(name, value)
-        self.lr = lr
-        self.gamma = gamma
+        self.lr = check_not_negative("lr", lr)
+        self.gamma = check_not_negative("gamma", gamma)
 
     def update(self, losses: Losses) -> None:
         """Update the logits by the losses on the same batch after the optimizer's step.

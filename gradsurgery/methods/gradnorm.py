@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._gradients import describe
 from ..functional import check_gradnorm, check_gram, gradnorm_step
-from ._base import Method, making_state, read_losses
+from ._base import Method, read_losses, state_on
 
 
 class GradNorm(Method):
@@ -39,7 +39,7 @@ class GradNorm(Method):
         check_gradnorm(alpha, lr)
         self.alpha = alpha
         self.lr = lr
-        self.gram_parameters = None if norm_parameters is None else list(norm_parameters)
+        self.gram_parameters = self.norm_parameters = None if norm_parameters is None else list(norm_parameters)
         self._state: tuple[Tensor, Tensor] | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -47,20 +47,15 @@ class GradNorm(Method):
         check_gram(gram)
         shape = gram.shape[:-1]
         losses = read_losses(self.name, losses, shape, gram.device)
-        if self._state is None:
-            with making_state(self.name, gram.device):
-                # An initial loss that is not finite gives way to the first one that is.
-                weights = torch.ones(shape, dtype=torch.float64, device=gram.device)
-                self._state = (weights, torch.full_like(weights, torch.nan))
-        weights, initial_losses = self._state
-        if weights.shape != shape:
-            raise ValueError(
-                f"GradNorm's state is for weights of shape {tuple(weights.shape)}, got G of shape {tuple(gram.shape)}"
-            )
-        if weights.device != gram.device:
-            with making_state(self.name, gram.device):
-                self._state = (weights.to(gram.device), initial_losses.to(gram.device))
-        return gradnorm_step(gram, losses, self._state, self.alpha, self.lr, backend)
+        own, initial = (None, None) if self._state is None else self._state
+        state = (
+            state_on(self.name, own, shape, 1.0, gram.device),
+            # An initial loss that is not finite gives way to the first one that is.
+            state_on(self.name, initial, shape, torch.nan, gram.device),
+        )
+        weights = gradnorm_step(gram, losses, state, self.alpha, self.lr, backend)
+        self._state = state  # last: a step that raised has not begun
+        return weights
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights and the initial losses; None before the first step."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._gradients import describe
 from ..functional import check_gram, gradvac_step
-from ._base import SteppedMethod, making_state, taken_over
+from ._base import SteppedMethod, state_on, taken_over
+from ._checks import check_fraction
 
 
 class GradVac(SteppedMethod):
@@ -38,24 +38,14 @@ class GradVac(SteppedMethod):
     cost = "T^3"
 
     def __init__(self, beta: float = 1e-2, seed: int = 0) -> None:
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta must be in 0..1, got {beta}")
         super().__init__(seed)
-        self.beta = beta
+        self.beta = check_fraction("beta", beta)
         self._targets: Tensor | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights, move the targets, and advance the step counter."""
         check_gram(gram)
-        targets = self._targets
-        if targets is None:
-            with making_state(self.name, gram.device):
-                targets = torch.zeros(gram.shape, dtype=torch.float64, device=gram.device)
-        if targets.shape != gram.shape:
-            raise ValueError(f"GradVac's state is for G of shape {tuple(targets.shape)}, got shape {tuple(gram.shape)}")
-        if targets.device != gram.device:
-            with making_state(self.name, gram.device):
-                targets = targets.to(gram.device)
+        targets = state_on(self.name, self._targets, gram.shape, 0.0, gram.device)
         weights = gradvac_step(gram, self._step_on(gram.device), self.seed, self.beta, targets, backend)
         self._targets = targets  # last: a step that raised has not begun
         return weights

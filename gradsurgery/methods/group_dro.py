@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._base import check_not_negative
+from ._checks import check_not_negative
 from ._losses import LossMethod
 
 
@@ -32,8 +32,7 @@ class GroupDRO(LossMethod):
     state_names = ("log_q",)
 
     def __init__(self, eta: float = 0.01) -> None:
-        check_not_negative("eta", eta)
-        self.eta = eta
+        self.eta = check_not_negative("eta", eta)
 
     def _initial(self, losses: Tensor) -> dict[str, Tensor]:
         return {"log_q": torch.full_like(losses, -math.log(losses.shape[-1]))}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ._base import SolverMethod
+from ._base import Solver, SolverMethod
 
 
 class IMTLG(SolverMethod):
@@ -22,4 +22,6 @@ class IMTLG(SolverMethod):
     name = "imtl_g"
     scale = "sums to 1"
     cost = "T^3"
-    solver = "imtl_g"
+
+    def _solver(self) -> Solver:
+        return Solver("imtl_g")

@@ -6,7 +6,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..functional import check_gram
-from ._base import SolverMethod
+from ._base import Solver, SolverMethod
+from ._checks import check_count
 
 
 class Krum(SolverMethod):
@@ -27,14 +28,13 @@ class Krum(SolverMethod):
     name = "krum"
     scale = "sums to 1"
     cost = "T^3"
-    solver = "krum"
 
     def __init__(self, num_byzantine: int = 0, num_selected: int = 1) -> None:
-        for name, value, least in (("num_byzantine", num_byzantine, 0), ("num_selected", num_selected, 1)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
-        self.num_byzantine, self.num_selected = num_byzantine, num_selected
-        self.parameter, self.limit = float(num_byzantine), float(num_selected)
+        self.num_byzantine = check_count("num_byzantine", num_byzantine, least=0)
+        self.num_selected = check_count("num_selected", num_selected)
+
+    def _solver(self) -> Solver:
+        return Solver("krum", float(self.num_byzantine), float(self.num_selected))
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights; NaN where G is not finite.

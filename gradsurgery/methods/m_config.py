@@ -11,6 +11,7 @@ from torch import Tensor
 from ..functional import solver_weights
 from ._base import PerTask
 from ._buffered import BufferedMethod, Given, Rows
+from ._checks import check_fraction
 
 
 class MConFIG(BufferedMethod):
@@ -48,9 +49,7 @@ class MConFIG(BufferedMethod):
     _present: Tensor
 
     def __init__(self, beta: float = 0.9, pref: Sequence[float] | Tensor | None = None) -> None:
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta must be in [0, 1), got {beta}")
-        self.beta = beta
+        self.beta = check_fraction("beta", beta, one=False)
         self.pref = None if pref is None else PerTask("pref", pref)
 
     def replace(

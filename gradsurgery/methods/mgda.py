@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._extension import NativeSolver
-from ..functional import check_solver, min_norm_weights
+from ..functional import check_gram, check_solver, min_norm_weights
 from ._base import Method, read_losses
 
 _NORMALIZATIONS = ("none", "l2", "loss", "loss+")
@@ -17,12 +17,11 @@ class MGDA(Method):
     """Multiple-gradient descent: the shortest convex combination (Sener & Koltun, NeurIPS 2018).
 
     w = argmin over the simplex of |sum_t w_t g_t / n_t|^2, with n_t = 1 ("none"), |g_t| ("l2"), L_t ("loss") or L_t
-    |g_t| ("loss+"). The direction does not conflict with any normalised gradient; it is zero where the gradients are
-    Pareto-stationary.
+    |g_t| ("loss+"). sum_t (w_t / n_t) g_t conflicts with no task; it is zero where the gradients are Pareto-stationary.
 
     Conventions: ``combine="original"`` sums the un-normalised gradients, d = sum_t w_t g_t, as the authors' own code
-    does; ``combine="normalized"`` sums the rescaled ones, d = sum_t (w_t / n_t) g_t. A task with n_t = 0 is not
-    rescaled.
+    does, which may conflict with some; ``combine="normalized"`` sums the rescaled ones, d = sum_t (w_t / n_t) g_t. A
+    task with n_t = 0 is not rescaled.
     Scale: w sums to 1 ("original"). No state.
 
     Args:
@@ -33,7 +32,7 @@ class MGDA(Method):
 
     name = "mgda"
     scale = "sums to 1"
-    non_conflicting = "yes"
+    non_conflicting = "not if l2, loss or loss+ with original"
     cost = "T^3"
 
     def __init__(
@@ -62,11 +61,15 @@ class MGDA(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights."""
+        if self.normalization == "none":
+            return self._shortest(gram, backend)
+        gram = check_gram(gram)
         scale = self._scale(gram, losses)
-        if scale is not None:
-            gram = gram / scale[..., :, None] / scale[..., None, :]
-        weights = min_norm_weights(gram, solver=self.solver, max_iter=self.max_iter, tol=self.tol, backend=backend)
-        return weights / scale if scale is not None and self.combine == "normalized" else weights
+        weights = self._shortest(gram / scale[..., :, None] / scale[..., None, :], backend)
+        return weights / scale if self.combine == "normalized" else weights
+
+    def _shortest(self, gram: Tensor, backend: str | None) -> Tensor:
+        return min_norm_weights(gram, solver=self.solver, max_iter=self.max_iter, tol=self.tol, backend=backend)
 
     def native_solver(self, device: torch.device) -> NativeSolver | None:
         """Return the solver's options, without normalisation."""
@@ -74,13 +77,11 @@ class MGDA(Method):
             return None
         return "min_norm", (self.solver == "exact", self.max_iter, self.tol)
 
-    def _scale(self, gram: Tensor, losses: Tensor | None) -> Tensor | None:
-        """Return n [..., T], 1 where it would be 0; None without normalisation."""
-        if self.normalization == "none":
-            return None
+    def _scale(self, gram: Tensor, losses: Tensor | None) -> Tensor:
+        """Return n [..., T], 1 where it would be 0."""
         scale = torch.ones_like(gram[..., 0])
         if self.normalization in ("l2", "loss+"):
             scale = scale * gram.diagonal(dim1=-2, dim2=-1).sqrt()
         if self.needs_losses:
-            scale = scale * read_losses(self.name, losses, scale.shape, scale.device).to(scale)
+            scale = scale * read_losses(self.name, losses, scale.shape, scale.device)
         return torch.where(scale == 0, 1, scale)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._base import check_positive
 from ._buffered import BufferedMethod, Given, Rows
+from ._checks import check_fraction, check_not_negative, check_positive
 from ._simplex import project_on_simplex
 
 
@@ -37,11 +37,9 @@ class MoCo(BufferedMethod):
     state_names = ("step", "w")
 
     def __init__(self, beta: float = 0.5, gamma: float = 0.1, rho: float = 0.0) -> None:
-        if not 0 < beta <= 1 or not rho >= 0:
-            raise ValueError(f"beta must be in (0, 1] and rho >= 0, got {beta} and {rho}")
-        self.beta = beta
+        self.beta = check_fraction("beta", beta, zero=False)
         self.gamma = check_positive("gamma", gamma)
-        self.rho = rho
+        self.rho = check_not_negative("rho", rho)
 
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
         step = torch.zeros((), dtype=torch.int64, device=gram.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._base import check_positive
+from ._checks import check_not_negative, check_positive
 from ._simplex import SimplexMethod, project_on_simplex
 
 
@@ -34,9 +34,7 @@ class MoDo(SimplexMethod):
 
     def __init__(self, gamma: float = 1e-3, rho: float = 0.1) -> None:
         self.gamma = check_positive("gamma", gamma)
-        if not rho >= 0:
-            raise ValueError(f"rho must be >= 0, got {rho}")
-        self.rho = rho
+        self.rho = check_not_negative("rho", rho)
 
     def _step(self, gram: Tensor, w: Tensor) -> Tensor:
         gradient = (gram @ w[..., None]).squeeze(-1) + self.rho * w

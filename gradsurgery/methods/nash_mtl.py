@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ._base import SolverMethod
+from ._base import Solver, SolverMethod
 
 
 class NashMTL(SolverMethod):
@@ -27,10 +27,11 @@ class NashMTL(SolverMethod):
     scale = "norm max_norm"
     non_conflicting = "yes"
     cost = "T^3"
-    solver = "fairgrad"
-    parameter = 1.0
 
     def __init__(self, max_norm: float = 1.0) -> None:
         if not max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
-        self.limit = max_norm
+        self.max_norm = max_norm
+
+    def _solver(self) -> Solver:
+        return Solver("fairgrad", 1.0, self.max_norm)

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._base import check_not_negative
-from ._losses import LossMethod
-from ._preferences import Preferences, across, unit
+from ._checks import check_not_negative
+from ._preferences import PreferenceMethod, across, unit
 
 
-class PBI(LossMethod):
+class PBI(PreferenceMethod):
     """Penalty-based boundary intersection (Zhang & Li, "MOEA/D", IEEE Trans. Evol. Comput. 2007).
 
     f = d1 + theta d2, where d1 = (L - z) . u is how far the losses are along the preferred direction u = p / |p|, and
@@ -38,12 +37,11 @@ class PBI(LossMethod):
         pref: Sequence[float] | Tensor | None = None,
         ideal: Sequence[float] | Tensor | None = None,
     ) -> None:
-        check_not_negative("theta", theta)
-        self.theta = theta
-        self._preferences = Preferences(pref, ideal)
+        super().__init__(pref, ideal)
+        self.theta = check_not_negative("theta", theta)
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
-        direction, _ = unit(self._preferences.of(losses, self.name))
-        excess, _ = unit(self._preferences.excess(losses, self.name))
+        direction, _ = unit(self._preferred(losses))
+        excess, _ = unit(self._excess(losses))
         off, length = across(excess, direction)
         return direction + self.theta * off / torch.where(length == 0, 1, length)

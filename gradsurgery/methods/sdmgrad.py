@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._base import PerTask, check_positive
+from ._base import PerTask
+from ._checks import check_count, check_fraction, check_not_negative, check_positive
 from ._simplex import SimplexMethod, project_on_simplex
 
 
@@ -47,15 +48,11 @@ class SDMGrad(SimplexMethod):
         num_iter: int = 20,
         pref: Sequence[float] | Tensor | None = None,
     ) -> None:
-        if not lam >= 0 or not 0 <= momentum < 1:
-            raise ValueError(f"lam must be >= 0 and momentum in [0, 1), got {lam} and {momentum}")
-        if not isinstance(num_iter, int) or num_iter < 1:
-            raise ValueError(f"num_iter must be an int >= 1, got {num_iter!r}")
-        self.lam = lam
+        self.lam = check_not_negative("lam", lam)
         self.lr = check_positive("lr", lr)
-        self.momentum = momentum
-        self.num_iter = num_iter
-        self._pref = None if pref is None else PerTask("pref", pref)
+        self.momentum = check_fraction("momentum", momentum, one=False)
+        self.num_iter = check_count("num_iter", num_iter)
+        self.pref = None if pref is None else PerTask("pref", pref)
 
     def _step(self, gram: Tensor, w: Tensor) -> Tensor:
         scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().mean(-1)[..., None, None].square()
@@ -72,6 +69,6 @@ class SDMGrad(SimplexMethod):
 
     def _preferred(self, w: Tensor) -> Tensor:
         """Return p [T], for weights [..., T]."""
-        if self._pref is None:
+        if self.pref is None:
             return w.new_full(w.shape[-1:], 1 / w.shape[-1])
-        return self._pref.on(w, self.name)
+        return self.pref.on(w, self.name)

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._checks import check_count, check_positive
 from ._losses import LossMethod
 
 
@@ -34,12 +35,8 @@ class STCH(LossMethod):
     state_names = ("nadir", "steps")
 
     def __init__(self, mu: float = 1.0, warmup: int = 100) -> None:
-        if not 0 < mu < math.inf:
-            raise ValueError(f"mu must be > 0 and finite, got {mu}")
-        if not isinstance(warmup, int) or warmup < 1:
-            raise ValueError(f"warmup must be an int >= 1, got {warmup!r}")
-        self.mu = mu
-        self.warmup = warmup
+        self.mu = check_positive("mu", mu)
+        self.warmup = check_count("warmup", warmup)
 
     def _initial(self, losses: Tensor) -> dict[str, Tensor]:
         return {"nadir": torch.zeros_like(losses), "steps": torch.zeros_like(losses[..., :1], dtype=torch.int64)}

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ._losses import LossMethod
-from ._preferences import Preferences
+from ._preferences import PreferenceMethod
 
 
-class Tchebycheff(LossMethod):
+class Tchebycheff(PreferenceMethod):
     """Weighted Tchebycheff scalarisation (Bowman 1976; Miettinen 1999): f = max_t p_t (L_t - z_t).
 
     w_t = df / dL_t: p_t for the task of the maximum, 0 for the others; of equal tasks the first one counts.
@@ -29,12 +26,7 @@ class Tchebycheff(LossMethod):
     name = "tchebycheff"
     scale = "sums to one preference"
 
-    def __init__(
-        self, pref: Sequence[float] | Tensor | None = None, ideal: Sequence[float] | Tensor | None = None
-    ) -> None:
-        self._preferences = Preferences(pref, ideal)
-
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
-        p = self._preferences.of(losses, self.name)
-        worst = (p * self._preferences.excess(losses, self.name)).argmax(-1, keepdim=True)
+        p = self._preferred(losses)
+        worst = (p * self._excess(losses)).argmax(-1, keepdim=True)
         return torch.zeros_like(losses).scatter_(-1, worst, p.gather(-1, worst))

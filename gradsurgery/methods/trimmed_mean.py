@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from .._extension import Rule
+from ._checks import check_count
 from ._coordinate import CoordinateMethod
 
 
@@ -29,9 +30,7 @@ class TrimmedMean(CoordinateMethod):
     cost = "T k per coordinate"
 
     def __init__(self, num_trimmed: int = 1) -> None:
-        if not isinstance(num_trimmed, int) or num_trimmed < 0:
-            raise ValueError(f"num_trimmed must be an int >= 0, got {num_trimmed!r}")
-        self.num_trimmed = num_trimmed
+        self.num_trimmed = check_count("num_trimmed", num_trimmed, least=0)
 
     def rule(self, device: torch.device, num_tasks: int) -> Rule:
         """Return how many values are left out at either end."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._base import PerTask, SolverMethod, check_positive
+from ._base import PerTask, Solver, SolverMethod
+from ._checks import check_positive
 
 
 class UPGrad(SolverMethod):
@@ -32,8 +33,10 @@ class UPGrad(SolverMethod):
     non_conflicting = "but for reg_eps"
     linear = "but for reg_eps"
     cost = "T^4"
-    solver = "upgrad"
 
     def __init__(self, pref: Sequence[float] | Tensor | None = None, reg_eps: float = 1e-4) -> None:
         self.pref = None if pref is None else PerTask("pref", pref)
-        self.parameter = check_positive("reg_eps", reg_eps)
+        self.reg_eps = check_positive("reg_eps", reg_eps)
+
+    def _solver(self) -> Solver:
+        return Solver("upgrad", self.reg_eps, pref=self.pref)
