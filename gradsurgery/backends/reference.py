@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._extension import Rule
 from .._gradients import TaskGradients
 from .._philox import philox_words
-from .plain import PlainStages
-from .spectral import all_done
+from . import coordinate, solvers
+from .min_norm import frank_wolfe, wolfe
 
 _CHUNK_COLUMNS = 1 << 14
 
 
-class ReferenceBackend(PlainStages):
+class ReferenceBackend:
     """Serves every call."""
 
     name = "reference"
@@ -57,6 +58,10 @@ class ReferenceBackend(PlainStages):
                 if row is not None:
                     direction += torch.where(weight != 0, weight * row.double(), 0)
             target.copy_(target.double() + direction if accumulate else direction)
+
+    def combine_rows(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
+        """Write (or add) the direction of a rule that works coordinate by coordinate."""
+        coordinate.combine_rows(grads, rule, out, accumulate)
 
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Fisher-Yates on all rows at once, with the words of Philox4x32-10."""
@@ -94,8 +99,18 @@ class ReferenceBackend(PlainStages):
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Argmin of w^T G w over the simplex."""
         gram = gram.view(-1, *gram.shape[-2:])
-        weights = _wolfe(gram) if exact else _frank_wolfe(gram, max_iter, tol)
+        weights = wolfe(gram) if exact else frank_wolfe(gram, max_iter, tol)
         out.copy_(torch.where(_finite(gram), weights, torch.nan).view_as(out))
+
+    def weights(
+        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
+    ) -> None:
+        """Write the weights of one of the methods of ``solvers.WEIGHTINGS``."""
+        solvers.solve(gram, method, preference, parameter, limit, out)
+
+    def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
+        """Write Gradient Vaccine's weights, and move its targets."""
+        solvers.gradvac(gram, order, beta, targets, out)
 
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """GradNorm, equations 1 and 2, differentiated by hand."""
@@ -152,71 +167,3 @@ def _chunks(rows: list[Tensor | None]) -> Iterator[Tensor]:
 
 def _finite(values: Tensor) -> Tensor:
     return values.isfinite().all(-1).all(-1)[:, None]
-
-
-def _frank_wolfe(gram: Tensor, max_iter: int, tol: float) -> Tensor:
-    """Sener & Koltun 2018, Algorithm 2: move towards the vertex t of least (G w)_t by an exact line search."""
-    weights = torch.full(gram.shape[:-1], 1 / gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    running = torch.ones(len(gram), 1, dtype=torch.bool, device=gram.device)
-    for _ in range(max_iter):
-        gw = (gram @ weights[..., None]).squeeze(-1)
-        vertex = gw.argmin(-1, keepdim=True)
-        ww = (weights * gw).sum(-1, keepdim=True)
-        wt = gw.gather(-1, vertex)
-        tt = gram.diagonal(dim1=-2, dim2=-1).gather(-1, vertex)
-        keep = torch.where(wt >= ww, 1, torch.where(wt >= tt, 0, (tt - wt) / (ww + tt - 2 * wt)))
-        moved = (weights * keep).scatter_add(-1, vertex, 1 - keep)
-        weights = torch.where(running, moved, weights)
-        running = running & (1 - keep >= tol)
-        if all_done(~running):
-            break
-    return weights
-
-
-def _wolfe(gram: Tensor) -> Tensor:
-    """Wolfe 1976 in Gram form, on a batch: one affine minimisation on the active set per iteration.
-
-    The shortest point of the affine hull of a set S solves (G_S + c 1 1^T) u = 1, w = u / sum(u), for any c > 0. If
-    it lies in the simplex, the task that most violates (G w)_j >= w^T G w joins S; else w moves to the boundary and
-    a task leaves.
-    """
-    num_tasks = gram.shape[-1]
-    squared_norms = gram.diagonal(dim1=-2, dim2=-1)
-    norms = squared_norms.sqrt()
-    shift, shortest = squared_norms.min(-1, keepdim=True)
-    weights = torch.zeros_like(squared_norms).scatter(-1, shortest, 1)
-    active = weights > 0
-    settled = ~(shift > 0)  # a zero gradient is the shortest point itself
-    at_minimum = torch.ones_like(settled)
-    eye = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
-    for _ in range(8 * num_tasks + 32):
-        gw = (gram @ weights[..., None]).squeeze(-1)
-        value = (weights * gw).sum(-1, keepdim=True)
-        error = 1e-14 * (weights * norms).sum(-1, keepdim=True)
-        violation = torch.where(active, -torch.inf, (value - gw) / norms)
-        worst, joining = violation.max(-1, keepdim=True)
-        settled = settled | (at_minimum & ~(worst > error))
-        if all_done(settled):
-            break
-        joins = torch.zeros_like(active).scatter(-1, joining, at_minimum & ~settled)
-        active = active | joins
-
-        pair = active[..., :, None] & active[..., None, :]
-        # The 1e-15 keeps the matrix regular when S is dependent to working precision.
-        matrix = (
-            torch.where(pair, gram + shift[..., None], 0)
-            + torch.where(active, 1e-15 * squared_norms, 1)[..., None] * eye
-        )
-        u = torch.linalg.solve_ex(matrix, active.to(gram.dtype)[..., None])[0].squeeze(-1)
-        target = torch.where(active, u / u.sum(-1, keepdim=True), 0)
-        settled = settled | ~target.isfinite().all(-1, keepdim=True)  # w is the best there is
-        blocked = active & (target <= 0)
-        distance = torch.where(blocked, weights / (weights - target), torch.inf)
-        distance = torch.where(blocked & (weights == target), 0, distance)
-        reach, leaving = distance.min(-1, keepdim=True)
-        leaves = blocked & torch.zeros_like(active).scatter(-1, leaving, blocked.any(-1, keepdim=True))
-        moved = weights + reach.clamp(max=1) * (target - weights)
-        weights = torch.where(settled, weights, torch.where(leaves, 0, moved))
-        active = active & (settled | ~leaves)
-        at_minimum = ~leaves.any(-1, keepdim=True)
-    return weights

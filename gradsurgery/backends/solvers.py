@@ -7,12 +7,11 @@ problems have converged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from .dual_cone import dual_cone
+from .min_norm import wolfe
 from .spectral import aligned_mtl, all_done, config, imtl_g
 
 WEIGHTINGS = (
@@ -27,9 +26,7 @@ WEIGHTINGS = (
     "aligned_mtl_rmse",
     "krum",
 )
-"""The methods whose weights are a function of G, a preference and one parameter."""
-
-MinNorm = Callable[[Tensor, bool, int, float, Tensor], None]
+"""The methods whose weights are a function of G, a preference and at most two numbers."""
 
 
 def solve(
@@ -38,7 +35,6 @@ def solve(
     preference: Tensor | None,
     parameter: float,
     limit: float,
-    min_norm: MinNorm,
     out: Tensor,
 ) -> None:
     """Write the weights for G [..., T, T]; NaN where it is not finite."""
@@ -53,7 +49,7 @@ def solve(
     elif method == "dualproj":
         weights = dual_cone(gram, preference[None], parameter).squeeze(-2)
     elif method == "cagrad":
-        weights = _cagrad(gram, parameter, min_norm)
+        weights = _cagrad(gram, parameter)
     elif method == "fairgrad":
         weights = _fairgrad(gram, parameter)
         norm = (weights * (gram @ weights[..., None]).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0).sqrt()
@@ -93,7 +89,7 @@ def gradvac(gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tens
     goals.copy_(torch.where(finite[..., None], goals_after, goals))
 
 
-def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
+def _cagrad(gram: Tensor, c: float) -> Tensor:
     """Return CAGrad's weights.
 
     For a given lambda = kappa / |g_x| the x of the dual problem is that of the shortest convex combination of the
@@ -111,7 +107,7 @@ def _cagrad(gram: Tensor, c: float, min_norm: MinNorm) -> Tensor:
         scale = scale[..., None]
         shifted = scale**2 * gram + scale * (mean[:, :, None] + mean[:, None]) + mean_squared[..., None]
         shifted.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
-        min_norm(shifted, True, 1, 0.0, x)
+        x.copy_(wolfe(shifted))
         return scale[..., 0] ** 2 * _square(gram, x) - target
 
     wanted = (c > 0) & (mean_squared > 1e-15 * trace)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Triton backend: kernels compiled at first use, for GPUs of any vendor and without a C++ or CUDA compiler.
+"""The Triton backend: kernels compiled at first use, without a C++ or CUDA compiler, for NVIDIA's GPUs and AMD's.
 
 In Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported) it serves tensors in host memory, slowly.
 """
@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from ..._gradients import TaskGradients
-from ..plain import PlainStages
+from ..reference import ReferenceBackend
 
 MAX_TASKS = 128
 _OLDEST = (3, 6)
 
 
-class TritonBackend(PlainStages):
-    """Kernels in Triton."""
+class TritonBackend(ReferenceBackend):
+    """Kernels in Triton; what has none is the reference backend's, on the tensors' device."""
 
     name = "triton"
-    aggregate = None
 
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
         """Return why Triton cannot serve the call; None if it can."""
