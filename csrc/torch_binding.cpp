@@ -44,9 +44,10 @@ void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate,
                    : gs_combine_cpu(&view, w, 1, out.data(), accumulate, space, workspace.numel(), &kTorchThreads));
 }
 
-gs_solve pcgrad_solve(int64_t seed, const Tensor& step, bool mean, const at::Device& device) {
-  check_square_data(step, at::kLong, {}, device, "step");
-  return {GS_PCGRAD, static_cast<uint64_t>(seed), step.mutable_data_ptr<int64_t>(), mean, GS_EXACT, 1, 0};
+gs_solve pcgrad_solve(int64_t seed, const std::optional<Tensor>& step, bool mean, const at::Device& device) {
+  if (step) check_square_data(*step, at::kLong, {}, device, "step");
+  int64_t* const counter = step ? step->mutable_data_ptr<int64_t>() : nullptr;
+  return {GS_PCGRAD, static_cast<uint64_t>(seed), counter, mean, GS_EXACT, 1, 0};
 }
 
 gs_solve min_norm_solve(bool exact, int64_t max_iter, double tol) {
@@ -80,6 +81,19 @@ std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const gs_solve& 
   aggregate_into(gram.mutable_data_ptr<double>(), weights.mutable_data_ptr<double>(), workspace.mutable_data_ptr(),
                  workspace.numel(), view, solve, accumulate, out, target);
   return {gram, weights};
+}
+
+void run_aggregate_alone(const Gradients& grads, const gs_solve& solve, bool accumulate, std::vector<void*>& out) {
+  const gs_gradients view = grads.view();
+  const Target target(*grads.device);
+  const int64_t bytes = aggregate_workspace_bytes(view, target);
+  TORCH_CHECK_VALUE(bytes >= 0, gs_last_error());
+  // One allocation: behind G and the weights the workspace, from a boundary of 64 bytes on.
+  const int64_t gram_size = grads.num_segments * grads.num_tasks * grads.num_tasks;
+  const int64_t begin = (gram_size + grads.num_segments * grads.num_tasks + 7) / 8 * 8;
+  const Tensor space = target.make_workspace(begin * int64_t{sizeof(double)} + bytes);
+  auto* const gram = static_cast<double*>(space.mutable_data_ptr());
+  aggregate_into(gram, gram + gram_size, gram + begin, bytes, view, solve, accumulate, out, target);
 }
 
 std::vector<void*> cut_out(const Gradients& g, const Tensor& grads, Tensor& out) {
@@ -122,20 +136,11 @@ void combine(const Tensor& grads, const Tensor& weights, at::IntArrayRef offsets
 void aggregate(const Tensor& grads, at::IntArrayRef offsets, const gs_solve& solve, Tensor& out) {
   const Gradients g = Gradients::from_matrix(grads, offsets);
   std::vector<void*> pointers = cut_out(g, grads, out);
-  const gs_gradients view = g.view();
-  const Target target(*g.device);
-  const int64_t bytes = aggregate_workspace_bytes(view, target);
-  TORCH_CHECK_VALUE(bytes >= 0, gs_last_error());
-  // One allocation, for nobody asks for G and the weights: behind them the workspace, from a boundary of 64 bytes on.
-  const int64_t gram_size = g.num_segments * g.num_tasks * g.num_tasks;
-  const int64_t begin = (gram_size + g.num_segments * g.num_tasks + 7) / 8 * 8;
-  const Tensor space = target.make_workspace(begin * int64_t{sizeof(double)} + bytes);
-  auto* const gram = static_cast<double*>(space.mutable_data_ptr());
-  aggregate_into(gram, gram + gram_size, gram + begin, bytes, view, solve, /*accumulate=*/false, pointers, target);
+  run_aggregate_alone(g, solve, /*accumulate=*/false, pointers);
 }
 
-void aggregate_pcgrad(const Tensor& grads, at::IntArrayRef offsets, int64_t seed, Tensor& step, bool mean,
-                      Tensor& out) {
+void aggregate_pcgrad(const Tensor& grads, at::IntArrayRef offsets, int64_t seed, const std::optional<Tensor>& step,
+                      bool mean, Tensor& out) {
   aggregate(grads, offsets, pcgrad_solve(seed, step, mean, grads.device()), out);
 }
 
@@ -184,7 +189,7 @@ TORCH_LIBRARY(gradsurgery, m) {
   m.def("gram.list(Tensor?[] grads, int num_tasks, int[] segments, Tensor(a!) gram) -> ()");
   m.def("combine(Tensor grads, Tensor weights, int[] offsets, bool accumulate, Tensor(a!) out) -> ()");
   m.def("combine.list(Tensor?[] grads, Tensor weights, int[] segments, bool accumulate, Tensor(a!)[] out) -> ()");
-  m.def("aggregate_pcgrad(Tensor grads, int[] offsets, int seed, Tensor(a!) step, bool mean, Tensor(b!) out) -> ()");
+  m.def("aggregate_pcgrad(Tensor grads, int[] offsets, int seed, Tensor(a!)? step, bool mean, Tensor(b!) out) -> ()");
   m.def("aggregate_min_norm(Tensor grads, int[] offsets, bool exact, int max_iter, float tol, Tensor(a!) out) -> ()");
 }
 
@@ -216,6 +221,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   pybind11::class_<Lists>(m, "Lists")
       .def_static("read", &Lists::read)
+      .def_static("read_matrix", &Lists::read_matrix)
       .def_property_readonly("num_tasks", &Lists::num_tasks)
       .def_property_readonly("num_params", &Lists::num_params)
       .def_property_readonly("device", &Lists::device)
@@ -236,7 +242,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              lists.combine_rows(trimmed_mean_rule(num_trimmed), out, accumulate);
            })
       .def("aggregate_pcgrad",
-           [](const Lists& lists, int64_t seed, const Tensor& step, bool mean, pybind11::handle out, bool accumulate) {
+           [](const Lists& lists, int64_t seed, const std::optional<Tensor>& step, bool mean, pybind11::handle out,
+              bool accumulate) {
              return lists.aggregate(pcgrad_solve(seed, step, mean, lists.device()), out, accumulate);
            })
       .def("aggregate_min_norm",

@@ -27,14 +27,26 @@ struct Items {
   }
 };
 
-// The tensor behind an object, borrowed, if there is nothing to it but dense memory of the CPU or of a CUDA device.
+// The tensor behind an object, borrowed, if there is nothing to it but memory of the CPU or of a CUDA device.
 const Tensor* plain_tensor(PyObject* object) {
   static const c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU,
                                           c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCPU,
                                           c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
   if (!THPVariable_CheckExact(object)) return nullptr;
   const Tensor& tensor = THPVariable_Unpack(object);
-  return plain.has_all(tensor.key_set()) && tensor.is_non_overlapping_and_dense() ? &tensor : nullptr;
+  return plain.has_all(tensor.key_set()) ? &tensor : nullptr;
+}
+
+// That tensor if it fills its memory.
+const Tensor* dense_tensor(PyObject* object) {
+  const Tensor* const tensor = plain_tensor(object);
+  return tensor && tensor->is_non_overlapping_and_dense() ? tensor : nullptr;
+}
+
+// Whether somebody wants to see each operation.
+bool is_watched() {
+  return c10::impl::dispatch_mode_enabled() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
 bool is_dtype(at::ScalarType dtype) {
@@ -84,10 +96,7 @@ void prefetch_storage(PyObject* object) {
 
 std::optional<Lists> Lists::read(pybind11::handle rows) {
   const Items tasks(rows.ptr());
-  if (tasks.size < 1 || c10::impl::dispatch_mode_enabled() ||
-      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
-    return std::nullopt;
-  }
+  if (tasks.size < 1 || is_watched()) return std::nullopt;
   const int64_t num_tasks = tasks.size, params = std::max<int64_t>(0, Items(tasks.data[0]).size);
   Lists lists;
   Gradients& g = lists.grads_;
@@ -116,7 +125,7 @@ std::optional<Lists> Lists::read(pybind11::handle rows) {
     if (i + 2 * kAhead < count) prefetch_tensor(entries[i + 2 * kAhead].object);
     if (i + kAhead < count) prefetch_storage(entries[i + kAhead].object);
     const auto& [t, p, object] = entries[i];
-    const Tensor* const tensor = plain_tensor(object);
+    const Tensor* const tensor = dense_tensor(object);
     if (!tensor || tensor->requires_grad()) return std::nullopt;
     PyObject*& first = lists.first_[p];
     if (!first) {
@@ -140,8 +149,25 @@ std::optional<Lists> Lists::read(pybind11::handle rows) {
   return lists;
 }
 
+std::optional<Lists> Lists::read_matrix(pybind11::handle matrix) {
+  const Tensor* const tensor = is_watched() ? nullptr : plain_tensor(matrix.ptr());
+  if (!tensor || tensor->requires_grad() || !is_dtype(tensor->scalar_type()) || tensor->dim() != 2 ||
+      tensor->size(0) < 1 || (tensor->size(1) > 1 && tensor->stride(1) != 1)) {
+    return std::nullopt;
+  }
+  Lists lists;
+  lists.flat_ = true;
+  lists.grads_ = Gradients::from_matrix(*tensor, {});
+  lists.first_ = {matrix.ptr()};
+  lists.counts_ = {static_cast<char>(std::min<int64_t>(tensor->size(0), kManyTasks))};
+  lists.held_ =
+      std::make_shared<const std::vector<pybind11::object>>(1, pybind11::reinterpret_borrow<pybind11::object>(matrix));
+  return lists;
+}
+
 Lists Lists::select(const std::vector<int64_t>& params, const std::vector<int64_t>& segments,
                     int64_t num_segments) const {
+  TORCH_CHECK_VALUE(!flat_, "a matrix has no parameters to select");
   TORCH_CHECK_VALUE(segments.empty() || segments.size() == params.size(), "segments must name one per parameter");
   Lists lists;
   Gradients& g = lists.grads_;
@@ -161,22 +187,31 @@ Lists Lists::select(const std::vector<int64_t>& params, const std::vector<int64_
 }
 
 bool Lists::fits(pybind11::handle out) const {
+  if (flat_) {
+    const Tensor *const target = dense_tensor(out.ptr()), &matrix = THPVariable_Unpack(first_[0]);
+    return target && target->dim() == 1 && target->size(0) == matrix.size(1) && target->dtype() == matrix.dtype() &&
+           target->device() == matrix.device();
+  }
   const Items targets(out.ptr());
   if (targets.size != num_params()) return false;
   for (int64_t p = 0; p < targets.size; p++) {
     if (!first_[p]) return false;
-    const Tensor* const target = plain_tensor(targets.data[p]);
+    const Tensor* const target = dense_tensor(targets.data[p]);
     if (!target || !alike(*target, THPVariable_Unpack(first_[p]))) return false;
   }
   return true;
 }
 
-pybind11::list Lists::new_out() const {
+pybind11::object Lists::new_out() const {
+  if (flat_) {
+    const Tensor& matrix = THPVariable_Unpack(first_[0]);
+    return pybind11::cast(at::empty({matrix.size(1)}, matrix.options()));
+  }
   pybind11::list out(num_params());
   for (int64_t p = 0; p < num_params(); p++) {
     out[p] = first_[p] ? pybind11::cast(at::empty_like(THPVariable_Unpack(first_[p]))) : pybind11::none();
   }
-  return out;
+  return std::move(out);
 }
 
 void Lists::gram(Tensor& out) const {
@@ -199,15 +234,19 @@ void Lists::combine_rows(const gs_rule& rule, pybind11::handle out, bool accumul
   run_combine_rows(grads_, rule, accumulate, pointers);
 }
 
-std::pair<Tensor, Tensor> Lists::aggregate(const gs_solve& solve, pybind11::handle out, bool accumulate) const {
+std::optional<std::pair<Tensor, Tensor>> Lists::aggregate(const gs_solve& solve, pybind11::handle out,
+                                                          bool accumulate) const {
   RECORD_FUNCTION("gradsurgery::aggregate", {});
   std::vector<void*> pointers = pointers_of(out);
   const pybind11::gil_scoped_release release;
-  return run_aggregate(grads_, solve, accumulate, pointers);
+  if (!flat_) return run_aggregate(grads_, solve, accumulate, pointers);
+  run_aggregate_alone(grads_, solve, accumulate, pointers);
+  return std::nullopt;
 }
 
 std::vector<void*> Lists::pointers_of(pybind11::handle out) const {
   TORCH_CHECK_VALUE(fits(out), "out must be a list of tensors like the gradients, one per parameter");
+  if (flat_) return {THPVariable_Unpack(out.ptr()).mutable_data_ptr()};
   const Items targets(out.ptr());
   std::vector<void*> pointers;
   pointers.reserve(targets.size);
@@ -220,7 +259,7 @@ std::vector<void*> Lists::pointers_of(pybind11::handle out) const {
 pybind11::object Lists::targets(pybind11::handle parameters, const std::vector<int64_t>& params) const {
   const Items owners(parameters.ptr());
   const auto count = static_cast<int64_t>(params.size());
-  TORCH_CHECK_VALUE(owners.size == count, "params must name one of the parameters each");
+  TORCH_CHECK_VALUE(!flat_ && owners.size == count, "params must name one of the parameters each");
   bool accumulate = false;
   for (int64_t i = 0; i < count; i++) {
     PyObject* const first = first_of(params[i]);

@@ -35,7 +35,7 @@ class TaskGradients:
     rows: Sequence[Sequence[Tensor | None]] | None = None
     params: list[int] | None = None
     lists: Any = None
-    """The list form as the compiled extension reads it, which is faster; None where it does not."""
+    """What the compiled extension reads past the dispatcher, which is faster; None where it does not."""
     differentiable: list[Tensor] = field(default_factory=list)
     """The tensors among the user's gradients that require grad; ``matrix`` and ``rows`` hold them detached."""
 
@@ -53,6 +53,12 @@ class TaskGradients:
         entries = self.entries
         step = len(entries) // self.num_tasks
         return [next((entry for entry in entries[p::step] if entry is not None), None) for p in range(step)]
+
+    def writing_to(self, out: Any) -> TaskGradients | None:
+        """Return what the stages write to ``out`` from; None where the list form's must be like the gradients first."""
+        if self.lists is not None and self.lists.fits(out):
+            return self
+        return None if self.matrix is None else replace(self, lists=None)
 
     def select(self, params: list[int], segments: list[int], num_segments: int) -> TaskGradients:
         """Return some parameters of the list form, in this order, with a segment id for each."""
@@ -75,7 +81,7 @@ def parse(grads: Grads, segments: Sequence[int] | None) -> TaskGradients:
 
 def read_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[int] | None) -> TaskGradients | None:
     """Parse the list form in the compiled extension; None where that is not there, or what came is not usual."""
-    lists = None if C is None or torch.compiler.is_compiling() else C.Lists.read(grads)
+    lists = C.Lists.read(grads) if _reads_past_dispatcher() else None
     if lists is None:
         return None
     parsed = TaskGradients(lists.num_tasks, 1, [], False, lists.device, rows=grads, lists=lists)
@@ -85,7 +91,14 @@ def read_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[int]
     return parsed.select(list(range(lists.num_params)), ids, max(ids) + 1)
 
 
+def _reads_past_dispatcher() -> bool:
+    return C is not None and not torch.compiler.is_compiling()
+
+
 def _parse_matrix(grads: Tensor, segments: Sequence[int] | None) -> TaskGradients:
+    lists = C.Lists.read_matrix(grads) if segments is None and _reads_past_dispatcher() else None
+    if lists is not None:
+        return TaskGradients(lists.num_tasks, 1, [], False, lists.device, matrix=grads, lists=lists)
     check_gradient(grads, "grads")
     if grads.dim() != 2 or grads.shape[0] == 0 or (grads.shape[1] > 1 and grads.stride(1) != 1):
         raise ValueError(

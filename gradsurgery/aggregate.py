@@ -9,6 +9,7 @@ from typing import Any, overload
 from torch import Tensor
 
 from ._constant import constant
+from ._extension import NativeSolver
 from ._gradients import Grads, TaskGradients, parse
 from .backends import Backend, choose
 from .combine import Direction, check_out, combine, combine_of, combine_rows_of, new_out
@@ -83,12 +84,14 @@ def aggregate(
         if isinstance(chosen, CoordinateMethod):
             result = combine_rows_of(parsed, chosen.rule(parsed.device, parsed.num_tasks), out, False, stages)
         else:
-            result = _aggregate_sum(chosen, parsed, losses, out, stages, backend)
+            solver = chosen.native_solver(parsed.device, once=isinstance(method, str)) if stages.aggregate else None
+            result = _aggregate_sum(chosen, solver, parsed, losses, out, stages, backend)
     return result if out is not None else constant("aggregate", result, parsed.differentiable)
 
 
 def _aggregate_sum(
     method: Method,
+    solver: NativeSolver | None,
     grads: TaskGradients,
     losses: Tensor | None,
     out: Direction | None,
@@ -96,11 +99,11 @@ def _aggregate_sum(
     backend: str | None,
 ) -> Direction:
     """Return the weighted sum of the gradients, by one operator where there is one."""
-    solver = None if stages.aggregate is None else method.native_solver(grads.device)
     if stages.aggregate is not None and solver is not None:
         direction = new_out(grads) if out is None else out
-        if grads.matrix is not None or (grads.lists is not None and grads.lists.fits(direction)):
-            stages.aggregate(grads, solver, direction)
+        direct = grads.writing_to(direction)
+        if direct is not None:
+            stages.aggregate(direct, solver, direction)
             return direction
     weights = weigh(method, gram_of(grads, stages), losses, backend)
     return combine_of(grads, weights, out, False, stages)

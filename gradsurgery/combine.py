@@ -107,8 +107,9 @@ def _write(grads: TaskGradients, out: Direction | None, write: Callable[[TaskGra
     """Have the direction written to ``out``, or to a new one."""
     if out is None:
         out = new_out(grads)
-    if grads.matrix is not None or (grads.lists is not None and grads.lists.fits(out)):
-        write(grads, out)
+    direct = grads.writing_to(out)
+    if direct is not None:
+        write(direct, out)
     else:
         _write_lists(grads, list(out), write)
     return out
@@ -116,10 +117,10 @@ def _write(grads: TaskGradients, out: Direction | None, write: Callable[[TaskGra
 
 def new_out(grads: TaskGradients) -> Direction:
     """Return an uninitialised direction, with None where no task has a gradient."""
-    if grads.matrix is not None:
-        return grads.matrix.new_empty(grads.matrix.shape[1])
     if grads.lists is not None:
         return grads.lists.new_out()  # type: ignore[no-any-return]
+    if grads.matrix is not None:
+        return grads.matrix.new_empty(grads.matrix.shape[1])
     return [None if like is None else torch.empty_like(like) for like in grads.like]
 
 
@@ -159,12 +160,12 @@ def _check_weights(weights: Tensor, grads: TaskGradients) -> None:
 
 def check_out(out: Direction, grads: TaskGradients) -> None:
     """Raise ValueError or TypeError unless the direction can be written there."""
+    if grads.lists is not None and grads.lists.fits(out):
+        return
     if grads.matrix is not None:
         if not isinstance(out, Tensor) or out.shape != grads.matrix.shape[1:] or not out.is_contiguous():
             raise ValueError(f"out must be a contiguous tensor [{grads.matrix.shape[1]}], got {_shape(out)}")
         _check_target(out, grads.matrix, "out")
-        return
-    if grads.lists is not None and grads.lists.fits(out):
         return
     likes = grads.like
     if isinstance(out, Tensor) or len(out) != len(likes):

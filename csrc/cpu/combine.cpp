@@ -38,7 +38,8 @@ gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, int64
   GS_REQUIRE(num_directions >= 1, "num_directions must be at least 1, got %lld", (long long)num_directions);
   if (const gs_status status = check(*grads)) return status;
   const gs_gradients& g = *grads;
-  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_combine_workspace_bytes(grads));
+  if (const gs_status status = gs::check_workspace(workspace, workspace_bytes, gs_combine_workspace_bytes(grads)))
+    return status;
 
   const bool stream = !accumulate && overflow_cache(g, num_directions);
   // All directions of a chunk at once, while its gradients are in the cache.

@@ -101,7 +101,7 @@ gs_status gs_gram_cpu(const gs_gradients* grads, double* gram, void* workspace, 
   GS_REQUIRE(grads && gram, "grads and gram must not be NULL");
   if (const gs_status status = check(*grads)) return status;
   const gs_gradients& g = *grads;
-  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, Plan(g, nullptr).bytes);
+  if (const gs_status status = gs::check_workspace(workspace, workspace_bytes, Plan(g, nullptr).bytes)) return status;
   const Plan plan(g, workspace);
   const int64_t tasks = g.num_tasks, square = tasks * tasks, segments = g.num_segments;
 

@@ -16,7 +16,8 @@ gs_status gs_combine_rows_cpu(const gs_gradients* grads, const gs_rule* rule, vo
   if (const gs_status status = check(*grads)) return status;
   const gs_gradients& g = *grads;
   if (const gs_status status = check_rule(*rule, g.num_tasks)) return status;
-  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_combine_rows_workspace_bytes(grads));
+  if (const gs_status status = gs::check_workspace(workspace, workspace_bytes, gs_combine_rows_workspace_bytes(grads)))
+    return status;
 
   auto* const coordinate = static_cast<int64_t*>(workspace);  // of each parameter's first column
   int64_t columns = 0;

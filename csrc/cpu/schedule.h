@@ -17,6 +17,7 @@ inline gs_status check(const gs_gradients& g) {
   GS_REQUIRE(g.num_params >= 0 && g.num_segments >= 1,
              "num_params must be >= 0 and num_segments >= 1, got %lld and %lld", (long long)g.num_params,
              (long long)g.num_segments);
+  GS_REQUIRE(g.num_params == 0 || (g.data && g.numel && g.dtype), "data, numel and dtype must not be NULL");
   for (int64_t p = 0; p < g.num_params; p++) {
     GS_REQUIRE(g.numel[p] >= 0, "numel[%lld] must be >= 0, got %lld", (long long)p, (long long)g.numel[p]);
     GS_REQUIRE(g.dtype[p] >= GS_FLOAT64 && g.dtype[p] <= GS_FLOAT16, "dtype[%lld] is %d, which no gs_dtype is",
@@ -33,9 +34,8 @@ inline gs_status check_aggregate(const gs_gradients* grads, const gs_solve* solv
              "grads, solve, gram, weights and out must not be NULL");
   GS_REQUIRE(solve->method == GS_PCGRAD || solve->method == GS_MIN_NORM, "method is %d, which no gs_method is",
              (int)solve->method);
-  GS_REQUIRE(solve->solver == GS_EXACT || solve->solver == GS_FRANK_WOLFE, "solver is %d, which no gs_solver is",
-             (int)solve->solver);
-  GS_REQUIRE(solve->method != GS_PCGRAD || solve->step, "step must not be NULL");
+  GS_REQUIRE(solve->method != GS_MIN_NORM || solve->solver == GS_EXACT || solve->solver == GS_FRANK_WOLFE,
+             "solver is %d, which no gs_solver is", (int)solve->solver);
   return check(*grads);
 }
 
@@ -128,10 +128,11 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-#define GS_REQUIRE_WORKSPACE(workspace, given, needed)                                             \
-  GS_REQUIRE((given) >= (needed), "workspace must hold %lld bytes, got %lld", (long long)(needed), \
-             (long long)(given));                                                                  \
-  GS_REQUIRE((needed) == 0 || ((workspace) && reinterpret_cast<uintptr_t>(workspace) % 64 == 0),   \
-             "workspace must be aligned to 64 bytes")
+inline gs_status check_workspace(const void* workspace, int64_t given, int64_t needed) {
+  GS_REQUIRE(given >= needed, "workspace must hold %lld bytes, got %lld", (long long)needed, (long long)given);
+  GS_REQUIRE(needed == 0 || (workspace && reinterpret_cast<uintptr_t>(workspace) % 64 == 0),
+             "workspace must be aligned to 64 bytes");
+  return GS_OK;
+}
 
 }  // namespace gs

@@ -10,5 +10,7 @@ gs_status fail(gs_status status, const char* format, ...) __attribute__((format(
 
 }  // namespace gs
 
-#define GS_REQUIRE(condition, ...) \
-  if (!(condition)) return ::gs::fail(GS_INVALID_ARGUMENT, __VA_ARGS__)
+#define GS_REQUIRE(condition, ...)                                         \
+  do {                                                                     \
+    if (!(condition)) return ::gs::fail(GS_INVALID_ARGUMENT, __VA_ARGS__); \
+  } while (0)

@@ -26,7 +26,9 @@ gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, g
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
   if (const gs_status status = gs::check_weighting(method, num_tasks, parameter, limit)) return status;
-  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_weights_workspace_bytes(method, batch, num_tasks));
+  if (const gs_status status =
+          gs::check_workspace(workspace, workspace_bytes, gs_weights_workspace_bytes(method, batch, num_tasks)))
+    return status;
   gs::parallel_for(batch * num_tasks >= 32 ? parallel : nullptr, batch, [&](int64_t b) {
     const gs::SerialTeam team;
     const double* problem = gram + b * num_tasks * num_tasks;

@@ -70,7 +70,9 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
                             gs_stream stream) {
   using namespace gs::gpu;
   if (const gs_status status = gs::check_aggregate(grads, solve, gram, weights, out)) return status;
-  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_aggregate_cuda_workspace_bytes(grads));
+  if (const gs_status status =
+          gs::check_workspace(workspace, workspace_bytes, gs_aggregate_cuda_workspace_bytes(grads)))
+    return status;
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
   AnyTable table;
@@ -89,7 +91,8 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
   gs_status status = gs_gram_cuda(grads, gram, workspace, workspace_bytes, stream);
   if (status != GS_OK) return status;
   if (solve->method == GS_PCGRAD) {
-    status = gs_pcgrad_cuda(gram, batch, tasks, nullptr, solve->seed, solve->step, 1, solve->mean, weights, stream);
+    status = gs_pcgrad_cuda(gram, batch, tasks, nullptr, solve->seed, solve->step, solve->step != nullptr, solve->mean,
+                            weights, stream);
   } else {
     status = gs_min_norm_cuda(gram, batch, tasks, solve->solver, solve->max_iter, solve->tol, weights, workspace,
                               workspace_bytes, stream);

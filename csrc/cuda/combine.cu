@@ -272,7 +272,9 @@ gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, int6
   GS_REQUIRE(grads && weights && (out || grads->num_params == 0), "grads, weights and out must not be NULL");
   GS_REQUIRE(num_directions >= 1, "num_directions must be at least 1, got %lld", (long long)num_directions);
   if (const gs_status status = gs::check(*grads)) return status;
-  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_combine_cuda_workspace_bytes(grads, num_directions));
+  if (const gs_status status =
+          gs::check_workspace(workspace, workspace_bytes, gs_combine_cuda_workspace_bytes(grads, num_directions)))
+    return status;
   for (int64_t first = 0; first < num_directions; first += kMaxDirections) {
     const int64_t count = std::min<int64_t>(kMaxDirections, num_directions - first);
     const gs_status status = launch_pass<1>(*grads, weights + first * grads->num_segments * grads->num_tasks, count,

@@ -12,10 +12,11 @@
 namespace gs::gpu {
 namespace {
 
-// Parts of a slot, whose products are summed while the next ones are on their way. More copies than those would hold up
-// the threads that start them.
-constexpr int kParts = 8, kAhead = 1;
-constexpr int64_t kLeastPart = 8192;  // bytes: smaller ones wait for memory one after the other
+// Parts of a slot, whose products are summed while the next ones are on their way: of small ones several, for memory
+// takes about 20 KB of a multiprocessor's copies at a time; of large ones more would hold up the threads that start
+// them.
+constexpr int kParts = 8, kAhead = 1, kSmallAhead = 3;
+constexpr int64_t kLeastPart = 8192, kSmallPart = 16384;  // bytes: smaller ones wait for memory one after the other
 constexpr int kPairs = kFusedTasks * (kFusedTasks + 1) / 2;
 
 // What the stages keep in shared memory beside the gradients, one after the other.
@@ -176,7 +177,7 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
   const Columns<In, Table> columns{table, begin, end, reinterpret_cast<unsigned char*>(&scratch) + kScratchBytes};
   // Ahead of the barrier: block 0 will advance it.
   const bool is_pcgrad = table.method == GS_PCGRAD;
-  const uint64_t step = is_pcgrad ? static_cast<uint64_t>(*table.step) : 0;
+  const uint64_t step = is_pcgrad && table.step ? static_cast<uint64_t>(*table.step) : 0;
 
   const auto units = [](int64_t columns) { return (columns + kFusedUnit - 1) / kFusedUnit * kFusedUnit; };
   const int64_t share = units((end - begin + kParts - 1) / kParts);
@@ -188,13 +189,18 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
     copied = next;
     close_copies();
   };
-  for (int i = 0; i < kAhead; i++) copy_part();
+  const bool small = part * num_tasks * int64_t{sizeof(In)} <= kSmallPart;
+  for (int i = 0; i < (small ? kSmallAhead : kAhead); i++) copy_part();
   if (is_pcgrad) draw_first_orders(num_tasks, table.seed, step, warp_tasks(), scratch.pcgrad);
   with_products(num_tasks, [&](auto products) {
 #pragma unroll 1
     for (int64_t first = begin; first < end; first += part) {
       copy_part();
-      wait_for_copies<kAhead>();
+      if (small) {
+        wait_for_copies<kSmallAhead>();
+      } else {
+        wait_for_copies<kAhead>();
+      }
       sync_block();
       products.add(columns, first, first + part < end ? first + part : end);
     }
@@ -215,7 +221,7 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
   if (block() == 0) {
     for (int e = thread(); e < num_tasks * num_tasks; e += threads()) gram[e] = scratch.gram[e];
     if (thread() < num_tasks) weights[thread()] = scratch.weights[thread()];
-    if (is_pcgrad && thread() == 0) *table.step = static_cast<int64_t>(step + 1);
+    if (is_pcgrad && table.step && thread() == 0) *table.step = static_cast<int64_t>(step + 1);
   }
   if (num_tasks <= 2) {
     combine<2>(columns, scratch.weights);

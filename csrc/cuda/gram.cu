@@ -116,7 +116,8 @@ gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace,
   using namespace gs::gpu;
   GS_REQUIRE(grads && gram, "grads and gram must not be NULL");
   if (const gs_status status = gs::check(*grads)) return status;
-  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_gram_cuda_workspace_bytes(grads));
+  if (const gs_status status = gs::check_workspace(workspace, workspace_bytes, gs_gram_cuda_workspace_bytes(grads)))
+    return status;
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
   const int64_t tasks = grads->num_tasks;

@@ -35,7 +35,7 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
   double* const sums = &shared<double>();  // of the first block
   double* const parts = sums + (kShares ? blocks * num_tasks : 0);
   double* const copy = parts + warps * num_tasks;
-  const uint64_t now = order ? 0 : static_cast<uint64_t>(*step);
+  const uint64_t now = order || !step ? 0 : static_cast<uint64_t>(*step);
   if (kShares) arrive_cluster();
 
   // The first entries of G are on their way while the warp draws its first orders.
@@ -122,7 +122,8 @@ gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_tasks, c
                          int64_t* step, int advance, int mean, double* weights, gs_stream stream) {
   using namespace gs::gpu;
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
-  GS_REQUIRE(batch == 0 || (gram && weights && step), "gram, weights and step must not be NULL");
+  GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
+  GS_REQUIRE(!advance || step, "step must not be NULL to advance");
   static_assert(GS_MAX_TASKS <= 8 * kWarp);
   const auto launch_kernel = num_tasks <= kWarp       ? launch_pcgrad<1>
                              : num_tasks <= 2 * kWarp ? launch_pcgrad<2>

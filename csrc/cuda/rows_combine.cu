@@ -25,7 +25,9 @@ gs_status gs_combine_rows_cuda(const gs_gradients* grads, const gs_rule* rule, v
   GS_REQUIRE(grads && rule && (out || grads->num_params == 0), "grads, rule and out must not be NULL");
   if (const gs_status status = gs::check(*grads)) return status;
   if (const gs_status status = gs::check_rule(*rule, grads->num_tasks)) return status;
-  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_combine_rows_cuda_workspace_bytes(grads));
+  if (const gs_status status =
+          gs::check_workspace(workspace, workspace_bytes, gs_combine_rows_cuda_workspace_bytes(grads)))
+    return status;
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
   gs_gradients whole = *grads;  // without segments, which do not matter

@@ -176,7 +176,9 @@ gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, 
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
   if (const gs_status status = gs::check_weighting(method, num_tasks, parameter, limit)) return status;
-  GS_REQUIRE_WORKSPACE(workspace, workspace_bytes, gs_weights_cuda_workspace_bytes(method, batch, num_tasks));
+  if (const gs_status status =
+          gs::check_workspace(workspace, workspace_bytes, gs_weights_cuda_workspace_bytes(method, batch, num_tasks)))
+    return status;
   if (method == GS_CAGRAD && num_tasks <= kFaceTasks) {
     const auto launch_kernel = num_tasks <= 4 ? launch_cagrad_faces<4> : launch_cagrad_faces<kFaceTasks>;
     return launch_kernel(gram, batch, static_cast<int>(num_tasks), parameter, weights, stream);

@@ -48,29 +48,29 @@ class CpuBackend:
 
     def gram(self, grads: TaskGradients, out: Tensor) -> None:
         """Write the Gram matrices."""
-        if grads.matrix is not None:
-            _GRAM(grads.matrix, grads.segments, out)
-        elif grads.lists is not None:
+        if grads.lists is not None:
             grads.lists.gram(out)
+        elif grads.matrix is not None:
+            _GRAM(grads.matrix, grads.segments, out)
         else:
             _GRAM_LIST(grads.entries, grads.num_tasks, grads.segments, out)
 
     def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """Write the directions."""
-        if grads.matrix is not None:
-            _COMBINE(grads.matrix, weights, grads.segments, accumulate, out)
-        elif grads.lists is not None:
+        if grads.lists is not None:
             grads.lists.combine(weights, out, accumulate)
+        elif grads.matrix is not None:
+            _COMBINE(grads.matrix, weights, grads.segments, accumulate, out)
         else:
             _COMBINE_LIST(grads.entries, weights, grads.segments, accumulate, out)
 
     def combine_rows(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """Write the direction of a rule."""
         name, arguments = rule
-        if grads.matrix is not None:
-            _ROWS[name](grads.matrix, *arguments, accumulate, out)
-        elif grads.lists is not None:
+        if grads.lists is not None:
             getattr(grads.lists, f"combine_{name}")(*arguments, out, accumulate)
+        elif grads.matrix is not None:
+            _ROWS[name](grads.matrix, *arguments, accumulate, out)
         else:
             _ROWS_LIST[name](grads.entries, grads.num_tasks, *arguments, accumulate, out)
 
@@ -113,7 +113,7 @@ class CpuBackend:
     ) -> tuple[Tensor, Tensor] | None:
         """Write the directions; for the list form, return G and the weights."""
         name, arguments = solver
-        if grads.matrix is None:
+        if grads.lists is not None:
             return getattr(grads.lists, f"aggregate_{name}")(*arguments, out, accumulate)  # type: ignore[no-any-return]
         _AGGREGATE[name](grads.matrix, grads.segments, *arguments, out)
         return None

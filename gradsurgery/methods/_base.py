@@ -157,10 +157,11 @@ class Method:
         given = (f"{name}={_brief(getattr(self, name))}" for name in options if hasattr(self, name))
         return f"{type(self).__name__}({', '.join(given)})"
 
-    def native_solver(self, device: torch.device) -> NativeSolver | None:
+    def native_solver(self, device: torch.device, *, once: bool = False) -> NativeSolver | None:
         """Return what ``weights`` would run on that device, for backends that go from gradients to direction in a call.
 
-        None: only ``weights`` itself yields the weights. The backend advances the state.
+        None: only ``weights`` itself yields the weights. The backend advances the state, which a method that is in its
+        initial state and will not be called again (``once``) need not have.
         """
         return None
 

@@ -71,7 +71,7 @@ class MGDA(Method):
     def _shortest(self, gram: Tensor, backend: str | None) -> Tensor:
         return min_norm_weights(gram, solver=self.solver, max_iter=self.max_iter, tol=self.tol, backend=backend)
 
-    def native_solver(self, device: torch.device) -> NativeSolver | None:
+    def native_solver(self, device: torch.device, *, once: bool = False) -> NativeSolver | None:
         """Return the solver's options, without normalisation."""
         if self._has_other_weights(MGDA) or self.normalization != "none":
             return None

@@ -11,6 +11,7 @@
 //   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or of a GPU's
 //     multiprocessors; GPUs before and since compute capability 9.0, and inputs at other addresses modulo 16 bytes, may
 //     be summed in another order;
+//   * calls that may run at once, on other threads or streams, need a workspace each;
 //   * the _cuda functions only enqueue work, on a stream of the current device: gradients, outputs, T x T data and
 //     workspace are memory of that device, while gs_gradients with its arrays and the array of outputs are read on the
 //     host during the call.
@@ -90,7 +91,7 @@ typedef struct gs_rule {
 typedef struct gs_solve {
   gs_method method;
   uint64_t seed;  // PCGrad, as in gs_pcgrad_*: the orders are those of (seed, *step), and *step grows by 1
-  int64_t* step;  // on the device of the call
+  int64_t* step;  // on the device of the call; NULL: 0
   int mean;
   gs_solver solver;  // min-norm, as in gs_min_norm_*
   int64_t max_iter;
@@ -165,7 +166,7 @@ GS_API gs_status gs_task_order_cuda(int64_t num_tasks, uint64_t seed, const int6
                                     gs_stream stream);
 
 // PCGrad weights [batch, T] from Gram matrices [batch, T, T]. order is [T, T], or NULL for gs_task_order(seed, step).
-// On a GPU the step is read from device memory, and with advance != 0 incremented there afterwards.
+// On a GPU the step is read from device memory (NULL: 0), and with advance != 0 incremented there afterwards.
 GS_API gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
                                uint64_t seed, uint64_t step, int mean, double* weights, const gs_parallel* parallel);
 GS_API gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
