@@ -13,6 +13,9 @@ from torch.autograd.graph import get_gradient_edge
 _JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward")
 """torch.compile's functions, and fully_shard's of a module's inputs."""
 
+_REENTRANT = "CheckpointFunctionBackward"
+"""torch.utils.checkpoint's function with use_reentrant=True, and the like of other packages."""
+
 
 def reach(roots: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> tuple[dict[int, int], list[int]]:
     """Walk from the roots to the leaves, each node once, and not beyond the stops.
@@ -59,6 +62,12 @@ def joins(losses: Sequence[Tensor]) -> bool:
         for node, of_loss in outputs.items():
             entries[node].add(frozenset(of_loss))
     return any(len(found) > 1 for found in entries.values())
+
+
+def recomputes(losses: Sequence[Tensor]) -> bool:
+    """Whether a loss depends on a reentrant checkpoint, which hides what is inside from passes to named inputs."""
+    starts = {_edge(loss)[0] for loss in losses}
+    return any(type(node).__name__ == _REENTRANT for node in _postorder(list(starts), {}))
 
 
 def _edge(tensor: Tensor) -> tuple[Any, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Stages 2 to 4 of the optimizers' step, for the shared parameters; for weights of the losses, one pass instead."""
+"""Stages 2 to 4 of the optimizers' step; for weights that come from the losses alone, one pass instead."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._gradients import TaskGradients, parse
-from ._plan import Plan
+from ._gradients import TaskGradients, check_gradient, parse
+from ._plan import Plan, Planner
 from ._shards import Shards
-from ._step import add_all
+from ._step import add_all, add_foreign, add_plain, read, targets
 from .backends import Backend, choose
 from .collect import Collected, Losses, collect
 from .combine import combine_of, combine_rows_of
@@ -109,10 +109,57 @@ class Operation:
         return gram if self.collected.scale is None else gram / self.collected.scale.double().square()
 
 
+def operate(
+    method: Method,
+    collected: Collected,
+    planner: Planner,
+    processes: Replicas | Shards,
+    groups: list[dict[str, Any]],
+    backend_name: str | None,
+    before: Callable[[], None],
+) -> SurgeryInfo:
+    """Operate on what was collected, and add the result to ``.grad``; ``before`` is called before anything changes."""
+    num_tasks = len(collected.tasks)
+    collected = planner.cover(method, processes.average(collected))
+    grads, reach, foreign = read(collected)
+    plan = planner.plan_for(method, collected, reach, groups)
+    for p in plan.shared if foreign else ():
+        for t, row in enumerate(collected.grads):
+            if row[p] is not None:
+                check_gradient(row[p], f"grads[{t}][{p}]")
+    backend = choose(backend_name, grads.device, grads.num_tasks)
+    plain = [p for p in plan.plain if p not in foreign] if foreign else plan.plain
+    parameters = [collected.parameters[p] for p in plan.shared + plain]
+    local = processes.local(parameters)
+    out, accumulate, done = targets(local, grads, plan.shared + plain)
+    begin = len(plan.shared)
+
+    whole = planner.granularity == "global"
+    operation = Operation(method, collected, grads, plan, processes, backend, backend_name, whole)
+    gram, weights = operation.write(out[:begin], accumulate, before)
+    planner.remember(method, plan, collected)
+    if plain or foreign:
+        if method.weights_losses:
+            of_losses, there = weights[0], set()  # type: ignore[index]
+        else:
+            of_losses = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device) / collected.batches
+            there = {i - begin for i in done} if collected.batches == 1 else set()
+        add_plain(grads, plain, of_losses, out[begin:], accumulate, there, backend)
+        for p in foreign:
+            add_foreign(collected.parameters[p], [row[p] for row in collected.grads], of_losses)
+    processes.assign(parameters, local, out)
+    if whole:
+        gram, weights = (None if value is None else value[0] for value in (gram, weights))
+    if collected.batches > 1:
+        gram, weights = gram[..., -num_tasks:, -num_tasks:], weights[..., -num_tasks:]  # type: ignore[index]
+    return SurgeryInfo(collected.tasks, gram, weights)
+
+
 def backward_once(
     method: Method,
     losses: Losses,
     parameters: list[Tensor],
+    planner: Planner,
     processes: Replicas | Shards,
     backend: str | None,
     **passes: Any,
@@ -121,6 +168,7 @@ def backward_once(
     before, found = method.state_dict(), []
 
     def weigh_by(tasks: list[str], values: Tensor) -> Tensor:
+        planner.check_tasks(tasks)
         values = processes.average_losses(tasks, values)
         gram = values.new_zeros(()).expand(len(values), len(values))
         found.append(weigh(method, gram, values, backend))
@@ -133,4 +181,5 @@ def backward_once(
     except BaseException:
         method.load_state_dict(before)
         raise
+    planner.remember_tasks(collected.tasks)
     return SurgeryInfo(collected.tasks, None, found[0])

@@ -39,13 +39,14 @@ class Passes:
         check_memory(rows)
         return rows
 
-    def to_shards(self, losses: list[Tensor]) -> Rows:
-        """Go from each loss to parameters of ``fully_shard``, whose gradients are this process's shards.
+    def through_grad(self, losses: list[Tensor], *, sharded: bool) -> Rows:
+        """Go from each loss to all leaves, by way of ``.grad``, where passes to named inputs do not do.
 
-        It keeps other tensors in the graph than the parameters, and its hooks wait for whole passes into ``.grad``.
+        Reentrant checkpoints hide what is inside. ``fully_shard`` keeps other tensors in the graph than the parameters,
+        and its hooks wait for whole passes; the gradients then are this process's shards.
 
         Raises:
-            RuntimeError: a pass left no gradient, as where ``set_requires_gradient_sync`` holds them back.
+            RuntimeError: a pass left no shard, as where ``set_requires_gradient_sync`` holds them back.
         """
         parameters: list[Any] = self.parameters
         before = [p.grad for p in parameters]
@@ -55,8 +56,8 @@ class Passes:
                 for p in parameters:
                     p.grad = None
                 loss.backward(retain_graph=keep)
-                rows.append([None if p.grad is None else p.grad.to_local() for p in parameters])
-                if all(entry is None for entry in rows[-1]):
+                rows.append([p.grad.to_local() if sharded and p.grad is not None else p.grad for p in parameters])
+                if sharded and all(entry is None for entry in rows[-1]):
                     raise RuntimeError(
                         f"loss {len(rows) - 1} left no gradient in the sharded parameters: set_requires_gradient_sync "
                         "must stay True, also between micro-batches, for which collect() is"

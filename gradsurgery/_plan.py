@@ -111,17 +111,19 @@ class Planner:
     """Makes the plans, and sees to it that what a method keeps is of the same parameters and tasks at each step.
 
     Args:
+        method: the method.
         named: the parameters that the user says are shared; None: they are found anew at each step.
         granularity: "global", "per_group" or "per_tensor".
     """
 
-    def __init__(self, named: Iterable[Tensor] | None, granularity: str) -> None:
+    def __init__(self, method: Method, named: Iterable[Tensor] | None, granularity: str) -> None:
+        self._by_task = method.tells_tasks_apart
         self.named = None if named is None else list(named)
         self.granularity = granularity
         self._plan: Plan | None = None
         self._blocks: list[Any] | None = None
         self.kept: list[Tensor] = []  # whose gradients the method keeps
-        self._kept_tasks: list[str] | None = None
+        self._tasks: list[str] | None = None  # of a method that tells them apart
 
     def state_dict(self, method: Method, parameters: list[Tensor], shards: Shards | None) -> dict[str, Any]:
         """Return the method's state and, of the parameters whose gradients it keeps, the places among all."""
@@ -131,11 +133,26 @@ class Planner:
             state["shared"] = [places[id(p)] for p in self.kept]
             if shards is not None:
                 state["surgery"] = shards.spread(state["surgery"], self.kept)
+        if self._tasks is not None:
+            state["tasks"] = {task: place for place, task in enumerate(self._tasks)}
         return state
 
-    def restore(self, kept: list[Tensor]) -> None:
-        """Begin anew, with a method that keeps the gradients of these."""
-        self.kept, self._kept_tasks, self._plan, self._blocks = kept, None, None, None
+    def restore(self, kept: list[Tensor], tasks: list[str] | None) -> None:
+        """Begin anew, with a method that keeps the gradients of these parameters, and something of these tasks."""
+        self.kept, self._tasks, self._plan, self._blocks = kept, tasks, None, None
+
+    def check_tasks(self, tasks: list[str]) -> None:
+        """Raise ValueError where the method tells tasks apart, and had others before, or in another order."""
+        if self._tasks not in (None, tasks):
+            raise ValueError(
+                f"every step must have the same tasks in the same order, for the method has a state or an option for "
+                f"each: had {self._tasks}, got {tasks}"
+            )
+
+    def remember_tasks(self, tasks: list[str]) -> None:
+        """Take note of the tasks of a step."""
+        if self._by_task:
+            self._tasks = tasks
 
     def cover(self, method: Method, collected: Collected) -> Collected:
         """Return the same with zero gradients of what the method keeps and no loss reaches, if it is to be shared."""
@@ -174,22 +191,21 @@ class Planner:
             )
             self._check_same(method, plan)
             self._plan = plan
-        if isinstance(method, BufferedMethod) and self._kept_tasks not in (None, collected.tasks):
-            raise ValueError(f"every step must have the same tasks: had {self._kept_tasks}, got {collected.tasks}")
+        self.check_tasks(collected.tasks)
         return plan
 
     def remember(self, method: Method, plan: Plan, collected: Collected) -> None:
         """Take note of what the method keeps after a step."""
+        self.remember_tasks(collected.tasks)
         if not plan.shared:
             return
         if method.state_by_problem:
             self._blocks = plan.blocks
         if isinstance(method, BufferedMethod):
             self.kept = self.kept or [plan.parameters[p] for p in plan.shared]
-            self._kept_tasks = collected.tasks
 
     def _named_for(self, method: Method) -> list[Tensor] | None:
-        return (self.kept or self.named) if method.takes_absent else self.named
+        return self.kept or None if method.takes_absent and self.named is None else self.named
 
     def _check_same(self, method: Method, plan: Plan) -> None:
         if not plan.shared:
@@ -198,7 +214,7 @@ class Planner:
         if self.kept and not _are_same(self.kept, shared):
             raise ValueError(
                 f"method {method.name!r} keeps gradients of the shared parameters, which must be the same at each "
-                f"step: name them by shared=; had {len(self.kept)}, got {len(shared)}"
+                f"step: name them by shared=, and leave requires_grad as it is; had {len(self.kept)}, got {len(shared)}"
             )
         if self._blocks is not None and not _are_same(self._blocks, plan.blocks):
             raise ValueError(

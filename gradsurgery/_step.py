@@ -19,21 +19,21 @@ from .distributed import Replicas
 
 
 def read(collected: Collected) -> tuple[TaskGradients, bytes, list[int]]:
-    """Return the gradients, how many losses reach each parameter, and the parameters with sparse gradients.
+    """Return the gradients, how many losses reach each parameter, and those with sparse or complex gradients.
 
-    No kernel reads those, and they are left out.
+    No kernel reads these, and they are left out.
     """
     grads = read_lists(collected.grads, None)
     if grads is not None:
         return grads, grads.lists.counts if collected.batches == 1 else collected.reach, []
     rows = collected.grads
-    sparse = [p for p in range(len(collected.parameters)) if any(_is_sparse(row[p]) for row in rows)]
-    if sparse:
-        rows = [[None if p in sparse else entry for p, entry in enumerate(row)] for row in rows]
+    foreign = [p for p in range(len(collected.parameters)) if any(is_foreign(row[p]) for row in rows)]
+    if foreign:
+        rows = [[None if p in foreign else entry for p, entry in enumerate(row)] for row in rows]
     grads = parse(rows, None)
     if all(entry is None for entry in grads.entries):  # no gradient says where G lives
         grads = replace(grads, device=collected.losses.device)
-    return grads, collected.reach, sparse
+    return grads, collected.reach, foreign
 
 
 def targets(parameters: list[Tensor], grads: TaskGradients, params: list[int]) -> tuple[list[Any], bool, set[int]]:
@@ -45,17 +45,19 @@ def targets(parameters: list[Tensor], grads: TaskGradients, params: list[int]) -
     if found is not None:
         return found  # type: ignore[no-any-return]
     accumulate = any(p.grad is not None for p in parameters)
-    return [_target(p, accumulate) for p in parameters], accumulate, set()
+    like = grads.like
+    out = [_target(p, like[place].dtype, accumulate) for p, place in zip(parameters, params, strict=True)]  # type: ignore[union-attr]
+    return out, accumulate, set()
 
 
-def _target(parameter: Tensor, accumulate: bool) -> Tensor:
-    """Return the tensor that a parameter's direction is written into, or added to."""
+def _target(parameter: Tensor, dtype: torch.dtype, accumulate: bool) -> Tensor:
+    """Return the tensor that a parameter's direction is written into, or added to; ``dtype`` is its gradients'."""
     grad = parameter.grad
     if grad is None:
-        return torch.zeros_like(parameter) if accumulate else torch.empty_like(parameter)
-    if _is_sparse(grad):
+        return torch.zeros_like(parameter, dtype=dtype) if accumulate else torch.empty_like(parameter, dtype=dtype)
+    if is_foreign(grad) or grad.dtype != dtype:
         raise TypeError(
-            f".grad of a parameter of shape {tuple(parameter.shape)} is sparse, its new gradients are dense"
+            f".grad of a parameter of shape {tuple(parameter.shape)} is {_kind(grad)}, its new gradients are {dtype}"
         )
     # An expanded .grad cannot be written in place.
     expanded = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
@@ -80,27 +82,32 @@ def add_plain(
 
 def add_all(collected: Collected, processes: Replicas | Shards, backend: str | None) -> None:
     """Add the sum of each parameter's gradients to its ``.grad``."""
-    grads, reach, sparse = read(collected)
-    params = [p for p, count in enumerate(reach) if count and p not in sparse]
+    grads, reach, foreign = read(collected)
+    params = [p for p, count in enumerate(reach) if count and p not in foreign]
     parameters = [collected.parameters[p] for p in params]
     local = processes.local(parameters)
     out, accumulate, done = targets(local, grads, params)
     ones = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device)
     add_plain(grads, params, ones, out, accumulate, done, choose(backend, grads.device, grads.num_tasks))
     processes.assign(parameters, local, out)
-    for p in sparse:
-        add_sparse(collected.parameters[p], [row[p] for row in collected.grads], ones)
+    for p in foreign:
+        add_foreign(collected.parameters[p], [row[p] for row in collected.grads], ones)
 
 
-def _is_sparse(grad: Tensor | None) -> bool:
-    return grad is not None and grad.layout is not torch.strided
+def is_foreign(grad: Tensor | None) -> bool:
+    """Whether no kernel reads it, sparse or complex as it is."""
+    return grad is not None and (grad.layout is not torch.strided or grad.is_complex())
 
 
-def add_sparse(parameter: Tensor, grads: list[Tensor | None], weights: Tensor) -> None:
-    """Add the weighted sum of gradients, some sparse, which no kernel reads, to a parameter outside the surgery."""
+def _kind(grad: Tensor) -> str:
+    return str(grad.dtype) if grad.layout is torch.strided else f"sparse {grad.dtype}"
+
+
+def add_foreign(parameter: Tensor, grads: list[Tensor | None], weights: Tensor) -> None:
+    """Add the weighted sum of gradients, sparse or complex ones among them, to a parameter outside the surgery."""
     terms = [g * weight.to(g.dtype) for g, weight in zip(grads, weights.unbind(), strict=True) if g is not None]
     if parameter.grad is not None:
         terms.append(parameter.grad)
     # Dense ones first: a sparse tensor takes no dense one.
-    first, *rest = sorted(terms, key=_is_sparse)
+    first, *rest = sorted(terms, key=lambda term: term.layout is not torch.strided)
     parameter.grad = sum(rest, first)

@@ -12,13 +12,38 @@ import torch
 from torch import Tensor
 
 from ._gradients import is_sharded
-from ._graph import joins
+from ._graph import joins, recomputes
 from ._passes import Passes, check_memory
 
 if TYPE_CHECKING:
     from ._shards import Shards
 
 Losses = Sequence[Tensor | None] | Tensor | Mapping[str, Tensor | None]
+
+
+@dataclass(slots=True)
+class Survey:
+    """What walks through the graph tell, each of which the first step takes that needs it."""
+
+    infers_shared: bool
+    """Whether it matters which parameters a loss reaches, and has not been looked at."""
+    through_grad: bool | None = None
+    """Whether passes must go by way of ``.grad``; None: it has not been looked at."""
+
+    def take(self, losses: list[Tensor], one_pass: bool) -> bool:
+        """Return ``through_grad``, and warn where gradients will not tell which parameters a loss reaches."""
+        if self.through_grad is None:
+            self.through_grad = recomputes(losses)
+        if self.infers_shared and not one_pass:
+            self.infers_shared = False
+            if joins(losses):
+                warnings.warn(
+                    "losses depend on different outputs of one compiled function, or of one sharded module's inputs, "
+                    "whose backward pass gives zeros to what a loss does not depend on: heads in it count as shared. "
+                    "Name the shared parameters by shared=, or compile the trunk and the heads apart",
+                    stacklevel=6,
+                )
+        return self.through_grad
 
 
 @dataclass(slots=True)
@@ -100,6 +125,7 @@ class Collected:
             raise ValueError("either every micro-batch is given the scaler or none")
 
 
+@torch.enable_grad()
 def collect(
     losses: Losses,
     parameters: Sequence[Tensor],
@@ -112,7 +138,7 @@ def collect(
     weigh: Callable[[list[str], Tensor], Tensor] | None = None,
     partial: bool = False,
     shards: Shards | None = None,
-    tell_apart: bool = False,
+    survey: Survey | None = None,
 ) -> Collected:
     """Return the gradient of every loss with respect to every parameter.
 
@@ -127,7 +153,7 @@ def collect(
             row of gradients; how the passes would go otherwise does not matter.
         partial: take None for a loss that is absent; its row is of None.
         shards: of the parameters, if they are those of ``fully_shard``; the gradients then are of the shards.
-        tell_apart: warn where the gradients do not tell which parameters a loss does not reach.
+        survey: how passes go with these losses, and those of later steps; None: to named inputs.
 
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
@@ -136,13 +162,7 @@ def collect(
     """
     tasks, each = _check_losses(losses, partial)
     scalars = [loss for loss in each if loss is not None]
-    if tell_apart and joins(scalars):
-        warnings.warn(
-            "losses depend on different outputs of one compiled function, or of one sharded module's inputs, whose "
-            "backward pass gives zeros to what a loss does not depend on: heads in it count as shared. Name the shared "
-            "parameters by shared=, or compile the trunk and the heads apart",
-            stacklevel=4,
-        )
+    through_grad = survey is not None and survey.take(scalars, weigh is not None)
     if mode not in ("sequential", "batched"):
         raise ValueError(f'mode must be "sequential" or "batched", got {mode!r}')
     if chunk_size is not None and (mode != "batched" or not isinstance(chunk_size, int) or chunk_size < 1):
@@ -152,6 +172,11 @@ def collect(
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
         present = [task for task, loss in zip(tasks, each, strict=True) if loss is not None]
         shards.check_same(present, scalars[0].device)  # before the hooks mix what does not belong together
+    elif through_grad and (mode != "sequential" or features is not None):
+        raise ValueError(
+            "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "
+            "with use_reentrant=False take both"
+        )
     if isinstance(features, Tensor):
         features = [features]
     scale = None
@@ -166,8 +191,8 @@ def collect(
         scale = scaler.scale(torch.ones((), device=scalars[0].device))
         scalars = [scaler.scale(loss) for loss in scalars]
     passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph)
-    if shards is not None:
-        grads = passes.to_shards(scalars)
+    if shards is not None or through_grad:
+        grads = passes.through_grad(scalars, sharded=shards is not None)
     elif features is None:
         grads = passes.from_losses(scalars)
     else:
@@ -179,6 +204,7 @@ def collect(
     return Collected(tasks, list(parameters), grads, values, there, scale)
 
 
+@torch.enable_grad()
 def holds_weights(losses: Losses, partial: bool) -> bool:
     """Whether weights are no more than rounded in the losses' dtype, which their gradients have; 16 bits do not do."""
     each = _check_losses(losses, partial)[1]
@@ -206,7 +232,8 @@ def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor
         if loss is None and partial:
             continue
         if not isinstance(loss, Tensor):
-            raise TypeError(f"loss {task!r} must be a tensor, got {type(loss).__name__}")
+            absent = ", which is for methods that take absent losses: leave it out" if loss is None else ""
+            raise TypeError(f"loss {task!r} must be a tensor, got {type(loss).__name__}{absent}")
         if loss.numel() != 1:
             raise ValueError(f"loss {task!r} must be a scalar, got shape {tuple(loss.shape)}")
         if not loss.requires_grad:

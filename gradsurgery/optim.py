@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,13 +11,11 @@ import torch
 from torch import Tensor, distributed
 
 from . import methods
-from ._gradients import check_gradient
-from ._operate import Operation, backward_once
+from ._operate import backward_once, operate
 from ._plan import Planner, check_method
 from ._shards import processes_of
-from ._step import add_plain, add_sparse, read, targets
-from .backends import check_name, choose
-from .collect import Collected, Losses, collect, holds_weights
+from .backends import check_name
+from .collect import Collected, Losses, Survey, collect, holds_weights
 from .diagnostics import SurgeryInfo
 
 _HOOKS = [
@@ -38,6 +37,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
       losses;
     * two or more: it is shared, and the direction d = sum_t w_t g_t is added to ``.grad``; an absent task counts as
       a zero gradient there. Only shared parameters enter G.
+
+    In a step of one loss all that it reaches is shared. Parameters that are not the wrapped optimizer's get no
+    ``.grad``. Hooks of parameters run once for each loss, those after the accumulation of gradients not at all. Where
+    the method keeps something of each task, every step must have the same tasks in the same order.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -78,10 +81,10 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         self.backend = check_name(backend)
         self._processes = processes_of(process_group, self._parameters())
         check_method(self.method, granularity, self._processes.shards is not None)
-        self._planner = Planner(shared, granularity)
+        self._planner = Planner(self.method, shared, granularity)
         self._check_known(self._planner.named, "shared")
         self._check_known(self.method.gram_parameters, "norm_parameters")
-        self._tell_apart = shared is None  # once: it takes a walk through the graph
+        self._survey = Survey(infers_shared=shared is None)
         self._pending: Collected | None = None
         # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
         super().__setstate__({})
@@ -139,7 +142,15 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if once and before is None and holds_weights(losses, self.method.takes_absent):
             parameters = self._trainable()
             return backward_once(
-                self.method, losses, parameters, self._processes, self.backend, features=features, **passes
+                self.method,
+                losses,
+                parameters,
+                self._planner,
+                self._processes,
+                self.backend,
+                survey=self._survey,
+                features=features,
+                **passes,
             )
         self.collect(losses, features=features, **passes)  # type: ignore[arg-type]
         try:
@@ -178,9 +189,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             features=features,
             partial=self.method.takes_absent,
             shards=self._processes.shards,
-            tell_apart=self._tell_apart,
+            survey=self._survey,
         )
-        self._tell_apart = False
         if before is None:
             self._pending = collected
         else:
@@ -194,50 +204,19 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         """
         if self._pending is None:
             raise ValueError("there is nothing to combine: call collect(losses) first")
-        collected, num_tasks = self._pending, len(self._pending.tasks)
+        collected = self._pending
         if collected.batches not in (1, self.method.num_batches):
             raise ValueError(
                 f"a step of method {self.method.name!r} has 1 or {self.method.num_batches} batches, got "
                 f"{collected.batches}"
             )
-        collected = self._planner.cover(self.method, self._processes.average(collected))
-        grads, reach, sparse = read(collected)
-        plan = self._planner.plan_for(self.method, collected, reach, self.param_groups)
-        for p in plan.shared if sparse else ():
-            for t, row in enumerate(collected.grads):
-                if row[p] is not None:
-                    check_gradient(row[p], f"grads[{t}][{p}]")
-        backend = choose(self.backend, grads.device, grads.num_tasks)
-        plain = [p for p in plan.plain if p not in sparse] if sparse else plan.plain
-        parameters = [collected.parameters[p] for p in plan.shared + plain]
-        local = self._processes.local(parameters)
-        out, accumulate, done = targets(local, grads, plan.shared + plain)
-        shared_out, plain_out = out[: len(plan.shared)], out[len(plan.shared) :]
-
-        whole = self.granularity == "global"
-        operation = Operation(self.method, collected, grads, plan, self._processes, backend, self.backend, whole)
-        gram, weights = operation.write(shared_out, accumulate, self._forget)
-        self._planner.remember(self.method, plan, collected)
-        if self.method.weights_losses:
-            plain_weights, done = weights[0], set()  # type: ignore[index]
-        elif plain or sparse:
-            plain_weights = torch.full(
-                (grads.num_tasks,), 1 / collected.batches, dtype=torch.float64, device=grads.device
-            )
-            done = {i - len(plan.shared) for i in done} if collected.batches == 1 else set()
-        if plain:
-            add_plain(grads, plain, plain_weights, plain_out, accumulate, done, backend)
-        self._processes.assign(parameters, local, out)
-        for p in sparse:
-            add_sparse(collected.parameters[p], [row[p] for row in collected.grads], plain_weights)
-        if whole:
-            gram, weights = (None if value is None else value[0] for value in (gram, weights))
-        if collected.batches > 1:
-            gram, weights = gram[..., -num_tasks:, -num_tasks:], weights[..., -num_tasks:]  # type: ignore[index]
-        return SurgeryInfo(collected.tasks, gram, weights)
+        planner, processes = self._planner, self._processes
+        return operate(self.method, collected, planner, processes, self.param_groups, self.backend, self._forget)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the wrapped optimizer."""
+        """Step the wrapped optimizer; warn of collected gradients that are not in ``.grad``."""
+        if self._pending is not None:
+            warnings.warn("collected task gradients are not in .grad: call combine() before step()", stacklevel=2)
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     # What Optimizer.__init__ would wrap around it, the wrapped optimizer's own step has.
@@ -260,7 +239,8 @@ class SurgeryOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state, and the method's under "surgery".
 
-        Also, under "shared", the places of the parameters whose gradients the method keeps, if it does.
+        Also, under "shared", the places of the parameters whose gradients the method keeps, if it does, and under
+        "tasks" the names of the tasks that it keeps something of.
         """
         ours = self._planner.state_dict(self.method, self._parameters(), self._processes.shards)
         return {**self.optimizer.state_dict(), **ours}
@@ -271,7 +251,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         Without "surgery", as in a plain optimizer's checkpoint, the method keeps its state.
         """
         state = dict(state_dict)
-        surgery, places = state.pop("surgery", None), state.pop("shared", [])
+        surgery, places, tasks = state.pop("surgery", None), state.pop("shared", []), state.pop("tasks", None)
         if surgery is not None and self._processes.shards is not None:
             surgery = self._processes.shards.gathered(surgery)
         parameters = dict(enumerate(self._parameters()))
@@ -286,7 +266,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self.method.load_state_dict(before)
             raise
         if surgery is not None:
-            self._planner.restore([parameters[place] for place in places])
+            self._planner.restore([parameters[place] for place in places], None if tasks is None else list(tasks))
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler leaves a bound step behind, which belongs to this object alone.

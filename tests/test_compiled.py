@@ -71,6 +71,27 @@ def test_a_trunk_of_its_own_needs_no_names(whole):
     torch.testing.assert_close(surgery(net, losses_of(outputs)), surgery(net, losses_of(net(X))))
 
 
+def test_batches_of_several_sizes():
+    """For which torch compiles the backward pass ahead of time, and lets it write over what a second one would read."""
+    torch._dynamo.reset()
+    net = Net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+
+    def step(trunk, rows):
+        z = trunk(X[:rows])
+        optimizer.backward(losses_of((net.parts["a"](z), net.parts["b"](z))))
+
+    trunk = torch.compile(net.trunk)
+    step(trunk, 8)
+    with pytest.raises(RuntimeError, match=r"set torch\._functorch\.config\.donated_buffer=False"):
+        step(trunk, 5)
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(donated_buffer=False):
+        trunk = torch.compile(net.trunk)
+        for rows in (8, 5, 3):
+            step(trunk, rows)
+
+
 def test_vmap_does_not_take_a_compiled_function(whole):
     net, compiled = whole
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), shared=[*net.parts["trunk"].parameters()])

@@ -173,15 +173,42 @@ def test_an_average_of_a_step_that_is_not_finite():
     torch.testing.assert_close(method.weights(gram), before)
 
 
-def test_a_checkpoint_goes_on_with_other_names_of_its_tasks():
+def named_losses(net, names):
+    return dict(zip(names, two_losses(net, X), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("moco", {}), ("gradnorm", {}), ("uw", {}), ("gradvac", {}), ("constant", {"task_weights": [1.0, 2.0]})],
+)
+def test_what_belongs_to_a_task_stays_with_its_name(name, options):
     net = two_task_net()
-    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "moco")
-    optimizer.backward(dict(zip("ab", two_losses(net, X), strict=True)))
-    with pytest.raises(ValueError, match=r"same tasks: had \['a', 'b'\], got \['c', 'd'\]"):
-        optimizer.backward(dict(zip("cd", two_losses(net, X), strict=True)))
-    optimizer.zero_grad()
-    optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.backward(dict(zip("cd", two_losses(net, X), strict=True)))
+    method = methods.get(name, **options)
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+    optimizer.backward(named_losses(net, "ab"))
+    for restored in (False, True):
+        if restored:
+            copy = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), methods.get(name, **options))
+            copy.load_state_dict(optimizer.state_dict())
+            optimizer = copy
+        before = str(optimizer.state_dict())
+        with pytest.raises(ValueError, match=r"same tasks in the same order.* had \['a', 'b'\], got \['b', 'a'\]"):
+            optimizer.backward(named_losses(net, "ba"))
+        assert str(optimizer.state_dict()) == before
+        optimizer.backward(named_losses(net, "ab"))
+    state = optimizer.state_dict()
+    del state["tasks"]
+    optimizer.load_state_dict(state)
+    optimizer.backward(named_losses(net, "cd"))
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "mgda", "graddrop", "sum", "random"])
+def test_methods_without_a_memory_take_any_tasks(name):
+    net = two_task_net()
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), name)
+    for names in ("ab", "ba", "cd"):
+        assert optimizer.backward(named_losses(net, names)).tasks == list(names)
+    assert "tasks" not in optimizer.state_dict()
 
 
 @pytest.mark.parametrize("mode", ["sequential", "batched"])

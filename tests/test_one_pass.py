@@ -76,7 +76,7 @@ def test_what_there_is_to_know():
     for field in ("gram", "norms", "cosines", "conflicts", "magnitude_similarity", "update_norm", "finite"):
         with pytest.raises(ValueError, match=r"collect\(\) and combine\(\) do"):
             getattr(info, field)
-    optimizer.collect(two_losses(net, X))
+    optimizer.collect(dict(zip(info.tasks, two_losses(net, X), strict=True)))
     assert optimizer.combine().cosines.shape == (2, 2)
 
 

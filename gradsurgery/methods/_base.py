@@ -165,6 +165,13 @@ class Method:
         """
         return None
 
+    @property
+    def tells_tasks_apart(self) -> bool:
+        """Whether the state or an option holds something for each task, which then must be the same at each step."""
+        return bool(self.state_dict().keys() - {"seed", "step"}) or any(
+            isinstance(option, PerTask) for option in vars(self).values()
+        )
+
     def _has_other_weights(self, method: type[Method]) -> bool:
         """Whether a subclass or the object itself has weights of its own."""
         return getattr(self.weights, "__func__", None) is not method.weights
