@@ -47,7 +47,7 @@ sass: .venv/installed
 	$(BIN)/python tests/cpp/check_sass.py $(KERNELS:%=build/sass$(ARCH)/%.o)
 
 # What .ci/run has no time for: the longest emulated and interpreted kernels, what nvcc makes of all of them, for the oldest
-# GPUs too, all of Triton's kernels, and the library with CUDA.
+# GPUs too, all of Triton's kernels, and a program in C++ with the static library of CUDA's.
 gpu-code: .venv/installed
 	GRADSURGERY_TEST_WHOLE=1 $(MAKE) cpp
 	$(MAKE) sass
@@ -55,9 +55,13 @@ gpu-code: .venv/installed
 	TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=triton GRADSURGERY_TEST_WHOLE=1 $(BIN)/python -m pytest tests/test_triton_compile.py \
 		tests/test_triton.py tests/test_rounded_gram.py tests/test_gram_methods.py tests/test_gram.py \
 		tests/test_weights.py tests/test_combine.py tests/test_graddrop.py tests/test_peers.py
-	cmake -S . -B build/cuda -DGRADSURGERY_CUDA=ON -DBUILD_TESTING=OFF -DCMAKE_CUDA_ARCHITECTURES=90a-real
+	cmake -S . -B build/cuda -DGRADSURGERY_CUDA=ON -DBUILD_SHARED_LIBS=OFF -DBUILD_TESTING=OFF \
+		-DCMAKE_CUDA_ARCHITECTURES=90a-real
 	cmake --build build/cuda --parallel 2
-	! readelf -d build/cuda/libgradsurgery.so | grep NEEDED | grep -E 'torch|c10'
+	cmake --install build/cuda --prefix build/cuda/installed
+	cmake -S tests/cpp -B build/cuda/consumer -DCMAKE_PREFIX_PATH=$(CURDIR)/build/cuda/installed
+	cmake --build build/cuda/consumer
+	ctest --test-dir build/cuda/consumer --output-on-failure
 
 clean:
 	rm -rf .venv build gradsurgery/*.so *.egg-info

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The list form read by the extension, beside the operators that serve what it does not take."""
+"""Gradients read past the dispatcher by the extension, beside the operators that serve what it does not take."""
 
 import numpy as np
 import pytest
@@ -91,6 +91,67 @@ def test_what_it_does_not_take(change):
     assert reads([]) is None
 
 
+def read_matrix(matrix):
+    return _gradients.C.Lists.read_matrix(matrix)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "cagrad", "graddrop", "trimmed_mean"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_same_bits_of_a_matrix_with_and_without(method, dtype, monkeypatch):
+    long = normal(5, 300, dtype)
+    matrices = [long, long[:, 3:200], long[::2], long[:1], long[:, :1], long[:, :0], long[:, 7:7]]
+    assert all(read_matrix(matrix) is not None for matrix in matrices)
+    results = []
+    for _ in range(2):
+        results.append([])
+        for matrix in matrices:
+            weights, before = torch.ones_like(matrix[:, 0]) if matrix.shape[1] else matrix.sum(1), matrix[0].clone()
+            results[-1] += [
+                gradsurgery.gram(matrix),
+                gradsurgery.aggregate(matrix, method),
+                gradsurgery.aggregate(matrix, gradsurgery.methods.get(method), out=matrix.new_empty(matrix.shape[1])),
+                gradsurgery.combine(matrix, weights, out=before, accumulate=True),
+            ]
+        monkeypatch.setattr(_gradients, "C", None)
+    for fast, slow in zip(*results, strict=True):
+        assert torch.equal(fast, slow)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda j: j.T,
+        lambda j: j[:, ::2],
+        lambda j: j[0],
+        lambda j: j[:0],
+        lambda j: j.clone().requires_grad_(),
+        lambda j: j.as_subclass(Subclass),
+        lambda j: torch._neg_view(j),
+        lambda j: j.to_sparse(),
+        lambda j: j.int(),
+        lambda j: j.to("meta"),
+        lambda j: j.tolist(),
+    ],
+)
+def test_matrices_that_it_does_not_take(change):
+    assert read_matrix(change(normal(3, 8, torch.float32))) is None
+
+
+def test_a_direction_of_a_subclass_goes_by_the_operators():
+    matrix = normal(3, 8, torch.float32)
+    out = torch.zeros(8, device=DEVICE).as_subclass(Subclass)
+    lists = read_matrix(matrix)
+    for other in (out, [torch.zeros(8)], torch.zeros(8).double(), torch.zeros(16)[::2], torch.zeros(1, 8), None):
+        assert not lists.fits(other)
+    gradsurgery.aggregate(matrix, "mgda", out=out)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), gradsurgery.aggregate(matrix, "mgda"), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="out must be a list of tensors like the gradients"):
+        lists.combine(torch.ones(3, dtype=torch.float64, device=DEVICE), torch.zeros(7, device=DEVICE), False)
+    for call in (lambda: lists.select([0], [0], 1), lambda: lists.targets([], [])):
+        with pytest.raises(ValueError, match="param"):
+            call()
+
+
 def test_a_dispatch_mode_sees_the_operators():
     seen = []
 
@@ -101,7 +162,8 @@ def test_a_dispatch_mode_sees_the_operators():
 
     with Mode():
         gradsurgery.gram(make_lists())
-    assert "gradsurgery::gram.list" in seen
+        gradsurgery.gram(normal(2, 5))
+    assert {"gradsurgery::gram.list", "gradsurgery::gram"} <= set(seen)
 
 
 def test_direct_calls_are_safe():

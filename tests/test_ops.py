@@ -53,6 +53,7 @@ SAMPLES = {
         (GRAM, torch.arange(3).repeat(3, 1), 0.1, torch.zeros(1, 3, 3).double(), empty(1, 3)),
     ),
     "aggregate_pcgrad": (OPS.aggregate_pcgrad.default, (ROWS, [0, 9, 40], 0, STEP, False, torch.empty(40))),
+    "aggregate_pcgrad_once": (OPS.aggregate_pcgrad.default, (ROWS, [], 0, None, True, torch.empty(40))),
     "aggregate_min_norm": (OPS.aggregate_min_norm.default, (ROWS, [], True, 250, 1e-6, torch.empty(40))),
     "gradnorm": (OPS.gradnorm.default, (ONES, ONES, ONES, ONES, 1.5, 0.025, empty(1, 3))),
     "gradnorm_step": (OPS.gradnorm_step.default, (GRAM, ONES, 1.5, 0.025, ONES.clone(), ONES.clone(), empty(1, 3))),

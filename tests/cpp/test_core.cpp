@@ -222,6 +222,9 @@ void test_errors() {
   problem.dtype[0] = 9;
   CHECK(gs_gram_workspace_bytes(&view) == -1);
   CHECK(std::string(gs_last_error()) == "dtype[0] is 9, which no gs_dtype is");
+  view.numel = nullptr;
+  CHECK(gs_gram_workspace_bytes(&view) == -1);
+  CHECK(std::string(gs_last_error()) == "data, numel and dtype must not be NULL");
   view.num_tasks = GS_MAX_TASKS + 1;
   CHECK(gs_gram_cpu(&view, gram, nullptr, 0, nullptr) == GS_UNSUPPORTED);
   const int64_t twice[4] = {0, 1, 1, 1};

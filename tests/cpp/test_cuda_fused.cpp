@@ -86,10 +86,11 @@ bool same_bits(const Values& a, const Values& b) {
                     [](double x, double y) { return x == y || (std::isnan(x) && std::isnan(y)); });
 }
 
-void check(const Problem& problem, const gs_solve& options, bool accumulate, bool one_launch, const char* what) {
+void check(const Problem& problem, const gs_solve& options, bool accumulate, bool one_launch, const char* what,
+           bool counts = true) {
   int64_t step = 5;
   gs_solve solve = options;
-  solve.step = &step;
+  if (counts) solve.step = &step;
   const Result expected = results_of(problem, [&](const gs_gradients& view, double* gram, double* weights, void** out) {
     const int64_t bytes = gs_aggregate_workspace_bytes(&view);
     return gs_aggregate_cpu(&view, &solve, gram, weights, out, accumulate, allocate(bytes).get(), bytes, nullptr);
@@ -143,6 +144,7 @@ int main() {
   check(Problem(2, {15000, 700}, {GS_FLOAT32}), pcgrad, true, true, "many parts");
   check(Problem(1, {30000}, {GS_FLOAT32}), pcgrad, false, true, "parts wider than a block's threads");
   check(Problem(7, {2700}, {GS_BFLOAT16}), exact, false, true, "several parts");
+  check(Problem(16, {1500}, {GS_FLOAT32}), pcgrad, false, true, "four small parts");
   // Where one launch cannot serve.
   check(Problem(17, {100, 30}, {GS_FLOAT32}), pcgrad, false, false, "17 tasks");
   check(Problem(3, {100, 30}, {GS_FLOAT32, GS_FLOAT64}), pcgrad, false, false, "two dtypes");
@@ -170,12 +172,19 @@ int main() {
   Problem absent(1, {100, 30, 5, 5, 20}, {GS_FLOAT32});
   std::memcpy(const_cast<void*>(absent.data[0]), &infinite, 4);
   check(absent, pcgrad, true, true, "absent");
+  for (const int64_t tasks : {5, 17}) {
+    check(Problem(tasks, {100, 30}, {GS_FLOAT32}), pcgrad, false, tasks == 5, "no step counter", false);
+  }
+  // Options of the other method do not matter.
+  gs_solve other = pcgrad;
+  other.solver = static_cast<gs_solver>(7);
+  check(Problem(3, {100}, {GS_FLOAT32}), other, false, true, "PCGrad with an odd solver");
+  other.method = GS_MIN_NORM;
   const gs_gradients view = broken.view();
-  gs_solve no_step = pcgrad;
   double number = 0;
   void* none = nullptr;
-  CHECK(gs_aggregate_cuda(&view, &no_step, &number, &number, &none, 0, nullptr, 0, nullptr) == GS_INVALID_ARGUMENT,
-        "step");
+  CHECK(gs_aggregate_cuda(&view, &other, &number, &number, &none, 0, nullptr, 0, nullptr) == GS_INVALID_ARGUMENT,
+        "solver");
   std::printf("ok\n");
   return 0;
 }

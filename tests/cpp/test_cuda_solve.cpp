@@ -51,6 +51,11 @@ void test_odd_pcgrad() {
   check_close(solve(gram, 3, outside), {1.5, 1.5, 1}, 1e-15, "pcgrad");
   const double turned = -std::sqrt(0.75), turning[9] = {1, turned, turned, turned, 1, 0.5, turned, 0.5, 1};
   const int64_t order[9] = {1, 2, 0, 1, 2, 0, 2, 1, 0};
+  double weights[3];
+  CHECK(gs_pcgrad_cuda(gram, 1, 3, order, 0, nullptr, 1, 0, weights, nullptr) == GS_INVALID_ARGUMENT, "no step");
+  check_close(in_every_order(
+                  3, [&](double* out) { return gs_pcgrad_cuda(gram, 1, 3, outside, 0, nullptr, 0, 0, out, nullptr); }),
+              {1.5, 1.5, 1}, 1e-15, "pcgrad without a step counter");
   Values expected(3);
   CHECK(gs_pcgrad_cpu(turning, 1, 3, order, 0, 0, 0, expected.data(), nullptr) == GS_OK, "%s", gs_last_error());
   check_close(solve(turning, 3, order), expected, 1e-15, "pcgrad");
