@@ -175,16 +175,6 @@ int main() {
   for (const int64_t tasks : {5, 17}) {
     check(Problem(tasks, {100, 30}, {GS_FLOAT32}), pcgrad, false, tasks == 5, "no step counter", false);
   }
-  // Options of the other method do not matter.
-  gs_solve other = pcgrad;
-  other.solver = static_cast<gs_solver>(7);
-  check(Problem(3, {100}, {GS_FLOAT32}), other, false, true, "PCGrad with an odd solver");
-  other.method = GS_MIN_NORM;
-  const gs_gradients view = broken.view();
-  double number = 0;
-  void* none = nullptr;
-  CHECK(gs_aggregate_cuda(&view, &other, &number, &number, &none, 0, nullptr, 0, nullptr) == GS_INVALID_ARGUMENT,
-        "solver");
   std::printf("ok\n");
   return 0;
 }
