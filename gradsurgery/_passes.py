@@ -88,11 +88,9 @@ class Passes:
         """Go from each loss to the features and the parameters above them, then from the features to those below.
 
         Raises:
-            ValueError: a feature has no graph or depends on another one; a parameter is above and below; no loss
+            ValueError: a feature depends on another one; a parameter is above and below; no loss
                 depends on a feature.
         """
-        if not features or not all(isinstance(f, Tensor) and f.requires_grad for f in features):
-            raise ValueError("features must be a tensor with a graph, or a non-empty list of them")
         below: dict[int, int] = {}
         for f, feature in enumerate(features):
             leaves, reached = reach([feature], [*features[:f], *features[f + 1 :]])

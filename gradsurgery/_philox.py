@@ -21,8 +21,8 @@ def philox_words(rows: Tensor, count: int, seed: int, step: Tensor) -> Tensor:
 def coordinate_uniforms(begin: int, count: int, seed: int, step: Tensor, device: torch.device) -> Tensor:
     """Return a number in (0, 1) for each of the coordinates begin, begin + 1, ...: float64 [count].
 
-    u_i = (w + 1/2) / 2^32 with w = word i mod 4 of Philox4x32-10, key ``seed``, counter (step, 2^31 + b / 2^32, b mod
-    2^32), b = i / 4.
+    u_i = (w + 1/2) / 2^32 with w = word i mod 4 of Philox4x32-10, key ``seed``, counter (step, 2^31 + floor(b / 2^32),
+    b mod 2^32), b = floor(i / 4).
     """
     blocks = torch.arange(begin // 4, (begin + count + 3) // 4, device=device)
     words = _philox(_COORDINATES + (blocks >> 32), blocks & _MASK, seed, step).flatten()

@@ -149,11 +149,11 @@ def collect(
         losses, scaler, retain_graph: as in :meth:`gradsurgery.SurgeryOptimizer.backward`.
         parameters: the P parameters.
         mode, chunk_size, features: likewise.
-        weigh: from the tasks and the losses [T] to weights [T]. Then there is one pass, from the weighted sum, and one
-            row of gradients; how the passes would go otherwise does not matter.
-        partial: take None for a loss that is absent; its row is of None.
-        shards: of the parameters, if they are those of ``fully_shard``; the gradients then are of the shards.
-        survey: how passes go with these losses, and those of later steps; None: to named inputs.
+        weigh: maps task names and losses [T] to weights [T]. If given, there is one pass, from the weighted sum, and
+            one row of gradients; ``mode``, ``chunk_size`` and ``features`` are only checked.
+        partial: accept None for an absent loss; its row is of None.
+        shards: those of the parameters, if ``fully_shard`` made them; the gradients are then this process's shards.
+        survey: what the first step's graph tells about the passes; None: they go to named inputs.
 
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
@@ -179,6 +179,8 @@ def collect(
         )
     if isinstance(features, Tensor):
         features = [features]
+    if features is not None and not (features and all(isinstance(f, Tensor) and f.requires_grad for f in features)):
+        raise ValueError("features must be a tensor with a graph, or a non-empty list of them")
     scale = None
     absent = torch.zeros((), dtype=torch.float64, device=scalars[0].device)
     values = torch.stack([absent if loss is None else loss.detach().to(absent) for loss in each])

@@ -24,8 +24,8 @@ def task_order(
     """Return PCGrad's visiting orders: row i is a uniform random permutation of 0..T-1.
 
     A pure function of (seed, step, i): Fisher-Yates (k = T-1 .. 1 swaps positions k and floor(u (k+1) / 2^32)) with
-    the words u of Philox4x32-10, key ``seed``, counter (step, i, block). The same on every backend and rank; no
-    global generator is read.
+    the words u of Philox4x32-10 (Salmon et al., SC 2011), key ``seed``, counter (step, i, block). The same on every
+    backend and rank; no global generator is read.
 
     Args:
         num_tasks: T >= 1.
@@ -59,7 +59,7 @@ def pcgrad_weights(
     reduction: str = "sum",
     backend: str | None = None,
 ) -> Tensor:
-    r"""Return PCGrad's weights.
+    """Return PCGrad's weights.
 
     For each task i the running vector p starts at g_i. It visits every j != i in a random order and, where p . g_j <
     0, becomes p - (p . g_j / |g_j|^2) g_j with the original g_j. Then d = sum_i p_i (or the mean), and w are its
@@ -79,8 +79,8 @@ def pcgrad_weights(
         float64 [..., T]; NaN where G is not finite. A constant to autograd.
 
     Raises:
-        ValueError: G or ``order`` has another shape or device, or an option is out of its range. On a GPU
-            nothing looks at what ``order`` holds.
+        ValueError: G or ``order`` has another shape or device, or an option is out of its range. On a GPU the
+            contents of ``order`` are not validated.
         TypeError: G is not floating point, or ``order`` not int64.
         RuntimeError: the named backend cannot serve the call.
 
@@ -101,9 +101,9 @@ def min_norm_weights(
 ) -> Tensor:
     """Return the weights of the shortest convex combination: argmin of w^T G w, w >= 0, sum(w) = 1.
 
-    ``solver="exact"`` is Wolfe's active-set method: it ends by itself, to rounding, in at most 8 T + 32 steps and
-    T + 1 factorizations. ``solver="frank_wolfe"`` starts at w = 1/T and steps towards the task of least (G w)_t (the
-    first of equals) until the step is below ``tol``, at most ``max_iter`` times; it is there for comparison, and for
+    ``solver="exact"`` is Wolfe's active-set method: exact to rounding, after at most 8 T + 32 steps and T + 1
+    factorizations. ``solver="frank_wolfe"`` starts at w = 1 / T and steps towards the task with the least (G w)_t (the
+    first of equals) until the step is below ``tol``, at most ``max_iter`` times. It is there for comparison; for
     T >= 16 it often stops far from the optimum.
 
     Args:

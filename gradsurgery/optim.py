@@ -48,19 +48,20 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         shared: the shared parameters. All other parameters then get the plain sum of their gradients. Default: those
             that two or more losses reach, found anew at each backward.
         granularity: "global" (one G for all shared parameters), "per_group" (one per parameter group) or "per_tensor".
-        process_group: the processes that train the model together, each with a batch of its own: surgery is on the
-            averages of their task gradients and losses, so it does what one process with all batches would. None: the
-            default group where ``torch.distributed`` is initialised. A group of this process alone takes none. All of
-            them call ``backward`` and ``combine`` together; one that raises by itself leaves the others waiting.
-            Parameters of ``fully_shard`` name their processes, which operate on their shards: by one pass per loss,
-            which adds to ``.grad`` of parameters that are not the optimizer's, too, and not by GradDrop.
+        process_group: the processes that train the model together, each with a batch of its own. Task gradients and
+            losses are averaged over them before surgery, as if one process had all batches. None: the default group if
+            ``torch.distributed`` is initialised. A group of this process alone averages nothing. Every process must
+            call ``backward`` and ``combine``; if one raises, the others wait until the group's timeout. Leave it None
+            for parameters of ``fully_shard``, whose processes combine their own shards: by one pass per loss, which
+            also adds to ``.grad`` of parameters outside the optimizer, and not with GradDrop.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
 
     Warns:
-        UserWarning, at the first step: what losses share cannot be told, for one compiled function yields several.
+        UserWarning, at the first step: shared parameters cannot be inferred, because one compiled function yields the
+            inputs of several losses; pass ``shared``.
     """
 
     def __init__(
@@ -124,17 +125,20 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 ``scaler.unscale_`` and ``scaler.step``; the method sees unscaled values.
             retain_graph: keep the graph after the last pass.
             mode: "sequential" (one backward pass per loss) or "batched" (one pass for all, under vmap: fewer, larger
-                kernels, and T times the memory of the gradients of activations). Batched, a loss counts as reaching a
-                parameter where the graph connects them.
-            chunk_size: the number of losses of a batched pass; None: all.
-            features: the shared representation, one tensor or several that do not depend on each other. Then each loss
-                goes back to the features, through its head alone, and from there to the parameters below them, one by
-                one or batched. Every parameter must lie either above or below, and a loss depend on each feature.
+                kernels, and T times the memory for the gradients of activations). With "batched", a loss counts as
+                reaching a parameter if the graph connects them.
+            chunk_size: the number of losses per batched pass; None: all.
+            features: the shared representation, one tensor or several that do not depend on each other. Each loss then
+                goes back to the features through its own head only, and from there to the parameters below, one by one
+                or batched. Every parameter must lie either above or below the features, and every feature must be used
+                by some loss.
 
         Raises:
             ValueError, TypeError: a loss or a gradient is not what it must be, or another process has other tasks or
-                parameters; nothing has changed then, but for what ``fully_shard`` keeps of a pass that raised.
-            RuntimeError: the batched pass failed, as where vmap does not know an operator; nothing has changed then.
+                parameters. Gradients and state are then unchanged, except what ``fully_shard`` itself retains from a
+                failed pass.
+            RuntimeError: the batched pass failed, for example because vmap does not support an operator. Gradients and
+                state are then unchanged.
         """
         before = self._pending
         passes = {"scaler": scaler, "retain_graph": retain_graph, "mode": mode, "chunk_size": chunk_size}

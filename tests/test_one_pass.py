@@ -126,6 +126,21 @@ def test_a_scaler_sees_scaled_gradients_and_the_method_unscaled_losses():
     torch.testing.assert_close(grads_of(net), unscaled)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": []}, "features must be a tensor with a graph"),
+        ({"features": X}, "features must be a tensor with a graph"),
+        ({"mode": "both"}, 'mode must be "sequential" or "batched", got'),
+        ({"chunk_size": 2}, "chunk_size must be an int >= 1, with"),
+    ],
+)
+def test_how_passes_would_go_is_checked_all_the_same(options, message):
+    net = two_task_net()
+    with pytest.raises(ValueError, match=message):
+        optimizer_of(net, "uw").backward(two_losses(net, X), **options)
+
+
 def test_a_failed_pass_changes_nothing():
     class Fails(torch.autograd.Function):
         @staticmethod

@@ -41,6 +41,7 @@ def test_make_targets_exist():
 
 
 def test_tables_name_every_method_and_backend():
+    assert f"implements {len(gradsurgery.methods.available())} such methods" in README
     for method in gradsurgery.methods.available():
         assert f"| `{method}` |" in README
     for backend in gradsurgery.backends():

@@ -16,6 +16,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #define GS_KERNEL __global__ void
 #define GS_DEVICE __device__ __forceinline__
 #define GS_RARE __device__ __noinline__                 // called rarely: its registers do not count in the caller
@@ -200,6 +204,7 @@ struct Traits {
   bool fast_double;  // float64 at half of the rate of float32, not a 32nd or less
   int processors;
   int64_t shared_bytes;  // that a block may have
+  int device;
 };
 
 inline gs_status fail_cuda(const char* what, cudaError_t error) {
@@ -215,6 +220,24 @@ inline gs_status clear(double* values, int64_t count, gs_stream stream) {
   return error == cudaSuccess ? GS_OK : fail_cuda("clear failed", error);
 }
 
+// Lets blocks of a kernel have more than 48 KB of shared memory, once for each kernel, device and thread: the values
+// are always the same, so that threads that launch at once do not undo each other's.
+inline gs_status allow_much_memory(const void* kernel, const Traits& traits) {
+  thread_local std::vector<std::pair<const void*, int> > allowed;
+  const std::pair<const void*, int> mine = {kernel, traits.device};
+  if (std::find(allowed.begin(), allowed.end(), mine) != allowed.end()) return GS_OK;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(traits.shared_bytes));
+  // So that as many blocks fit a multiprocessor as it has memory for.
+  if (error == cudaSuccess) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
+  if (error != cudaSuccess) return fail_cuda("shared memory", error);
+  allowed.push_back(mine);
+  return GS_OK;
+}
+
 template <class... P>
 gs_status launch_as(bool together, int cluster, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
                     gs_stream stream, const std::type_identity_t<P>&... arguments) {
@@ -224,16 +247,7 @@ gs_status launch_as(bool together, int cluster, void (*kernel)(P...), int64_t bl
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
   if (shared_bytes > 48 * 1024) {
-    // The same for every launch: threads that launch at once would undo each other's.
-    const auto* function = reinterpret_cast<const void*>(kernel);
-    cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(traits.shared_bytes));
-    // So that as many blocks fit a multiprocessor as it has memory for.
-    if (error == cudaSuccess) {
-      error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                   cudaSharedmemCarveoutMaxShared);
-    }
-    if (error != cudaSuccess) return fail_cuda("shared memory", error);
+    if (const gs_status status = allow_much_memory(reinterpret_cast<const void*>(kernel), traits)) return status;
   }
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;

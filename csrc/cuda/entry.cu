@@ -58,7 +58,7 @@ gs_status ask_device(int device, Traits& traits) {
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, &compiled_kernel);
   if (error != cudaSuccess) return fail_cuda("no kernels for this CUDA device", error);
   // Code for an older architecture does not wait, so that it must not start early on a newer GPU either.
-  traits = {major >= 9 && compiled.ptxVersion >= 90, ratio <= 4, processors, shared_bytes};
+  traits = {major >= 9 && compiled.ptxVersion >= 90, ratio <= 4, processors, shared_bytes, device};
   return GS_OK;
 }
 

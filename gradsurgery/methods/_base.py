@@ -104,8 +104,8 @@ class Method:
     """Lower snake case of the paper's name; what messages call it."""
     needs_losses: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = True
-    """Whether the weights depend on G. If not, only its shape, its device and whether it is finite count, and the
-    optimizers go back once, from the weighted sum of the losses."""
+    """Whether the weights depend on G. If not, only its shape, its device and whether it is finite are used, and the
+    optimizers make one backward pass, from the weighted sum of the losses."""
     num_batches: ClassVar[int] = 1
     """How many independent batches a step may have; ``weights`` takes J_1 J_2^T then, and the last batch makes d."""
     weights_losses: ClassVar[bool] = False

@@ -24,7 +24,7 @@ class GradVac(SteppedMethod):
     Conventions: the orders are :func:`gradsurgery.task_order`'s; rho is that of the running vector; g_j is the original
     gradient; a zero vector has no cosine; a target above 1 - 1e-8 counts as that. A step whose G is not finite leaves
     the targets as they were. Granularity "per_tensor" or "per_group" is the paper's version by layer.
-    Scale: a sum over tasks. State: the targets [..., T, T] and the step counter. Cost: O(T^3).
+    Scale: a sum over tasks. State: the targets [..., T, T], ``seed`` and the step counter. Cost: O(T^3).
 
     Args:
         beta: 0 <= beta <= 1, how far a target moves at each visit (the paper's 1e-2; LibMTL 0.5).

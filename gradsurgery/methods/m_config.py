@@ -27,9 +27,10 @@ class MConFIG(BufferedMethod):
 
     Conventions: the first step needs every loss, which also settles what is shared (the authors' step is 0 until each
     has been seen once). A task without any gradient is absent, and its average stays; a step that reaches no shared
-    parameter is none. The wrapped optimizer divides and has the epsilon; it must step once for each d, unclipped, for
-    its average to be c: one that skips a step is beta^i off i steps later. Heads get their plain gradients;
-    ``aggregate`` wants a gradient of each parameter. A captured CUDA graph is of the losses that it was captured with.
+    parameter is not counted. The wrapped optimizer divides and has the epsilon. For its average to be c, it must step
+    exactly once for each d, without clipping: i steps after a skipped one it is off by beta^i. Heads get plain
+    gradients. ``aggregate`` needs a gradient of each parameter. A captured CUDA graph belongs to the losses that it was
+    captured with.
     Scale: a sum over tasks. State: a, the numbers n of gradients and k of steps, and m's weights. Memory: T N. G and
     the weights are those of a; ``update_norm`` is c's.
 

@@ -14,8 +14,9 @@ from ._base import SteppedMethod
 class PCGrad(SteppedMethod):
     """Projecting conflicting gradients (Yu et al., NeurIPS 2020). See :func:`gradsurgery.pcgrad_weights`.
 
-    Scale: a sum over tasks ("mean": an average). For two tasks the direction conflicts with neither. State: the step
-    counter, which with ``seed`` determines the visiting orders; it lives on G's device and is never read on the host.
+    Scale: a sum over tasks ("mean": an average). For two tasks the direction conflicts with neither. State: ``seed``
+    and the step counter, which determine the visiting orders; the counter lives on G's device and is never read on the
+    host.
 
     Args:
         reduction: "sum" or "mean" over the projected gradients.

@@ -24,7 +24,8 @@ class Random(SteppedMethod):
     Conventions: z comes from the words u of Philox4x32-10 (key ``seed``, counter (step, 2^32 - 1, block)) by Box and
     Muller's method, z_t = sqrt(-2 ln v_{2t}) cos(2 pi v_{2t+1}), v = (u + 1/2) / 2^32: the same on every rank and, to
     rounding, on every device, without a global generator.
-    Scale: sums to 1. They are loss weights: they also multiply the gradients of the heads. State: the step counter.
+    Scale: sums to 1. They are loss weights: they also multiply the gradients of the heads. State: ``seed`` and the step
+    counter.
 
     Args:
         seed: key of the weights; the same on every rank. 0 <= seed < 2^63.
