@@ -108,9 +108,11 @@ FIRST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what the Triton backend does not serve, and most of what its interpreter is slow at."""
-    items[:] = [item for item in items if not hasattr(item, "callspec") or worthwhile(item)]
+    left_out = {item for item in items if hasattr(item, "callspec") and not worthwhile(item)}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: item.module.__name__ not in FIRST)
 
 
