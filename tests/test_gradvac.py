@@ -69,6 +69,21 @@ def test_gradvac_of_hostile_gradients_is_finite(backend, tasks, case):
         assert method.weights(gram, backend=backend).isfinite().all()
 
 
+def test_what_cancels_to_rounding_has_no_cosine(backend):
+    rows = torch.tensor([[1.0, -1], [-2, 2], [3, 0]], dtype=torch.float64, device=DEVICE)
+    gram, method = gradsurgery.gram(rows), methods.get("gradvac", beta=0.5)
+    for step in range(4):
+        # Rows 0 and 1 oppose each other: whoever visits the other one first is 0 after that.
+        order = gradsurgery.task_order(3, seed=0, step=step).tolist()
+        first = [next(j for j in row if j != i) for i, row in enumerate(order)]
+        before = method.state_dict()["targets"]
+        method.weights(gram, backend=backend)
+        after = method.state_dict()["targets"]
+        for i in (0, 1):
+            if first[i] == 1 - i and (before is None or before[i, 1 - i] <= 0):
+                assert after[i, 2] == (0 if before is None else before[i, 2])
+
+
 def test_gradvac_of_targets_of_one(backend):
     method = methods.get("gradvac", beta=1.0)
     method.weights(torch.ones(4, 4, dtype=torch.float64), backend=backend)

@@ -164,6 +164,14 @@ def test_rescaled_gradients_have_float64_weights_too(normalization):
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("normalization", ["loss", "loss+"])
+def test_losses_that_no_gradient_can_be_divided_by(normalization):
+    for loss in (torch.inf, torch.nan, -1.0):
+        for combine in ("original", "normalized"):
+            method = methods.get("mgda", normalization=normalization, combine=combine)
+            assert method.weights(EYE, losses=torch.tensor([1.0, loss, 2.0])).isnan().all()
+
+
 def check_boundary(new):
     """For three tasks."""
     losses = torch.tensor([1.0, 2.0, 3.0])

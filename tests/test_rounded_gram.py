@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The methods of solvers for a G that float32 rounded, so that dependent gradients seem to have negative squares."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 import gradsurgery
 from inputs import DEVICE, normal
 from test_gram_methods import weigh
+
+methods = gradsurgery.methods
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
@@ -28,7 +32,7 @@ def test_fairgrad_of_opposite_gradients_whose_gram_matrix_is_rounded(backend, ta
         for ridge in (1e-12, *(tasks * 2.0**-23 * 8**k for k in range(3))):
             product = norms * ((cosines + ridge * torch.eye(tasks)) @ (norms * w))
             error = (product * w ** (1 / alpha) - 1).abs().max()
-            solved |= bool(error <= 1e-8 + 4e-15 / ridge)  # and rounding, where terms cancel
+            solved |= bool(error <= 3e-8 + 4e-15 / ridge)  # and rounding, where terms cancel
         assert solved
 
 
@@ -65,3 +69,35 @@ def test_cagrad_stays_in_its_ball_whatever_the_rounding(backend, tasks, columns,
     w = weigh("cagrad", gram, backend, c=0.5)
     mean = rows.double().mean(0)
     assert (w @ rows.double() - mean).norm() <= 0.5 * mean.norm() * 1.01
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 1e-8])
+def test_projections_of_one_line_rounded_to_float32(backend, ridge):
+    """With a pivot that is not positive, a factor's last columns would be all that there is."""
+    along = torch.linspace(-1, 1.5, 14, device=DEVICE)
+    gram = torch.outer(along, along).double()
+    for name in ("dualproj", "upgrad"):
+        assert weigh(name, gram, backend, reg_eps=ridge).max() < 1
+    w = weigh("cagrad", gram, backend, c=2.0)
+    assert (w @ along.double()).abs() < 1e-3 * along.double().mean()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("tasks", "rank"), [(17, 1), (17, 2), (64, 4)])
+def test_cagrad_of_float32_gradients_that_depend_conflicts_with_none(backend, tasks, rank, seed):
+    rows = normal(tasks, rank, torch.float32, seed) @ normal(rank, 5000, torch.float32, 100 + seed)
+    lengths, mean = rows.double().norm(dim=1), rows.double().mean(0)
+    for c in (1.0, 2.0):
+        d = weigh("cagrad", gradsurgery.gram(rows), backend, c=c) @ rows.double()
+        assert (rows.double() @ d >= -1e-3 * lengths * mean.norm()).all()
+        assert (d - mean).norm() <= 1.01 * c * mean.norm()
+
+
+def test_many_dependent_gradients_take_the_reference_no_minute():
+    """Where rounding lets w^T G w descend no more, up to 2,088 active sets would go round in circles."""
+    rows = normal(257, 2, seed=1) @ normal(2, 300, seed=2)
+    gram = gradsurgery.gram(rows, backend="reference").float().double()
+    begin = time.monotonic()
+    weights = methods.get("cagrad", c=1.0).weights(gram, backend="reference")
+    assert weights.isfinite().all()
+    assert time.monotonic() - begin < 20

@@ -213,6 +213,19 @@ def test_gradnorm_is_the_second_backward_pass(backend, tasks, alpha):
     assert abs(got.sum() - tasks) < 1e-12 * tasks
 
 
+@pytest.mark.parametrize("loss", [math.inf, math.nan, -1.0])
+def test_gradnorm_does_not_learn_from_a_loss_that_cannot_be(backend, loss):
+    method, gram = gradsurgery.methods.get("gradnorm"), 4 * torch.eye(3, dtype=torch.float64, device=DEVICE)
+    method.weights(gram, losses=torch.ones(3), backend=backend)
+    method.weights(gram, losses=torch.tensor([2.0, 1.0, 1.0]), backend=backend)
+    before = method.state_dict()
+    method.weights(gram, losses=torch.tensor([loss, 1.0, 1.0]), backend=backend)
+    torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
+    one = torch.ones(3, device=DEVICE)
+    losses = torch.tensor([loss, 1.0, 1.0], device=DEVICE)
+    assert gradsurgery.gradnorm_update(one, one, losses, one, backend=backend).isnan().all()
+
+
 def test_gradnorm_weights_stay_non_negative(backend):
     one, norms = torch.ones(3), torch.tensor([1.0, 2.0, 50.0])
     got = gradsurgery.gradnorm_update(one, norms, one, one, lr=0.025, backend=backend)

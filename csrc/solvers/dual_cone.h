@@ -47,7 +47,7 @@ class DualCone {
     const double given = ridge_;
     for (int attempts = 12; attempts > 0; attempts--) {
       indefinite_ = false;
-      if (!pivot(u)) descend(u);
+      if (!pivot(u) && !indefinite_) descend(u);
       if (!indefinite_) break;
       set_ridge(std::fmax(8 * ridge_, 0x1p-23 * static_cast<double>(tasks_)));
     }
@@ -59,7 +59,7 @@ class DualCone {
 
  private:
   static constexpr int kPatience = 4;
-  static constexpr double kRounding = 1e-13;
+  static constexpr double kRounding = 1e-13, kLonger = 1 + 1e-6;
 
   GS_HOST_DEVICE double entry(int64_t i, int64_t j) const {
     return gram_[i * tasks_ + j] * scale_ + (i == j ? ridge_ : 0);
@@ -87,11 +87,15 @@ class DualCone {
   // True if that led to the solution, which is kept.
   GS_HOST_DEVICE bool pivot(const Start& u) {
     start(u);
+    keep();
     int64_t fewest = tasks_ + 1;
-    for (int patience = kPatience; patience > 0; patience--) {
+    double longest = 0;
+    for (int patience = kPatience; patience > 0 && !indefinite_; patience--) {
       multiply_v();
+      if (fewest > tasks_) longest = kLonger * length_;  // u, which the solution is not longer than
       const int64_t wrong = count_wrong(u);
       if (wrong == 0) {
+        indefinite_ = indefinite_ || !(length_ <= longest);
         keep();
         return true;
       }
@@ -136,6 +140,7 @@ class DualCone {
       team_.sync();
       for (bool blocked = true; blocked && solves > 0; solves--) {
         solve(u, target_);
+        if (indefinite_) return;
         double reach = INFINITY;
         int64_t leaving = -1;
         for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
@@ -205,7 +210,10 @@ class DualCone {
     const auto of_free = [&](int64_t r, int64_t c) {
       return entry(static_cast<int64_t>(index_[r]), static_cast<int64_t>(index_[c]));
     };
-    solve_positive(team_, of_free, rows_, stride, size);
+    if (!solve_positive(team_, of_free, rows_, stride, size, kLeastPivot)) {
+      indefinite_ = true;
+      return;
+    }
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       if (free_[i] == 0) target[i] = u(i);
     }
@@ -224,7 +232,7 @@ class DualCone {
   double* target_;                        // the minimum over F
   double* rows_;
   double length_ = 0;
-  bool indefinite_ = false;  // v^T H v was negative
+  bool indefinite_ = false;  // a pivot or v^T H v was not positive, or v longer than u
 };
 
 // DualProj: the projection of sum_t p_t g_t. preference NULL: 1 / T each.

@@ -8,6 +8,9 @@ namespace gs {
 // A target above this counts as this: at 1 the coefficient has no bound.
 constexpr double kMostTarget = 1 - 1e-8;
 
+// A vector whose square is less than this of the squares of its terms is 0 but for rounding.
+constexpr double kCancelled = 1e-12;
+
 // Adds to weights what task i contributes besides its own gradient, and moves its targets [T]. The running vector p =
 // g_i at first; for each j != i in the visiting order, rho = cos(p, g_j) < target_j adds to p the multiple of g_j that
 // makes their cosine target_j, and target_j moves by beta towards rho. Zero vectors have no cosine. v = J p is scratch.
@@ -17,7 +20,7 @@ GS_HOST_DEVICE void gradvac_row(const Team& team, const double* gram, int64_t nu
   team.sync();  // v is the last row's no more
   for (int64_t j = team.rank(); j < num_tasks; j += team.size()) v[j] = gram[i * num_tasks + j];
   team.sync();
-  double squared = gram[i * num_tasks + i];
+  double squared = gram[i * num_tasks + i], terms = squared;
   for (int64_t k = 0; k < num_tasks; k++) {
     const int64_t j = order[k];
     const double norm = std::sqrt(squared), other = std::sqrt(gram[j * num_tasks + j]), product = v[j];
@@ -30,8 +33,9 @@ GS_HOST_DEVICE void gradvac_row(const Team& team, const double* gram, int64_t nu
       const double coefficient = norm / other * (wanted * std::sqrt(1 - rho * rho) - rho * sine) / sine;
       for (int64_t l = team.rank(); l < num_tasks; l += team.size()) v[l] += coefficient * gram[j * num_tasks + l];
       if (team.rank() == 0) weights[j] += coefficient;
-      const double moved = squared + coefficient * (2 * product + coefficient * other * other);
-      squared = moved > 0 ? moved : 0;
+      squared += coefficient * (2 * product + coefficient * other * other);
+      terms += coefficient * coefficient * other * other;
+      if (!(squared > kCancelled * terms)) squared = 0;
     }
     if (team.rank() == 0) target[j] = (1 - beta) * target[j] + beta * rho;
     team.sync();

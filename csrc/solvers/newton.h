@@ -7,14 +7,15 @@
 namespace gs {
 
 constexpr int64_t newton_scratch(int64_t num_tasks) {
-  return num_tasks * (num_tasks + 5) + (num_tasks + 1) * padded(num_tasks);
+  return num_tasks * (num_tasks + 6) + (num_tasks + 1) * padded(num_tasks);
 }
 
 // With n_i = |g_i| / max |g|, y_i = n_i w_i, K the matrix of cosines and p = 1 / alpha this is (K y)_i = n_i^(p - 1)
-// y_i^-p: the minimum of the convex F(y) = y^T K y / 2 - sum_i n_i^(p - 1) phi(y_i), phi'(y) = y^-p. Newton's method,
-// with steps that take no y_i further than nine tenths of the way to 0. A ridge of 1e-12 on K gives Pareto-stationary
-// gradients an answer too, where y has none or grows without bound. Where F turns out not to be convex, because G was
-// rounded, it starts again with more of a ridge.
+// y_i^-p: the minimum of the convex F(y) = y^T K y / 2 - sum_i n_i^(p - 1) phi(y_i), phi'(y) = y^-p. Newton's method.
+// Of steps that take some y_i further than nine tenths of the way to 0 the others take them by y_i^-p instead, in which
+// the equation of a small y_i is linear, and if that does not bring all closer, all stop at the nine tenths. A ridge of
+// 1e-12 on K gives Pareto-stationary gradients an answer too, where y has none or grows without bound. Where F turns
+// out not to be convex, because G was rounded, it starts again with more of a ridge.
 template <class Team>
 class Newton {
  public:
@@ -28,7 +29,8 @@ class Newton {
         y_(c_ + num_tasks),
         ky_(y_ + num_tasks),
         bend_(ky_ + num_tasks),
-        cosines_(bend_ + num_tasks),
+        tried_(bend_ + num_tasks),
+        cosines_(tried_ + num_tasks),
         rows_(cosines_ + num_tasks * num_tasks) {
     for (int64_t i = 0; i < num_tasks; i++) largest_ = std::fmax(largest_, gram[i * num_tasks + i]);
     largest_ = std::sqrt(largest_);
@@ -71,18 +73,12 @@ class Newton {
       y_[i] = c_[i] == 1 ? 1 : std::pow(c_[i], 1 / (1 + power_));  // exact where the gradients are orthogonal
     }
     team_.sync();
-    while (steps_-- > 0) {
-      multiply(team_, cosines_, tasks_, y_, ky_);
-      double residual = 0;
+    double residual = measure(y_);
+    while (steps_-- > 0 && residual > 1e-15) {
       for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-        const double pull = power_ == 1 ? c_[i] / y_[i] : c_[i] * std::pow(y_[i], -power_);
-        bend_[i] = power_ * pull / y_[i];
-        direction[i] = pull - ky_[i];
-        const double error = direction[i] / pull;
-        residual += error * error;
+        direction[i] = bend_[i] - ky_[i];
+        bend_[i] *= power_ / y_[i];
       }
-      residual = std::sqrt(team_.sum(residual) / static_cast<double>(tasks_));
-      if (!(residual > 1e-15)) break;
       team_.sync();
       const auto entry = [&](int64_t i, int64_t j) { return cosines_[i * tasks_ + j] + (i == j ? bend_[i] : 0); };
       if (!solve_positive(team_, entry, rows_, stride, tasks_, kLeastPivot)) return false;
@@ -90,20 +86,50 @@ class Newton {
       for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) lowest = std::fmin(lowest, direction[i] / y_[i]);
       int64_t unused = 0;
       team_.least(lowest, unused);
-      const double step = lowest < -0.9 ? -0.9 / lowest : 1;
-      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) y_[i] += step * direction[i];
+      const double step = lowest < -0.9 ? -0.9 / lowest : 1, before = residual;
+      residual = INFINITY;
+      if (step < 1) {
+        for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+          const double part = direction[i] / y_[i];
+          const double fallen = part < 0 ? y_[i] * std::pow(1 - power_ * part, -1 / power_) : y_[i] + direction[i];
+          tried_[i] = fallen > kLeastY ? fallen : kLeastY;
+        }
+        team_.sync();
+        residual = measure(tried_);
+      }
+      const bool closer = residual < before;
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        y_[i] = closer ? tried_[i] : y_[i] + step * direction[i];
+      }
       team_.sync();
-      if (residual <= 1e-3 && residual >= 0.5 * last) break;  // y is as good as rounding allows
-      last = residual;
+      if (before <= 1e-3 && before >= 0.5 * last) break;  // y is as good as rounding allows
+      last = before;
+      if (!closer) residual = measure(y_);
     }
     return true;
   }
+
+  // How much of each pull is missing or too much, the root of the mean square, but for those that cannot get smaller. K
+  // y and the pulls are left in ky_ and bend_.
+  GS_HOST_DEVICE_CALL double measure(const double* y) {
+    multiply(team_, cosines_, tasks_, y, ky_);
+    double squares = 0;
+    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      bend_[i] = power_ == 1 ? c_[i] / y[i] : c_[i] * std::pow(y[i], -power_);
+      const double error = 1 - ky_[i] / bend_[i];
+      squares += y[i] > kLeastY || error > 0 ? error * error : 0;
+    }
+    return std::sqrt(team_.sum(squares) / static_cast<double>(tasks_));
+  }
+
+  static constexpr double kLeastY = 1e-290;
 
   const Team team_;
   const int64_t tasks_;
   const double power_;
   double *norms_, *c_, *y_, *ky_;
-  double* bend_;  // the second derivatives of the separate terms of F
+  double* bend_;   // the second derivatives of the separate terms of F
+  double* tried_;  // what may become y
   double *cosines_, *rows_;
   double largest_ = 0;
   int steps_ = 100;

@@ -10,6 +10,7 @@ from .spectral import all_done
 
 _PATIENCE = 4
 _ROUNDING = 1e-13
+_LONGER = 1 + 1e-6
 
 
 def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
@@ -30,7 +31,7 @@ def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
     one = torch.ones_like(u[..., :1])
     ridges, shortest, fewest, patience = ridge * one, torch.inf * one, (num_tasks + 1) * one, _PATIENCE * one
     pivoting = at_minimum = one > 0
-    settled = ~pivoting
+    settled, longest = ~pivoting, torch.zeros_like(one)
     for _ in range(4 * num_tasks + 64):
         h = scaled + ridges[..., None] * eye
         root = h.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -42,9 +43,12 @@ def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
         # Below 0 by more than rounding: |y_i| is at most |H^(1/2) v| H_ii^(1/2).
         wrong = torch.where(free, (v - u) * root < -10 * _ROUNDING * length, y < -_ROUNDING * length * root)
         count = wrong.sum(-1, keepdim=True)
+        solved = pivoting & (count == 0)
+        # At first v = u, which the solution is not longer than.
+        longest = torch.where(fewest > num_tasks, _LONGER * length, longest)
+        indefinite = indefinite | (solved & ~settled & (length > longest))
         patience = torch.where(count < fewest, _PATIENCE, patience - 1)
         fewest = torch.minimum(fewest, count)
-        solved = pivoting & (count == 0)
         gives_up = pivoting & ~solved & (patience == 0)
 
         lowest = ~pivoting & at_minimum & ~settled
@@ -52,7 +56,7 @@ def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
         best, shortest = torch.where(solved | descends, v, best), torch.where(descends, length, shortest)
         least, joining = torch.where(free, torch.inf, y / root).min(-1, keepdim=True)
         joins = descends & (least < -_ROUNDING * length)
-        settled = settled | ~indefinite & (solved | lowest & ~joins)
+        settled = settled | (~indefinite & (solved | (lowest & ~joins)))
         if all_done(settled):
             break
 

@@ -28,21 +28,23 @@ def frank_wolfe(gram: Tensor, max_iter: int, tol: float) -> Tensor:
     return weights
 
 
-def wolfe(gram: Tensor) -> Tensor:
+def wolfe(gram: Tensor, start: Tensor | None = None) -> Tensor:
     """Wolfe 1976 in Gram form, on a batch: one affine minimisation on the active set per iteration.
 
     The shortest point of the affine hull of a set S solves (G_S + c 1 1^T) u = 1, w = u / sum(u), for any c > 0. If
     it lies in the simplex, the task that most violates (G w)_j >= w^T G w joins S; else w moves to the boundary and
-    a task leaves.
+    a task leaves. S is that of ``start``, weights of a problem nearby, or the shortest gradient alone.
     """
     num_tasks = gram.shape[-1]
     squared_norms = gram.diagonal(dim1=-2, dim2=-1)
     norms = squared_norms.sqrt()
     shift, shortest = squared_norms.min(-1, keepdim=True)
-    weights = torch.zeros_like(squared_norms).scatter(-1, shortest, 1)
-    active = weights > 0
+    alone = torch.zeros_like(squared_norms).scatter(-1, shortest, 1)
     settled = ~(shift > 0)  # a zero gradient is the shortest point itself
-    at_minimum = torch.ones_like(settled)
+    weights = alone if start is None else torch.where(settled, alone, start)
+    best, lowest = weights, torch.full_like(shift, torch.inf)
+    active = weights > 0
+    at_minimum = torch.full_like(settled, start is None)
     eye = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
     for _ in range(8 * num_tasks + 32):
         gw = (gram @ weights[..., None]).squeeze(-1)
@@ -50,7 +52,10 @@ def wolfe(gram: Tensor) -> Tensor:
         error = 1e-14 * (weights * norms).sum(-1, keepdim=True)
         violation = torch.where(active, -torch.inf, (value - gw) / norms)
         worst, joining = violation.max(-1, keepdim=True)
-        settled = settled | (at_minimum & ~(worst > error))
+        # Where rounding no longer lets w^T G w descend, sets would cycle.
+        descends = at_minimum & ~settled & (value < lowest)
+        best, lowest = torch.where(descends, weights, best), torch.where(descends, value, lowest)
+        settled = settled | (at_minimum & ~(descends & (worst > error)))
         if all_done(settled):
             break
         joins = torch.zeros_like(active).scatter(-1, joining, at_minimum & ~settled)
@@ -74,4 +79,4 @@ def wolfe(gram: Tensor) -> Tensor:
         weights = torch.where(settled, weights, torch.where(leaves, 0, moved))
         active = active & (settled | ~leaves)
         at_minimum = ~leaves.any(-1, keepdim=True)
-    return weights
+    return best

@@ -120,7 +120,9 @@ class ReferenceBackend:
         rate = ratio / ratio.mean(-1, keepdim=True)
         weighted_norms = weights * norms
         target = weighted_norms.mean(-1, keepdim=True) * rate**alpha
-        moved = (weights - lr * torch.sign(weighted_norms - target) * norms).clamp(min=0)
+        difference = weighted_norms - target
+        sign = torch.where(difference.isnan(), torch.nan, difference.sign())
+        moved = (weights - lr * sign * norms).clamp(min=0)
         total = moved.sum(-1, keepdim=True)
         out.copy_(torch.where(total == 0, weights, moved * (num_tasks / total)))
 

@@ -28,6 +28,10 @@ WEIGHTINGS = (
 )
 """The methods whose weights are a function of G, a preference and at most two numbers."""
 
+_LEAST_Y = 1e-290
+_CANCELLED = 1e-12
+"""Of the squares of its terms: a sum whose square is less is 0 but for rounding."""
+
 
 def solve(
     gram: Tensor,
@@ -71,12 +75,14 @@ def gradvac(gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tens
     gram, goals = gram.view(-1, num_tasks, num_tasks), targets.view(-1, num_tasks, num_tasks)
     finite = gram.isfinite().all(-1).all(-1)[:, None]
     rows = torch.arange(num_tasks, device=gram.device)
-    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    norms = squares.sqrt()
     c = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     goals_after = goals.clone()
     for j in order.T.unbind():
         product = (c * gram[:, j]).sum(-1)
-        norm = ((c @ gram) * c).sum(-1).clamp(min=0).sqrt()
+        squared, terms = ((c @ gram) * c).sum(-1), (c.square() @ squares[..., None]).squeeze(-1)
+        norm = torch.where(squared > _CANCELLED * terms, squared, 0).sqrt()
         counts = (norm > 0) & (norms[:, j] > 0) & (j != rows)
         rho = torch.where(counts, product / norm / norms[:, j], 0).clamp(-1, 1)
         goal = goals_after[:, rows, j].clamp(max=1 - 1e-8)
@@ -100,14 +106,16 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
     mean_squared = mean.mean(-1, keepdim=True).clamp(min=0)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     target = c**2 * mean_squared
-    x = torch.empty_like(mean)
+    x = torch.zeros_like(mean)
+    known: list[Tensor] = []  # x of some lambda
 
     def excess(scale: Tensor) -> Tensor:
         """|lambda g_x|^2 - kappa^2; x is left in place."""
         scale = scale[..., None]
         shifted = scale**2 * gram + scale * (mean[:, :, None] + mean[:, None]) + mean_squared[..., None]
         shifted.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
-        x.copy_(wolfe(shifted))
+        x.copy_(wolfe(shifted, *known))
+        known[:] = [x]
         return scale[..., 0] ** 2 * _square(gram, x) - target
 
     wanted = (c > 0) & (mean_squared > 1e-15 * trace)
@@ -159,8 +167,10 @@ def _square(gram: Tensor, x: Tensor) -> Tensor:
 def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
     """Return w with (G w)_i = w_i^(-1 / alpha), by Newton's method on the convex function whose minimum that is.
 
-    Where a second derivative shows that it is not convex, as rounding of G can have it, it starts again with more of a
-    ridge on the cosines.
+    Of steps that take some y_i further than nine tenths of the way to 0 the others take them by y_i^-p instead, in
+    which the equation of a small y_i is linear; if that does not bring all closer, all stop at the nine tenths. Where a
+    second derivative shows that it is not convex, as rounding of G can have it, it starts again with more of a ridge on
+    the cosines.
     """
     num_tasks = gram.shape[-1]
     power = 1 / alpha
@@ -176,11 +186,17 @@ def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
     y = start = c ** (1 / (1 + power))
     last = torch.full_like(largest, torch.inf)
     settled = torch.zeros_like(largest, dtype=torch.bool)
-    for _ in range(100):
-        matrix = cosines + ridge[..., None] * eye
+
+    def measure(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the pulls, what of them is missing, and how much, but for what cannot get smaller."""
         pull = c * y**-power
         missing = pull - (matrix @ y[..., None]).squeeze(-1)
-        residual = (missing / pull).norm(dim=-1, keepdim=True)
+        error = missing / pull
+        return pull, missing, torch.where((y > _LEAST_Y) | (error > 0), error, 0).norm(dim=-1, keepdim=True)
+
+    for _ in range(100):
+        matrix = cosines + ridge[..., None] * eye
+        pull, missing, residual = measure(y)
         settled = settled | ~(residual > 1e-15)
         if all_done(settled):
             break
@@ -188,7 +204,11 @@ def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
         convex = (info == 0)[..., None]
         direction = torch.cholesky_solve(missing[..., None], factor).squeeze(-1)
         step = 0.9 / (-direction / y).max(-1, keepdim=True).values.clamp(min=0.9)
-        y = torch.where(settled, y, torch.where(convex, y + step * direction, start))
+        part = (direction / y).clamp(max=0)
+        tried = torch.where(part < 0, y * (1 - power * part) ** -alpha, y + direction).clamp(min=_LEAST_Y)
+        closer = (step < 1) & (measure(tried)[2] < residual)
+        moved = torch.where(closer, tried, y + step * direction)
+        y = torch.where(settled, y, torch.where(convex, moved, start))
         ridge = torch.where(settled | convex, ridge, (8 * ridge).clamp(min=num_tasks * 2.0**-23))
         settled = settled | (convex & ~((residual > 1e-3) | (residual < 0.5 * last)))
         last = torch.where(convex, residual, torch.inf)

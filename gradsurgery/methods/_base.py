@@ -143,7 +143,8 @@ class Method:
             backend: a name of :func:`gradsurgery.backends`; None chooses.
 
         Returns:
-            float64 [..., T]; NaN for the problems whose G, or losses, are not finite.
+            float64 [..., T]; NaN for the problems whose G, or losses, are not finite, as far as this step's weights
+            depend on them.
 
         Raises:
             ValueError, TypeError: G or the losses are not what they must be, or of another number of tasks than the

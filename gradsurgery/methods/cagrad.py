@@ -14,8 +14,8 @@ class CAGrad(SolverMethod):
 
     d = argmax over |d - g_0| <= c |g_0| of min_t g_t . d, with g_0 the mean gradient. By duality d = g_0 + c |g_0| g_x
     / |g_x|, where g_x = sum_t x_t g_t minimises g_x . g_0 + c |g_0| |g_x| over the simplex; w_t = 1 / T + x_t c |g_0|
-    / |g_x|. The solution is exact, without an epsilon; where |g_x| is below 1e-7 of the gradients' lengths, to about
-    1e-4 |g_0|.
+    / |g_x|. The solution is exact, without an epsilon, as long as |g_x| is above 1e-7 of the longest gradient's length:
+    below, the gradients count as Pareto-stationary, so that tasks a few 1e-8 as long as the longest are not protected.
 
     Conventions: where the gradients are Pareto-stationary in the ball, g_x = 0, several directions solve the problem,
     and the one nearest to g_0 is taken, shortened to the ball where rounding of G leads out of it (TorchJD returns

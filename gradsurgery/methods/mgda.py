@@ -21,7 +21,7 @@ class MGDA(Method):
 
     Conventions: ``combine="original"`` sums the un-normalised gradients, d = sum_t w_t g_t, as the authors' own code
     does, which may conflict with some; ``combine="normalized"`` sums the rescaled ones, d = sum_t (w_t / n_t) g_t. A
-    task with n_t = 0 is not rescaled.
+    task with n_t = 0 is not rescaled; a negative loss makes the weights NaN.
     Scale: w sums to 1 ("original"). No state.
 
     Args:
@@ -84,4 +84,5 @@ class MGDA(Method):
             scale = scale * gram.diagonal(dim1=-2, dim2=-1).sqrt()
         if self.needs_losses:
             scale = scale * read_losses(self.name, losses, scale.shape, scale.device)
+        scale = torch.where(scale.isfinite() & (scale >= 0), scale, torch.nan)
         return torch.where(scale == 0, 1, scale)

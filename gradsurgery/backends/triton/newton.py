@@ -6,12 +6,22 @@ import triton.language as tl
 
 from .min_norm import all_finite, load_gram, sweep
 
+LEAST_Y = tl.constexpr(1e-290)
+
 
 @triton.jit
 def power_of(x, exponent):
     """Return x to a power, x > 0, exactly for the exponents 0, 1 and -1."""
     rest = tl.exp2(exponent * tl.log2(x))
     return tl.where(exponent == 0, 1.0, tl.where(exponent == 1, x, tl.where(exponent == -1, 1.0 / x, rest)))
+
+
+@triton.jit
+def residual_of(y, matrix, pull, inside):
+    """Return how much of the pulls is missing or too much, but for what cannot get smaller."""
+    error = tl.where(inside, 1 - tl.sum(matrix * y[None, :], 1) / pull, 0.0)
+    error = tl.where((y > LEAST_Y) | (error > 0), error, 0.0)
+    return tl.sqrt(tl.sum(error * error, 0))
 
 
 @triton.jit(do_not_specialize=["num_tasks", "alpha", "limit"])
@@ -47,8 +57,7 @@ def fairgrad(out, gram, num_tasks, alpha: tl.float64, limit: tl.float64, TASKS: 
                 matrix = tl.where(is_diagonal, 1 + ridge, cosines)
                 pull = c * power_of(y, -power)
                 missing = tl.where(inside, pull - tl.sum(matrix * y[None, :], 1), 0.0)
-                error = missing / pull
-                residual = tl.sqrt(tl.sum(error * error, 0))
+                residual = residual_of(y, matrix, pull, inside)
                 if residual > 1e-15:
                     hessian = tl.where(is_diagonal, matrix + (power * pull / y)[None, :], matrix)
                     table = hessian
@@ -60,8 +69,13 @@ def fairgrad(out, gram, num_tasks, alpha: tl.float64, limit: tl.float64, TASKS: 
                         direction = tl.where(inside, -tl.sum(table * missing[None, :], 1), 0.0)
                         rest = tl.where(inside, missing - tl.sum(hessian * direction[None, :], 1), 0.0)
                         direction -= tl.where(inside, tl.sum(table * rest[None, :], 1), 0.0)
-                        lowest = tl.min(direction / y, 0)
-                        y += tl.where(lowest < -0.9, -0.9 / tl.minimum(lowest, -0.9), 1.0) * direction
+                        part = tl.minimum(direction / y, 0.0)
+                        lowest = tl.min(part, 0)
+                        slow = y + tl.where(lowest < -0.9, -0.9 / tl.minimum(lowest, -0.9), 1.0) * direction
+                        fallen = y * power_of(1 - power * part, -1 / power)
+                        tried = tl.maximum(tl.where(part < 0, fallen, y + direction), LEAST_Y)
+                        left = residual_of(tried, matrix, c * power_of(tried, -power), inside)
+                        y = tl.where((lowest < -0.9) & (left < residual), tried, slow)
                         if (residual <= 1e-3) & ~(residual < 0.5 * last):
                             running = 0
                         last = residual

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""FairGrad where weights differ by hundreds of orders of magnitude: large alpha, and norms that differ."""
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import INTERPRETED
+from inputs import DEVICE, normal
+from test_gram_methods import weigh
+
+
+def test_a_weight_that_is_all_but_nothing(backend):
+    """The values are those of 300 digits."""
+    rows = torch.tensor([[-1.0, 1, 2], [100, -200, -300], [-3000, -2000, 2000]], dtype=torch.float64, device=DEVICE)
+    w = weigh("fairgrad", gradsurgery.gram(rows), backend, alpha=50.0)
+    torch.testing.assert_close(w[:2].cpu(), torch.tensor([4.559, 0.02932], dtype=torch.float64), rtol=2e-4, atol=0)
+    assert 1e-196 < w[2] < 1e-195
+    d = w @ rows
+    cosines = rows @ d / rows.norm(dim=1) / d.norm()
+    expected = torch.tensor([0.188, 0.00136, 0.935], dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(cosines, expected, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 5.0, 50.0, 100.0])
+@pytest.mark.parametrize("tasks", [2, 5, 8])
+def test_the_equation_holds_for_norms_that_differ(backend, tasks, alpha):
+    for seed in range(1 if INTERPRETED and backend == "triton" else 20):
+        ratio = 10.0 ** (seed % 4 if alpha > 50 else seed % 7)
+        lengths = ratio ** torch.linspace(0, 1, tasks, dtype=torch.float64, device=DEVICE)
+        rows = lengths[:, None] * normal(tasks, tasks + 1 + seed, seed=seed)
+        gram = gradsurgery.gram(rows)
+        w = weigh("fairgrad", gram, backend, alpha=alpha)
+        # Where a weight is rounding of d no product with it can be right.
+        counts = w * rows.norm(dim=1) > 1e-200 * (w @ rows).norm()
+        torch.testing.assert_close(
+            ((gram @ w) * w ** (1 / alpha))[counts], torch.ones_like(w)[counts], rtol=1e-6, atol=0
+        )
+        assert (gram @ w > -1e-9 * rows.norm(dim=1) * (w @ rows).norm()).all()
