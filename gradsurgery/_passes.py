@@ -88,8 +88,7 @@ class Passes:
         """Go from each loss to the features and the parameters above them, then from the features to those below.
 
         Raises:
-            ValueError: a feature depends on another one; a parameter is above and below; no loss
-                depends on a feature.
+            ValueError: a feature depends on another one; a parameter is above and below; no loss depends on a feature.
         """
         below: dict[int, int] = {}
         for f, feature in enumerate(features):

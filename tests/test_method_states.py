@@ -21,7 +21,7 @@ def test_a_first_call_that_fails_begins_nothing(name):
             method.weights(gram, losses=torch.ones(2))
     if name not in ("modo", "sdmgrad"):  # which need no backend
         with pytest.raises(RuntimeError, match="cannot serve this call"):
-            method.weights(torch.ones(2, 2), losses=torch.ones(2), backend="cuda")
+            method.weights(torch.ones(2, 2, device="cpu"), losses=torch.ones(2), backend="cuda")
     assert method.state_dict()[NEW[name]] is None
     method.weights(EYE, losses=torch.ones(3))
 

@@ -96,7 +96,7 @@ def test_cagrad_of_float32_gradients_that_depend_conflicts_with_none(backend, ta
 def test_many_dependent_gradients_take_the_reference_no_minute():
     """Where rounding lets w^T G w descend no more, up to 2,088 active sets would go round in circles."""
     rows = normal(257, 2, seed=1) @ normal(2, 300, seed=2)
-    gram = gradsurgery.gram(rows, backend="reference").float().double()
+    gram = gradsurgery.gram(rows, backend="reference").float().double().cpu()
     begin = time.monotonic()
     weights = methods.get("cagrad", c=1.0).weights(gram, backend="reference")
     assert weights.isfinite().all()
