@@ -2,6 +2,7 @@
 """What test_distributed.py has two processes do, and one process with both batches."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from gradsurgery import methods
@@ -115,6 +117,26 @@ def sharded(mesh=None):
 
 def replicated(net):
     return net if alone() else nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+
+
+class Recomputing(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net.losses(*checkpoint(self.net.features, x.clone().requires_grad_(), use_reentrant=True))
+
+
+def recomputing(net):
+    """Return a call with a reentrant checkpoint, whose passes DistributedDataParallel's hooks would not take."""
+    model = replicated(Recomputing(net))
+
+    def call(x):
+        with nullcontext() if alone() else model.no_sync():
+            return model(x)
+
+    return call
 
 
 def resumed(make=Net):
@@ -287,6 +309,7 @@ for kind, make in {"": Net, **({"shards ": sharded} if DEVICE == "cpu" else {})}
 CASES |= {
     "scaler": partial(train, scaler=True),
     "DistributedDataParallel": partial(train, model=replicated),
+    "recomputing": partial(train, model=recomputing),
     "batched": partial(train, mode="batched"),
     "features": partial(by_features, "sequential"),
     "features batched": partial(by_features, "batched"),
