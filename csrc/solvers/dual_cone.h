@@ -59,7 +59,7 @@ class DualCone {
 
  private:
   static constexpr int kPatience = 4;
-  static constexpr double kRounding = 1e-13, kLonger = 1 + 1e-6;
+  static constexpr double kRounding = 1e-13;
 
   GS_HOST_DEVICE double entry(int64_t i, int64_t j) const {
     return gram_[i * tasks_ + j] * scale_ + (i == j ? ridge_ : 0);
@@ -89,13 +89,10 @@ class DualCone {
     start(u);
     keep();
     int64_t fewest = tasks_ + 1;
-    double longest = 0;
     for (int patience = kPatience; patience > 0 && !indefinite_; patience--) {
       multiply_v();
-      if (fewest > tasks_) longest = kLonger * length_;  // u, which the solution is not longer than
       const int64_t wrong = count_wrong(u);
       if (wrong == 0) {
-        indefinite_ = indefinite_ || !(length_ <= longest);
         keep();
         return true;
       }
@@ -232,7 +229,7 @@ class DualCone {
   double* target_;                        // the minimum over F
   double* rows_;
   double length_ = 0;
-  bool indefinite_ = false;  // a pivot or v^T H v was not positive, or v longer than u
+  bool indefinite_ = false;  // a pivot or v^T H v was not positive
 };
 
 // DualProj: the projection of sum_t p_t g_t. preference NULL: 1 / T each.

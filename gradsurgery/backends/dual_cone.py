@@ -10,7 +10,6 @@ from .spectral import all_done
 
 _PATIENCE = 4
 _ROUNDING = 1e-13
-_LONGER = 1 + 1e-6
 
 
 def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
@@ -31,7 +30,7 @@ def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
     one = torch.ones_like(u[..., :1])
     ridges, shortest, fewest, patience = ridge * one, torch.inf * one, (num_tasks + 1) * one, _PATIENCE * one
     pivoting = at_minimum = one > 0
-    settled, longest = ~pivoting, torch.zeros_like(one)
+    settled = ~pivoting
     for _ in range(4 * num_tasks + 64):
         h = scaled + ridges[..., None] * eye
         root = h.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -44,9 +43,6 @@ def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
         wrong = torch.where(free, (v - u) * root < -10 * _ROUNDING * length, y < -_ROUNDING * length * root)
         count = wrong.sum(-1, keepdim=True)
         solved = pivoting & (count == 0)
-        # At first v = u, which the solution is not longer than.
-        longest = torch.where(fewest > num_tasks, _LONGER * length, longest)
-        indefinite = indefinite | (solved & ~settled & (length > longest))
         patience = torch.where(count < fewest, _PATIENCE, patience - 1)
         fewest = torch.minimum(fewest, count)
         gives_up = pivoting & ~solved & (patience == 0)
