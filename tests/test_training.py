@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The drop-in optimizers inside an ordinary training loop: copies, checkpoints, schedulers, scalers, memory."""
 
+import collections
 import copy
 import gc
 import pickle
@@ -93,6 +94,20 @@ def test_copies_are_of_their_own():
         assert info.gram.abs().sum() > 0
         assert torch.equal(weight, torch.ones(2))
         assert not torch.equal(mine, weight)
+
+
+def test_state_and_groups_can_be_replaced():
+    """As packages do that shard or reset an optimizer's state."""
+    net = two_task_net()
+    optimizer = gradsurgery.PCGrad(torch.optim.Adam(net.parameters()))
+    optimizer.backward(two_losses(net, X))
+    optimizer.step()
+    optimizer.state = collections.defaultdict(dict)
+    optimizer.param_groups = [{**group, "lr": 0.5} for group in optimizer.param_groups]
+    assert not optimizer.optimizer.state
+    optimizer.step()
+    assert [group["lr"] for group in optimizer.optimizer.param_groups] == [0.5]
+    assert len(optimizer.optimizer.state) == len(list(net.parameters()))
 
 
 def test_state_dict_hooks_run():
