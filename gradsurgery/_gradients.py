@@ -246,8 +246,10 @@ def assign_grads(parameters: list[Tensor], grads: list[Tensor]) -> None:
 
 def as_float64(values: Tensor) -> Tensor:
     """Return ``values`` detached, contiguous and in float64; itself if it is so already."""
-    if values.requires_grad or values.dtype is not torch.float64:
-        values = values.detach().to(torch.float64)
+    if values.requires_grad:
+        values = values.detach()
+    if values.dtype is not torch.float64:
+        values = values.to(torch.float64)
     return values if values.is_contiguous() else values.contiguous()
 
 

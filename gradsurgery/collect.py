@@ -241,6 +241,6 @@ def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor
         if not loss.requires_grad:
             raise ValueError(
                 f"loss {task!r} has no graph to go back through: it must depend on a parameter, and not be detached or "
-                "computed under no_grad"
+                "computed under no_grad (leave out the loss of a task that this batch lacks)"
             )
     return tasks, [loss if loss is None or loss.dim() == 0 else loss.reshape(()) for loss in scalars]
