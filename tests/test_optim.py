@@ -5,7 +5,6 @@ import copy
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from conftest import grads_of, two_losses, two_task_net
@@ -365,85 +364,3 @@ def test_an_error_amid_writing_leaves_nothing_to_combine_again(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="nothing to combine"):
         optimizer.combine()
-
-
-@pytest.mark.parametrize("method", ["pcgrad", "uw"])
-@pytest.mark.parametrize("trained", [True, False])
-def test_reentrant_checkpoints(method, trained):
-    """Passes to named inputs raise, or do not see what is inside where nothing in front of it is trained."""
-    net = two_task_net()
-    net["trunk"][0].requires_grad_(trained)
-    x = X.clone().requires_grad_()
-
-    def losses(reentrant):
-        z = checkpoint(net["trunk"][1:], net["trunk"][0](x), use_reentrant=reentrant)
-        return [net["a"](z).square().mean(), net["b"](z).abs().mean()]
-
-    found = []
-    for reentrant in (True, False):
-        net.zero_grad()
-        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
-        for _ in range(2):
-            info = optimizer.backward(losses(reentrant))
-        found.append((grads_of(net), info.weights))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-    assert found[0][0][2] is not None
-    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "pcgrad")
-    with pytest.raises(ValueError, match="use_reentrant=False take both"):
-        optimizer.backward(losses(True), mode="batched")
-
-
-def test_a_complex_head_outside_the_surgery():
-    net, head = two_task_net(), torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
-    optimizer = gradsurgery.PCGrad(torch.optim.Adam([*net.parameters(), head], lr=0.1))
-    for times in (1, 2):
-        a, b = two_losses(net, X)
-        optimizer.backward([a + (head * (2 + 1j)).abs().sum(), b])
-        (expected,) = torch.autograd.grad((head * (2 + 1j)).abs().sum(), head)
-        torch.testing.assert_close(head.grad, times * expected)
-    optimizer.step()
-    with pytest.raises(TypeError, match=r"is a torch.complex64 gradient, and gradients must be real"):
-        optimizer.backward([head.abs().sum(), head.abs().square().sum()])
-
-
-@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
-def test_gradients_wider_than_their_parameters():
-    net = two_task_net(torch.bfloat16)
-    optimizer = gradsurgery.GradNorm(torch.optim.SGD(net.parameters(), lr=0.1))
-    optimizer.backward(two_losses(net, X.bfloat16()))
-    narrow = optimizer.method.state_dict()
-    for p in net.parameters():
-        p.grad_dtype = None
-    optimizer.zero_grad()
-    net["trunk"][0].weight.grad = torch.zeros_like(net["trunk"][0].weight, dtype=torch.float32)
-    with pytest.raises(TypeError, match=r"is torch.float32, its new gradients are torch.bfloat16"):
-        optimizer.backward(two_losses(net, X.bfloat16()))
-    torch.testing.assert_close(optimizer.method.state_dict(), narrow, rtol=0, atol=0)
-    optimizer.zero_grad()
-    for p in net.parameters():
-        p.grad_dtype = torch.float32
-    for times in (1, 2):
-        optimizer.backward(two_losses(net, X.bfloat16()))
-        assert all(g.dtype == torch.float32 for g in grads_of(net)), times
-
-
-@pytest.mark.parametrize("method", ["pcgrad", "uw", "sum"])
-def test_under_no_grad(method):
-    """The graph is there already."""
-    net = two_task_net()
-    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
-    for form in (list, torch.stack):
-        losses = form(two_losses(net, X))
-        with torch.no_grad():
-            optimizer.backward(losses)
-    assert all(g is not None for g in grads_of(net))
-
-
-def test_a_step_without_what_was_collected_is_warned_of():
-    net = two_task_net()
-    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
-    optimizer.collect(two_losses(net, X))
-    with pytest.warns(UserWarning, match=r"call combine\(\) before step\(\)"):
-        optimizer.step()
-    optimizer.combine()
-    optimizer.step()

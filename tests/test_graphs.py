@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""What a step goes back through, and whose gradients come of it: checkpoints, other dtypes, hooks, other parameters."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import gradsurgery
+from conftest import grads_of, two_losses, two_task_net
+
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "uw"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_reentrant_checkpoints(method, trained):
+    """Passes to named inputs raise, or do not see what is inside where nothing in front of it is trained."""
+    net = two_task_net()
+    net["trunk"][0].requires_grad_(trained)
+    x = X.clone().requires_grad_()
+
+    def losses(reentrant):
+        z = checkpoint(net["trunk"][1:], net["trunk"][0](x), use_reentrant=reentrant)
+        return [net["a"](z).square().mean(), net["b"](z).abs().mean()]
+
+    found = []
+    for reentrant in (True, False):
+        net.zero_grad()
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+        for _ in range(2):
+            info = optimizer.backward(losses(reentrant))
+        found.append((grads_of(net), info.weights))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert found[0][0][2] is not None
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "pcgrad")
+    with pytest.raises(ValueError, match="use_reentrant=False take both"):
+        optimizer.backward(losses(True), mode="batched")
+
+
+def test_a_complex_head_outside_the_surgery():
+    net, head = two_task_net(), torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+    optimizer = gradsurgery.PCGrad(torch.optim.Adam([*net.parameters(), head], lr=0.1))
+    for times in (1, 2):
+        a, b = two_losses(net, X)
+        optimizer.backward([a + (head * (2 + 1j)).abs().sum(), b])
+        (expected,) = torch.autograd.grad((head * (2 + 1j)).abs().sum(), head)
+        torch.testing.assert_close(head.grad, times * expected)
+    optimizer.step()
+    with pytest.raises(TypeError, match=r"is a torch.complex64 gradient, and gradients must be real"):
+        optimizer.backward([head.abs().sum(), head.abs().square().sum()])
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+def test_gradients_wider_than_their_parameters():
+    net = two_task_net(torch.bfloat16)
+    optimizer = gradsurgery.GradNorm(torch.optim.SGD(net.parameters(), lr=0.1))
+    optimizer.backward(two_losses(net, X.bfloat16()))
+    narrow = optimizer.method.state_dict()
+    for p in net.parameters():
+        p.grad_dtype = None
+    optimizer.zero_grad()
+    net["trunk"][0].weight.grad = torch.zeros_like(net["trunk"][0].weight, dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"is torch.float32, its new gradients are torch.bfloat16"):
+        optimizer.backward(two_losses(net, X.bfloat16()))
+    torch.testing.assert_close(optimizer.method.state_dict(), narrow, rtol=0, atol=0)
+    optimizer.zero_grad()
+    for p in net.parameters():
+        p.grad_dtype = torch.float32
+    for times in (1, 2):
+        optimizer.backward(two_losses(net, X.bfloat16()))
+        assert all(g.dtype == torch.float32 for g in grads_of(net)), times
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "uw", "sum"])
+def test_under_no_grad(method):
+    """The graph is there already."""
+    net = two_task_net()
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+    for form in (list, torch.stack):
+        losses = form(two_losses(net, X))
+        with torch.no_grad():
+            optimizer.backward(losses)
+    assert all(g is not None for g in grads_of(net))
+
+
+def test_a_step_without_what_was_collected_is_warned_of():
+    net = two_task_net()
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    optimizer.collect(two_losses(net, X))
+    with pytest.warns(UserWarning, match=r"call combine\(\) before step\(\)"):
+        optimizer.step()
+    optimizer.combine()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "uw"])
+def test_parameters_outside_the_optimizer_get_no_gradient(method):
+    net = two_task_net()
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net["trunk"].parameters(), lr=0.1), method)
+    optimizer.backward(two_losses(net, X))
+    assert all(p.grad is not None for p in net["trunk"].parameters())
+    assert net["a"].weight.grad is None
+
+
+def test_hooks_run_once_for_each_loss_and_not_after_accumulation():
+    net, calls = two_task_net(), []
+    weight = net["trunk"][0].weight
+    weight.register_hook(lambda grad: calls.append("gradient"))
+    weight.register_post_accumulate_grad_hook(lambda p: calls.append("accumulated"))
+    gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1)).backward(two_losses(net, X))
+    assert calls == ["gradient"] * 2
+
+
+def test_passes_through_reentrant_checkpoints_reach_other_parameters_and_hooks():
+    net, calls = two_task_net(), []
+    weight, head = net["trunk"][0].weight, net["a"].weight
+    weight.register_post_accumulate_grad_hook(lambda p: calls.append("accumulated"))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net["trunk"].parameters(), lr=0.1))
+    z = checkpoint(net["trunk"], X.clone().requires_grad_(), use_reentrant=True)
+    optimizer.backward([net["a"](z).square().mean(), net["a"](z).abs().mean()])
+    assert calls == ["accumulated"] * 2
+    z = net["trunk"](X).detach()
+    (expected,) = torch.autograd.grad(net["a"](z).square().mean() + net["a"](z).abs().mean(), head)
+    torch.testing.assert_close(head.grad, expected)
+
+
+def test_what_was_collected_is_dropped_by_the_optimizer_not_the_model():
+    net = two_task_net()
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    optimizer.collect(two_losses(net, X))
+    net.zero_grad()
+    optimizer.combine()
+    optimizer.collect(two_losses(net, X))
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="nothing to combine"):
+        optimizer.combine()
