@@ -110,7 +110,6 @@ class Operation:
 
 
 def operate(
-    method: Method,
     collected: Collected,
     planner: Planner,
     processes: Replicas | Shards,
@@ -119,10 +118,10 @@ def operate(
     before: Callable[[], None],
 ) -> SurgeryInfo:
     """Operate on what was collected, and add the result to ``.grad``; ``before`` is called before anything changes."""
-    num_tasks = len(collected.tasks)
-    collected = planner.cover(method, processes.average(collected))
+    method, num_tasks = planner.method, len(collected.tasks)
+    collected = planner.cover(processes.average(collected))
     grads, reach, foreign = read(collected)
-    plan = planner.plan_for(method, collected, reach, groups)
+    plan = planner.plan_for(collected, reach, groups)
     for p in plan.shared if foreign else ():
         for t, row in enumerate(collected.grads):
             if row[p] is not None:
@@ -137,7 +136,7 @@ def operate(
     whole = planner.granularity == "global"
     operation = Operation(method, collected, grads, plan, processes, backend, backend_name, whole)
     gram, weights = operation.write(out[:begin], accumulate, before)
-    planner.remember(method, plan, collected)
+    planner.remember(plan, collected)
     if plain or foreign:
         if method.weights_losses:
             of_losses, there = weights[0], set()  # type: ignore[index]
@@ -156,7 +155,6 @@ def operate(
 
 
 def backward_once(
-    method: Method,
     losses: Losses,
     parameters: list[Tensor],
     planner: Planner,
@@ -165,7 +163,8 @@ def backward_once(
     **passes: Any,
 ) -> SurgeryInfo:
     """Go back from the weighted sum of the losses, in one pass, and add the gradients; a failure changes nothing."""
-    before, found = method.state_dict(), []
+    method, found = planner.method, []
+    before = method.state_dict()
 
     def weigh_by(tasks: list[str], values: Tensor) -> Tensor:
         planner.check_tasks(tasks)

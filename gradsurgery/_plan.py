@@ -117,6 +117,7 @@ class Planner:
     """
 
     def __init__(self, method: Method, named: Iterable[Tensor] | None, granularity: str) -> None:
+        self.method = method
         self._by_task = method.tells_tasks_apart
         self.named = None if named is None else list(named)
         self.granularity = granularity
@@ -125,9 +126,9 @@ class Planner:
         self.kept: list[Tensor] = []  # whose gradients the method keeps
         self._tasks: list[str] | None = None  # of a method that tells them apart
 
-    def state_dict(self, method: Method, parameters: list[Tensor], shards: Shards | None) -> dict[str, Any]:
+    def state_dict(self, parameters: list[Tensor], shards: Shards | None) -> dict[str, Any]:
         """Return the method's state and, of the parameters whose gradients it keeps, the places among all."""
-        state: dict[str, Any] = {"surgery": method.state_dict()}
+        state: dict[str, Any] = {"surgery": self.method.state_dict()}
         if self.kept:
             places = {id(p): place for place, p in enumerate(parameters)}
             state["shared"] = [places[id(p)] for p in self.kept]
@@ -154,19 +155,20 @@ class Planner:
         if self._by_task:
             self._tasks = tasks
 
-    def cover(self, method: Method, collected: Collected) -> Collected:
+    def cover(self, collected: Collected) -> Collected:
         """Return the same with zero gradients of what the method keeps and no loss reaches, if it is to be shared."""
-        if not self._named_for(method) and not all(collected.present):
+        named = self._named()
+        if not named and not all(collected.present):
             raise ValueError(
                 "what is shared cannot be told without every loss: name it by shared=, or give all of them first"
             )
-        return collected if self._named_for(method) is None else collected.covering(self.kept)
+        return collected if named is None else collected.covering(self.kept)
 
-    def plan_for(self, method: Method, collected: Collected, reach: bytes, groups: list[dict[str, Any]]) -> Plan:
+    def plan_for(self, collected: Collected, reach: bytes, groups: list[dict[str, Any]]) -> Plan:
         """Return the last step's plan if it still holds, else a new one.
 
         Args:
-            method, collected: those of the step.
+            collected: that of the step.
             reach: of each parameter, how many losses reach it.
             groups: the optimizer's parameter groups.
 
@@ -174,7 +176,7 @@ class Planner:
             ValueError: the method keeps something of other parameters, segments or tasks, or reads a G that there is
                 not.
         """
-        plan, measured = self._plan, method.gram_parameters
+        plan, measured = self._plan, self.method.gram_parameters
         enough = min(2, len(collected.tasks))
         if plan is None or not plan.holds(collected.parameters, reach, enough, measured):
             group_of = None
@@ -183,43 +185,44 @@ class Planner:
             plan = make_plan(
                 collected.parameters,
                 reach,
-                shared=self._named_for(method),
+                shared=self._named(),
                 enough=enough,
                 groups=group_of,
                 per_tensor=self.granularity == "per_tensor",
                 measured=measured,
             )
-            self._check_same(method, plan)
+            self._check_same(plan)
             self._plan = plan
         self.check_tasks(collected.tasks)
         return plan
 
-    def remember(self, method: Method, plan: Plan, collected: Collected) -> None:
+    def remember(self, plan: Plan, collected: Collected) -> None:
         """Take note of what the method keeps after a step."""
         self.remember_tasks(collected.tasks)
         if not plan.shared:
             return
-        if method.state_by_problem:
+        if self.method.state_by_problem:
             self._blocks = plan.blocks
-        if isinstance(method, BufferedMethod):
+        if isinstance(self.method, BufferedMethod):
             self.kept = self.kept or [plan.parameters[p] for p in plan.shared]
 
-    def _named_for(self, method: Method) -> list[Tensor] | None:
-        return self.kept or None if method.takes_absent and self.named is None else self.named
+    def _named(self) -> list[Tensor] | None:
+        """Return the shared parameters, where steps before this one or the user have settled them."""
+        return self.kept or None if self.method.takes_absent and self.named is None else self.named
 
-    def _check_same(self, method: Method, plan: Plan) -> None:
+    def _check_same(self, plan: Plan) -> None:
         if not plan.shared:
             return
         shared = [plan.parameters[p] for p in plan.shared]
         if self.kept and not _are_same(self.kept, shared):
             raise ValueError(
-                f"method {method.name!r} keeps gradients of the shared parameters, which must be the same at each "
+                f"method {self.method.name!r} keeps gradients of the shared parameters, which must be the same at each "
                 f"step: name them by shared=, and leave requires_grad as it is; had {len(self.kept)}, got {len(shared)}"
             )
         if self._blocks is not None and not _are_same(self._blocks, plan.blocks):
             raise ValueError(
-                f"method {method.name!r} has a state for each group or tensor of the shared parameters, which must be "
-                f"the same at each step; had {len(self._blocks)}, got {len(plan.blocks)} or others"
+                f"method {self.method.name!r} has a state for each group or tensor of the shared parameters, which "
+                f"must be the same at each step; had {len(self._blocks)}, got {len(plan.blocks)} or others"
             )
 
 

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from ._checks import check_count, check_not_negative
 from ._constant import constant
 from ._gradients import as_float64
 from .backends import choose
@@ -41,8 +40,7 @@ def task_order(
         ValueError: ``num_tasks``, ``seed`` or ``step`` is out of its range.
         RuntimeError: the named backend cannot serve the call.
     """
-    if not isinstance(num_tasks, int) or num_tasks < 1:
-        raise ValueError(f"num_tasks must be an int >= 1, got {num_tasks!r}")
+    check_count("num_tasks", num_tasks)
     if device is None:
         device = step.device if isinstance(step, Tensor) else "cpu"
     order = torch.empty(num_tasks, num_tasks, dtype=torch.int64, device=device)
@@ -174,7 +172,8 @@ def gradnorm_update(
             raise ValueError(f"{name} must be on {weights.device} like weights, got {value.device}")
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a real floating-point tensor, got {value.dtype}")
-    check_gradnorm(alpha, lr)
+    check_not_negative("alpha", alpha)
+    check_not_negative("lr", lr)
     inputs = [as_float64(value) for value in values.values()]
     out = torch.empty_like(inputs[0])
     choose(backend, weights.device, weights.shape[-1]).gradnorm(inputs, alpha, lr, out)
@@ -254,12 +253,6 @@ def check_solver(solver: str, max_iter: int, tol: float) -> None:
         raise ValueError(f'solver must be "exact" or "frank_wolfe", got {solver!r}')
     if not isinstance(max_iter, int) or max_iter < 1 or not tol >= 0:
         raise ValueError(f"max_iter must be an int >= 1 and tol >= 0, got {max_iter} and {tol}")
-
-
-def check_gradnorm(alpha: float, lr: float) -> None:
-    """Raise ValueError unless these are options of :func:`gradnorm_update`."""
-    if not 0 <= alpha < math.inf or not 0 <= lr < math.inf:
-        raise ValueError(f"alpha and lr must be >= 0 and finite, got {alpha} and {lr}")
 
 
 def check_seed(seed: int) -> int:

@@ -154,7 +154,6 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if once and before is None and holds_weights(losses, self.method.takes_absent):
             parameters = self._trainable()
             return backward_once(
-                self.method,
                 losses,
                 parameters,
                 self._planner,
@@ -223,7 +222,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
                 f"{collected.batches}"
             )
         planner, processes = self._planner, self._processes
-        return operate(self.method, collected, planner, processes, self.param_groups, self.backend, self._forget)
+        return operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer; warn of collected gradients that are not in ``.grad``."""
@@ -254,7 +253,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         Also, under "shared", the places of the parameters whose gradients the method keeps, if it does, and under
         "tasks" the names of the tasks that it keeps something of.
         """
-        ours = self._planner.state_dict(self.method, self._parameters(), self._processes.shards)
+        ours = self._planner.state_dict(self._parameters(), self._processes.shards)
         return {**self.optimizer.state_dict(), **ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -179,7 +179,7 @@ GRAM = torch.eye(3)
         (lambda: gradsurgery.methods.get("mgda", normalization="l1"), ValueError, "normalization must be one of none"),
         (lambda: gradsurgery.methods.get("mgda", combine="both"), ValueError, 'combine must be "original" or'),
         (lambda: gradsurgery.methods.get("mgda", solver="newton"), ValueError, "solver must be"),
-        (lambda: gradsurgery.methods.get("gradnorm", lr=-1.0), ValueError, "alpha and lr must be >= 0 and"),
+        (lambda: gradsurgery.methods.get("gradnorm", lr=-1.0), ValueError, "lr must be >= 0 and finite, got -1.0"),
         (
             lambda: gradsurgery.methods.get("pcgrad").load_state_dict({"x": 1}),
             ValueError,

@@ -74,7 +74,7 @@ class Wrong(methods.Method):
 
 def test_what_a_method_was_given_can_be_read():
     assert repr(methods.PCGrad("mean", 7)) == "PCGrad(reduction='mean', seed=7)"
-    assert repr(methods.Tchebycheff([1, 2])) == "Tchebycheff(pref=[1, 2], ideal=None)"
+    assert repr(methods.Tchebycheff([1, 2])) == "Tchebycheff(pref=[1.0, 2.0], ideal=None)"
     assert (
         repr(methods.GradNorm(0.5, norm_parameters=[X])) == "GradNorm(alpha=0.5, lr=0.025, norm_parameters=<1 tensors>)"
     )

@@ -74,13 +74,12 @@ class PerTask:
         valid: Callable[[Tensor], Tensor] = torch.isfinite,
     ) -> None:
         self.name = name
-        self.given = values
         self.values = torch.as_tensor(values, dtype=torch.float64).detach().clone()
         if self.values.dim() != 1 or not (self.values.isfinite() & valid(self.values)).all():
             raise ValueError(f"{name} must be T {wanted}, got {values!r}")
 
     def __repr__(self) -> str:
-        return repr(self.given)
+        return repr(self.values.tolist())
 
     def on(self, gram: Tensor, method: str) -> Tensor:
         """Return the numbers [T] on G's device."""

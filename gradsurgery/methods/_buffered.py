@@ -67,6 +67,7 @@ class BufferedMethod(Method):
             backend: a name of :func:`gradsurgery.backends`; None chooses.
             total: from sums over what lies on this process to sums over all, where gradients are sharded.
         """
+        self._begin(rows)
         if self._buffers is not None:
             _check_alike(self._buffers, rows, self.name)
             if any(g is not None and g.dtype is not b.dtype for b, g in _pairs(self._buffers, rows)):
@@ -91,6 +92,9 @@ class BufferedMethod(Method):
                 self._buffers = [[b.to(products.device) for b in row] for row in self._buffers]
                 self._state = {name: value.to(products.device) for name, value in self._state.items()}
         return self._replace(Given(rows, products, losses, scale, backend, total))
+
+    def _begin(self, rows: Rows) -> None:
+        """Look at the rows; raise ValueError if they do not do."""
 
     def _replace(self, given: Given) -> Rows:
         """Do it."""

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._checks import check_not_negative
 from .._gradients import describe
 from ..functional import check_gram
 from ._base import Method, PerTask, making_state, read_losses
-from ._checks import check_not_negative
 
 
 class LossMethod(Method):

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._checks import check_not_negative
 from ._base import Solver, SolverMethod
-from ._checks import check_not_negative
 
 
 class CAGrad(SolverMethod):
@@ -44,4 +44,6 @@ class CAGrad(SolverMethod):
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights; NaN where G is not finite."""
         weights = super().weights(gram, backend=backend)
-        return weights / (1.0, 1 + self.c**2, 1 + self.c)[self.rescale] if self.rescale else weights
+        if self.rescale == 0:
+            return weights
+        return weights / (1 + (self.c**2 if self.rescale == 1 else self.c))

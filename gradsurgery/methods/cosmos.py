@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import check_not_negative
+from .._checks import check_not_negative
 from ._preferences import PreferenceMethod, across, unit
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_fraction
 from ..functional import check_gram
 from ._base import Method, state_on, taken_over, weigh
 from ._buffered import BufferedMethod
-from ._checks import check_fraction
 from ._coordinate import CoordinateMethod
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_positive
+from .._checks import check_count, check_positive
 from ._losses import LossMethod
 
 

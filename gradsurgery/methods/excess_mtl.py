@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._checks import check_positive
 from ._buffered import BufferedMethod, Buffers, Given, Rows
-from ._checks import check_positive
 
 
 class ExcessMTL(BufferedMethod):

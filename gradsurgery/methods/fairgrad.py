@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from .._checks import check_positive
 from ._base import Solver, SolverMethod
-from ._checks import check_positive
 
 
 class FairGrad(SolverMethod):

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .._checks import check_not_negative
 from ..collect import Losses
 from ._base import read_losses
-from ._checks import check_not_negative
 from ._losses import LossMethod
 
 _BETAS = (0.9, 0.999)

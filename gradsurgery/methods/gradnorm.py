@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_not_negative
 from .._gradients import describe
-from ..functional import check_gradnorm, check_gram, gradnorm_step
+from ..functional import check_gram, gradnorm_step
 from ._base import Method, read_losses, state_on
 
 
@@ -37,9 +38,8 @@ class GradNorm(Method):
     scale = "sums to T"
 
     def __init__(self, alpha: float = 1.5, lr: float = 0.025, norm_parameters: Sequence[Tensor] | None = None) -> None:
-        check_gradnorm(alpha, lr)
-        self.alpha = alpha
-        self.lr = lr
+        self.alpha = check_not_negative("alpha", alpha)
+        self.lr = check_not_negative("lr", lr)
         self.gram_parameters = self.norm_parameters = None if norm_parameters is None else list(norm_parameters)
         self._state: tuple[Tensor, Tensor] | None = None
 

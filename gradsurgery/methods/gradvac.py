@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .._checks import check_fraction
 from .._gradients import describe
 from ..functional import check_gram, gradvac_step
 from ._base import SteppedMethod, state_on, taken_over
-from ._checks import check_fraction
 
 
 class GradVac(SteppedMethod):

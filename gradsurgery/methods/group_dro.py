@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import check_not_negative
+from .._checks import check_not_negative
 from ._losses import LossMethod
 
 

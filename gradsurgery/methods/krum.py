@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._checks import check_count
 from ..functional import check_gram
 from ._base import Solver, SolverMethod
-from ._checks import check_count
 
 
 class Krum(SolverMethod):

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .._checks import check_fraction
 from ..functional import solver_weights
 from ._base import PerTask
 from ._buffered import BufferedMethod, Given, Rows
-from ._checks import check_fraction
 
 
 class MConFIG(BufferedMethod):
@@ -53,15 +53,8 @@ class MConFIG(BufferedMethod):
         self.beta = check_fraction("beta", beta, one=False)
         self.pref = None if pref is None else PerTask("pref", pref)
 
-    def replace(
-        self,
-        rows: Rows,
-        losses: Tensor | None,
-        scale: Tensor | None,
-        backend: str | None,
-        total: Callable[[Tensor], Tensor] = lambda numbers: numbers,
-    ) -> Rows:
-        """Average the gradients that there are."""
+    def _begin(self, rows: Rows) -> None:
+        """Note which tasks have gradients."""
         absent = [t for t, row in enumerate(rows) if all(g is None for g in row)]
         if self._buffers is None and absent:
             raise ValueError(f"the first step of method {self.name!r} needs gradients of every task, not of {absent}")
@@ -72,7 +65,6 @@ class MConFIG(BufferedMethod):
         if self.pref is not None:
             self.pref.on(present, self.name)  # raises before anything changes
         self._present = present
-        return super().replace(rows, losses, scale, backend, total)
 
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
         counts = torch.zeros(len(gram), dtype=torch.int64, device=gram.device)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import check_fraction, check_not_negative, check_positive
 from ._buffered import BufferedMethod, Given, Rows
-from ._checks import check_fraction, check_not_negative, check_positive
 from ._simplex import project_on_simplex
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_not_negative, check_positive
+from .._checks import check_not_negative, check_positive
 from ._simplex import SimplexMethod, project_on_simplex
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._checks import check_count, check_fraction, check_not_negative, check_positive
 from ._base import PerTask
-from ._checks import check_count, check_fraction, check_not_negative, check_positive
 from ._simplex import SimplexMethod, project_on_simplex
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_positive
+from .._checks import check_count, check_positive
 from ._losses import LossMethod
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import check_count
 from .._extension import Rule
-from ._checks import check_count
 from ._coordinate import CoordinateMethod
 
 
