@@ -117,7 +117,7 @@ def test_hostile_gradients_have_a_direction_and_a_nan_is_one(name, tasks):
 
 def test_cagrad_reads_nothing_on_the_host(monkeypatch):
     """With its many min-norm problems, which mgda stands for above, left out."""
-    monkeypatch.setattr(solvers, "wolfe", lambda gram, *start: torch.ones_like(gram[..., 0]))
+    monkeypatch.setattr(solvers, "wolfe", lambda gram, start: torch.ones_like(gram[..., 0]))
     gram, out = torch.ones(3, 3, dtype=torch.float64, device="meta"), torch.ones(3, dtype=torch.float64, device="meta")
     solvers.solve(gram, "cagrad", None, 0.5, float("inf"), out)
 

@@ -16,7 +16,8 @@ namespace {
 // takes about 20 KB of a multiprocessor's copies at a time; of large ones more would hold up the threads that start
 // them.
 constexpr int kParts = 8, kAhead = 1, kSmallAhead = 3;
-constexpr int64_t kLeastPart = 8192, kSmallPart = 16384;  // bytes: smaller ones wait for memory one after the other
+constexpr int64_t kLeastPart = 8192;  // bytes: smaller ones wait for memory one after the other
+constexpr int64_t kSmallPart = 16384;
 constexpr int kPairs = kFusedTasks * (kFusedTasks + 1) / 2;
 
 // What the stages keep in shared memory beside the gradients, one after the other.

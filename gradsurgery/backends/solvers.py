@@ -7,6 +7,8 @@ problems have converged.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -106,16 +108,15 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
     mean_squared = mean.mean(-1, keepdim=True).clamp(min=0)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     target = c**2 * mean_squared
-    x = torch.zeros_like(mean)
-    known: list[Tensor] = []  # x of some lambda
+    x: Any = None
 
     def excess(scale: Tensor) -> Tensor:
-        """|lambda g_x|^2 - kappa^2; x is left in place."""
+        """Return |lambda g_x|^2 - kappa^2; x becomes this lambda's, sought from the last one's on."""
+        nonlocal x
         scale = scale[..., None]
         shifted = scale**2 * gram + scale * (mean[:, :, None] + mean[:, None]) + mean_squared[..., None]
         shifted.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
-        x.copy_(wolfe(shifted, *known))
-        known[:] = [x]
+        x = wolfe(shifted, x)
         return scale[..., 0] ** 2 * _square(gram, x) - target
 
     wanted = (c > 0) & (mean_squared > 1e-15 * trace)
