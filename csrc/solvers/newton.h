@@ -97,14 +97,17 @@ class Newton {
         team_.sync();
         residual = measure(tried_);
       }
-      const bool closer = residual < before;
-      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-        y_[i] = closer ? tried_[i] : y_[i] + step * direction[i];
+      if (!(residual < before)) {
+        team_.sync();  // others may still multiply by tried_
+        for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) tried_[i] = y_[i] + step * direction[i];
+        team_.sync();
+        residual = measure(tried_);
       }
-      team_.sync();
-      if (before <= 1e-3 && before >= 0.5 * last) break;  // y is as good as rounding allows
+      const bool ends = before <= 1e-3 && before >= 0.5 * last;  // as good as rounding allows
+      if (ends && !(residual < before)) break;
+      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) y_[i] = tried_[i];
+      if (ends) break;
       last = before;
-      if (!closer) residual = measure(y_);
     }
     return true;
   }
@@ -116,7 +119,7 @@ class Newton {
     double squares = 0;
     for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       bend_[i] = power_ == 1 ? c_[i] / y[i] : c_[i] * std::pow(y[i], -power_);
-      const double error = 1 - ky_[i] / bend_[i];
+      const double error = (bend_[i] - ky_[i]) / bend_[i];
       squares += y[i] > kLeastY || error > 0 ? error * error : 0;
     }
     return std::sqrt(team_.sum(squares) / static_cast<double>(tasks_));

@@ -209,9 +209,11 @@ def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
         tried = torch.where(part < 0, y * (1 - power * part) ** -alpha, y + direction).clamp(min=_LEAST_Y)
         closer = (step < 1) & (measure(tried)[2] < residual)
         moved = torch.where(closer, tried, y + step * direction)
-        y = torch.where(settled, y, torch.where(convex, moved, start))
+        ends = convex & ~((residual > 1e-3) | (residual < 0.5 * last))  # as good as rounding allows
+        stays = settled | (ends & ~(measure(moved)[2] < residual))
+        y = torch.where(stays, y, torch.where(convex, moved, start))
         ridge = torch.where(settled | convex, ridge, (8 * ridge).clamp(min=num_tasks * 2.0**-23))
-        settled = settled | (convex & ~((residual > 1e-3) | (residual < 0.5 * last)))
+        settled = settled | ends
         last = torch.where(convex, residual, torch.inf)
     return torch.where(n > 0, y / torch.where(n > 0, n, 1) * largest ** (-2 / (1 + power)), 0)
 
