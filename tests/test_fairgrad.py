@@ -25,15 +25,16 @@ def test_a_weight_that_is_all_but_nothing(backend):
 @pytest.mark.parametrize("alpha", [1.0, 5.0, 50.0, 100.0])
 @pytest.mark.parametrize("tasks", [2, 5, 8])
 def test_the_equation_holds_for_norms_that_differ(backend, tasks, alpha):
+    rows = []
     for seed in range(1 if INTERPRETED and backend == "triton" else 20):
         ratio = 10.0 ** (seed % 4 if alpha > 50 else seed % 7)
         lengths = ratio ** torch.linspace(0, 1, tasks, dtype=torch.float64, device=DEVICE)
-        rows = lengths[:, None] * normal(tasks, tasks + 1 + seed, seed=seed)
-        gram = gradsurgery.gram(rows)
-        w = weigh("fairgrad", gram, backend, alpha=alpha)
+        rows.append(lengths[:, None] * normal(tasks, tasks + 1 + seed, seed=seed))
+    weights = weigh("fairgrad", torch.stack([gradsurgery.gram(each) for each in rows]), backend, alpha=alpha)
+    for each, w in zip(rows, weights, strict=True):
+        lengths, product = each.norm(dim=1), gradsurgery.gram(each) @ w
         # Where a weight is rounding of d no product with it can be right.
-        counts = w * rows.norm(dim=1) > 1e-200 * (w @ rows).norm()
-        torch.testing.assert_close(
-            ((gram @ w) * w ** (1 / alpha))[counts], torch.ones_like(w)[counts], rtol=1e-6, atol=0
-        )
-        assert (gram @ w > -1e-9 * rows.norm(dim=1) * (w @ rows).norm()).all()
+        counts = w * lengths > 1e-200 * (w @ each).norm()
+        solved = (product * w ** (1 / alpha))[counts]
+        torch.testing.assert_close(solved, torch.ones_like(solved), rtol=1e-6, atol=0)
+        assert (product > -1e-9 * lengths * (w @ each).norm()).all()
