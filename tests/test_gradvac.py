@@ -40,19 +40,19 @@ def explicit_gradvac(rows, order, beta, targets):
 @pytest.mark.parametrize("tasks", TASKS)
 def test_gradvac_is_algorithm_1(backend, tasks):
     method = methods.get("gradvac", beta=0.3, seed=4)
-    targets = torch.zeros(tasks, tasks, dtype=torch.float64)
+    targets = torch.zeros(tasks, tasks, dtype=torch.float64, device="cpu")
     for step in range(4):
         rows = normal(tasks, 40, seed=step) + normal(1, 40, seed=9)
         order = gradsurgery.task_order(tasks, seed=4, step=step, device=DEVICE)
         got = method.weights(gradsurgery.gram(rows), backend=backend) @ rows
-        expected = explicit_gradvac(rows, order, 0.3, targets)
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(method.state_dict()["targets"], targets, rtol=1e-9, atol=1e-9)
+        expected = explicit_gradvac(rows.cpu(), order, 0.3, targets)
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(method.state_dict()["targets"].cpu(), targets, rtol=1e-9, atol=1e-9)
     if tasks > 1:
         assert (targets > 0).any()
     bad = torch.full((tasks, tasks), torch.nan, dtype=torch.float64)
     assert method.weights(bad, backend=backend).isnan().all()
-    torch.testing.assert_close(method.state_dict()["targets"], targets, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(method.state_dict()["targets"].cpu(), targets, rtol=1e-9, atol=1e-9)
 
 
 def test_gradvac_starts_as_pcgrad(backend):

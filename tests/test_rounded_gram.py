@@ -28,11 +28,13 @@ def test_fairgrad_of_opposite_gradients_whose_gram_matrix_is_rounded(backend, ta
         assert (w > 0).all()
         norms = gram.diagonal().sqrt()
         cosines = (gram / norms[:, None] / norms).clamp(-1, 1)
+        y, pull = norms * w, norms * w ** (1 / alpha)
         solved = False
         for ridge in (1e-12, *(tasks * 2.0**-23 * 8**k for k in range(3))):
-            product = norms * ((cosines + ridge * torch.eye(tasks)) @ (norms * w))
-            error = (product * w ** (1 / alpha) - 1).abs().max()
-            solved |= bool(error <= 1e-8 + 4e-15 / ridge)  # and rounding, where terms cancel
+            ridged = cosines + ridge * torch.eye(tasks)
+            # But for the rounding of terms that cancel.
+            error = ((pull * (ridged @ y) - 1).abs() / (pull * (ridged.abs() @ y))).max()
+            solved |= bool(error <= 4 * torch.finfo(torch.float64).eps)
         assert solved
 
 
