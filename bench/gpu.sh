@@ -84,21 +84,29 @@ part_test() {
 }
 
 part_sanitize() {
-  local tool option failed=0 ours=()
+  local tool option failed=0 ours=() running=()
   # Our kernels alone, by whichever option this version has; else all.
   for option in --kernel-regex --kernel-name --filter; do
     ! compute-sanitizer "$option" kns=gs3gpu true > /dev/null 2>&1 || { ours=("$option" kns=gs3gpu); break; }
   done
   local options=(--error-exitcode 99 --launch-timeout 0 --report-api-errors no)
+  # Side by side: each keeps one processor busy.
   for tool in memcheck racecheck initcheck synccheck; do
     local filter=("${ours[@]}") settings=(env)
     # Without torch's cache each tensor is an allocation of its own, whose bounds and contents the tool knows.
     [[ $tool != @(memcheck|initcheck) ]] || settings+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1)
     # initcheck has to see torch's kernels write what ours read.
     [[ $tool != initcheck ]] || filter=()
-    echo "== $tool"
-    within "$((limit / 4))" "${settings[@]}" compute-sanitizer --tool "$tool" "${options[@]}" "${filter[@]}" \
-      "${pytest[@]}" tests/test_cuda_kernels.py -k sanitize || { echo "== $tool failed: $?"; failed=1; }
+    within "$limit" "${settings[@]}" compute-sanitizer --tool "$tool" "${options[@]}" "${filter[@]}" \
+      "${pytest[@]}" tests/test_cuda_kernels.py -k sanitize > "$output/gpu-sanitize-$tool.log" 2>&1 &
+    running+=("$tool $!")
+  done
+  for tool in "${running[@]}"; do
+    local status=0
+    wait "${tool#* }" || status=$?
+    echo "== ${tool% *}"
+    cat "$output/gpu-sanitize-${tool% *}.log"
+    ((status == 0)) || { echo "== ${tool% *} failed: $status"; failed=1; }
   done
   return "$failed"
 }

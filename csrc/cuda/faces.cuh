@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Problems on the simplex for a few tasks by a block of 2^T threads, or if that is less by a warp: all faces at once,
-// each by a thread.
+// Problems on the simplex and on cones for a few tasks by a block of at least 2^T threads: all faces at once, each
+// by a thread.
 #pragma once
 #include "cuda/teams.cuh"
 #include "solvers/faces.h"
@@ -11,19 +11,20 @@ constexpr int kFaceTasks = 8;  // at most as many
 
 template <int kTasks>
 struct FaceMemory {
-  double gram[kTasks * kTasks];  // with zeros for absent tasks
-  double value[(1 << kTasks) / kWarp + 1];
-  int64_t face[(1 << kTasks) / kWarp + 1];
+  static constexpr int kWarps = (1 << kTasks) > kWarp ? (1 << kTasks) / kWarp : 1;  // that have faces, at most
+  double gram[kTasks * kTasks];                                                     // with zeros for absent tasks
+  double value[kWarps];
+  int64_t face[kWarps];
 };
 
 // Copies G; whether it is finite.
 template <int kTasks>
-GS_DEVICE bool load_gram(FaceMemory<kTasks>& memory, const double* gram, int num_tasks) {
+GS_DEVICE bool load_gram(double (&target)[kTasks * kTasks], const double* gram, int num_tasks) {
   bool finite = true;
   for (int e = thread(); e < kTasks * kTasks; e += threads()) {
     const int i = e / kTasks, j = e % kTasks;
-    memory.gram[e] = i < num_tasks && j < num_tasks ? gram[i * num_tasks + j] : 0;
-    finite = finite && std::isfinite(memory.gram[e]);
+    target[e] = i < num_tasks && j < num_tasks ? gram[i * num_tasks + j] : 0;
+    finite = finite && std::isfinite(target[e]);
   }
   return !any_of_block(!finite);
 }
@@ -37,13 +38,14 @@ GS_DEVICE int64_t least_face(FaceMemory<kTasks>& memory, int num_tasks, const So
   int64_t face = thread();
   if (face > 0 && face < 1 << num_tasks) value = solve(static_cast<uint32_t>(face), w);
   WarpTeam{}.least(value, face);
-  if (thread() % kWarp == 0) {
+  constexpr int kWarps = FaceMemory<kTasks>::kWarps;
+  if (thread() % kWarp == 0 && thread() / kWarp < kWarps) {
     memory.value[thread() / kWarp] = value;
     memory.face[thread() / kWarp] = face;
   }
   sync_block();
   int best = 0;
-  for (int warp = 1; warp < threads() / kWarp; warp++) {
+  for (int warp = 1; warp < kWarps && warp < threads() / kWarp; warp++) {
     if (memory.value[warp] < memory.value[best]) best = warp;
   }
   value = memory.value[best];
@@ -63,5 +65,11 @@ GS_DEVICE void solve_min_norm_faces(FaceMemory<kTasks>& memory, int num_tasks, d
     if (i < num_tasks) result[i] = w[i];
   }
 }
+
+// The weights of CAGrad, and of UPGrad (`alone`) or DualProj, from batch Gram matrices of at most kFaceTasks tasks.
+gs_status launch_cagrad_faces(const double* gram, int64_t batch, int num_tasks, double c, double* weights,
+                              gs_stream stream);
+gs_status launch_projection_faces(const double* gram, int64_t batch, int num_tasks, bool alone,
+                                  const double* preference, double ridge, double* weights, gs_stream stream);
 
 }  // namespace gs::gpu

@@ -87,7 +87,7 @@ GS_RARE void solve(const FusedProblem& problem, uint64_t step, Scratch& scratch)
   } else if (broken) {
     if (thread() < num_tasks) scratch.weights[thread()] = NAN;
   } else {
-    load_gram(scratch.faces, scratch.gram, num_tasks);
+    load_gram<kFaceTasks>(scratch.faces.gram, scratch.gram, num_tasks);
     solve_min_norm_faces(scratch.faces, num_tasks, scratch.weights);
   }
   sync_block();

@@ -46,7 +46,7 @@ GS_KERNEL min_norm_faces_kernel(const double* gram, int num_tasks, double* weigh
   auto& memory = shared<FaceMemory<kTasks>>();
   const double* problem = gram + block() * num_tasks * num_tasks;
   double* result = weights + block() * num_tasks;
-  const bool finite = load_gram(memory, problem, num_tasks);
+  const bool finite = load_gram<kTasks>(memory.gram, problem, num_tasks);
   let_next_kernel_start();
   if (!finite) {
     if (thread() < kWarp) fill_nan(WarpTeam{}, result, num_tasks);

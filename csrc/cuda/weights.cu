@@ -87,55 +87,6 @@ gs_status launch_spectral(const double* gram, int64_t batch, int64_t num_tasks, 
                 stream, gram, num_tasks, method, preference, weights, workspace, fits ? 0 : values);
 }
 
-template <int kTasks>
-struct CAGradMemory {
-  FaceMemory<kTasks> faces;
-  double mean[kTasks];  // of the gradients, by its products with them
-  double scratch[cagrad_scratch(kTasks)];
-};
-
-// CAGrad for up to kTasks tasks, one thread per face. What rounding keeps from any face's conditions, Pareto-stationary
-// gradients among it, is left to a warp.
-template <int kTasks>
-GS_KERNEL cagrad_faces_kernel(const double* gram, int num_tasks, double c, double* weights) {
-  wait_for_previous_kernel();
-  auto& memory = shared<CAGradMemory<kTasks>>();
-  const double* problem = gram + block() * num_tasks * num_tasks;
-  double* result = weights + block() * num_tasks;
-  const bool finite = load_gram(memory.faces, problem, num_tasks);
-  let_next_kernel_start();
-  if (!finite) {
-    if (thread() < kWarp) fill_nan(WarpTeam{}, result, num_tasks);
-    return;
-  }
-  const double even = 1.0 / num_tasks;
-  if (thread() < kTasks) {
-    double sum = 0;
-    for (int j = 0; j < kTasks; j++) sum += memory.faces.gram[thread() * kTasks + j];
-    memory.mean[thread()] = sum * even;
-  }
-  sync_block();
-  double value, w[kTasks];
-  const auto solve = [&](uint32_t face, double (&x)[kTasks]) {
-    return face_cagrad<kTasks>(memory.faces.gram, memory.mean, num_tasks, c, face, x);
-  };
-  const int64_t face = least_face(memory.faces, num_tasks, solve, value, w);
-  if (!(value < INFINITY)) {
-    if (thread() < kWarp) CAGrad(WarpTeam{}, problem, num_tasks, memory.scratch).solve(c, result);
-  } else if (thread() == face) {
-    for (int i = 0; i < kTasks; i++) {
-      if (i < num_tasks) result[i] = even + w[i];
-    }
-  }
-}
-
-template <int kTasks>
-gs_status launch_cagrad_faces(const double* gram, int64_t batch, int num_tasks, double c, double* weights,
-                              gs_stream stream) {
-  return launch(cagrad_faces_kernel<kTasks>, batch, std::max(kWarp, 1 << num_tasks), sizeof(CAGradMemory<kTasks>),
-                stream, gram, num_tasks, c, weights);
-}
-
 // Warps take the rows in turn; their parts are added in the order of the warps.
 GS_KERNEL gradvac_kernel(const double* gram, int64_t num_tasks, const int64_t* order, double beta, double* targets,
                          double* weights) {
@@ -179,9 +130,12 @@ gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, 
   if (const gs_status status =
           gs::check_workspace(workspace, workspace_bytes, gs_weights_cuda_workspace_bytes(method, batch, num_tasks)))
     return status;
-  if (method == GS_CAGRAD && num_tasks <= kFaceTasks) {
-    const auto launch_kernel = num_tasks <= 4 ? launch_cagrad_faces<4> : launch_cagrad_faces<kFaceTasks>;
-    return launch_kernel(gram, batch, static_cast<int>(num_tasks), parameter, weights, stream);
+  if (num_tasks <= kFaceTasks && method == GS_CAGRAD) {
+    return launch_cagrad_faces(gram, batch, static_cast<int>(num_tasks), parameter, weights, stream);
+  }
+  if (num_tasks <= kFaceTasks && (method == GS_UPGRAD || method == GS_DUALPROJ)) {
+    return launch_projection_faces(gram, batch, static_cast<int>(num_tasks), method == GS_UPGRAD, preference, parameter,
+                                   weights, stream);
   }
   if (gs::is_spectral(method) && num_tasks >= kSpectralTasks) {
     return launch_spectral(gram, batch, num_tasks, method, preference, weights, static_cast<double*>(workspace),

@@ -38,7 +38,7 @@ class ActiveSet {
 
   GS_HOST_DEVICE double sum_of_u() const {
     double total = 0;
-    for (int64_t k = team_.rank(); k < size_; k += team_.size()) total += u_[k];
+    GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) total += u_[k];
     return team_.sum(total);
   }
 
@@ -60,7 +60,7 @@ class ActiveSet {
   // What is left of all tasks when those with negative u leave, all at once, until none is; L is in the place of R.
   // False if tasks nearly depend on others, which single steps are better at.
   GS_HOST_DEVICE bool drop_negative() {
-    for (int64_t k = team_.rank(); k < tasks_; k += team_.size()) members_[k] = k;
+    GS_ROLLED for (int64_t k = team_.rank(); k < tasks_; k += team_.size()) members_[k] = k;
     size_ = 0;
     for (int64_t left = tasks_; size_ != left;) {
       size_ = left;
@@ -87,7 +87,7 @@ class ActiveSet {
     for (size_ = 0; size_ < count;) {
       const double* const factor = row(size_);
       const double scale = factor[size_];
-      for (int64_t c = team_.rank(); c < size_; c += team_.size()) b_[c] = factor[c];
+      GS_ROLLED for (int64_t c = team_.rank(); c < size_; c += team_.size()) b_[c] = factor[c];
       team_.sync();
       append(scale);
     }
@@ -97,10 +97,10 @@ class ActiveSet {
   // if p^2 is not above `least` M_jj.
   GS_HOST_DEVICE bool enter(int64_t j, double least = -INFINITY) {
     double *g = a_, *l = b_;
-    for (int64_t k = team_.rank(); k < size_; k += team_.size()) g[k] = at(j, members_[k]) + shift_;
+    GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) g[k] = at(j, members_[k]) + shift_;
     team_.sync();
     double squares = 0;
-    for (int64_t r = team_.rank(); r < size_; r += team_.size()) {
+    GS_ROLLED for (int64_t r = team_.rank(); r < size_; r += team_.size()) {
       l[r] = dot(row(r), g, r + 1);
       squares += l[r] * l[r];
     }
@@ -123,9 +123,9 @@ class ActiveSet {
       total += row(r)[k] * row(r)[k];
       if (r % team_.size() == team_.rank()) squares[r] = total;
     }
-    for (int64_t c = team_.rank(); c <= k; c += team_.size()) carried[c] = row(k)[c];
+    GS_ROLLED for (int64_t c = team_.rank(); c <= k; c += team_.size()) carried[c] = row(k)[c];
     team_.sync();
-    for (int64_t r = k + team_.rank(); r < size_; r += team_.size()) {
+    GS_ROLLED for (int64_t r = k + team_.rank(); r < size_; r += team_.size()) {
       cosine[r] = row(r + 1)[k] / std::sqrt(squares[r + 1]);
       sine[r] = std::sqrt(squares[r] / squares[r + 1]);
     }
@@ -136,7 +136,7 @@ class ActiveSet {
       const double* from = row(r + 1);
       double* to = row(r);
       const auto rotate = [&](int64_t begin, int64_t end, double* target) {
-        for (int64_t c = begin + team_.rank(); c < end; c += team_.size()) {
+        GS_ROLLED for (int64_t c = begin + team_.rank(); c < end; c += team_.size()) {
           const double value = from[c], other = carried[c];
           target[c] = b * value - a * other;
           carried[c] = a * value + b * other;
@@ -160,14 +160,14 @@ class ActiveSet {
   // Adds to u what is missing in M u = 1, from G w of w = u / total.
   GS_HOST_DEVICE void refine(const double* gw, double total) {
     double *missing = b_, *product = c_;
-    for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
+    GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
       missing[k] = 1 - total * (gw[members_[k]] + shift_);
     }
     team_.sync();
-    for (int64_t r = team_.rank(); r < size_; r += team_.size()) product[r] = dot(row(r), missing, r + 1);
+    GS_ROLLED for (int64_t r = team_.rank(); r < size_; r += team_.size()) product[r] = dot(row(r), missing, r + 1);
     team_.sync();
     multiply_transposed(product, missing);
-    for (int64_t k = team_.rank(); k < size_; k += team_.size()) u_[k] += missing[k];
+    GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) u_[k] += missing[k];
     refined_ = true;
   }
 
@@ -181,7 +181,7 @@ class ActiveSet {
     const auto entry = [gram = gram_, tasks = tasks_, members = members_, shift = shift_](int64_t k, int64_t c) {
       return gram[members[k] * tasks + members[c]] + shift;
     };
-    for (int64_t k = team_.rank(); k < size_; k += team_.size()) row(size_)[k] = 1;
+    GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) row(size_)[k] = 1;
     fill_lower(team_, row_of, size_, entry);
     return factor_and_solve(team_, row_of, size_, 1e-8);
   }
@@ -191,12 +191,12 @@ class ActiveSet {
     double* const added = row(size_);
     multiply_transposed(b_, added);
     double sum = 0;
-    for (int64_t c = team_.rank(); c < size_; c += team_.size()) {
+    GS_ROLLED for (int64_t c = team_.rank(); c < size_; c += team_.size()) {
       added[c] *= -scale;
       sum += added[c];
     }
     const double z = team_.sum(sum) + scale;
-    for (int64_t c = team_.rank(); c < size_; c += team_.size()) u_[c] += z * added[c];
+    GS_ROLLED for (int64_t c = team_.rank(); c < size_; c += team_.size()) u_[c] += z * added[c];
     if (team_.rank() == 0) {
       added[size_] = scale;
       z_[size_] = z;

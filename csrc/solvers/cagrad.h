@@ -39,7 +39,7 @@ class CAGrad {
 
   GS_HOST_DEVICE void solve(double c, double* weights) {
     const double even = 1 / static_cast<double>(tasks_), kappa = c * std::sqrt(mean_squared_);
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] = even;
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] = even;
     team_.sync();
     // Where the mean gradient is 0 but for rounding, so is d.
     if (!(c > 0) || !(mean_squared_ > 1e-15 * trace_)) return;
@@ -48,7 +48,7 @@ class CAGrad {
       // Pareto-stationary gradients, g_x = 0: of the directions that solve the problem the one nearest to g_0.
       DualCone cone(team_, gram_, tasks_, 1e-12, inner_);
       cone.add_solution({nullptr, even, -1}, weights);
-      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
         x_[i] = weights[i] - 2 * even;
         weights[i] = even;
       }
@@ -56,7 +56,7 @@ class CAGrad {
       multiply(team_, gram_, tasks_, x_, gx_);
       length = std::fmax(std::sqrt(length_squared()), kappa);  // it is not to leave the ball, but for rounding
     }
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] += kappa / length * x_[i];
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] += kappa / length * x_[i];
     team_.sync();
   }
 
@@ -78,7 +78,7 @@ class CAGrad {
 
   GS_HOST_DEVICE bool is_indefinite() {
     const int64_t stride = padded(tasks_);
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) inner_[tasks_ * stride + i] = 0;
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) inner_[tasks_ * stride + i] = 0;
     team_.sync();
     const auto entry = [&](int64_t i, int64_t j) { return gram_[i * tasks_ + j] + (i == j ? 1e-12 * trace_ : 0); };
     const bool definite = solve_positive(team_, entry, inner_, stride, tasks_, 0);

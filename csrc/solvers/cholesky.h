@@ -17,7 +17,7 @@ GS_HOST_DEVICE void fill_lower(const Team& team, Row row, int64_t size, const En
   } else {
     // A column for each member, several rows at a time: a load need not wait for the last store.
     constexpr int kRows = 4;
-    for (int64_t j = team.rank(); j < size; j += team.size()) {
+    GS_ROLLED for (int64_t j = team.rank(); j < size; j += team.size()) {
       for (int64_t i = j; i < size; i += kRows) {
         double value[kRows];
         GS_UNROLL for (int r = 0; r < kRows; r++) value[r] = i + r < size ? entry(i + r, j) : 0;
@@ -167,7 +167,7 @@ GS_HOST_DEVICE_CALL bool factor_and_solve(const Team& team, Row row, int64_t siz
       GS_UNROLL for (int b = c + 1; b < kPanel; b++) value[c] -= b < count ? factor[b][j + c] * value[b] : 0;
       value[c] *= c < count ? factor[c][j + c] : 0;
     }
-    for (int64_t i = team.rank(); i < j; i += team.size()) {
+    GS_ROLLED for (int64_t i = team.rank(); i < j; i += team.size()) {
       double sum = 0;
       GS_UNROLL for (int c = 0; c < kPanel; c++) sum += factor[c][i] * value[c];
       x[i] -= sum;

@@ -7,10 +7,12 @@
 #define GS_HOST_DEVICE __host__ __device__
 #define GS_HOST_DEVICE_CALL __host__ __device__ __noinline__  // long, and called in several places
 #define GS_UNROLL _Pragma("unroll")
+#define GS_ROLLED _Pragma("unroll 1")  // mostly one turn for each member; copies would only be more to fetch
 #else
 #define GS_HOST_DEVICE
 #define GS_HOST_DEVICE_CALL
 #define GS_UNROLL
+#define GS_ROLLED
 #endif
 
 namespace gs {
@@ -33,7 +35,7 @@ GS_HOST_DEVICE inline double inverse_root(double x) {
 
 template <class Team>
 GS_HOST_DEVICE void fill_nan(const Team& team, double* values, int64_t count) {
-  for (int64_t i = team.rank(); i < count; i += team.size()) values[i] = NAN;
+  GS_ROLLED for (int64_t i = team.rank(); i < count; i += team.size()) values[i] = NAN;
 }
 
 // The solvers run on a team: the threads of a warp or a block on a GPU, one thread on the CPU. Members share the arrays
@@ -61,7 +63,7 @@ template <class Team, class Body>
 GS_HOST_DEVICE void each_entry(const Team& team, int64_t num_tasks, const Body& body) {
   // Divisions of 64 bits take a GPU hundreds of cycles.
   const auto side = static_cast<uint32_t>(num_tasks), step = static_cast<uint32_t>(team.size());
-  for (auto e = static_cast<uint32_t>(team.rank()); e < side * side; e += step) body(e / side, e % side);
+  GS_ROLLED for (auto e = static_cast<uint32_t>(team.rank()); e < side * side; e += step) body(e / side, e % side);
   team.sync();
 }
 

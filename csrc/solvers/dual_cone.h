@@ -5,6 +5,9 @@
 
 namespace gs {
 
+// What of y_i, relative to |H^(1/2) v| H_ii^(1/2), and of z_i, relative to |H^(1/2) v| / H_ii^(1/2), may be rounding.
+constexpr double kConeOptimal = 1e-13, kConeFeasible = 1e-12;
+
 constexpr int64_t dual_cone_scratch(int64_t num_tasks) { return (num_tasks + 1) * padded(num_tasks) + 7 * num_tasks; }
 
 // The vector u [T]: the given values or one value everywhere, but 0 for all tasks other than `only`, unless that is -1.
@@ -52,7 +55,8 @@ class DualCone {
       set_ridge(std::fmax(8 * ridge_, 0x1p-23 * static_cast<double>(tasks_)));
     }
     // What lies below u by rounding.
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] += best_[i] > u(i) ? best_[i] : u(i);
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] +=
+        best_[i] > u(i) ? best_[i] : u(i);
     team_.sync();
     if (ridge_ != given) set_ridge(given);
   }
@@ -68,12 +72,12 @@ class DualCone {
   GS_HOST_DEVICE void set_ridge(double ridge) {
     ridge_ = ridge;
     team_.sync();
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) root_[i] = std::sqrt(entry(i, i));
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) root_[i] = std::sqrt(entry(i, i));
     team_.sync();
   }
 
   GS_HOST_DEVICE void start(const Start& u) {
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       v_[i] = u(i);
       free_[i] = 0;
     }
@@ -81,7 +85,7 @@ class DualCone {
   }
 
   GS_HOST_DEVICE void keep() {
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) best_[i] = v_[i];
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) best_[i] = v_[i];
   }
 
   // True if that led to the solution, which is kept.
@@ -101,7 +105,7 @@ class DualCone {
         patience = kPatience + 1;
       }
       team_.sync();
-      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
         if (is_wrong(u, i)) free_[i] = 1 - free_[i];
       }
       team_.sync();
@@ -123,9 +127,9 @@ class DualCone {
       keep();
       double least = INFINITY;
       int64_t joining = -1;
-      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
         const double slope = product_[i] / root_[i];
-        if (free_[i] == 0 && slope < -1e-13 * length_ && slope < least) {
+        if (free_[i] == 0 && slope < -kConeOptimal * length_ && slope < least) {
           least = slope;
           joining = i;
         }
@@ -140,7 +144,7 @@ class DualCone {
         if (indefinite_) return;
         double reach = INFINITY;
         int64_t leaving = -1;
-        for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
           const double ratio = (v_[i] - u(i)) / (v_[i] - target_[i]);
           if (free_[i] != 0 && target_[i] < u(i) && ratio < reach) {
             reach = ratio;
@@ -150,7 +154,7 @@ class DualCone {
         team_.least(reach, leaving);
         blocked = leaving >= 0;
         team_.sync();
-        for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
           v_[i] = i == leaving ? u(i) : blocked ? v_[i] + reach * (target_[i] - v_[i]) : target_[i];
           if (i == leaving) free_[i] = 0;
         }
@@ -163,7 +167,7 @@ class DualCone {
   GS_HOST_DEVICE void multiply_v() {
     multiply(team_, gram_, tasks_, v_, product_);
     double squared = 0, terms = 0;
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       const double along = v_[i] * root_[i];
       product_[i] = product_[i] * scale_ + ridge_ * v_[i];
       squared += v_[i] * product_[i];
@@ -176,15 +180,15 @@ class DualCone {
   }
 
   GS_HOST_DEVICE int64_t count_wrong(const Start& u) const {
-    int64_t wrong = 0;
-    for (int64_t i = 0; i < tasks_; i++) wrong += is_wrong(u, i);
-    return wrong;
+    double wrong = 0;
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) wrong += is_wrong(u, i);
+    return static_cast<int64_t>(team_.sum(wrong));
   }
 
   // Below 0 by more than rounding: |y_i| is at most |H^(1/2) v| H_ii^(1/2).
   GS_HOST_DEVICE bool is_wrong(const Start& u, int64_t i) const {
-    if (free_[i] == 0) return product_[i] < -1e-13 * length_ * root_[i];
-    return (v_[i] - u(i)) * root_[i] < -1e-12 * length_;
+    if (free_[i] == 0) return product_[i] < -kConeOptimal * length_ * root_[i];
+    return (v_[i] - u(i)) * root_[i] < -kConeFeasible * length_;
   }
 
   // target = u outside F, and H target = 0 on F.
@@ -197,7 +201,7 @@ class DualCone {
       size++;
     }
     team_.sync();
-    for (int64_t r = team_.rank(); r < size; r += team_.size()) {
+    GS_ROLLED for (int64_t r = team_.rank(); r < size; r += team_.size()) {
       const auto i = static_cast<int64_t>(index_[r]);
       double right = 0;
       for (int64_t j = 0; j < tasks_; j++) right -= free_[j] == 0 ? entry(i, j) * u(j) : 0;
@@ -211,10 +215,10 @@ class DualCone {
       indefinite_ = true;
       return;
     }
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       if (free_[i] == 0) target[i] = u(i);
     }
-    for (int64_t r = team_.rank(); r < size; r += team_.size()) {
+    GS_ROLLED for (int64_t r = team_.rank(); r < size; r += team_.size()) {
       target[static_cast<int64_t>(index_[r])] = rows_[size * stride + r];
     }
     team_.sync();
@@ -236,7 +240,7 @@ class DualCone {
 template <class Team>
 GS_HOST_DEVICE void dual_proj(const Team& team, const double* gram, int64_t num_tasks, const double* preference,
                               double ridge, double* weights, double* scratch) {
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = 0;
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = 0;
   team.sync();
   DualCone(team, gram, num_tasks, ridge, scratch)
       .add_solution({preference, 1 / static_cast<double>(num_tasks), -1}, weights);
@@ -246,7 +250,7 @@ GS_HOST_DEVICE void dual_proj(const Team& team, const double* gram, int64_t num_
 template <class Team>
 GS_HOST_DEVICE void upgrad(const Team& team, const double* gram, int64_t num_tasks, const double* preference,
                            double ridge, int64_t first, int64_t step, double* weights, double* scratch) {
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = 0;
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = 0;
   team.sync();
   DualCone cone(team, gram, num_tasks, ridge, scratch);
   for (int64_t t = first; t < num_tasks; t += step) {

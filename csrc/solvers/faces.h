@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Problems on the simplex for a few tasks: the minimum lies inside some face, and each face is solved by itself. Faces
-// are sets of tasks, a bit each, matrices kTasks x kTasks.
+// Problems for a few tasks whose solution lies inside some face of a simplex or a cone: each face is solved by itself.
+// Faces are sets of tasks, a bit each, matrices kTasks x kTasks.
 #pragma once
-#include "cholesky.h"
+#include "dual_cone.h"
 
 namespace gs {
 
@@ -105,6 +105,40 @@ GS_HOST_DEVICE double face_cagrad(const double* gram, const double* mean, int nu
   }
   const double kappa = std::sqrt(squared);
   return valid && excess <= 1e-9 * kappa ? excess / kappa : INFINITY;
+}
+
+// DualCone's problem: v = u on the tasks outside the face, H v = 0 inside, by the face's factor of H; root_i =
+// sqrt(H_ii). Returns whether that is the solution on all faces but for rounding. u counts for the task `only` alone,
+// unless that is -1.
+template <int kTasks>
+GS_HOST_DEVICE bool face_projection(const SmallFactor<kTasks>& factor, const double* h, const double* root,
+                                    const double* u, int only, uint32_t face, double (&v)[kTasks]) {
+  const auto inside = [&](int i) { return (face >> i & 1) != 0; };
+  const auto start = [&](int i) { return only < 0 || i == only ? u[i] : 0; };
+  if (only >= 0 && inside(only)) return false;  // v = 0
+  GS_UNROLL for (int i = 0; i < kTasks; i++) {
+    double pull = 0;
+    if (only >= 0) {
+      pull = h[i * kTasks + only] * u[only];
+    } else {
+      GS_UNROLL for (int j = 0; j < kTasks; j++) pull += inside(j) ? 0 : h[i * kTasks + j] * u[j];
+    }
+    v[i] = inside(i) ? -pull : start(i);
+  }
+  factor.solve(v);
+  double slope[kTasks], squared = 0;
+  GS_UNROLL for (int i = 0; i < kTasks; i++) {
+    slope[i] = 0;
+    GS_UNROLL for (int j = 0; j < kTasks; j++) slope[i] += h[i * kTasks + j] * v[j];
+    squared += v[i] * slope[i];
+  }
+  const double length = std::sqrt(std::fmax(squared, 0.0));
+  bool valid = true;
+  GS_UNROLL for (int i = 0; i < kTasks; i++) {
+    const double excess = inside(i) ? (v[i] - start(i)) * root[i] : slope[i];
+    valid = valid && excess >= -(inside(i) ? kConeFeasible : kConeOptimal * root[i]) * length;  // not so for NaN
+  }
+  return valid;
 }
 
 }  // namespace gs

@@ -17,14 +17,15 @@ GS_HOST_DEVICE inline double two_point_min_norm(double aa, double ab, double bb)
 template <class Team>
 GS_HOST_DEVICE void frank_wolfe(const Team& team, const double* gram, int64_t num_tasks, int64_t max_iter, double tol,
                                 double* weights, double* gw) {
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = 1.0 / static_cast<double>(num_tasks);
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] =
+      1.0 / static_cast<double>(num_tasks);
   team.sync();
   for (int64_t iter = 0; iter < max_iter; iter++) {
     combine_rows(
         team, gram, num_tasks, num_tasks, [](int64_t k) { return k; }, [&](int64_t k) { return weights[k]; }, gw);
     double value = 0, least = INFINITY;
     int64_t vertex = 0;
-    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+    GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
       value += weights[i] * gw[i];
       if (gw[i] < least) {
         least = gw[i];
@@ -34,7 +35,7 @@ GS_HOST_DEVICE void frank_wolfe(const Team& team, const double* gram, int64_t nu
     value = team.sum(value);
     team.least(least, vertex);
     const double keep = two_point_min_norm(value, least, gram[vertex * num_tasks + vertex]);
-    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+    GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
       weights[i] = weights[i] * keep + (i == vertex ? 1 - keep : 0);
     }
     team.sync();

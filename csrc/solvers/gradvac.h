@@ -18,7 +18,7 @@ template <class Team>
 GS_HOST_DEVICE void gradvac_row(const Team& team, const double* gram, int64_t num_tasks, int64_t i,
                                 const int64_t* order, double beta, double* target, double* weights, double* v) {
   team.sync();  // v is the last row's no more
-  for (int64_t j = team.rank(); j < num_tasks; j += team.size()) v[j] = gram[i * num_tasks + j];
+  GS_ROLLED for (int64_t j = team.rank(); j < num_tasks; j += team.size()) v[j] = gram[i * num_tasks + j];
   team.sync();
   double squared = gram[i * num_tasks + i], terms = squared;
   for (int64_t k = 0; k < num_tasks; k++) {
@@ -31,7 +31,8 @@ GS_HOST_DEVICE void gradvac_row(const Team& team, const double* gram, int64_t nu
     if (rho < wanted) {
       const double sine = std::sqrt(1 - wanted * wanted);
       const double coefficient = norm / other * (wanted * std::sqrt(1 - rho * rho) - rho * sine) / sine;
-      for (int64_t l = team.rank(); l < num_tasks; l += team.size()) v[l] += coefficient * gram[j * num_tasks + l];
+      GS_ROLLED for (int64_t l = team.rank(); l < num_tasks; l += team.size()) v[l] +=
+          coefficient * gram[j * num_tasks + l];
       if (team.rank() == 0) weights[j] += coefficient;
       squared += coefficient * (2 * product + coefficient * other * other);
       terms += coefficient * coefficient * other * other;

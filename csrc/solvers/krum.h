@@ -20,7 +20,7 @@ template <class Team>
 GS_HOST_DEVICE void krum(const Team& team, const double* gram, int64_t num_tasks, int64_t num_byzantine,
                          int64_t num_selected, double* weights, double* scratch) {
   double *const scores = scratch, *const distances = scores + num_tasks;
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
     double* const row = distances + i * num_tasks;
     for (int64_t j = 0; j < num_tasks; j++) {
       const double square = gram[i * num_tasks + i] + gram[j * num_tasks + j] - 2 * gram[i * num_tasks + j];
@@ -35,7 +35,7 @@ GS_HOST_DEVICE void krum(const Team& team, const double* gram, int64_t num_tasks
     for (int64_t j = 0; j < num_tasks; j++) scores[i] += row[j];
   }
   team.sync();
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
     weights[i] = rank_of(scores, num_tasks, i) < num_selected ? 1 / static_cast<double>(num_selected) : 0;
   }
 }

@@ -26,7 +26,7 @@ GS_HOST_DEVICE inline double dot(const double* x, const double* y, int64_t count
 template <class Team>
 GS_HOST_DEVICE double team_dot(const Team& team, const double* x, const double* y, int64_t count) {
   double sum = 0;
-  for (int64_t i = team.rank(); i < count; i += team.size()) sum += x[i] * y[i];
+  GS_ROLLED for (int64_t i = team.rank(); i < count; i += team.size()) sum += x[i] * y[i];
   return team.sum(sum);
 }
 

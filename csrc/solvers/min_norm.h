@@ -32,7 +32,7 @@ class MinNorm {
   GS_HOST_DEVICE void solve(bool warm = false) {
     double least = INFINITY;
     int64_t shortest = 0;
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       norm_[i] = std::sqrt(at(i, i));
       if (at(i, i) < least) {
         least = at(i, i);
@@ -42,10 +42,12 @@ class MinNorm {
     team_.least(least, shortest);
     set_.set_shift(least);
     warm = warm && least > 0;
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = warm ? weights_[i] : i == shortest ? 1 : 0;
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = warm            ? weights_[i]
+                                                                                    : i == shortest ? 1
+                                                                                                    : 0;
     team_.sync();
     if (least > 0) descend(warm);  // a zero gradient is the shortest point itself
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
   }
 
  private:
@@ -94,9 +96,10 @@ class MinNorm {
   GS_HOST_DEVICE bool jump() {
     if (!set_.drop_negative()) return false;
     total_ = set_.sum_of_u();
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = 0;
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = 0;
     team_.sync();
-    for (int64_t k = team_.rank(); k < set_.size(); k += team_.size()) w_[set_.member(k)] = set_.u(k) / total_;
+    GS_ROLLED for (int64_t k = team_.rank(); k < set_.size(); k += team_.size()) w_[set_.member(k)] =
+        set_.u(k) / total_;
     team_.sync();
     return true;
   }
@@ -109,7 +112,7 @@ class MinNorm {
         team_, gram_, tasks_, set_.size(), [&](int64_t k) { return set_.member(k); },
         [&](int64_t k) { return w_[set_.member(k)]; }, gw);
     double spread = 0, value = 0, error = 0;
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       spread += w_[i] * norm_[i];
       value += w_[i] * gw[i];
       if (w_[i] > 0) {  // (G w)_i + c is the same for all of S
@@ -121,7 +124,7 @@ class MinNorm {
     error = std::sqrt(error);
     double worst = -kTolerance * spread;
     int64_t worst_task = -1;
-    for (int64_t j = team_.rank(); j < tasks_; j += team_.size()) {
+    GS_ROLLED for (int64_t j = team_.rank(); j < tasks_; j += team_.size()) {
       const double excess = (gw[j] - value) / norm_[j];
       if (w_[j] == 0 && excess < worst) {
         worst = excess;
@@ -139,7 +142,7 @@ class MinNorm {
     total_ = set_.sum_of_u();
     double reach = INFINITY;
     int64_t blocking = -1;
-    for (int64_t k = team_.rank(); k < set_.size(); k += team_.size()) {
+    GS_ROLLED for (int64_t k = team_.rank(); k < set_.size(); k += team_.size()) {
       const double w = w_[set_.member(k)], target = set_.u(k) / total_;
       const double ratio = w > 0 ? w / (w - target) : 0;
       if (target <= 0 && ratio < reach) {
@@ -149,7 +152,7 @@ class MinNorm {
     }
     team_.least(reach, blocking);
     if (blocking < 0) reach = 1;
-    for (int64_t k = team_.rank(); k < set_.size(); k += team_.size()) {
+    GS_ROLLED for (int64_t k = team_.rank(); k < set_.size(); k += team_.size()) {
       double& w = w_[set_.member(k)];
       w += reach * (set_.u(k) / total_ - w);
     }

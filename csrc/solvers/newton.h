@@ -7,7 +7,7 @@
 namespace gs {
 
 constexpr int64_t newton_scratch(int64_t num_tasks) {
-  return num_tasks * (num_tasks + 6) + (num_tasks + 1) * padded(num_tasks);
+  return num_tasks * (num_tasks + 7) + (num_tasks + 1) * padded(num_tasks);
 }
 
 // With n_i = |g_i| / max |g|, y_i = n_i w_i, K the matrix of cosines and p = 1 / alpha this is (K y)_i = n_i^(p - 1)
@@ -27,23 +27,30 @@ class Newton {
         norms_(scratch),
         c_(norms_ + num_tasks),
         y_(c_ + num_tasks),
-        ky_(y_ + num_tasks),
-        bend_(ky_ + num_tasks),
-        tried_(bend_ + num_tasks),
+        missing_(y_ + num_tasks),
+        bend_(missing_ + num_tasks),
+        inverse_(bend_ + num_tasks),
+        tried_(inverse_ + num_tasks),
         cosines_(tried_ + num_tasks),
         rows_(cosines_ + num_tasks * num_tasks) {
-    for (int64_t i = 0; i < num_tasks; i++) largest_ = std::fmax(largest_, gram[i * num_tasks + i]);
-    largest_ = std::sqrt(largest_);
-    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
-      norms_[i] = largest_ > 0 ? std::sqrt(gram[i * num_tasks + i]) / largest_ : 0;
+    double least = 0;
+    GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+      least = std::fmin(least, -gram[i * (num_tasks + 1)]);
+    }
+    int64_t unused = 0;
+    team.least(least, unused);
+    largest_ = std::sqrt(-least);
+    GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+      const double squared = gram[i * (num_tasks + 1)], norm = squared > 0 ? std::sqrt(squared) : 0;
+      norms_[i] = norm > 0 ? norm / largest_ : 0;
+      inverse_[i] = norm > 0 ? 1 / norm : 0;
     }
     team.sync();
     each_entry(team, num_tasks, [&](int64_t i, int64_t j) {
-      const bool some = norms_[i] > 0 && norms_[j] > 0;
-      const double cosine = some ? gram[i * num_tasks + j] / largest_ / norms_[i] / largest_ / norms_[j] : 0;
+      const double cosine = gram[i * num_tasks + j] * inverse_[i] * inverse_[j];
       cosines_[i * num_tasks + j] = std::fmin(std::fmax(cosine, -1.0), 1.0);
     });
-    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+    GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
       // Without pow, which takes as long as a step, for Nash-MTL.
       c_[i] = norms_[i] > 0 && power_ != 1 ? std::pow(norms_[i], power_ - 1) : 1;
     }
@@ -55,72 +62,81 @@ class Newton {
       ridge = std::fmax(8 * ridge, 0x1p-23 * static_cast<double>(tasks_));
     }
     const double scale = std::pow(largest_, -2 / (1 + power_));
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       weights[i] = norms_[i] > 0 ? y_[i] / norms_[i] * scale : 0;
     }
     team_.sync();
   }
 
  private:
-  // False where F is not convex.
+  // False where F is not convex. Each function has one place here, so that a GPU keeps what it knows in registers.
   GS_HOST_DEVICE bool descend(double ridge) {
     const int64_t stride = padded(tasks_);
     double* const direction = rows_ + tasks_ * stride;
-    double last = INFINITY;
+    // At y and at the y before; the part of the direction to go if fallen, which says that tried_ takes steps by
+    // y_i^-p.
+    double residual = INFINITY, last = INFINITY, step = 1;
+    bool fallen = false;
     team_.sync();
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       cosines_[i * (tasks_ + 1)] = 1 + ridge;
-      y_[i] = c_[i] == 1 ? 1 : std::pow(c_[i], 1 / (1 + power_));  // exact where the gradients are orthogonal
+      tried_[i] = c_[i] == 1 ? 1 : std::pow(c_[i], 1 / (1 + power_));  // exact where the gradients are orthogonal
     }
-    team_.sync();
-    double residual = measure(y_);
-    while (steps_-- > 0 && residual > 1e-15) {
-      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-        direction[i] = bend_[i] - ky_[i];
-        bend_[i] *= power_ / y_[i];
+    for (;;) {
+      team_.sync();
+      const double found = measure();
+      if (fallen && !(found < residual)) {
+        GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+          tried_[i] = y_[i] + step * direction[i];
+        }
+        fallen = false;
+        continue;
       }
+      const bool ends = residual <= 1e-3 && residual >= 0.5 * last;  // as good as rounding allows
+      if (ends && !(found < residual)) return true;
+      GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        y_[i] = tried_[i];
+        direction[i] = missing_[i];
+      }
+      last = residual;
+      residual = found;
+      if (ends || !(residual > 1e-15) || steps_-- == 0) return true;
       team_.sync();
       const auto entry = [&](int64_t i, int64_t j) { return cosines_[i * tasks_ + j] + (i == j ? bend_[i] : 0); };
       if (!solve_positive(team_, entry, rows_, stride, tasks_, kLeastPivot)) return false;
       double lowest = 0;
-      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) lowest = std::fmin(lowest, direction[i] / y_[i]);
+      GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        lowest = std::fmin(lowest, direction[i] * inverse_[i]);
+      }
       int64_t unused = 0;
       team_.least(lowest, unused);
-      const double step = lowest < -0.9 ? -0.9 / lowest : 1, before = residual;
-      residual = INFINITY;
-      if (step < 1) {
-        for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-          const double part = direction[i] / y_[i];
-          const double fallen = part < 0 ? y_[i] * std::pow(1 - power_ * part, -1 / power_) : y_[i] + direction[i];
-          tried_[i] = fallen > kLeastY ? fallen : kLeastY;
+      fallen = lowest < -0.9;
+      if (fallen) step = -0.9 / lowest;
+      GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        const double part = direction[i] * inverse_[i];
+        if (fallen && part < 0) {
+          const double base = 1 - power_ * part;
+          tried_[i] = std::fmax(power_ == 1 ? y_[i] / base : y_[i] * std::pow(base, -1 / power_), kLeastY);
+        } else {
+          tried_[i] = y_[i] + direction[i];
         }
-        team_.sync();
-        residual = measure(tried_);
       }
-      if (!(residual < before)) {
-        team_.sync();  // others may still multiply by tried_
-        for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) tried_[i] = y_[i] + step * direction[i];
-        team_.sync();
-        residual = measure(tried_);
-      }
-      const bool ends = before <= 1e-3 && before >= 0.5 * last;  // as good as rounding allows
-      if (ends && !(residual < before)) break;
-      for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) y_[i] = tried_[i];
-      if (ends) break;
-      last = before;
     }
-    return true;
   }
 
-  // How much of each pull is missing or too much, the root of the mean square, but for those that cannot get smaller. K
-  // y and the pulls are left in ky_ and bend_.
-  GS_HOST_DEVICE_CALL double measure(const double* y) {
-    multiply(team_, cosines_, tasks_, y, ky_);
+  // How much of each pull is missing or too much at tried_, the root of the mean square, but for those that cannot get
+  // smaller. What of each is missing, the second derivatives and 1 / y are left in their arrays.
+  GS_HOST_DEVICE double measure() {
+    multiply(team_, cosines_, tasks_, tried_, missing_);
     double squares = 0;
-    for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-      bend_[i] = power_ == 1 ? c_[i] / y[i] : c_[i] * std::pow(y[i], -power_);
-      const double error = (bend_[i] - ky_[i]) / bend_[i];
-      squares += y[i] > kLeastY || error > 0 ? error * error : 0;
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      const double y = tried_[i], ky = missing_[i], inverse = 1 / y;
+      const double pull = power_ == 1 ? inverse : c_[i] * std::pow(y, -power_);
+      const double error = power_ == 1 ? 1 - ky * y : 1 - ky / pull;
+      squares += y > kLeastY || error > 0 ? error * error : 0;
+      missing_[i] = pull - ky;
+      bend_[i] = power_ * pull * inverse;
+      inverse_[i] = inverse;
     }
     return std::sqrt(team_.sum(squares) / static_cast<double>(tasks_));
   }
@@ -130,9 +146,9 @@ class Newton {
   const Team team_;
   const int64_t tasks_;
   const double power_;
-  double *norms_, *c_, *y_, *ky_;
-  double* bend_;   // the second derivatives of the separate terms of F
-  double* tried_;  // what may become y
+  double *norms_, *c_, *y_;
+  double *missing_, *bend_, *inverse_;  // -F', the second derivatives of F's separate terms, and 1 / y, at tried_
+  double* tried_;                       // what becomes y if it is closer
   double *cosines_, *rows_;
   double largest_ = 0;
   int steps_ = 100;
@@ -146,7 +162,7 @@ GS_HOST_DEVICE void fair_grad(const Team& team, const double* gram, int64_t num_
   multiply(team, gram, num_tasks, weights, scratch);
   const double norm = std::sqrt(std::fmax(team_dot(team, weights, scratch, num_tasks), 0.0));
   const double factor = norm > max_norm ? max_norm / norm : 1;
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] *= factor;
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] *= factor;
 }
 
 }  // namespace gs

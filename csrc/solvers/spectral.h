@@ -110,7 +110,7 @@ inline void diagonalize(const SerialTeam&, double* rows, int64_t num_tasks, doub
 template <class Team>
 GS_HOST_DEVICE void combine_padded(const Team& team, const double* rows, int64_t num_tasks, const double* factor,
                                    double* out) {
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
     double sum = 0;
     for (int64_t k = 0; k < num_tasks; k++) sum += factor[k] * rows[k * padded(num_tasks) + i];
     out[i] = sum;
@@ -144,14 +144,14 @@ GS_HOST_DEVICE_CALL bool solve_independent(const Team& team, const double* gram,
   const int64_t stride = padded(num_tasks);
   double* const x = rows + num_tasks * stride;
   write_cosines(team, gram, num_tasks, norms, 1, rows);
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
     x[i] = norms[i] > 0 ? (preference ? preference[i] : 1) : 0;
   }
   team.sync();
   factor_and_solve(team, [=](int64_t i) { return rows + i * stride; }, num_tasks);
   // Column j of the factor's inverse, right of the diagonal in row j.
   double trace = 0;
-  for (int64_t j = team.rank(); j < num_tasks; j += team.size()) {
+  GS_ROLLED for (int64_t j = team.rank(); j < num_tasks; j += team.size()) {
     double* const column = rows + j * stride;
     const double first = column[j];
     double sum = first * first;
@@ -163,7 +163,7 @@ GS_HOST_DEVICE_CALL bool solve_independent(const Team& team, const double* gram,
     trace += sum;
   }
   trace = team.sum(trace);
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) c[i] = x[i];
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) c[i] = x[i];
   team.sync();
   return trace * rounding * static_cast<double>(num_tasks) < 1;
 }
@@ -177,18 +177,20 @@ GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, i
   const int64_t stride = padded(num_tasks);
   const double rounding = 0x1p-23 * static_cast<double>(num_tasks);
   double *values = scratch, *factor = values + num_tasks, *rows = factor + num_tasks;
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) norms[i] = std::sqrt(gram[i * num_tasks + i]);
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) norms[i] =
+      std::sqrt(gram[i * num_tasks + i]);
   team.sync();
   if (solve_independent(team, gram, num_tasks, preference, norms, rounding, c, rows)) {
     double product = 0;
-    for (int64_t i = team.rank(); i < num_tasks; i += team.size()) product += (preference ? preference[i] : 1) * c[i];
+    GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) product +=
+        (preference ? preference[i] : 1) * c[i];
     return team.sum(product);
   }
   write_cosines(team, gram, num_tasks, norms, 0, rows);
   diagonalize(team, rows, num_tasks, values);
   const double least = rounding * largest(values, num_tasks);
   double length = 0, kept = 0, whole = 0;
-  for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
+  GS_ROLLED for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
     const double* const row = rows + k * stride;
     const double value = values[k];
     double product = 0;
@@ -203,7 +205,7 @@ GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, i
   team.sync();
   combine_padded(team, rows, num_tasks, factor, c);
   if (kept > rounding * rounding * whole) return length;
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) c[i] = 0;
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) c[i] = 0;
   team.sync();
   return 0;
 }
@@ -214,14 +216,14 @@ GS_HOST_DEVICE void imtl_g(const Team& team, const double* gram, int64_t num_tas
   double* norms = scratch;
   solve_cosines(team, gram, num_tasks, nullptr, norms, weights, scratch + num_tasks);
   double total = 0, size = 0;
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
     weights[i] = norms[i] > 0 ? weights[i] / norms[i] : 0;
     total += weights[i];
     size += std::fabs(weights[i]);
   }
   team.sum_each(total, size);
   const bool any = std::fabs(total) > 1e-12 * size;
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = any ? weights[i] / total : 0;
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = any ? weights[i] / total : 0;
 }
 
 // ConFIG (Liu, Chu and Thuerey, ICLR 2025, equations 2 and 3).
@@ -231,15 +233,15 @@ GS_HOST_DEVICE void config(const Team& team, const double* gram, int64_t num_tas
   double *norms = scratch, *product = norms + num_tasks;
   const double length =
       std::sqrt(solve_cosines(team, gram, num_tasks, preference, norms, weights, product + num_tasks));
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
     weights[i] = norms[i] > 0 && length > 0 ? weights[i] / norms[i] / length : 0;
   }
   team.sync();
   multiply(team, gram, num_tasks, weights, product);
   double projection = 0;
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) projection += product[i];
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) projection += product[i];
   projection = team.sum(projection);
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] *= projection;
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] *= projection;
 }
 
 // Aligned-MTL (Senushkin et al., CVPR 2023, Algorithm 1): w = sqrt(scale) V diag(lambda)^(-1/2) V^T p over the
@@ -275,7 +277,7 @@ GS_HOST_DEVICE void aligned_mtl(const Team& team, const double* gram, int64_t nu
       if (values[k] > least && before == (rank - 1) / 2) scale = values[k];
     }
   }
-  for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
+  GS_ROLLED for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
     const double value = values[k];
     double product = 0;
     for (int64_t i = 0; i < num_tasks; i++) product += rows[k * stride + i] * (preference ? preference[i] : even);
@@ -284,7 +286,8 @@ GS_HOST_DEVICE void aligned_mtl(const Team& team, const double* gram, int64_t nu
   team.sync();
   combine_padded(team, rows, num_tasks, factor, weights);
   if (rank > 0) return;
-  for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] = preference ? preference[i] : even;
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] =
+      preference ? preference[i] : even;
 }
 
 }  // namespace gs

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: MIT
+// The weights of CAGrad, UPGrad and DualProj for a few tasks, a thread per face. What rounding keeps from any face's
+// conditions is left to a warp and the solvers for any number of tasks.
+#include <algorithm>
+
+#include "cuda/faces.cuh"
+#include "solvers/cagrad.h"
+
+namespace gs::gpu {
+namespace {
+
+template <int kTasks>
+struct CAGradMemory {
+  FaceMemory<kTasks> faces;
+  double mean[kTasks];  // of the gradients, by its products with them
+  double scratch[cagrad_scratch(kTasks)];
+};
+
+// Pareto-stationary gradients are among those that are left to a warp.
+template <int kTasks>
+GS_KERNEL cagrad_faces_kernel(const double* gram, int num_tasks, double c, double* weights) {
+  wait_for_previous_kernel();
+  auto& memory = shared<CAGradMemory<kTasks>>();
+  const double* problem = gram + block() * num_tasks * num_tasks;
+  double* result = weights + block() * num_tasks;
+  const bool finite = load_gram<kTasks>(memory.faces.gram, problem, num_tasks);
+  let_next_kernel_start();
+  if (!finite) {
+    if (thread() < kWarp) fill_nan(WarpTeam{}, result, num_tasks);
+    return;
+  }
+  const double even = 1.0 / num_tasks;
+  if (thread() < kTasks) {
+    double sum = 0;
+    for (int j = 0; j < kTasks; j++) sum += memory.faces.gram[thread() * kTasks + j];
+    memory.mean[thread()] = sum * even;
+  }
+  sync_block();
+  double value, w[kTasks];
+  const auto solve = [&](uint32_t face, double (&x)[kTasks]) {
+    return face_cagrad<kTasks>(memory.faces.gram, memory.mean, num_tasks, c, face, x);
+  };
+  const int64_t face = least_face(memory.faces, num_tasks, solve, value, w);
+  if (!(value < INFINITY)) {
+    if (thread() < kWarp) CAGrad(WarpTeam{}, problem, num_tasks, memory.scratch).solve(c, result);
+  } else if (thread() == face) {
+    for (int i = 0; i < kTasks; i++) {
+      if (i < num_tasks) result[i] = even + w[i];
+    }
+  }
+}
+
+template <int kTasks>
+struct ConeMemory {
+  static constexpr int kWarps = FaceMemory<kTasks>::kWarps;
+  double h[kTasks * kTasks], root[kTasks], u[kTasks];  // of DualCone
+  uint32_t face[kTasks][kWarps];                       // the first that solves the problem of a vector, of each warp's
+  double v[kTasks][kWarps][kTasks];                    // its solution
+  bool definite;
+  double scratch[dual_cone_scratch(kTasks)];
+};
+
+constexpr uint32_t kNoFace = 0xffffffff;
+
+// UPGrad takes one vector u per task, DualProj one. A face that solves a problem is the only one where H is definite.
+template <int kTasks>
+GS_KERNEL projection_faces_kernel(const double* gram, int num_tasks, bool alone, const double* preference, double ridge,
+                                  double* weights) {
+  wait_for_previous_kernel();
+  auto& memory = shared<ConeMemory<kTasks>>();
+  const double* problem = gram + block() * num_tasks * num_tasks;
+  double* result = weights + block() * num_tasks;
+  const int warp = thread() / kWarp, warps = threads() / kWarp, vectors = alone ? num_tasks : 1;
+  const bool finite = load_gram<kTasks>(memory.h, problem, num_tasks);
+  if (thread() < kTasks) {
+    const double even = 1.0 / num_tasks;
+    memory.u[thread()] = thread() >= num_tasks ? 0 : preference ? preference[thread()] : even;
+  }
+  let_next_kernel_start();
+  if (!finite) {
+    if (thread() < kWarp) fill_nan(WarpTeam{}, result, num_tasks);
+    return;
+  }
+  double trace = 0;
+#pragma unroll
+  for (int i = 0; i < kTasks; i++) trace += memory.h[i * (kTasks + 1)];
+  const double scale = trace > 0 ? 1 / trace : 0;
+  sync_block();
+  for (int e = thread(); e < kTasks * kTasks; e += threads()) {
+    const int i = e / kTasks, j = e % kTasks;
+    const double value = memory.h[e] * scale + (i == j && i < num_tasks ? ridge : 0);
+    memory.h[e] = value;
+    if (i == j) memory.root[i] = std::sqrt(value);
+  }
+  sync_block();
+  const auto face = static_cast<uint32_t>(thread()), faces = 1u << num_tasks;
+  const SmallFactor<kTasks> factor = factor_face<kTasks>(memory.h, 0, face);
+  if (face == faces - 1) memory.definite = factor.definite;
+#pragma unroll 1
+  for (int k = 0; k < vectors; k++) {
+    double v[kTasks];
+    const bool solves = face < faces && factor.definite &&
+                        face_projection(factor, memory.h, memory.root, memory.u, alone ? k : -1, face, v);
+    const uint32_t first = min_of_warp(solves ? face : kNoFace);
+    if (thread() % kWarp == 0) memory.face[k][warp] = first;
+    if (solves && face == first) {
+#pragma unroll
+      for (int i = 0; i < kTasks; i++) memory.v[k][warp][i] = v[i];
+    }
+  }
+  sync_block();
+  bool solved = memory.definite;
+  double weight = 0;
+#pragma unroll 1
+  for (int k = 0; k < vectors; k++) {
+    int best = 0;
+    for (int w = 1; w < warps; w++) best = memory.face[k][w] < memory.face[k][best] ? w : best;
+    solved = solved && memory.face[k][best] != kNoFace;
+    if (solved && thread() < num_tasks) {
+      const double start = !alone || thread() == k ? memory.u[thread()] : 0;
+      weight += std::fmax(memory.v[k][best][thread()], start);
+    }
+  }
+  if (solved) {
+    if (thread() < num_tasks) result[thread()] = weight;
+  } else if (warp == 0 && alone) {
+    upgrad(WarpTeam{}, problem, num_tasks, preference, ridge, 0, 1, result, memory.scratch);
+  } else if (warp == 0) {
+    dual_proj(WarpTeam{}, problem, num_tasks, preference, ridge, result, memory.scratch);
+  }
+}
+
+}  // namespace
+
+gs_status launch_cagrad_faces(const double* gram, int64_t batch, int num_tasks, double c, double* weights,
+                              gs_stream stream) {
+  const auto launch_kernel = [&](auto kernel, int64_t bytes) {
+    return launch(kernel, batch, std::max(kWarp, 1 << num_tasks), bytes, stream, gram, num_tasks, c, weights);
+  };
+  return num_tasks <= 4 ? launch_kernel(cagrad_faces_kernel<4>, sizeof(CAGradMemory<4>))
+                        : launch_kernel(cagrad_faces_kernel<kFaceTasks>, sizeof(CAGradMemory<kFaceTasks>));
+}
+
+gs_status launch_projection_faces(const double* gram, int64_t batch, int num_tasks, bool alone,
+                                  const double* preference, double ridge, double* weights, gs_stream stream) {
+  const auto launch_kernel = [&](auto kernel, int64_t bytes) {
+    return launch(kernel, batch, std::max(kWarp, 1 << num_tasks), bytes, stream, gram, num_tasks, alone, preference,
+                  ridge, weights);
+  };
+  return num_tasks <= 4 ? launch_kernel(projection_faces_kernel<4>, sizeof(ConeMemory<4>))
+                        : launch_kernel(projection_faces_kernel<kFaceTasks>, sizeof(ConeMemory<kFaceTasks>));
+}
+
+}  // namespace gs::gpu
