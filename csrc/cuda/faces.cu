@@ -53,9 +53,10 @@ GS_KERNEL cagrad_faces_kernel(const double* gram, int num_tasks, double c, doubl
 template <int kTasks>
 struct ConeMemory {
   static constexpr int kWarps = FaceMemory<kTasks>::kWarps;
-  double h[kTasks * kTasks], root[kTasks], u[kTasks];  // of DualCone
-  uint32_t face[kTasks][kWarps];                       // the first that solves the problem of a vector, of each warp's
-  double v[kTasks][kWarps][kTasks];                    // its solution
+  double h[kTasks * kTasks], root[kTasks];         // of DualCone
+  double u[kTasks][kTasks], pull[kTasks][kTasks];  // of each vector: u and H u
+  double v[kTasks][kWarps][kTasks];                // the solution by the first face of each warp that yields it
+  uint32_t face[kTasks][kWarps];                   // that face
   bool definite;
   double scratch[dual_cone_scratch(kTasks)];
 };
@@ -71,10 +72,11 @@ GS_KERNEL projection_faces_kernel(const double* gram, int num_tasks, bool alone,
   const double* problem = gram + block() * num_tasks * num_tasks;
   double* result = weights + block() * num_tasks;
   const int warp = thread() / kWarp, warps = threads() / kWarp, vectors = alone ? num_tasks : 1;
+  const double even = 1.0 / num_tasks;
   const bool finite = load_gram<kTasks>(memory.h, problem, num_tasks);
-  if (thread() < kTasks) {
-    const double even = 1.0 / num_tasks;
-    memory.u[thread()] = thread() >= num_tasks ? 0 : preference ? preference[thread()] : even;
+  for (int e = thread(); e < vectors * kTasks; e += threads()) {
+    const int k = e / kTasks, i = e % kTasks;
+    memory.u[k][i] = i >= num_tasks || (alone && i != k) ? 0 : preference ? preference[i] : even;
   }
   let_next_kernel_start();
   if (!finite) {
@@ -93,14 +95,26 @@ GS_KERNEL projection_faces_kernel(const double* gram, int num_tasks, bool alone,
     if (i == j) memory.root[i] = std::sqrt(value);
   }
   sync_block();
+  for (int e = thread(); e < vectors * kTasks; e += threads()) {
+    const int k = e / kTasks, i = e % kTasks;
+    double sum = 0;
+#pragma unroll
+    for (int j = 0; j < kTasks; j++) sum += memory.h[i * kTasks + j] * memory.u[k][j];
+    memory.pull[k][i] = sum;
+  }
   const auto face = static_cast<uint32_t>(thread()), faces = 1u << num_tasks;
-  const SmallFactor<kTasks> factor = factor_face<kTasks>(memory.h, 0, face);
+  const Triangle<kTasks> h(memory.h);
+  const SmallFactor<kTasks> factor([&](int i, int j) {
+    const bool inside = (face >> i & 1) != 0 && (face >> j & 1) != 0;
+    return inside ? h.at(i, j) : i == j ? 1.0 : 0.0;
+  });
   if (face == faces - 1) memory.definite = factor.definite;
+  sync_block();
 #pragma unroll 1
   for (int k = 0; k < vectors; k++) {
     double v[kTasks];
-    const bool solves = face < faces && factor.definite &&
-                        face_projection(factor, memory.h, memory.root, memory.u, alone ? k : -1, face, v);
+    const bool found = face_projection(factor, h, memory.u[k], memory.pull[k], memory.root, face, v);
+    const bool solves = found && factor.definite && face < faces;
     const uint32_t first = min_of_warp(solves ? face : kNoFace);
     if (thread() % kWarp == 0) memory.face[k][warp] = first;
     if (solves && face == first) {
@@ -117,8 +131,7 @@ GS_KERNEL projection_faces_kernel(const double* gram, int num_tasks, bool alone,
     for (int w = 1; w < warps; w++) best = memory.face[k][w] < memory.face[k][best] ? w : best;
     solved = solved && memory.face[k][best] != kNoFace;
     if (solved && thread() < num_tasks) {
-      const double start = !alone || thread() == k ? memory.u[thread()] : 0;
-      weight += std::fmax(memory.v[k][best][thread()], start);
+      weight += std::fmax(memory.v[k][best][thread()], memory.u[k][thread()]);  // below u only by rounding
     }
   }
   if (solved) {

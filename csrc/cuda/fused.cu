@@ -12,12 +12,10 @@
 namespace gs::gpu {
 namespace {
 
-// Parts of a slot, whose products are summed while the next ones are on their way: of small ones several, for memory
-// takes about 20 KB of a multiprocessor's copies at a time; of large ones more would hold up the threads that start
-// them.
-constexpr int kParts = 8, kAhead = 1, kSmallAhead = 3;
+// Parts of a slot, whose products are summed while the next ones are on their way. More copies than those would hold up
+// the threads that start them.
+constexpr int kParts = 8, kAhead = 1;
 constexpr int64_t kLeastPart = 8192;  // bytes: smaller ones wait for memory one after the other
-constexpr int64_t kSmallPart = 16384;
 constexpr int kPairs = kFusedTasks * (kFusedTasks + 1) / 2;
 
 // What the stages keep in shared memory beside the gradients, one after the other.
@@ -190,18 +188,13 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
     copied = next;
     close_copies();
   };
-  const bool small = part * num_tasks * int64_t{sizeof(In)} <= kSmallPart;
-  for (int i = 0; i < (small ? kSmallAhead : kAhead); i++) copy_part();
+  for (int i = 0; i < kAhead; i++) copy_part();
   if (is_pcgrad) draw_first_orders(num_tasks, table.seed, step, warp_tasks(), scratch.pcgrad);
   with_products(num_tasks, [&](auto products) {
 #pragma unroll 1
     for (int64_t first = begin; first < end; first += part) {
       copy_part();
-      if (small) {
-        wait_for_copies<kSmallAhead>();
-      } else {
-        wait_for_copies<kAhead>();
-      }
+      wait_for_copies<kAhead>();
       sync_block();
       products.add(columns, first, first + part < end ? first + part : end);
     }

@@ -5,7 +5,7 @@
 
 namespace gs::gpu {
 
-constexpr int kFusedThreads = 512, kFusedWarps = kFusedThreads / kWarp;
+constexpr int kFusedThreads = 256, kFusedWarps = kFusedThreads / kWarp;
 
 // Bytes between rows in shared memory: lanes that read a few columns of eight rows meet all banks.
 template <class In>

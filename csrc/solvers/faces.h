@@ -107,36 +107,39 @@ GS_HOST_DEVICE double face_cagrad(const double* gram, const double* mean, int nu
   return valid && excess <= 1e-9 * kappa ? excess / kappa : INFINITY;
 }
 
-// DualCone's problem: v = u on the tasks outside the face, H v = 0 inside, by the face's factor of H; root_i =
-// sqrt(H_ii). Returns whether that is the solution on all faces but for rounding. u counts for the task `only` alone,
-// unless that is -1.
+// The lower triangle of a symmetric matrix, in registers.
 template <int kTasks>
-GS_HOST_DEVICE bool face_projection(const SmallFactor<kTasks>& factor, const double* h, const double* root,
-                                    const double* u, int only, uint32_t face, double (&v)[kTasks]) {
-  const auto inside = [&](int i) { return (face >> i & 1) != 0; };
-  const auto start = [&](int i) { return only < 0 || i == only ? u[i] : 0; };
-  if (only >= 0 && inside(only)) return false;  // v = 0
-  GS_UNROLL for (int i = 0; i < kTasks; i++) {
-    double pull = 0;
-    if (only >= 0) {
-      pull = h[i * kTasks + only] * u[only];
-    } else {
-      GS_UNROLL for (int j = 0; j < kTasks; j++) pull += inside(j) ? 0 : h[i * kTasks + j] * u[j];
+struct Triangle {
+  double entries[kTasks * (kTasks + 1) / 2];
+
+  GS_HOST_DEVICE explicit Triangle(const double* matrix) {
+    GS_UNROLL for (int i = 0; i < kTasks; i++) {
+      GS_UNROLL for (int j = 0; j <= i; j++) entries[i * (i + 1) / 2 + j] = matrix[i * kTasks + j];
     }
-    v[i] = inside(i) ? -pull : start(i);
   }
-  factor.solve(v);
-  double slope[kTasks], squared = 0;
+  GS_HOST_DEVICE double at(int i, int j) const { return entries[i < j ? j * (j + 1) / 2 + i : i * (i + 1) / 2 + j]; }
+};
+
+// DualCone's problem: v = u + z with z = 0 on the tasks outside the face and H v = 0 inside, by the face's factor of H.
+// pull = H u, root_i = sqrt(H_ii). Returns whether that is the solution on all faces but for rounding.
+template <int kTasks>
+GS_HOST_DEVICE bool face_projection(const SmallFactor<kTasks>& factor, const Triangle<kTasks>& h, const double* u,
+                                    const double* pull, const double* root, uint32_t face, double (&v)[kTasks]) {
+  const auto inside = [&](int i) { return (face >> i & 1) != 0; };
+  double z[kTasks], y[kTasks], squared = 0;
+  GS_UNROLL for (int i = 0; i < kTasks; i++) z[i] = inside(i) ? -pull[i] : 0;
+  factor.solve(z);
   GS_UNROLL for (int i = 0; i < kTasks; i++) {
-    slope[i] = 0;
-    GS_UNROLL for (int j = 0; j < kTasks; j++) slope[i] += h[i * kTasks + j] * v[j];
-    squared += v[i] * slope[i];
+    y[i] = pull[i];
+    GS_UNROLL for (int j = 0; j < kTasks; j++) y[i] += h.at(i, j) * z[j];
+    v[i] = u[i] + z[i];
+    squared += v[i] * y[i];
   }
   const double length = std::sqrt(std::fmax(squared, 0.0));
   bool valid = true;
   GS_UNROLL for (int i = 0; i < kTasks; i++) {
-    const double excess = inside(i) ? (v[i] - start(i)) * root[i] : slope[i];
-    valid = valid && excess >= -(inside(i) ? kConeFeasible : kConeOptimal * root[i]) * length;  // not so for NaN
+    const double least = inside(i) ? z[i] * root[i] : y[i];
+    valid = valid & (least >= -(inside(i) ? kConeFeasible : kConeOptimal * root[i]) * length);  // not so for NaN
   }
   return valid;
 }

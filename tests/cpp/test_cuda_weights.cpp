@@ -54,25 +54,79 @@ void test_weights(int64_t num_tasks, gs_weighting method, bool preferred) {
 }
 
 // Opposite gradients and an error of 1e-6: the team must give up a factorization and begin again together.
-void test_indefinite(int64_t num_tasks) {
+void test_indefinite(int64_t num_tasks, gs_weighting method, double parameter) {
   Values gram(num_tasks * num_tasks), expected(num_tasks);
   const auto length = [](int64_t i) { return i == 0 ? -1 : 0.3 + 0.07 * static_cast<double>(i % 9); };
   for (int64_t e = 0; e < num_tasks * num_tasks; e++) {
     const int64_t i = e / num_tasks, j = e % num_tasks;
     gram[e] = length(i) * length(j) * (i == j || i * j == 0 ? 1 : 1 - 1e-6);
   }
-  const int64_t bytes = gs_weights_workspace_bytes(GS_FAIRGRAD, 1, num_tasks);
-  CHECK(gs_weights_cpu(gram.data(), 1, num_tasks, GS_FAIRGRAD, nullptr, 3, 1e30, expected.data(), allocate(bytes).get(),
-                       bytes, nullptr) == GS_OK,
+  const int64_t bytes = gs_weights_workspace_bytes(method, 1, num_tasks);
+  CHECK(gs_weights_cpu(gram.data(), 1, num_tasks, method, nullptr, parameter, 1e30, expected.data(),
+                       allocate(bytes).get(), bytes, nullptr) == GS_OK,
         "%s", gs_last_error());
-  const int64_t gpu_bytes = gs_weights_cuda_workspace_bytes(GS_FAIRGRAD, 1, num_tasks);
+  const int64_t gpu_bytes = gs_weights_cuda_workspace_bytes(method, 1, num_tasks);
   const Values got = in_every_order(num_tasks, [&](double* out) {
-    return gs_weights_cuda(gram.data(), 1, num_tasks, GS_FAIRGRAD, nullptr, 3, 1e30, out, allocate(gpu_bytes).get(),
+    return gs_weights_cuda(gram.data(), 1, num_tasks, method, nullptr, parameter, 1e30, out, allocate(gpu_bytes).get(),
                            gpu_bytes, nullptr);
   });
   for (int64_t i = 0; i < num_tasks; i++) {
-    CHECK(std::abs(got[i] - expected[i]) <= 1e-6 * expected[i], "T %ld: weight %g, expected %g",
+    CHECK(std::abs(got[i] - expected[i]) <= 1e-6 * expected[i], "method %d T %ld: weight %g, expected %g", method,
           static_cast<long>(num_tasks), got[i], expected[i]);
+  }
+}
+
+// Where H is not positive several faces may meet the conditions: as on the CPU the ridge decides. With preferences that
+// are not numbers none does.
+void test_left_to_a_warp() {
+  const double cross = -1.5 * (1 - 1e-3), gram[] = {9, cross, cross, cross, 0.25, 0.25025, cross, 0.25025, 0.25};
+  for (const double preference : {0.5, double{NAN}}) {
+    const Values given(3, preference);
+    Values expected(3);
+    const int64_t bytes = gs_weights_workspace_bytes(GS_UPGRAD, 1, 3);
+    CHECK(gs_weights_cpu(gram, 1, 3, GS_UPGRAD, given.data(), 1e-9, 1, expected.data(), allocate(bytes).get(), bytes,
+                         nullptr) == GS_OK,
+          "%s", gs_last_error());
+    const Values got = in_every_order(3, [&](double* out) {
+      return gs_weights_cuda(gram, 1, 3, GS_UPGRAD, given.data(), 1e-9, 1, out, nullptr, 0, nullptr);
+    });
+    for (int i = 0; i < 3; i++) {
+      const bool same = std::isnan(preference) ? std::isnan(got[i]) : std::abs(got[i] - expected[i]) <= 1e-9;
+      CHECK(same, "weight %g, expected %g", got[i], expected[i]);
+    }
+  }
+}
+
+// Independent gradients need no more than faces: one of them meets the conditions of a projection.
+void test_projection_faces(int num_tasks) {
+  const Values grams = grams_of(num_tasks);
+  for (int kind = 0; kind < 2; kind++) {
+    double h[64] = {}, u[8] = {}, pull[8] = {}, root[8] = {}, v[8];
+    for (int i = 0; i < num_tasks; i++) {
+      for (int j = 0; j < num_tasks; j++) {
+        h[i * 8 + j] = grams[(kind * num_tasks + i) * num_tasks + j] + (i == j ? 1e-4 : 0);
+      }
+      root[i] = std::sqrt(h[i * 9]);
+    }
+    for (int t = 0; t < num_tasks; t++) {
+      for (int i = 0; i < num_tasks; i++) {
+        u[i] = i == t ? 1 : 0;
+        pull[i] = h[i * 8 + t];
+      }
+      int meet = 0;
+      for (uint32_t face = 0; face < 1u << num_tasks; face++) {
+        const auto factor = gs::factor_face<8>(h, 0, face);
+        if (!gs::face_projection(factor, gs::Triangle<8>(h), u, pull, root, face, v)) continue;
+        meet++;
+        for (int i = 0; i < num_tasks; i++) {
+          double slope = 0;
+          for (int j = 0; j < num_tasks; j++) slope += h[i * 8 + j] * v[j];
+          CHECK(v[i] >= u[i] - 1e-12 && slope >= -1e-12 * root[i] * root[t], "face %u: %g, %g", face, v[i], slope);
+          CHECK(std::abs((v[i] - u[i]) * slope) <= 1e-12 * h[t * 9], "face %u: neither is 0", face);
+        }
+      }
+      CHECK(meet == 1, "T = %d kind %d task %d: %d faces", num_tasks, kind, t, meet);
+    }
   }
 }
 
@@ -246,6 +300,8 @@ void test_arguments() {
 int main() {
   test_arguments();
   for (const int num_tasks : {2, 3, 5, 8}) test_cagrad_faces(num_tasks);
+  for (const int num_tasks : {1, 2, 5, 8}) test_projection_faces(num_tasks);
+  test_left_to_a_warp();
   test_faces_of_near_copies();
   test_clustered_eigenvalues();
   for (const int64_t size : {2, 3, 4, 9, 31, 32, 33, 70}) {
@@ -262,7 +318,11 @@ int main() {
   for (const gs_weighting method : {GS_CAGRAD, GS_CONFIG, GS_FAIRGRAD}) test_weights(70, method, false);
   test_weights(78, GS_CONFIG, false);  // likewise, by a block
   test_gradvac(70);
-  for (const int64_t num_tasks : {5, 20, 40}) test_indefinite(num_tasks);
+  for (const int64_t num_tasks : {3, 5, 20, 40}) {
+    test_indefinite(num_tasks, GS_FAIRGRAD, 3);
+    test_indefinite(num_tasks, GS_DUALPROJ, 1e-12);
+    test_indefinite(num_tasks, GS_UPGRAD, 1e-12);
+  }
   std::printf("ok\n");
   return 0;
 }
