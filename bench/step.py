@@ -79,16 +79,16 @@ def main() -> int:
     device = torch.device(options.device)
     origin = provenance(device)
     print(f"{origin['machine']}\n{origin['versions']}\ncommit {origin['commit']}")
+    command = " ".join(["python -m bench.step", *sys.argv[1:]])
     rows: list[Row] = []
     for workload in WORKLOADS:
         if options.only in (None, workload.name):
             measured = measure(workload, device, options.seconds)
             print_rows(measured)
             rows += measured
-    verdicts = judge(rows, device.type)
-    print_targets(verdicts)
-    command = " ".join(["python -m bench.step", *sys.argv[1:]])
-    path = store(options.output, "step", command, origin, rows, verdicts)
+            # Each time, for a run that is cut off.
+            path = store(options.output, "step", command, origin, rows, judge(rows, device.type))
+    print_targets(judge(rows, device.type))
     print(f"{len(rows)} rows in {path}")
     return int(any(row.note for row in rows if row.contender.startswith(METHODS)))
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The benchmark of whole training steps, on a model that is small enough for a test."""
 
+import json
+import sys
+
 import pytest
 import torch
 
@@ -48,7 +51,7 @@ def test_every_model_has_losses(name):
     assert {id(p) for p in model.trunk()} <= {id(p) for p in model.parameters()}
 
 
-def test_full_size_models_are_those_of_the_issue():
+def test_models_are_full_size():
     sizes = {w.name: sum(p.numel() for p in make_meta(w.full).parameters()) for w in step_models.WORKLOADS}
     assert 123e6 < sizes["transformer"] < 126e6
     assert 11.1e6 < sizes["resnet"] < 11.3e6
@@ -71,3 +74,17 @@ def test_targets():
     assert [(v["measured"], v["met"]) for v in step_targets.judge(rows, "cpu")] == [(30.0, True), (2.0, False)]
     verdicts = step_targets.judge(rows, "cuda")
     assert [v["met"] for v in verdicts] == [False, False, False, None, None, None]
+
+
+def test_a_run_that_is_cut_off_has_stored_the_models_before(monkeypatch, tmp_path):
+    def measure(workload, device, seconds):
+        if workload is step.WORKLOADS[1]:
+            raise KeyboardInterrupt
+        return [step.Row(workload.name, step_contenders.COMMON, 3, 10, note="failed: as a test")]
+
+    monkeypatch.setattr(step, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["step", "--output", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        step.main()
+    (stored,) = tmp_path.iterdir()
+    assert [row["workload"] for row in json.loads(stored.read_text())["rows"]] == ["rl"]
