@@ -225,7 +225,7 @@ def test_sanitize_streaming_kernels(tasks, dtype):
     check_lists(tasks, [5, 1, 33], [dtype, torch.float32], [0, 1, 0], lambda t, p: t and (t + p) % 3 == 2)
 
 
-@pytest.mark.parametrize("tasks", [1, 3, 17, 64])
+@pytest.mark.parametrize("tasks", [1, 3, 6, 8, 17, 64])
 def test_sanitize_solvers(tasks):
     rows = gradients(tasks, 40, torch.float64)
     products, step = gradsurgery.gram(rows - 2 * rows.mean(0)), torch.tensor(3, device="cuda")

@@ -63,10 +63,11 @@ struct ConeMemory {
 
 constexpr uint32_t kNoFace = 0xffffffff;
 
-// UPGrad takes one vector u per task, DualProj one. A face that solves a problem is the only one where H is definite.
+// UPGrad takes one vector u per task, DualProj one. Where H is definite all faces that solve a problem have the same v.
 template <int kTasks>
-GS_KERNEL projection_faces_kernel(const double* gram, int num_tasks, bool alone, const double* preference, double ridge,
-                                  double* weights) {
+GS_KERNEL GS_BLOCKS(kFaceThreads<kTasks>, 1)
+    projection_faces_kernel(const double* gram, int num_tasks, bool alone, const double* preference, double ridge,
+                            double* weights) {
   wait_for_previous_kernel();
   auto& memory = shared<ConeMemory<kTasks>>();
   const double* problem = gram + block() * num_tasks * num_tasks;
@@ -114,7 +115,7 @@ GS_KERNEL projection_faces_kernel(const double* gram, int num_tasks, bool alone,
   for (int k = 0; k < vectors; k++) {
     double v[kTasks];
     const bool found = face_projection(factor, h, memory.u[k], memory.pull[k], memory.root, face, v);
-    const bool solves = found && factor.definite && face < faces;
+    const bool solves = found && face < faces;
     const uint32_t first = min_of_warp(solves ? face : kNoFace);
     if (thread() % kWarp == 0) memory.face[k][warp] = first;
     if (solves && face == first) {

@@ -10,9 +10,12 @@ namespace gs::gpu {
 constexpr int kFaceTasks = 8;  // at most as many
 
 template <int kTasks>
+constexpr int kFaceThreads = (1 << kTasks) > kWarp ? 1 << kTasks : kWarp;
+
+template <int kTasks>
 struct FaceMemory {
-  static constexpr int kWarps = (1 << kTasks) > kWarp ? (1 << kTasks) / kWarp : 1;  // that have faces, at most
-  double gram[kTasks * kTasks];                                                     // with zeros for absent tasks
+  static constexpr int kWarps = kFaceThreads<kTasks> / kWarp;  // that have faces, at most
+  double gram[kTasks * kTasks];                                // with zeros for absent tasks
   double value[kWarps];
   int64_t face[kWarps];
 };

@@ -55,8 +55,9 @@ class DualCone {
       set_ridge(std::fmax(8 * ridge_, 0x1p-23 * static_cast<double>(tasks_)));
     }
     // What lies below u by rounding.
-    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] +=
-        best_[i] > u(i) ? best_[i] : u(i);
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      weights[i] += best_[i] > u(i) ? best_[i] : u(i);
+    }
     team_.sync();
     if (ridge_ != given) set_ridge(given);
   }

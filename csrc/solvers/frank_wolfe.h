@@ -17,8 +17,9 @@ GS_HOST_DEVICE inline double two_point_min_norm(double aa, double ab, double bb)
 template <class Team>
 GS_HOST_DEVICE void frank_wolfe(const Team& team, const double* gram, int64_t num_tasks, int64_t max_iter, double tol,
                                 double* weights, double* gw) {
-  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] =
-      1.0 / static_cast<double>(num_tasks);
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+    weights[i] = 1.0 / static_cast<double>(num_tasks);
+  }
   team.sync();
   for (int64_t iter = 0; iter < max_iter; iter++) {
     combine_rows(

@@ -31,8 +31,9 @@ GS_HOST_DEVICE void gradvac_row(const Team& team, const double* gram, int64_t nu
     if (rho < wanted) {
       const double sine = std::sqrt(1 - wanted * wanted);
       const double coefficient = norm / other * (wanted * std::sqrt(1 - rho * rho) - rho * sine) / sine;
-      GS_ROLLED for (int64_t l = team.rank(); l < num_tasks; l += team.size()) v[l] +=
-          coefficient * gram[j * num_tasks + l];
+      GS_ROLLED for (int64_t l = team.rank(); l < num_tasks; l += team.size()) {
+        v[l] += coefficient * gram[j * num_tasks + l];
+      }
       if (team.rank() == 0) weights[j] += coefficient;
       squared += coefficient * (2 * product + coefficient * other * other);
       terms += coefficient * coefficient * other * other;

@@ -42,9 +42,9 @@ class MinNorm {
     team_.least(least, shortest);
     set_.set_shift(least);
     warm = warm && least > 0;
-    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = warm            ? weights_[i]
-                                                                                    : i == shortest ? 1
-                                                                                                    : 0;
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      w_[i] = warm ? weights_[i] : i == shortest ? 1 : 0;
+    }
     team_.sync();
     if (least > 0) descend(warm);  // a zero gradient is the shortest point itself
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
@@ -98,8 +98,9 @@ class MinNorm {
     total_ = set_.sum_of_u();
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) w_[i] = 0;
     team_.sync();
-    GS_ROLLED for (int64_t k = team_.rank(); k < set_.size(); k += team_.size()) w_[set_.member(k)] =
-        set_.u(k) / total_;
+    GS_ROLLED for (int64_t k = team_.rank(); k < set_.size(); k += team_.size()) {
+      w_[set_.member(k)] = set_.u(k) / total_;
+    }
     team_.sync();
     return true;
   }

@@ -33,7 +33,7 @@ class Newton {
         tried_(inverse_ + num_tasks),
         cosines_(tried_ + num_tasks),
         rows_(cosines_ + num_tasks * num_tasks) {
-    double least = 0;
+    double least = 0;  // of -G_ii
     GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
       least = std::fmin(least, -gram[i * (num_tasks + 1)]);
     }
@@ -69,7 +69,7 @@ class Newton {
   }
 
  private:
-  // False where F is not convex. Each function has one place here, so that a GPU keeps what it knows in registers.
+  // False where F is not convex. measure() is called in one place, which lets a GPU have it inline.
   GS_HOST_DEVICE bool descend(double ridge) {
     const int64_t stride = padded(tasks_);
     double* const direction = rows_ + tasks_ * stride;
@@ -132,7 +132,7 @@ class Newton {
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       const double y = tried_[i], ky = missing_[i], inverse = 1 / y;
       const double pull = power_ == 1 ? inverse : c_[i] * std::pow(y, -power_);
-      const double error = power_ == 1 ? 1 - ky * y : 1 - ky / pull;
+      const double error = power_ == 1 ? 1 - ky * y : (pull - ky) / pull;  // NaN where the pull is too large
       squares += y > kLeastY || error > 0 ? error * error : 0;
       missing_[i] = pull - ky;
       bend_[i] = power_ * pull * inverse;
@@ -147,7 +147,7 @@ class Newton {
   const int64_t tasks_;
   const double power_;
   double *norms_, *c_, *y_;
-  double *missing_, *bend_, *inverse_;  // -F', the second derivatives of F's separate terms, and 1 / y, at tried_
+  double *missing_, *bend_, *inverse_;  // -F', the second derivatives of F's separate terms, 1 / y (|g_i| at first)
   double* tried_;                       // what becomes y if it is closer
   double *cosines_, *rows_;
   double largest_ = 0;

@@ -177,13 +177,15 @@ GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, i
   const int64_t stride = padded(num_tasks);
   const double rounding = 0x1p-23 * static_cast<double>(num_tasks);
   double *values = scratch, *factor = values + num_tasks, *rows = factor + num_tasks;
-  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) norms[i] =
-      std::sqrt(gram[i * num_tasks + i]);
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+    norms[i] = std::sqrt(gram[i * num_tasks + i]);
+  }
   team.sync();
   if (solve_independent(team, gram, num_tasks, preference, norms, rounding, c, rows)) {
     double product = 0;
-    GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) product +=
-        (preference ? preference[i] : 1) * c[i];
+    GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+      product += (preference ? preference[i] : 1) * c[i];
+    }
     return team.sum(product);
   }
   write_cosines(team, gram, num_tasks, norms, 0, rows);
@@ -286,8 +288,9 @@ GS_HOST_DEVICE void aligned_mtl(const Team& team, const double* gram, int64_t nu
   team.sync();
   combine_padded(team, rows, num_tasks, factor, weights);
   if (rank > 0) return;
-  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) weights[i] =
-      preference ? preference[i] : even;
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+    weights[i] = preference ? preference[i] : even;
+  }
 }
 
 }  // namespace gs

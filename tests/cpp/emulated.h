@@ -18,7 +18,10 @@ inline int thread() { return Emulator::get().thread(); }
 inline int threads() { return Emulator::get().threads(); }
 inline int64_t block() { return Emulator::get().block(); }
 inline void sync_block() { Emulator::get().wait_block(); }
-inline void sync_warp() { Emulator::get().wait_warp(); }
+inline void sync_warp() {
+  Emulator::get().warp_syncs++;
+  Emulator::get().wait_warp();
+}
 inline void sync_grid() { Emulator::get().wait_all(); }
 inline void arrive_cluster() {}
 inline void wait_cluster() { Emulator::get().wait_all(); }

@@ -85,6 +85,7 @@ class Emulator {
   bool runs = true;  // or launches are only looked at
   int processors = 3;
   int launches = 0;
+  int64_t warp_syncs = 0;  // of all lanes
 
   // `group` blocks at once.
   void run(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel, int group) {

@@ -76,6 +76,18 @@ void test_indefinite(int64_t num_tasks, gs_weighting method, double parameter) {
   }
 }
 
+// Nor does a kernel leave any of these to a warp, whose members would have to wait for each other.
+void test_faces_suffice(int64_t num_tasks, gs_weighting method) {
+  const Values grams = grams_of(num_tasks);
+  Values weights(2 * num_tasks);
+  const int64_t before = Emulator::get().warp_syncs;
+  CHECK(gs_weights_cuda(grams.data(), 2, num_tasks, method, nullptr, 1e-4, 1, weights.data(), nullptr, 0, nullptr) ==
+            GS_OK,
+        "%s", gs_last_error());
+  CHECK(Emulator::get().warp_syncs == before, "method %d T %ld: a warp has solved it", method,
+        static_cast<long>(num_tasks));
+}
+
 // Where H is not positive several faces may meet the conditions: as on the CPU the ridge decides. With preferences that
 // are not numbers none does.
 void test_left_to_a_warp() {
@@ -301,6 +313,9 @@ int main() {
   test_arguments();
   for (const int num_tasks : {2, 3, 5, 8}) test_cagrad_faces(num_tasks);
   for (const int num_tasks : {1, 2, 5, 8}) test_projection_faces(num_tasks);
+  for (const gs_weighting method : {GS_UPGRAD, GS_DUALPROJ, GS_CAGRAD}) {
+    for (const int64_t num_tasks : {2, 4, 5, 8}) test_faces_suffice(num_tasks, method);
+  }
   test_left_to_a_warp();
   test_faces_of_near_copies();
   test_clustered_eigenvalues();
@@ -308,7 +323,7 @@ int main() {
     test_factor(size, 32, [] { return gs::gpu::WarpTeam(); });
     test_factor(size, 96, [] { return gs::gpu::BlockTeam(&gs::gpu::shared<double>()); });
   }
-  for (const int64_t num_tasks : {1, 2, 3, 8, 17}) {
+  for (const int64_t num_tasks : {1, 2, 3, 6, 8, 17}) {
     for (int method = GS_UPGRAD; method <= GS_KRUM; method++) {
       test_weights(num_tasks, static_cast<gs_weighting>(method), method % 2 == 1);
     }
