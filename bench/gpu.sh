@@ -122,9 +122,9 @@ part_step() {
 }
 
 part_profile() {
-  within "$limit" ncu --clock-control none --profile-from-start off --section SpeedOfLight --section LaunchStats \
-    --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis \
-    "$python" -m bench.gpu_profile
+  local sections=(SpeedOfLight LaunchStats Occupancy WarpStateStats MemoryWorkloadAnalysis ComputeWorkloadAnalysis)
+  within "$limit" ncu --clock-control none --profile-from-start off "${sections[@]/#/--section=}" --nvtx --csv --page raw \
+    --log-file "$output/gpu-profile.csv" "$python" -m bench.gpu_profile --output "$output"
 }
 
 mkdir -p "$output"

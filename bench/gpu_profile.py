@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Run the cases that fall short of their targets once each, for a profiler.
 
-``bench/gpu.sh --profile`` runs this under ncu, which prints the numbers of the kernels below each case's line.
+``bench/gpu.sh --profile`` runs this under ncu, which writes a row for each kernel to a CSV. Kernels are in a range with
+the name of their case in the JSON that this writes.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from .gpu_cases import Bench, columns, prepare
+from .gpu_report import RESULTS, provenance, store
 from .gpu_timing import OURS, Spec
 
 # Stage, form, T, MB of J, dtype.
@@ -34,6 +38,20 @@ CASES = [
     ("chain", "flat", 8, 28, "float32"),
 ]
 SOLVES = [("pcgrad_weights", 64), ("min_norm_weights", 64)]
+SOLVES += [(f"{name} weights", 8) for name in ("aligned_mtl", "fairgrad", "upgrad")]
+
+
+@dataclass
+class Range:
+    """A case, under the name of its kernels' range."""
+
+    name: str
+    spec: Spec
+
+    @classmethod
+    def of(cls, spec: Spec) -> Range:
+        """Name a case."""
+        return cls(f"{spec.stage} {spec.form} T={spec.tasks} {spec.dtype} J={spec.bytes / 1e6:.0f} MB", spec)
 
 
 def specs(scale: float) -> Iterator[Spec]:
@@ -49,19 +67,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_profile", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try this script out")
     parser.add_argument("--scale", type=float, default=1, help="of the number of columns")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the JSON")
     options = parser.parse_args()
     device = torch.device(options.device)
-    cases = list(specs(options.scale))
-    bench = Bench.create(device, 0, max(spec.bytes for spec in cases) + (1 << 20))
-    for spec in cases:
-        call = prepare(bench, spec).calls[OURS][0]
+    cases = [Range.of(spec) for spec in specs(options.scale)]
+    path = store(options.output, "gpu-profile", "bench/gpu.sh --profile", provenance(device), cases, [])
+    print(f"{len(cases)} cases, named in {path}", flush=True)
+    bench = Bench.create(device, 0, max(case.spec.bytes for case in cases) + (1 << 20))
+    for case in cases:
+        call = prepare(bench, case.spec).calls[OURS][0]
         call()
-        print(f"== {spec.stage} {spec.form} T={spec.tasks} {spec.dtype} J={spec.bytes / 1e6:.0f} MB", flush=True)
         if device.type == "cpu":
-            call()
             continue
         torch.cuda.synchronize()
-        with torch.cuda.profiler.profile():
+        with torch.cuda.profiler.profile(), torch.cuda.nvtx.range(case.name):
             call()
             torch.cuda.synchronize()
 

@@ -13,7 +13,7 @@ import torch
 import gradsurgery
 from bench import counts, gpu_peer_contenders, gpu_peer_targets, gpu_peers, gpu_profile
 from bench.exact import exact_gram
-from bench.gpu_cases import Bench, prepare
+from bench.gpu_cases import Bench
 from bench.gpu_timing import OURS, Spec
 
 ROOT = Path(__file__).parent.parent
@@ -130,7 +130,9 @@ def test_counts_need_a_gpu_but_for_memory():
     assert counts.peak_bytes(lambda: torch.empty(1000, dtype=torch.float64), CPU) >= 8000
 
 
-def test_every_case_to_profile_runs():
-    bench = Bench.create(CPU, 0, 10**6)
-    for spec in gpu_profile.specs(1e-3):
-        prepare(bench, spec).calls[OURS][0]()
+def test_every_case_to_profile_runs_under_a_name_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["profile", "--device", "cpu", "--scale", "1e-3", "--output", str(tmp_path)])
+    gpu_profile.main()
+    (stored,) = tmp_path.iterdir()
+    ranges = [gpu_profile.Range.of(spec) for spec in gpu_profile.specs(1)]
+    assert len({each.name for each in ranges}) == len(ranges) == len(json.loads(stored.read_text())["rows"])
