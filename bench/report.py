@@ -22,10 +22,15 @@ from . import plots
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-CPU, GPU, STEPS = (RESULTS / f"{name}.json" for name in ("cpu-peers", "gpu-stages-nvidia-h200", "step-nvidia-h200"))
+CPU, GPU, GPU_PEERS, STEPS = (
+    RESULTS / f"{name}.json"
+    for name in ("cpu-peers", "gpu-stages-nvidia-h200", "gpu-peers-nvidia-h200", "step-nvidia-h200")
+)
 MARK = "results: none yet"
 """What stands in a plot in place of its mark."""
 SHOWN = [(2, 10**5), (2, 10**6), (8, 10**6), (2, 10**7), (8, 10**7), (32, 10**7)]
+GPU_SHOWN = [("pcgrad", tasks, size) for size in (10**5, 10**7) for tasks in (2, 8, 32)]
+GPU_SHOWN += [(method, 8, 10**5) for method in ("mgda", "upgrad", "cagrad")]
 
 
 def cpu_section(run: dict[str, Any]) -> str:
@@ -109,6 +114,41 @@ def gpu_section(run: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu_peers_section(run: dict[str, Any]) -> str:
+    """Return the Markdown for whole calls on a GPU, beside other packages."""
+    medians = {
+        (row["stage"], row["tasks"], row["size"], row["contender"], row["how"]): row["median_us"]
+        for row in run["rows"]
+        if row["dtype"] == "float32" and row["median_us"] is not None
+    }
+    others = ("stack + mm + mv", "torchjd", "pytorch_optimizer")
+    products = [row["x_ours"] for row in run["rows"] if (row["contender"], row["how"]) == (others[0], "graph")]
+    lines = [
+        f"Whole calls on one {run['machine']['name']} for float32 gradients: microseconds of a call among many and of one",
+        "in a CUDA graph, and the others' calls as multiples of the former. `stack + mm + mv` computes no weights; in",
+        f"graphs it takes {min(products):.1f} (bfloat16) to {max(products):.0f} times as long as PCGrad.",
+        "",
+        f"| | T | N | call | graph | {' | '.join(others)} |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for case in GPU_SHOWN:
+        call, graph = (medians[(*case, "gradsurgery", how)] for how in ("eager", "graph"))
+        times = [medians.get((*case, other, "eager")) for other in others]
+        cells = [*case[:2], f"{case[2]:.0e}".replace("e+0", "e"), f"{call:.0f}", f"{graph:.0f}"]
+        cells += ["-" if time is None else f"{time / call:,.1f}x" for time in times]
+        lines.append(f"| `{cells[0]}` | {' | '.join(str(cell) for cell in cells[1:])} |")
+    left_out = sum(row["note"].startswith("left out") for row in run["rows"])
+    cases = left_out + len({(r["stage"], r["tasks"], r["size"], r["dtype"]) for r in run["rows"] if r["median_us"]})
+    lines += [
+        "",
+        f"Medians of `{run['command']}`, which had time for {cases - left_out} of {cases} cases; torchjd "
+        f"{run['versions']['torchjd']}, pytorch_optimizer {run['versions']['pytorch_optimizer']}; commit "
+        f"{run['commit'][:12]}, {run['date'][:10]}:",
+        f"[{GPU_PEERS.relative_to(ROOT)}]({GPU_PEERS.relative_to(ROOT)}).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def steps_section(run: dict[str, Any]) -> str:
     """Return the Markdown for whole training steps."""
     lines = [
@@ -123,6 +163,7 @@ def steps_section(run: dict[str, Any]) -> str:
 SECTIONS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "benchmark": (CPU, cpu_section),
     "gpu": (GPU, gpu_section),
+    "gpu-peers": (GPU_PEERS, gpu_peers_section),
     "steps": (STEPS, steps_section),
 }
 PLOTS: dict[str, tuple[Path, Callable[[dict[str, Any]], Figure]]] = {
