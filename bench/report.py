@@ -122,11 +122,13 @@ def gpu_peers_section(run: dict[str, Any]) -> str:
         if row["dtype"] == "float32" and row["median_us"] is not None
     }
     others = ("stack + mm + mv", "torchjd", "pytorch_optimizer")
-    products = [row["x_ours"] for row in run["rows"] if (row["contender"], row["how"]) == (others[0], "graph")]
+    products = [row for row in run["rows"] if (row["contender"], row["how"]) == (others[0], "graph")]
+    least, most = (find(products, key=lambda row: row["x_ours"]) for find in (min, max))
     lines = [
-        f"Whole calls on one {run['machine']['name']} for float32 gradients: microseconds of a call among many and of one",
-        "in a CUDA graph, and the others' calls as multiples of the former. `stack + mm + mv` computes no weights; in",
-        f"graphs it takes {min(products):.1f} (bfloat16) to {max(products):.0f} times as long as PCGrad.",
+        f"Whole calls on one {run['machine']['name']}, float32: microseconds of a call among many and of one in a CUDA",
+        "graph, and the others' calls as multiples of the former. `stack + mm + mv` computes no weights; in graphs it",
+        f"takes {least['x_ours']:.1f} (T = {least['tasks']}, N = {least['size']:,}, {least['dtype']}) to",
+        f"{most['x_ours']:.0f} times as long as PCGrad.",
         "",
         f"| | T | N | call | graph | {' | '.join(others)} |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
