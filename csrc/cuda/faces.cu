@@ -105,10 +105,7 @@ GS_KERNEL GS_BLOCKS(kFaceThreads<kTasks>, 1)
   }
   const auto face = static_cast<uint32_t>(thread()), faces = 1u << num_tasks;
   const Triangle<kTasks> h(memory.h);
-  const SmallFactor<kTasks> factor([&](int i, int j) {
-    const bool inside = (face >> i & 1) != 0 && (face >> j & 1) != 0;
-    return inside ? h.at(i, j) : i == j ? 1.0 : 0.0;
-  });
+  const SmallFactor<kTasks> factor = factor_face<kTasks>([&](int i, int j) { return h.at(i, j); }, face);
   if (face == faces - 1) memory.definite = factor.definite;
   sync_block();
 #pragma unroll 1

@@ -6,12 +6,12 @@
 
 namespace gs {
 
-// G + c 1 1^T of a face, with rows of the identity for the tasks outside.
-template <int kTasks>
-GS_HOST_DEVICE SmallFactor<kTasks> factor_face(const double* gram, double shift, uint32_t face) {
+// Of a face's rows and columns of a matrix, with rows of the identity for the tasks outside.
+template <int kTasks, class Entry>
+GS_HOST_DEVICE SmallFactor<kTasks> factor_face(const Entry& entry, uint32_t face) {
   return SmallFactor<kTasks>([&](int i, int j) {
     const bool inside = (face >> i & 1) != 0 && (face >> j & 1) != 0;
-    return inside ? gram[i * kTasks + j] + shift : i == j ? 1.0 : 0.0;
+    return inside ? entry(i, j) : i == j ? 1.0 : 0.0;
   });
 }
 
@@ -21,7 +21,8 @@ GS_HOST_DEVICE SmallFactor<kTasks> factor_face(const double* gram, double shift,
 template <int kTasks>
 GS_HOST_DEVICE double face_min_norm(const double* gram, double shift, uint32_t face, double (&w)[kTasks]) {
   const auto inside = [&](int i) { return (face >> i & 1) != 0; };
-  const SmallFactor<kTasks> factor = factor_face<kTasks>(gram, shift, face);
+  const auto shifted = [&](int i, int j) { return gram[i * kTasks + j] + shift; };
+  const SmallFactor<kTasks> factor = factor_face<kTasks>(shifted, face);
   GS_UNROLL for (int i = 0; i < kTasks; i++) w[i] = inside(i) ? 1 : 0;
   factor.solve(w);
   bool valid = factor.definite;
@@ -61,7 +62,8 @@ GS_HOST_DEVICE double face_cagrad(const double* gram, const double* mean, int nu
     if (i < num_tasks) shift = std::fmin(shift, gram[i * (kTasks + 1)]);
   }
   const double squared = c * c * mean_squared;  // kappa^2
-  const SmallFactor<kTasks> factor = factor_face<kTasks>(gram, shift, face);
+  const auto shifted = [&](int i, int j) { return gram[i * kTasks + j] + shift; };
+  const SmallFactor<kTasks> factor = factor_face<kTasks>(shifted, face);
   double u[kTasks];
   GS_UNROLL for (int i = 0; i < kTasks; i++) {
     u[i] = inside(i) ? 1 : 0;

@@ -127,8 +127,9 @@ void test_projection_faces(int num_tasks) {
       }
       int meet = 0;
       for (uint32_t face = 0; face < 1u << num_tasks; face++) {
-        const auto factor = gs::factor_face<8>(h, 0, face);
-        if (!gs::face_projection(factor, gs::Triangle<8>(h), u, pull, root, face, v)) continue;
+        const gs::Triangle<8> triangle(h);
+        const auto factor = gs::factor_face<8>([&](int i, int j) { return triangle.at(i, j); }, face);
+        if (!gs::face_projection(factor, triangle, u, pull, root, face, v)) continue;
         meet++;
         for (int i = 0; i < num_tasks; i++) {
           double slope = 0;
