@@ -145,7 +145,8 @@ class Clock:
         if contender.weights is not None:
             row.error = direction_error(first, contender.weights, result)  # type: ignore[arg-type]
         row.peak_mb = peak_bytes(calls[0], self.device) / 1e6
-        if row.size in self.plan.counted[: None if row.contender in (OURS, TRITON) else 1]:
+        counted = self.plan.counted if row.contender in (OURS, TRITON) else self.plan.counted[:1]
+        if row.size in counted:
             row.launches = launches(calls[0], self.device)
         row.synchronisations = synchronisations(calls[0], self.device)
 

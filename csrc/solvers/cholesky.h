@@ -94,10 +94,7 @@ GS_HOST_DEVICE_CALL bool factor_and_solve(const Team& team, Row row, int64_t siz
     const auto reduce = [&](int64_t i, Values& v) {
       const double* const own = row(i);
       GS_UNROLL for (int c = 0; c < kPanel; c++) v[c] = c < count && j + c <= i ? own[j + c] : 0;
-#if defined(__CUDA_ARCH__)
-#pragma unroll 1
-#endif
-      for (int64_t k = 0; k < j; k += kPanel) {
+      GS_ROLLED for (int64_t k = 0; k < j; k += kPanel) {
         double x[kPanel], y[kPanel][kPanel];
         GS_UNROLL for (int b = 0; b < kPanel; b++) {
           x[b] = own[k + b];

@@ -7,7 +7,7 @@
 #define GS_HOST_DEVICE __host__ __device__
 #define GS_HOST_DEVICE_CALL __host__ __device__ __noinline__  // long, and called in several places
 #define GS_UNROLL _Pragma("unroll")
-#define GS_ROLLED _Pragma("unroll 1")  // mostly one turn for each member; copies would only be more to fetch
+#define GS_ROLLED _Pragma("unroll 1")  // copies of a loop that mostly has one turn would only be more to fetch
 #else
 #define GS_HOST_DEVICE
 #define GS_HOST_DEVICE_CALL
