@@ -23,6 +23,14 @@ def test_a_weight_that_is_all_but_nothing(backend):
     torch.testing.assert_close(cosines, expected, rtol=5e-3, atol=0)
 
 
+def test_steps_that_lead_away_at_first(backend):
+    """To stop short of those by which the equation gets worse for a while would take more than the 100 steps."""
+    rows = torch.tensor([[-1.0, 4, -2], [-400, -400, -800], [10, 40, 0]], dtype=torch.float64, device=DEVICE)
+    gram = gradsurgery.gram(rows)
+    w = weigh("fairgrad", gram, backend, alpha=50.0)
+    torch.testing.assert_close((gram @ w) * w ** (1 / 50), torch.ones_like(w), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 5.0, 50.0, 100.0])
 @pytest.mark.parametrize("tasks", [2, 5, 8])
 def test_the_equation_holds_for_norms_that_differ(backend, tasks, alpha):

@@ -12,10 +12,10 @@ constexpr int64_t newton_scratch(int64_t num_tasks) {
 
 // With n_i = |g_i| / max |g|, y_i = n_i w_i, K the matrix of cosines and p = 1 / alpha this is (K y)_i = n_i^(p - 1)
 // y_i^-p: the minimum of the convex F(y) = y^T K y / 2 - sum_i n_i^(p - 1) phi(y_i), phi'(y) = y^-p. Newton's method.
-// Of steps that take some y_i further than nine tenths of the way to 0 the others take them by y_i^-p instead, in which
-// the equation of a small y_i is linear, and if that does not bring all closer, all stop at the nine tenths. A ridge of
-// 1e-12 on K gives Pareto-stationary gradients an answer too, where y has none or grows without bound. Where F turns
-// out not to be convex, because G was rounded, it starts again with more of a ridge.
+// In a step that takes some y_i further than nine tenths of the way to 0, those that get smaller do so by y_i^-p, in
+// which the equation of a small y_i is linear. A ridge of 1e-12 on K gives Pareto-stationary gradients an answer too,
+// where y has none or grows without bound. Where F turns out not to be convex, because G was rounded, it starts again
+// with more of a ridge.
 template <class Team>
 class Newton {
  public:
@@ -73,10 +73,7 @@ class Newton {
   GS_HOST_DEVICE bool descend(double ridge) {
     const int64_t stride = padded(tasks_);
     double* const direction = rows_ + tasks_ * stride;
-    // At y and at the y before; the part of the direction to go if fallen, which says that tried_ takes steps by
-    // y_i^-p.
-    double residual = INFINITY, last = INFINITY, step = 1;
-    bool fallen = false;
+    double residual = INFINITY, last = INFINITY;  // at y and at the y before
     team_.sync();
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       cosines_[i * (tasks_ + 1)] = 1 + ridge;
@@ -85,13 +82,6 @@ class Newton {
     for (;;) {
       team_.sync();
       const double found = measure();
-      if (fallen && !(found < residual)) {
-        GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
-          tried_[i] = y_[i] + step * direction[i];
-        }
-        fallen = false;
-        continue;
-      }
       const bool ends = residual <= 1e-3 && residual >= 0.5 * last;  // as good as rounding allows
       if (ends && !(found < residual)) return true;
       GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
@@ -110,11 +100,9 @@ class Newton {
       }
       int64_t unused = 0;
       team_.least(lowest, unused);
-      fallen = lowest < -0.9;
-      if (fallen) step = -0.9 / lowest;
       GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
         const double part = direction[i] * inverse_[i];
-        if (fallen && part < 0) {
+        if (lowest < -0.9 && part < 0) {
           const double base = 1 - power_ * part;
           tried_[i] = std::fmax(power_ == 1 ? y_[i] / base : y_[i] * std::pow(base, -1 / power_), kLeastY);
         } else {
@@ -148,7 +136,7 @@ class Newton {
   const double power_;
   double *norms_, *c_, *y_;
   double *missing_, *bend_, *inverse_;  // -F', the second derivatives of F's separate terms, 1 / y (|g_i| at first)
-  double* tried_;                       // what becomes y if it is closer
+  double* tried_;                       // what becomes y
   double *cosines_, *rows_;
   double largest_ = 0;
   int steps_ = 100;

@@ -168,10 +168,9 @@ def _square(gram: Tensor, x: Tensor) -> Tensor:
 def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
     """Return w with (G w)_i = w_i^(-1 / alpha), by Newton's method on the convex function whose minimum that is.
 
-    Of steps that take some y_i further than nine tenths of the way to 0 the others take them by y_i^-p instead, in
-    which the equation of a small y_i is linear; if that does not bring all closer, all stop at the nine tenths. Where a
-    second derivative shows that it is not convex, as rounding of G can have it, it starts again with more of a ridge on
-    the cosines.
+    In a step that takes some y_i further than nine tenths of the way to 0, those that get smaller do so by y_i^-p, in
+    which the equation of a small y_i is linear. Where a second derivative shows that it is not convex, as rounding of G
+    can have it, it starts again with more of a ridge on the cosines.
     """
     num_tasks = gram.shape[-1]
     power = 1 / alpha
@@ -204,11 +203,9 @@ def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(matrix + (power * pull / y)[..., None] * eye)
         convex = (info == 0)[..., None]
         direction = torch.cholesky_solve(missing[..., None], factor).squeeze(-1)
-        step = 0.9 / (-direction / y).max(-1, keepdim=True).values.clamp(min=0.9)
         part = (direction / y).clamp(max=0)
-        tried = torch.where(part < 0, y * (1 - power * part) ** -alpha, y + direction).clamp(min=_LEAST_Y)
-        closer = (step < 1) & (measure(tried)[2] < residual)
-        moved = torch.where(closer, tried, y + step * direction)
+        falls = (part < 0) & (part.min(-1, keepdim=True).values < -0.9)
+        moved = torch.where(falls, (y * (1 - power * part) ** -alpha).clamp(min=_LEAST_Y), y + direction)
         ends = convex & ~((residual > 1e-3) | (residual < 0.5 * last))  # as good as rounding allows
         stays = settled | (ends & ~(measure(moved)[2] < residual))
         y = torch.where(stays, y, torch.where(convex, moved, start))

@@ -70,12 +70,9 @@ def fairgrad(out, gram, num_tasks, alpha: tl.float64, limit: tl.float64, TASKS: 
                         rest = tl.where(inside, missing - tl.sum(hessian * direction[None, :], 1), 0.0)
                         direction -= tl.where(inside, tl.sum(table * rest[None, :], 1), 0.0)
                         part = tl.minimum(direction / y, 0.0)
-                        lowest = tl.min(part, 0)
-                        slow = y + tl.where(lowest < -0.9, -0.9 / tl.minimum(lowest, -0.9), 1.0) * direction
-                        fallen = y * power_of(1 - power * part, -1 / power)
-                        tried = tl.maximum(tl.where(part < 0, fallen, y + direction), LEAST_Y)
-                        left = residual_of(tried, matrix, c * power_of(tried, -power), inside)
-                        y = tl.where((lowest < -0.9) & (left < residual), tried, slow)
+                        fallen = tl.maximum(y * power_of(1 - power * part, -1 / power), LEAST_Y)
+                        fallen = tl.where(part < 0, fallen, y + direction)
+                        y = tl.where(tl.min(part, 0) < -0.9, fallen, y + direction)
                         if (residual <= 1e-3) & ~(residual < 0.5 * last):
                             running = 0
                         last = residual
