@@ -46,18 +46,40 @@ void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate,
 
 gs_solve pcgrad_solve(int64_t seed, const std::optional<Tensor>& step, bool mean, const at::Device& device) {
   if (step) check_square_data(*step, at::kLong, {}, device, "step");
-  int64_t* const counter = step ? step->mutable_data_ptr<int64_t>() : nullptr;
-  return {GS_PCGRAD, static_cast<uint64_t>(seed), counter, mean, GS_EXACT, 1, 0};
+  gs_solve solve = {};
+  solve.method = GS_PCGRAD;
+  solve.seed = static_cast<uint64_t>(seed);
+  solve.step = step ? step->mutable_data_ptr<int64_t>() : nullptr;
+  solve.mean = mean;
+  return solve;
 }
 
 gs_solve min_norm_solve(bool exact, int64_t max_iter, double tol) {
-  return {GS_MIN_NORM, 0, nullptr, 0, exact ? GS_EXACT : GS_FRANK_WOLFE, max_iter, tol};
+  gs_solve solve = {};
+  solve.method = GS_MIN_NORM;
+  solve.solver = exact ? GS_EXACT : GS_FRANK_WOLFE;
+  solve.max_iter = max_iter;
+  solve.tol = tol;
+  return solve;
+}
+
+gs_solve weighting_solve(int64_t method, const std::optional<Tensor>& preference, double parameter, double limit,
+                         int64_t num_tasks, const at::Device& device) {
+  if (preference) check_square_data(*preference, at::kDouble, {num_tasks}, device, "preference");
+  gs_solve solve = {};
+  solve.method = GS_WEIGHTING;
+  solve.weighting = static_cast<gs_weighting>(method);
+  solve.preference = preference ? preference->const_data_ptr<double>() : nullptr;
+  solve.parameter = parameter;
+  solve.limit = limit;
+  return solve;
 }
 
 namespace {
 
-int64_t aggregate_workspace_bytes(const gs_gradients& view, const Target& target) {
-  return target.is_cuda() ? gs_aggregate_cuda_workspace_bytes(&view) : gs_aggregate_workspace_bytes(&view);
+int64_t aggregate_workspace_bytes(const gs_gradients& view, const gs_solve& solve, const Target& target) {
+  return target.is_cuda() ? gs_aggregate_cuda_workspace_bytes(&view, &solve)
+                          : gs_aggregate_workspace_bytes(&view, &solve);
 }
 
 void aggregate_into(double* gram, double* weights, void* space, int64_t bytes, const gs_gradients& view,
@@ -77,7 +99,7 @@ std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const gs_solve& 
   const Tensor weights = at::empty({grads.num_segments, grads.num_tasks}, options);
   const gs_gradients view = grads.view();
   const Target target(*grads.device);
-  const Tensor workspace = target.make_workspace(aggregate_workspace_bytes(view, target));
+  const Tensor workspace = target.make_workspace(aggregate_workspace_bytes(view, solve, target));
   aggregate_into(gram.mutable_data_ptr<double>(), weights.mutable_data_ptr<double>(), workspace.mutable_data_ptr(),
                  workspace.numel(), view, solve, accumulate, out, target);
   return {gram, weights};
@@ -86,7 +108,7 @@ std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const gs_solve& 
 void run_aggregate_alone(const Gradients& grads, const gs_solve& solve, bool accumulate, std::vector<void*>& out) {
   const gs_gradients view = grads.view();
   const Target target(*grads.device);
-  const int64_t bytes = aggregate_workspace_bytes(view, target);
+  const int64_t bytes = aggregate_workspace_bytes(view, solve, target);
   TORCH_CHECK_VALUE(bytes >= 0, gs_last_error());
   // One allocation: behind G and the weights the workspace, from a boundary of 64 bytes on.
   const int64_t gram_size = grads.num_segments * grads.num_tasks * grads.num_tasks;
@@ -133,20 +155,27 @@ void combine(const Tensor& grads, const Tensor& weights, at::IntArrayRef offsets
   run_combine(g, weights, accumulate, pointers);
 }
 
-void aggregate(const Tensor& grads, at::IntArrayRef offsets, const gs_solve& solve, Tensor& out) {
-  const Gradients g = Gradients::from_matrix(grads, offsets);
+void aggregate(const Gradients& g, const Tensor& grads, const gs_solve& solve, Tensor& out) {
   std::vector<void*> pointers = cut_out(g, grads, out);
   run_aggregate_alone(g, solve, /*accumulate=*/false, pointers);
 }
 
 void aggregate_pcgrad(const Tensor& grads, at::IntArrayRef offsets, int64_t seed, const std::optional<Tensor>& step,
                       bool mean, Tensor& out) {
-  aggregate(grads, offsets, pcgrad_solve(seed, step, mean, grads.device()), out);
+  const Gradients g = Gradients::from_matrix(grads, offsets);
+  aggregate(g, grads, pcgrad_solve(seed, step, mean, grads.device()), out);
 }
 
 void aggregate_min_norm(const Tensor& grads, at::IntArrayRef offsets, bool exact, int64_t max_iter, double tol,
                         Tensor& out) {
-  aggregate(grads, offsets, min_norm_solve(exact, max_iter, tol), out);
+  const Gradients g = Gradients::from_matrix(grads, offsets);
+  aggregate(g, grads, min_norm_solve(exact, max_iter, tol), out);
+}
+
+void aggregate_weights(const Tensor& grads, at::IntArrayRef offsets, int64_t method,
+                       const std::optional<Tensor>& preference, double parameter, double limit, Tensor& out) {
+  const Gradients g = Gradients::from_matrix(grads, offsets);
+  aggregate(g, grads, weighting_solve(method, preference, parameter, limit, g.num_tasks, grads.device()), out);
 }
 
 }  // namespace
@@ -180,6 +209,7 @@ void register_operators(torch::Library& m) {
   m.impl("combine.list", &combine_list);
   m.impl("aggregate_pcgrad", &aggregate_pcgrad);
   m.impl("aggregate_min_norm", &aggregate_min_norm);
+  m.impl("aggregate_weights", &aggregate_weights);
 }
 
 }  // namespace
@@ -191,6 +221,9 @@ TORCH_LIBRARY(gradsurgery, m) {
   m.def("combine.list(Tensor?[] grads, Tensor weights, int[] segments, bool accumulate, Tensor(a!)[] out) -> ()");
   m.def("aggregate_pcgrad(Tensor grads, int[] offsets, int seed, Tensor(a!)? step, bool mean, Tensor(b!) out) -> ()");
   m.def("aggregate_min_norm(Tensor grads, int[] offsets, bool exact, int max_iter, float tol, Tensor(a!) out) -> ()");
+  m.def(
+      "aggregate_weights(Tensor grads, int[] offsets, int method, Tensor? preference, float parameter, float limit, "
+      "Tensor(a!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(gradsurgery, CPU, m) { register_operators(m); }
@@ -206,7 +239,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["max_tasks"] = GS_MAX_TASKS;
     return info;
   });
-  // The methods of the operator `weights`.
+  // The methods of the operators `weights` and `aggregate_weights`.
   m.def("weightings", [] {
     return std::map<std::string, int>{{"upgrad", GS_UPGRAD},
                                       {"dualproj", GS_DUALPROJ},
@@ -249,6 +282,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("aggregate_min_norm",
            [](const Lists& lists, bool exact, int64_t max_iter, double tol, pybind11::handle out, bool accumulate) {
              return lists.aggregate(min_norm_solve(exact, max_iter, tol), out, accumulate);
+           })
+      .def("aggregate_weights",
+           [](const Lists& lists, int64_t method, const std::optional<Tensor>& preference, double parameter,
+              double limit, pybind11::handle out, bool accumulate) {
+             const gs_solve solve =
+                 weighting_solve(method, preference, parameter, limit, lists.num_tasks(), lists.device());
+             return lists.aggregate(solve, out, accumulate);
            })
       .def("targets", &Lists::targets);
   m.def("assign_grads", &assign_grads);

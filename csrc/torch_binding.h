@@ -212,9 +212,11 @@ gs_rule graddrop_rule(int64_t seed, const Tensor& step, const std::optional<Tens
 gs_rule trimmed_mean_rule(int64_t num_trimmed);
 void run_combine_rows(const Gradients& grads, const gs_rule& rule, bool accumulate, std::vector<void*>& out);
 
-// The solvers that run_aggregate takes. The step counter, if there is one, must live as long as the call.
+// The solvers that run_aggregate takes. The step counter and the preference must live as long as the call.
 gs_solve pcgrad_solve(int64_t seed, const std::optional<Tensor>& step, bool mean, const at::Device& device);
 gs_solve min_norm_solve(bool exact, int64_t max_iter, double tol);
+gs_solve weighting_solve(int64_t method, const std::optional<Tensor>& preference, double parameter, double limit,
+                         int64_t num_tasks, const at::Device& device);
 
 // All stages in one call; returns the Gram matrices [S, T, T] and the weights [S, T], or only the direction, sooner.
 std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const gs_solve& solve, bool accumulate,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 C: Any
 try:
@@ -14,8 +14,19 @@ except ImportError as error:
 else:
     WHY_NOT = ""
 
-NativeSolver = tuple[str, tuple[Any, ...]]
-"""One of the extension's solvers, and its arguments."""
+WEIGHTINGS: dict[str, int] = C.weightings() if C else {}
+"""The extension's numbers for the solvers of ``backends.solvers.WEIGHTINGS``."""
+
+
+class NativeSolver(NamedTuple):
+    """One of the extension's solvers, for the stages in one call."""
+
+    name: str
+    """"pcgrad", "min_norm" or "weights"."""
+    arguments: tuple[Any, ...]
+    depends_on_scale: bool = False
+    """Whether the weights change where all gradients are scaled."""
+
 
 Rule = tuple[str, tuple[Any, ...]]
 """One of the rules that work coordinate by coordinate: ("graddrop", (seed, step counter, leaks [T] or None)) or

@@ -58,10 +58,12 @@ class Operation:
             return None, None
         reads_all = method.gram_parameters is None and self.processes.shards is None
         if self.backend.aggregate is not None and reads_all and shared.lists is not None:
-            solver = method.native_solver(self.grads.device)
+            solver = method.native_solver(self.grads.device, self.grads.num_tasks)
+            # G is scaled there.
+            if solver is not None and solver.depends_on_scale and self.collected.scale is not None:
+                solver = None
             if solver is not None and out and shared.lists.fits(out):
                 before()
-                # The weights do not depend on the scale.
                 gram, weights = self.backend.aggregate(shared, solver, out, accumulate)  # type: ignore[misc]
                 return self._unscaled(gram), weights
         gram, measured = self._gram()

@@ -84,7 +84,8 @@ def aggregate(
         if isinstance(chosen, CoordinateMethod):
             result = combine_rows_of(parsed, chosen.rule(parsed.device, parsed.num_tasks), out, False, stages)
         else:
-            solver = chosen.native_solver(parsed.device, once=isinstance(method, str)) if stages.aggregate else None
+            once = isinstance(method, str)
+            solver = chosen.native_solver(parsed.device, parsed.num_tasks, once=once) if stages.aggregate else None
             result = _aggregate_sum(chosen, solver, parsed, losses, out, stages, backend)
     return result if out is not None else constant("aggregate", result, parsed.differentiable)
 

@@ -55,6 +55,10 @@ SAMPLES = {
     "aggregate_pcgrad": (OPS.aggregate_pcgrad.default, (ROWS, [0, 9, 40], 0, STEP, False, torch.empty(40))),
     "aggregate_pcgrad_once": (OPS.aggregate_pcgrad.default, (ROWS, [], 0, None, True, torch.empty(40))),
     "aggregate_min_norm": (OPS.aggregate_min_norm.default, (ROWS, [], True, 250, 1e-6, torch.empty(40))),
+    "aggregate_weights": (
+        OPS.aggregate_weights.default,
+        (ROWS, [0, 9, 40], 0, torch.ones(3).double(), 1e-4, 1.0, torch.empty(40)),
+    ),
     "gradnorm": (OPS.gradnorm.default, (ONES, ONES, ONES, ONES, 1.5, 0.025, empty(1, 3))),
     "gradnorm_step": (OPS.gradnorm_step.default, (GRAM, ONES, 1.5, 0.025, ONES.clone(), ONES.clone(), empty(1, 3))),
 }
@@ -126,6 +130,12 @@ def test_opcheck(name):
         ("aggregate_pcgrad", 5, torch.empty(41), rf"out must be contiguous on {PLACE} with shape \[40\]"),
         ("aggregate_min_norm", 0, ROWS.T, r"grads must be \[T, N\] with a contiguous last dimension"),
         ("aggregate_min_norm", 5, torch.empty(40).double(), "out must be float"),
+        ("aggregate_weights", 0, ROWS[0], r"grads must be \[T, N\] with a contiguous last dimension"),
+        ("aggregate_weights", 1, [0, 41], "segments must ascend from 0 to 40"),
+        ("aggregate_weights", 2, 10, "method is 10, which no gs_weighting is"),
+        ("aggregate_weights", 3, torch.ones(2).double(), rf"preference must be contiguous on {PLACE} with shape \[3\]"),
+        ("aggregate_weights", 4, -1.0, "ridge must be positive and finite, got -1"),
+        ("aggregate_weights", 6, torch.empty(41), rf"out must be contiguous on {PLACE} with shape \[40\]"),
         ("min_norm", 4, empty(1, 2), "weights must be contiguous"),
         ("gradnorm", 2, torch.ones(1, 2).double(), "losses must be contiguous"),
         ("gradnorm_step", 4, torch.ones(1, 2).double(), "state_weights must be contiguous"),

@@ -193,7 +193,7 @@ def test_plain_and_wrong_checkpoints():
     torch.testing.assert_close(optimizer.state_dict(), before)
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "mgda", "gradnorm"])
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "gradnorm", "fairgrad", "nash_mtl", "upgrad"])
 def test_grad_scaler(method):
     results = []
     for scale in (None, 1024.0, 2.0**20):

@@ -50,7 +50,7 @@ gs_status gs_gradvac_cuda(const double*, int64_t, int64_t, const int64_t*, doubl
   return unsupported();
 }
 
-int64_t gs_aggregate_cuda_workspace_bytes(const gs_gradients*) { return unsupported(), -1; }
+int64_t gs_aggregate_cuda_workspace_bytes(const gs_gradients*, const gs_solve*) { return unsupported(), -1; }
 
 gs_status gs_aggregate_cuda(const gs_gradients*, const gs_solve*, double*, double*, void* const*, int, void*, int64_t,
                             gs_stream) {

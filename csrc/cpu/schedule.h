@@ -28,17 +28,6 @@ inline gs_status check(const gs_gradients& g) {
   return GS_OK;
 }
 
-inline gs_status check_aggregate(const gs_gradients* grads, const gs_solve* solve, const double* gram,
-                                 const double* weights, void* const* out) {
-  GS_REQUIRE(grads && solve && gram && weights && (out || grads->num_params == 0),
-             "grads, solve, gram, weights and out must not be NULL");
-  GS_REQUIRE(solve->method == GS_PCGRAD || solve->method == GS_MIN_NORM, "method is %d, which no gs_method is",
-             (int)solve->method);
-  GS_REQUIRE(solve->method != GS_MIN_NORM || solve->solver == GS_EXACT || solve->solver == GS_FRANK_WOLFE,
-             "solver is %d, which no gs_solver is", (int)solve->solver);
-  return check(*grads);
-}
-
 inline gs_status check_problems(int64_t batch, int64_t num_tasks) {
   GS_REQUIRE(batch >= 0 && num_tasks >= 1, "batch must be >= 0 and num_tasks >= 1, got %lld and %lld", (long long)batch,
              (long long)num_tasks);
@@ -79,6 +68,32 @@ inline gs_status check_weighting(gs_weighting method, int64_t num_tasks, double 
                  (parameter >= 0 && parameter < INFINITY && limit >= 1 && limit <= static_cast<double>(num_tasks)),
              "Krum's parameter must be >= 0 and its limit in 1..%lld, got %g and %g", (long long)num_tasks, parameter,
              limit);
+  return GS_OK;
+}
+
+inline gs_status check_solver(gs_solver solver) {
+  GS_REQUIRE(solver == GS_EXACT || solver == GS_FRANK_WOLFE, "solver is %d, which no gs_solver is", (int)solver);
+  return GS_OK;
+}
+
+inline gs_status check_solve(const gs_gradients* grads, const gs_solve* solve) {
+  GS_REQUIRE(grads && solve, "grads and solve must not be NULL");
+  if (const gs_status status = check(*grads)) return status;
+  switch (solve->method) {
+    case GS_PCGRAD:
+      return GS_OK;
+    case GS_MIN_NORM:
+      return check_solver(solve->solver);
+    case GS_WEIGHTING:
+      return check_weighting(solve->weighting, grads->num_tasks, solve->parameter, solve->limit);
+  }
+  return fail(GS_INVALID_ARGUMENT, "method is %d, which no gs_method is", (int)solve->method);
+}
+
+inline gs_status check_aggregate(const gs_gradients* grads, const gs_solve* solve, const double* gram,
+                                 const double* weights, void* const* out) {
+  if (const gs_status status = check_solve(grads, solve)) return status;
+  GS_REQUIRE(gram && weights && (out || grads->num_params == 0), "gram, weights and out must not be NULL");
   return GS_OK;
 }
 

@@ -55,13 +55,39 @@ bool plan_fused(const gs_gradients& g, const gs_solve& solve, void* const* out, 
 
 int64_t partial_bytes(int64_t num_tasks) { return kMostSlots * pairs_of(std::min(num_tasks, kFusedTasks)) * 8; }
 
+int64_t solver_bytes(const gs_solve& solve, int64_t batch, int64_t num_tasks) {
+  switch (solve.method) {
+    case GS_PCGRAD:
+      return 0;
+    case GS_MIN_NORM:
+      return gs_min_norm_workspace_bytes(batch, num_tasks);
+    default:
+      return gs_weights_cuda_workspace_bytes(solve.weighting, batch, num_tasks);
+  }
+}
+
+gs_status solve_weights(const gs_solve& solve, const double* gram, int64_t batch, int64_t num_tasks, double* weights,
+                        void* workspace, int64_t workspace_bytes, gs_stream stream) {
+  switch (solve.method) {
+    case GS_PCGRAD:
+      return gs_pcgrad_cuda(gram, batch, num_tasks, nullptr, solve.seed, solve.step, solve.step != nullptr, solve.mean,
+                            weights, stream);
+    case GS_MIN_NORM:
+      return gs_min_norm_cuda(gram, batch, num_tasks, solve.solver, solve.max_iter, solve.tol, weights, workspace,
+                              workspace_bytes, stream);
+    default:
+      return gs_weights_cuda(gram, batch, num_tasks, solve.weighting, solve.preference, solve.parameter, solve.limit,
+                             weights, workspace, workspace_bytes, stream);
+  }
+}
+
 }  // namespace
 }  // namespace gs::gpu
 
-int64_t gs_aggregate_cuda_workspace_bytes(const gs_gradients* grads) {
-  if (!grads || gs::check(*grads) != GS_OK) return -1;
+int64_t gs_aggregate_cuda_workspace_bytes(const gs_gradients* grads, const gs_solve* solve) {
+  if (gs::check_solve(grads, solve) != GS_OK) return -1;
   return std::max({gs_gram_cuda_workspace_bytes(grads), gs_combine_cuda_workspace_bytes(grads, 1),
-                   gs_min_norm_workspace_bytes(grads->num_segments, grads->num_tasks),
+                   gs::gpu::solver_bytes(*solve, grads->num_segments, grads->num_tasks),
                    gs::gpu::partial_bytes(grads->num_tasks)});
 }
 
@@ -71,7 +97,7 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
   using namespace gs::gpu;
   if (const gs_status status = gs::check_aggregate(grads, solve, gram, weights, out)) return status;
   if (const gs_status status =
-          gs::check_workspace(workspace, workspace_bytes, gs_aggregate_cuda_workspace_bytes(grads)))
+          gs::check_workspace(workspace, workspace_bytes, gs_aggregate_cuda_workspace_bytes(grads, solve)))
     return status;
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
@@ -87,16 +113,10 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
     // A part of the GPU may not run all blocks at once.
     if (status != GS_UNSUPPORTED) return status;
   }
-  const int64_t batch = grads->num_segments, tasks = grads->num_tasks;
   gs_status status = gs_gram_cuda(grads, gram, workspace, workspace_bytes, stream);
   if (status != GS_OK) return status;
-  if (solve->method == GS_PCGRAD) {
-    status = gs_pcgrad_cuda(gram, batch, tasks, nullptr, solve->seed, solve->step, solve->step != nullptr, solve->mean,
-                            weights, stream);
-  } else {
-    status = gs_min_norm_cuda(gram, batch, tasks, solve->solver, solve->max_iter, solve->tol, weights, workspace,
-                              workspace_bytes, stream);
-  }
+  status =
+      solve_weights(*solve, gram, grads->num_segments, grads->num_tasks, weights, workspace, workspace_bytes, stream);
   if (status != GS_OK) return status;
   return gs_combine_cuda(grads, weights, 1, out, accumulate, workspace, workspace_bytes, stream);
 }

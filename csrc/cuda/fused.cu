@@ -243,7 +243,8 @@ gs_status launch_with(const AnyTable& table, double* partials, double* gram, dou
 }  // namespace
 
 bool has_fused_solver(const gs_solve& solve, int64_t num_tasks) {
-  return num_tasks <= (solve.method == GS_PCGRAD ? kFusedTasks : solve.solver == GS_EXACT ? kFaceTasks : 0);
+  if (solve.method == GS_PCGRAD) return num_tasks <= kFusedTasks;
+  return solve.method == GS_MIN_NORM && solve.solver == GS_EXACT && num_tasks <= kFaceTasks;
 }
 
 int64_t fused_width_at_most(int32_t dtype, int64_t num_tasks, int64_t shared_bytes) {

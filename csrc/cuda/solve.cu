@@ -94,7 +94,7 @@ gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks,
   using namespace gs::gpu;
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
-  GS_REQUIRE(solver == GS_EXACT || solver == GS_FRANK_WOLFE, "solver is %d, which no gs_solver is", (int)solver);
+  if (const gs_status status = gs::check_solver(solver)) return status;
   if (const gs_status status =
           gs::check_workspace(workspace, workspace_bytes, gs_min_norm_workspace_bytes(batch, num_tasks)))
     return status;

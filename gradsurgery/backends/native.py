@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._extension import WHY_NOT, C, NativeSolver, Rule
+from .._extension import WEIGHTINGS, WHY_NOT, C, NativeSolver, Rule
 from .._gradients import TaskGradients
 
 _INFO: dict[str, Any] = C.build_info() if C else {}
@@ -22,8 +22,12 @@ if C:
     _ROWS = {"graddrop": _OPS.graddrop.default, "trimmed_mean": _OPS.trimmed_mean.default}
     _ROWS_LIST = {"graddrop": _OPS.graddrop.list, "trimmed_mean": _OPS.trimmed_mean.list}
     _TASK_ORDER, _PCGRAD, _MIN_NORM = _OPS.task_order.default, _OPS.pcgrad.default, _OPS.min_norm.default
-    _AGGREGATE = {"pcgrad": _OPS.aggregate_pcgrad.default, "min_norm": _OPS.aggregate_min_norm.default}
-    _WEIGHTS, _WEIGHTINGS, _GRADVAC = _OPS.weights.default, C.weightings(), _OPS.gradvac.default
+    _AGGREGATE = {
+        "pcgrad": _OPS.aggregate_pcgrad.default,
+        "min_norm": _OPS.aggregate_min_norm.default,
+        "weights": _OPS.aggregate_weights.default,
+    }
+    _WEIGHTS, _GRADVAC = _OPS.weights.default, _OPS.gradvac.default
     _GRADNORM, _GRADNORM_STEP = _OPS.gradnorm.default, _OPS.gradnorm_step.default
 
 
@@ -92,7 +96,7 @@ class CpuBackend:
         self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
         """Write the weights of one of the methods of ``solvers.WEIGHTINGS``."""
-        _WEIGHTS(gram, _WEIGHTINGS[method], preference, parameter, limit, out)
+        _WEIGHTS(gram, WEIGHTINGS[method], preference, parameter, limit, out)
 
     def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
         """Write Gradient Vaccine's weights, and move its targets."""
@@ -112,10 +116,10 @@ class CpuBackend:
         self, grads: TaskGradients, solver: NativeSolver, out: Tensor | list[Tensor], accumulate: bool = False
     ) -> tuple[Tensor, Tensor] | None:
         """Write the directions; for the list form, return G and the weights."""
-        name, arguments = solver
         if grads.lists is not None:
-            return getattr(grads.lists, f"aggregate_{name}")(*arguments, out, accumulate)  # type: ignore[no-any-return]
-        _AGGREGATE[name](grads.matrix, grads.segments, *arguments, out)
+            aggregate = getattr(grads.lists, f"aggregate_{solver.name}")
+            return aggregate(*solver.arguments, out, accumulate)  # type: ignore[no-any-return]
+        _AGGREGATE[solver.name](grads.matrix, grads.segments, *solver.arguments, out)
         return None
 
 

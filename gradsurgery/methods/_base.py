@@ -13,9 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .._extension import NativeSolver
+from .._extension import WEIGHTINGS, NativeSolver
 from .._gradients import describe
-from ..functional import check_seed, solver_weights
+from ..functional import check_gram, check_seed, solver_weights
 
 
 @contextmanager
@@ -81,15 +81,13 @@ class PerTask:
     def __repr__(self) -> str:
         return repr(self.values.tolist())
 
-    def on(self, gram: Tensor, method: str) -> Tensor:
-        """Return the numbers [T] on G's device."""
-        if len(self.values) != gram.shape[-1]:
-            raise ValueError(
-                f"{self.name} must hold one number for each of {gram.shape[-1]} tasks, got {len(self.values)}"
-            )
-        if self.values.device != gram.device:
-            with making_state(method, gram.device):
-                self.values = self.values.to(gram.device)
+    def on(self, device: torch.device, num_tasks: int, method: str) -> Tensor:
+        """Return the numbers [T] on the device."""
+        if len(self.values) != num_tasks:
+            raise ValueError(f"{self.name} must hold one number for each of {num_tasks} tasks, got {len(self.values)}")
+        if self.values.device != device:
+            with making_state(method, device):
+                self.values = self.values.to(device)
         return self.values
 
 
@@ -157,11 +155,14 @@ class Method:
         given = (f"{name}={_brief(getattr(self, name))}" for name in options if hasattr(self, name))
         return f"{type(self).__name__}({', '.join(given)})"
 
-    def native_solver(self, device: torch.device, *, once: bool = False) -> NativeSolver | None:
-        """Return what ``weights`` would run on that device, for backends that go from gradients to direction in a call.
+    def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
+        """Return what ``weights`` would run for T tasks there, for backends with all stages in one call.
 
         None: only ``weights`` itself yields the weights. The backend advances the state, which a method that is in its
         initial state and will not be called again (``once``) need not have.
+
+        Raises:
+            ValueError: as ``weights`` does.
         """
         return None
 
@@ -228,20 +229,35 @@ class Solver(NamedTuple):
     parameter: float = 0.0
     limit: float = math.inf
     pref: PerTask | None = None
+    divisor: float = 1.0
+    """What its weights are divided by."""
+    depends_on_scale: bool = False
+    """Whether they change where all gradients are scaled."""
 
 
 class SolverMethod(Method):
     """A method whose weights are a function of G, a preference and numbers."""
 
-    def _solver(self) -> Solver:
-        """Return which function."""
+    def _solver(self, num_tasks: int) -> Solver:
+        """Return which function for T tasks; ValueError where the options allow none."""
         raise NotImplementedError
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights; NaN where G is not finite."""
-        name, parameter, limit, pref = self._solver()
-        preference = None if pref is None else pref.on(gram, self.name)
-        return solver_weights(gram, name, preference, parameter, limit, backend)
+        num_tasks = check_gram(gram).shape[-1]
+        solver = self._solver(num_tasks)
+        preference = None if solver.pref is None else solver.pref.on(gram.device, num_tasks, self.name)
+        weights = solver_weights(gram, solver.name, preference, solver.parameter, solver.limit, backend)
+        return weights if solver.divisor == 1 else weights / solver.divisor
+
+    def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
+        """Return the solver, the preference and the numbers, where its weights are the method's."""
+        solver = self._solver(num_tasks)
+        if self._has_other_weights(SolverMethod) or solver.divisor != 1:
+            return None
+        preference = None if solver.pref is None else solver.pref.on(device, num_tasks, self.name)
+        arguments = (WEIGHTINGS[solver.name], preference, solver.parameter, solver.limit)
+        return NativeSolver("weights", arguments, solver.depends_on_scale)
 
 
 class SteppedMethod(Method):

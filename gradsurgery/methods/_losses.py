@@ -137,4 +137,4 @@ class TrainedScales(LossMethod):
     def _initial(self, losses: Tensor) -> dict[str, Tensor]:
         if isinstance(self.initial, float):
             return {"s": torch.full_like(losses, self.initial)}
-        return {"s": self.initial.on(losses, self.name).expand_as(losses).clone()}
+        return {"s": self.initial.on(losses.device, losses.shape[-1], self.name).expand_as(losses).clone()}

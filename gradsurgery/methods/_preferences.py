@@ -25,11 +25,11 @@ class PreferenceMethod(LossMethod):
         """Return p as [..., T] like the losses, 1 / T each without a preference."""
         if self.pref is None:
             return torch.full_like(losses, 1 / losses.shape[-1])
-        return self.pref.on(losses, self.name).expand_as(losses)
+        return self.pref.on(losses.device, losses.shape[-1], self.name).expand_as(losses)
 
     def _excess(self, losses: Tensor) -> Tensor:
         """Return L - z [..., T]."""
-        return losses if self.ideal is None else losses - self.ideal.on(losses, self.name)
+        return losses if self.ideal is None else losses - self.ideal.on(losses.device, losses.shape[-1], self.name)
 
 
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,5 +37,5 @@ class AlignedMTL(SolverMethod):
         self.pref = None if pref is None else PerTask("pref", pref)
         self.scale_mode = scale_mode
 
-    def _solver(self) -> Solver:
+    def _solver(self, num_tasks: int) -> Solver:
         return Solver(f"aligned_mtl_{self.scale_mode}", pref=self.pref)

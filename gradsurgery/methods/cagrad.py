@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from .._checks import check_not_negative
 from ._base import Solver, SolverMethod
 
@@ -38,12 +36,5 @@ class CAGrad(SolverMethod):
         self.c = check_not_negative("c", c)
         self.rescale = rescale
 
-    def _solver(self) -> Solver:
-        return Solver("cagrad", self.c)
-
-    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Return the weights; NaN where G is not finite."""
-        weights = super().weights(gram, backend=backend)
-        if self.rescale == 0:
-            return weights
-        return weights / (1 + (self.c**2 if self.rescale == 1 else self.c))
+    def _solver(self, num_tasks: int) -> Solver:
+        return Solver("cagrad", self.c, divisor=(1, 1 + self.c**2, 1 + self.c)[self.rescale])

@@ -34,5 +34,5 @@ class ConFIG(SolverMethod):
     def __init__(self, pref: Sequence[float] | Tensor | None = None) -> None:
         self.pref = None if pref is None else PerTask("pref", pref)
 
-    def _solver(self) -> Solver:
+    def _solver(self, num_tasks: int) -> Solver:
         return Solver("config", pref=self.pref)

@@ -33,5 +33,5 @@ class Constant(Method):
         """Return the given weights for each problem, NaN where G is not finite."""
         gram = check_gram(gram)
         given = self.task_weights
-        weights = torch.ones_like(gram[..., 0]) if given is None else given.on(gram, self.name)
+        weights = torch.ones_like(gram[..., 0]) if given is None else given.on(gram.device, gram.shape[-1], self.name)
         return nan_unless_finite(weights, gram)

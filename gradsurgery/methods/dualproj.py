@@ -34,5 +34,5 @@ class DualProj(SolverMethod):
         self.pref = None if pref is None else PerTask("pref", pref)
         self.reg_eps = check_positive("reg_eps", reg_eps)
 
-    def _solver(self) -> Solver:
+    def _solver(self, num_tasks: int) -> Solver:
         return Solver("dualproj", self.reg_eps, pref=self.pref)

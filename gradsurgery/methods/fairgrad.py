@@ -29,5 +29,5 @@ class FairGrad(SolverMethod):
     def __init__(self, alpha: float = 1.0) -> None:
         self.alpha = check_positive("alpha", alpha)
 
-    def _solver(self) -> Solver:
-        return Solver("fairgrad", self.alpha)
+    def _solver(self, num_tasks: int) -> Solver:
+        return Solver("fairgrad", self.alpha, depends_on_scale=True)

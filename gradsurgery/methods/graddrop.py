@@ -51,5 +51,5 @@ class GradDrop(SteppedMethod, CoordinateMethod):
             ValueError: ``leak`` is not one number for each task.
         """
         step = self._step_on(device)
-        leak = None if self.leak is None else self.leak.on(step.expand(num_tasks), self.name)
+        leak = None if self.leak is None else self.leak.on(device, num_tasks, self.name)
         return "graddrop", (self.seed, step, leak)

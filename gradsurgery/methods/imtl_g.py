@@ -23,5 +23,5 @@ class IMTLG(SolverMethod):
     scale = "sums to 1"
     cost = "T^3"
 
-    def _solver(self) -> Solver:
+    def _solver(self, num_tasks: int) -> Solver:
         return Solver("imtl_g")

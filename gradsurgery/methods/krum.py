@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from .._checks import check_count
-from ..functional import check_gram
 from ._base import Solver, SolverMethod
 
 
@@ -33,20 +30,11 @@ class Krum(SolverMethod):
         self.num_byzantine = check_count("num_byzantine", num_byzantine, least=0)
         self.num_selected = check_count("num_selected", num_selected)
 
-    def _solver(self) -> Solver:
-        return Solver("krum", float(self.num_byzantine), float(self.num_selected))
-
-    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Return the weights; NaN where G is not finite.
-
-        Raises:
-            ValueError: there are too few tasks for the options.
-        """
-        num_tasks = check_gram(gram).shape[-1]
+    def _solver(self, num_tasks: int) -> Solver:
         needed = max(self.num_selected, self.num_byzantine + 3 if self.num_byzantine else 1)
         if num_tasks < needed:
             raise ValueError(
                 f"Krum with num_byzantine={self.num_byzantine} and num_selected={self.num_selected} needs at least "
                 f"{needed} tasks, got {num_tasks}"
             )
-        return super().weights(gram, backend=backend)
+        return Solver("krum", float(self.num_byzantine), float(self.num_selected))

@@ -63,7 +63,7 @@ class MConFIG(BufferedMethod):
         for t in absent:
             present[t].fill_(False)  # an assignment would copy from the host
         if self.pref is not None:
-            self.pref.on(present, self.name)  # raises before anything changes
+            self.pref.on(device, len(rows), self.name)  # raises before anything changes
         self._present = present
 
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ class MConFIG(BufferedMethod):
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return ConFIG's weights [T] for the averages' G [T, T]."""
         self._started()
-        preference = None if self.pref is None else self.pref.on(gram, self.name)
+        preference = None if self.pref is None else self.pref.on(gram.device, len(gram), self.name)
         return self._nan_unless_finite(solver_weights(gram, "config", preference, 0, torch.inf, backend))
 
     def terms(self, rows: Rows, kept: Rows, weights: Tensor, scale: Tensor | None) -> tuple[Rows, Tensor]:

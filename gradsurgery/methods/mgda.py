@@ -71,11 +71,11 @@ class MGDA(Method):
     def _shortest(self, gram: Tensor, backend: str | None) -> Tensor:
         return min_norm_weights(gram, solver=self.solver, max_iter=self.max_iter, tol=self.tol, backend=backend)
 
-    def native_solver(self, device: torch.device, *, once: bool = False) -> NativeSolver | None:
+    def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
         """Return the solver's options, without normalisation."""
         if self._has_other_weights(MGDA) or self.normalization != "none":
             return None
-        return "min_norm", (self.solver == "exact", self.max_iter, self.tol)
+        return NativeSolver("min_norm", (self.solver == "exact", self.max_iter, self.tol))
 
     def _scale(self, gram: Tensor, losses: Tensor | None) -> Tensor:
         """Return n [..., T], 1 where it would be 0."""

@@ -34,5 +34,5 @@ class NashMTL(SolverMethod):
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
         self.max_norm = max_norm
 
-    def _solver(self) -> Solver:
-        return Solver("fairgrad", 1.0, self.max_norm)
+    def _solver(self, num_tasks: int) -> Solver:
+        return Solver("fairgrad", 1.0, self.max_norm, depends_on_scale=True)

@@ -40,8 +40,9 @@ class PCGrad(SteppedMethod):
         check_gram(gram)
         return pcgrad_step(gram, self._step_on(gram.device), self.seed, self.reduction, backend)
 
-    def native_solver(self, device: torch.device, *, once: bool = False) -> NativeSolver | None:
+    def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
         """Return the seed, the step counter (None: step 0) and whether to average."""
         if self._has_other_weights(PCGrad):
             return None
-        return "pcgrad", (self.seed, None if once else self._step_on(device), self.reduction == "mean")
+        step = None if once else self._step_on(device)
+        return NativeSolver("pcgrad", (self.seed, step, self.reduction == "mean"))

@@ -71,4 +71,4 @@ class SDMGrad(SimplexMethod):
         """Return p [T], for weights [..., T]."""
         if self.pref is None:
             return w.new_full(w.shape[-1:], 1 / w.shape[-1])
-        return self.pref.on(w, self.name)
+        return self.pref.on(w.device, w.shape[-1], self.name)

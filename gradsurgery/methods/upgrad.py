@@ -38,5 +38,5 @@ class UPGrad(SolverMethod):
         self.pref = None if pref is None else PerTask("pref", pref)
         self.reg_eps = check_positive("reg_eps", reg_eps)
 
-    def _solver(self) -> Solver:
+    def _solver(self, num_tasks: int) -> Solver:
         return Solver("upgrad", self.reg_eps, pref=self.pref)

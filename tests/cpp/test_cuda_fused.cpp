@@ -92,7 +92,7 @@ void check(const Problem& problem, const gs_solve& options, bool accumulate, boo
   gs_solve solve = options;
   if (counts) solve.step = &step;
   const Result expected = results_of(problem, [&](const gs_gradients& view, double* gram, double* weights, void** out) {
-    const int64_t bytes = gs_aggregate_workspace_bytes(&view);
+    const int64_t bytes = gs_aggregate_workspace_bytes(&view, &solve);
     return gs_aggregate_cpu(&view, &solve, gram, weights, out, accumulate, allocate(bytes).get(), bytes, nullptr);
   });
   const int64_t advanced = step;
@@ -102,7 +102,7 @@ void check(const Problem& problem, const gs_solve& options, bool accumulate, boo
     Emulator::get().launches = 0;
     step = 5;
     const Result got = results_of(problem, [&](const gs_gradients& view, double* gram, double* weights, void** out) {
-      const int64_t bytes = gs_aggregate_cuda_workspace_bytes(&view);
+      const int64_t bytes = gs_aggregate_cuda_workspace_bytes(&view, &solve);
       const auto space = allocate(bytes);
       std::memset(space.get(), 0xff, bytes);
       return gs_aggregate_cuda(&view, &solve, gram, weights, out, accumulate, space.get(), bytes, nullptr);
@@ -125,12 +125,38 @@ void check(const Problem& problem, const gs_solve& options, bool accumulate, boo
   }
 }
 
+gs_solve pcgrad_of(int mean) {
+  gs_solve solve = {};
+  solve.method = GS_PCGRAD;
+  solve.seed = 3;
+  solve.mean = mean;
+  return solve;
+}
+
+gs_solve min_norm_by(gs_solver solver) {
+  gs_solve solve = {};
+  solve.method = GS_MIN_NORM;
+  solve.solver = solver;
+  solve.max_iter = 250;
+  solve.tol = 1e-6;
+  return solve;
+}
+
+gs_solve weighting_of(gs_weighting weighting, const double* preference, double parameter) {
+  gs_solve solve = {};
+  solve.method = GS_WEIGHTING;
+  solve.weighting = weighting;
+  solve.preference = preference;
+  solve.parameter = parameter;
+  solve.limit = INFINITY;
+  return solve;
+}
+
 }  // namespace
 
 int main() {
-  const gs_solve pcgrad = {GS_PCGRAD, 3, nullptr, 0, GS_EXACT, 1, 0}, mean = {GS_PCGRAD, 3, nullptr, 1, GS_EXACT, 1, 0};
-  const gs_solve exact = {GS_MIN_NORM, 0, nullptr, 0, GS_EXACT, 250, 1e-6};
-  const gs_solve steps = {GS_MIN_NORM, 0, nullptr, 0, GS_FRANK_WOLFE, 250, 1e-6};
+  const gs_solve pcgrad = pcgrad_of(0), mean = pcgrad_of(1);
+  const gs_solve exact = min_norm_by(GS_EXACT), steps = min_norm_by(GS_FRANK_WOLFE);
   Emulator& gpu = Emulator::get();
   for (const gs_dtype type : kDtypes) {
     for (const int64_t tasks : {1, 2, 3, 5, 8, 9, 16}) {
@@ -160,6 +186,18 @@ int main() {
   gpu.fast_double = false;
   check(Problem(3, {100, 30}, {GS_FLOAT32}), pcgrad, false, false, "slow float64");
   gpu.fast_double = true;
+  for (const int64_t tasks : {3, 8, 70}) {  // 70: with scratch in the workspace
+    const Values preference(tasks, 0.5);
+    const Problem problem(tasks, {100, 30}, {GS_FLOAT32});
+    check(problem, weighting_of(GS_UPGRAD, preference.data(), 1e-4), tasks == 8, false, "upgrad");
+    check(problem, weighting_of(GS_CONFIG, preference.data(), 0), false, false, "config");
+    check(problem, weighting_of(GS_FAIRGRAD, nullptr, 2), false, false, "fairgrad");
+  }
+  check(cut, weighting_of(GS_CAGRAD, nullptr, 0.4), false, false, "segments");
+  const gs_gradients view = cut.view();
+  const gs_solve wrong = weighting_of(GS_UPGRAD, nullptr, 0);
+  CHECK(gs_aggregate_cuda_workspace_bytes(&view, &wrong) == -1 && gs_aggregate_workspace_bytes(&view, &wrong) == -1,
+        "a ridge of 0 has workspace");
   // More blocks, and a table that is not the small one.
   gpu.processors = 23;
   check(Problem(3, std::vector<int64_t>(60, 100), {GS_FLOAT32}), pcgrad, false, true, "large table");

@@ -56,6 +56,7 @@ typedef enum gs_solver {
 typedef enum gs_method {
   GS_PCGRAD = 0,
   GS_MIN_NORM = 1,
+  GS_WEIGHTING = 2,  // one of gs_weighting
 } gs_method;
 
 // Weights as functions of G alone, of a preference and of one parameter.
@@ -87,7 +88,7 @@ typedef struct gs_rule {
   int64_t num_trimmed;  // trimmed mean: of the largest and of the least values each, 0 <= 2 num_trimmed < T
 } gs_rule;
 
-// A solver and its options; those of the other method do not matter.
+// A solver and its options; those of other methods do not matter.
 typedef struct gs_solve {
   gs_method method;
   uint64_t seed;  // PCGrad, as in gs_pcgrad_*: the orders are those of (seed, *step), and *step grows by 1
@@ -96,6 +97,10 @@ typedef struct gs_solve {
   gs_solver solver;  // min-norm, as in gs_min_norm_*
   int64_t max_iter;
   double tol;
+  gs_weighting weighting;  // the others, as in gs_weights_*
+  const double* preference;
+  double parameter;
+  double limit;
 } gs_solve;
 
 // The gradients of T tasks with respect to P parameter tensors, read in place.
@@ -201,15 +206,16 @@ GS_API gs_status gs_gradvac_cuda(const double* gram, int64_t batch, int64_t num_
                                  double beta, double* targets, double* weights, gs_stream stream);
 
 // Stages 2 to 4 in one call: gram [S, T, T], the solver's weights [S, T], and their directions out [P], as by
-// gs_gram_*, gs_pcgrad_* or gs_min_norm_*, and gs_combine_* with K = 1. On a GPU up to 16 tasks (min-norm: 8, solved
-// exactly) whose gradients fit the multiprocessors' shared memory, in 16-bit formats up to 16 MB, take one launch,
-// which reads them once: one segment and dtype, pointers aligned to 16 bytes, and a GPU with fast float64. The slots
-// then are those of the GPU's multiprocessors, so the bits may differ between models, and parts of one.
-GS_API int64_t gs_aggregate_workspace_bytes(const gs_gradients* grads);
+// gs_gram_*, gs_pcgrad_*, gs_min_norm_* or gs_weights_*, and gs_combine_* with K = 1. On a GPU PCGrad of up to 16 tasks
+// and exact min-norm of up to 8 take one launch, which reads the gradients once, where these fit the multiprocessors'
+// shared memory, in 16-bit formats up to 16 MB: one segment and dtype, pointers aligned to 16 bytes, and a GPU with
+// fast float64. The slots then are those of the GPU's multiprocessors, so the bits may differ between models, and parts
+// of one.
+GS_API int64_t gs_aggregate_workspace_bytes(const gs_gradients* grads, const gs_solve* solve);
 GS_API gs_status gs_aggregate_cpu(const gs_gradients* grads, const gs_solve* solve, double* gram, double* weights,
                                   void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
                                   const gs_parallel* parallel);
-GS_API int64_t gs_aggregate_cuda_workspace_bytes(const gs_gradients* grads);
+GS_API int64_t gs_aggregate_cuda_workspace_bytes(const gs_gradients* grads, const gs_solve* solve);
 GS_API gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, double* gram, double* weights,
                                    void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
                                    gs_stream stream);

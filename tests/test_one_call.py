@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""Stages 2 to 4 in one call of the extension: the bits of the stages, and when a method's own weights count instead."""
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import USABLE, grads_of, two_losses, two_task_net
+from gradsurgery.backends import choose
+from inputs import DEVICE, normal
+
+if DEVICE not in USABLE:
+    pytest.skip(gradsurgery.backends()[DEVICE], allow_module_level=True)
+
+methods = gradsurgery.methods
+TASKS = 5
+PREFERENCE = [0.1, 0.3, 0.2, 0.7, 0.4]
+CASES = [
+    ("upgrad", {}),
+    ("upgrad", {"pref": PREFERENCE, "reg_eps": 1e-6}),
+    ("dualproj", {"pref": PREFERENCE}),
+    ("cagrad", {"c": 0.3}),
+    ("nash_mtl", {"max_norm": 0.2}),
+    ("fairgrad", {"alpha": 2.0}),
+    ("imtl_g", {}),
+    ("config", {"pref": PREFERENCE}),
+    ("aligned_mtl", {"scale_mode": "median"}),
+    ("aligned_mtl", {"scale_mode": "rmse", "pref": PREFERENCE}),
+    ("krum", {"num_byzantine": 1, "num_selected": 2}),
+]
+
+
+def by_stages(grads, method, segments=None):
+    return gradsurgery.combine(
+        grads, method.weights(gradsurgery.gram(grads, segments=segments)), segments=segments, backend=DEVICE
+    )
+
+
+@pytest.fixture
+def only_one_call(monkeypatch):
+    """Fails where a stage is called by itself, from the time on that it is called."""
+
+    def forbid():
+        def fail(*arguments):
+            raise AssertionError("a stage by itself")
+
+        for stage in ("gram", "weights", "combine"):
+            monkeypatch.setattr(choose(DEVICE, torch.device(DEVICE), TASKS), stage, fail)
+
+    return forbid
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_the_bits_of_the_stages(name, options, bad, only_one_call):
+    matrix = normal(TASKS, 300, torch.float32)
+    rows = [[matrix[t, :200].reshape(10, 20).clone(), matrix[t, 200:203].clone()] for t in range(TASKS)]
+    rows[1][1] = None
+    if bad:
+        matrix[2, 7] = rows[2][0][0, 7] = torch.inf
+    method = methods.get(name, **options)
+    calls = ((matrix, None), (matrix, [0, 120, 120, 300]), (rows, None), (rows, [1, 0]))
+    expected = [by_stages(grads, method, segments) for grads, segments in calls]
+    only_one_call()
+    for (grads, segments), wanted in zip(calls, expected, strict=True):
+        into = torch.empty_like(wanted) if isinstance(wanted, torch.Tensor) else [torch.empty_like(d) for d in wanted]
+        for out in (None, into):
+            got = gradsurgery.aggregate(grads, method, segments=segments, out=out)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+    assert expected[0].isnan().all() == bad
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES} - {"krum"}))
+@pytest.mark.parametrize("scale", [None, 2.0**12])
+def test_a_step_has_the_bits_of_the_stages(name, scale, monkeypatch):
+    results = []
+    for one_call in (True, False):
+        torch.manual_seed(3)
+        net = two_task_net()
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), name)
+        scaler = None if scale is None else torch.amp.GradScaler(DEVICE, init_scale=scale)
+        if not one_call:
+            monkeypatch.setattr(type(optimizer.method), "native_solver", lambda *arguments: None)
+        info = optimizer.backward(two_losses(net, torch.linspace(-1, 1, 48).reshape(8, 6)), scaler=scaler)
+        results.append([*grads_of(net), info.gram, info.weights])
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_what_another_solver_does_not_know():
+    """Rescaled weights, those of a subclass, and those that an object has of its own."""
+
+    class Halved(methods.UPGrad):
+        def weights(self, gram, **options):
+            return super().weights(gram, **options) / 2
+
+    rows, device = normal(TASKS, 40), torch.device(DEVICE)
+    patched = methods.UPGrad()
+    patched.weights = Halved().weights
+    whole = methods.UPGrad().native_solver(device, TASKS)
+    assert whole is not None
+    for method, like in (
+        (Halved(), methods.UPGrad()),
+        (patched, methods.UPGrad()),
+        (methods.CAGrad(1.0, rescale=1), methods.CAGrad(1.0)),
+        (methods.CAGrad(1.0, rescale=2), methods.CAGrad(1.0)),
+    ):
+        assert method.native_solver(device, TASKS) is None
+        torch.testing.assert_close(gradsurgery.aggregate(rows, method), gradsurgery.aggregate(rows, like) / 2)
+
+
+def test_options_that_do_not_fit_change_nothing():
+    rows, out = normal(3, 40), torch.full((40,), 7.0, dtype=torch.float64)
+    for method, message in (
+        (methods.UPGrad(pref=[1.0, 2.0]), "pref must hold one number for each of 3 tasks, got 2"),
+        (methods.Krum(num_byzantine=1), "needs at least 4 tasks, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gradsurgery.aggregate(rows, method, out=out)
+    assert (out == 7).all()
