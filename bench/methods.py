@@ -26,7 +26,7 @@ from .targets import Target
 from .timing import OURS, Case, Clock
 
 RESULTS = Path(__file__).parent / "results" / "cpu-methods.json"
-METHODS = [name for name in gs.methods.available() if gs.methods.get(name).needs == "G"]
+METHODS = [name for name in gs.methods.available() if gs.methods.get(name).needs.startswith("G")]
 PCGRAD = "gradsurgery pcgrad"
 """What every method's whole aggregation is held to."""
 TASKS = (2, 8, 32, 64)
@@ -51,7 +51,9 @@ def torchjd_weightings() -> dict[str, Callable[[Tensor], Tensor]]:
         "imtl_g": aggregation.IMTLGWeighting(),
         "krum": aggregation.KrumWeighting(0),
         "mgda": aggregation.MGDAWeighting(),
+        "modo": aggregation.MoDoWeighting(),
         "pcgrad": aggregation.PCGradWeighting(),
+        "sdmgrad": aggregation.SDMGradWeighting(),
         "upgrad": aggregation.UPGradWeighting(),
     }
 

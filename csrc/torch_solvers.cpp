@@ -42,6 +42,21 @@ void task_order(int64_t num_tasks, int64_t seed, const Tensor& step, Tensor& ord
                                 : gs_task_order_cpu(num_tasks, key, static_cast<uint64_t>(*now), out));
 }
 
+void random(const Tensor& gram, int64_t seed, Tensor& step, Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(gram, weights);
+  check_square_data(step, at::kLong, {}, gram.device(), "step");
+  const Target target(gram.device());
+  const auto* g = gram.const_data_ptr<double>();
+  auto* now = step.mutable_data_ptr<int64_t>();
+  auto* out = weights.mutable_data_ptr<double>();
+  const auto key = static_cast<uint64_t>(seed);
+  if (target.is_cuda()) {
+    return check_status(gs_random_cuda(g, batch, num_tasks, key, now, /*advance=*/1, out, target.stream()));
+  }
+  check_status(gs_random_cpu(g, batch, num_tasks, key, static_cast<uint64_t>(*now), out));
+  ++*now;
+}
+
 void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed, Tensor& step, bool advance, bool mean,
             Tensor& weights) {
   const auto [batch, num_tasks] = check_problems(gram, weights);
@@ -92,6 +107,20 @@ void weights_of(const Tensor& gram, int64_t method, const std::optional<Tensor>&
       target.is_cuda()
           ? gs_weights_cuda(g, batch, num_tasks, solver, given, parameter, limit, out, space, bytes, target.stream())
           : gs_weights_cpu(g, batch, num_tasks, solver, given, parameter, limit, out, space, bytes, &kTorchThreads));
+}
+
+void simplex_steps(const Tensor& matrix, double lr, double momentum, int64_t num_iter, Tensor& weights) {
+  const auto [batch, num_tasks] = check_problems(matrix, weights);
+  const Target target(matrix.device());
+  const Tensor workspace = target.make_workspace(gs_simplex_steps_workspace_bytes(batch, num_tasks));
+  const auto* a = matrix.const_data_ptr<double>();
+  auto* w = weights.mutable_data_ptr<double>();
+  void* space = workspace.mutable_data_ptr();
+  const int64_t bytes = workspace.numel();
+  check_status(
+      target.is_cuda()
+          ? gs_simplex_steps_cuda(a, batch, num_tasks, lr, momentum, num_iter, w, space, bytes, target.stream())
+          : gs_simplex_steps_cpu(a, batch, num_tasks, lr, momentum, num_iter, w, space, bytes, &kTorchThreads));
 }
 
 void gradvac(const Tensor& gram, const Tensor& order, double beta, Tensor& targets, Tensor& weights) {
@@ -175,9 +204,11 @@ void trimmed_mean_list(const EntryList& grads, int64_t num_tasks, int64_t num_tr
 // Each finds its device by the tensors.
 void register_operators(torch::Library& m) {
   m.impl("task_order", &task_order);
+  m.impl("random", &random);
   m.impl("pcgrad", &pcgrad);
   m.impl("min_norm", &min_norm);
   m.impl("weights", &weights_of);
+  m.impl("simplex_steps", &simplex_steps);
   m.impl("gradvac", &gradvac);
   m.impl("gradnorm", &gradnorm);
   m.impl("gradnorm_step", &gradnorm_step);
@@ -192,6 +223,7 @@ void register_operators(torch::Library& m) {
 
 TORCH_LIBRARY_FRAGMENT(gradsurgery, m) {
   m.def("task_order(int num_tasks, int seed, Tensor step, Tensor(a!) order) -> ()");
+  m.def("random(Tensor gram, int seed, Tensor(a!) step, Tensor(b!) weights) -> ()");
   m.def(
       "pcgrad(Tensor gram, Tensor? order, int seed, Tensor(a!) step, bool advance, bool mean, Tensor(b!) weights) -> "
       "()");
@@ -199,6 +231,7 @@ TORCH_LIBRARY_FRAGMENT(gradsurgery, m) {
   m.def(
       "weights(Tensor gram, int method, Tensor? preference, float parameter, float limit, Tensor(a!) weights) -> "
       "()");
+  m.def("simplex_steps(Tensor matrix, float lr, float momentum, int num_iter, Tensor(a!) weights) -> ()");
   m.def("gradvac(Tensor gram, Tensor order, float beta, Tensor(a!) targets, Tensor(b!) weights) -> ()");
   m.def(
       "gradnorm(Tensor weights, Tensor norms, Tensor losses, Tensor initial_losses, float alpha, float lr, "

@@ -8,7 +8,9 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _COORDINATES = 1 << 31
-"""Added to the third word of the counter, where orders have a task, and ``methods/random.py`` 2^32 - 1."""
+"""Added to the third word of the counter, where orders have a task."""
+_WEIGHTS = 0xFFFFFFFF
+"""That word for random weights."""
 
 
 def philox_words(rows: Tensor, count: int, seed: int, step: Tensor) -> Tensor:
@@ -16,6 +18,12 @@ def philox_words(rows: Tensor, count: int, seed: int, step: Tensor) -> Tensor:
     blocks = torch.arange((count + 3) // 4, device=rows.device)
     shape = (len(rows), len(blocks))
     return _philox(rows[:, None].expand(shape), blocks.expand(shape), seed, step).flatten(1)[:, :count]
+
+
+def weights_uniforms(count: int, seed: int, step: Tensor) -> Tensor:
+    """Return ``count`` numbers (u + 1/2) / 2^32 in (0, 1), u the words of ``philox_words`` for row 2^32 - 1."""
+    row = torch.full((1,), _WEIGHTS, device=step.device)
+    return _uniform(philox_words(row, count, seed, step)[0])
 
 
 def coordinate_uniforms(begin: int, count: int, seed: int, step: Tensor, device: torch.device) -> Tensor:
@@ -26,7 +34,11 @@ def coordinate_uniforms(begin: int, count: int, seed: int, step: Tensor, device:
     """
     blocks = torch.arange(begin // 4, (begin + count + 3) // 4, device=device)
     words = _philox(_COORDINATES + (blocks >> 32), blocks & _MASK, seed, step).flatten()
-    return (words[begin % 4 : begin % 4 + count].double() + 0.5) / 2**32
+    return _uniform(words[begin % 4 : begin % 4 + count])
+
+
+def _uniform(words: Tensor) -> Tensor:
+    return (words.double() + 0.5) / 2**32
 
 
 def _philox(third: Tensor, fourth: Tensor, seed: int, step: Tensor) -> Tensor:

@@ -197,6 +197,26 @@ def solver_weights(
     return constant(f"{method} weights", out, [gram])
 
 
+def random_step(gram: Tensor, step: Tensor, seed: int, backend: str | None) -> Tensor:
+    """Return random weights [..., T], and add 1 to the step counter, an int64 tensor [] on G's device."""
+    problems, out = _problems(gram)
+    choose(backend, gram.device, gram.shape[-1]).random(problems, seed, step, out)
+    return out
+
+
+def simplex_steps(
+    matrix: Tensor, weights: Tensor, lr: float, momentum: float, num_iter: int, backend: str | None
+) -> Tensor:
+    """Return weights [..., T] after projected gradient steps on the simplex, by matrices A [..., T, T].
+
+    ``num_iter`` times v = momentum v + A w and w = P(w - lr v), P the projection on the simplex and v = 0 at first; A
+    need not be symmetric. NaN where it is not finite.
+    """
+    matrix, moved = as_float64(matrix), weights.clone()
+    choose(backend, matrix.device, matrix.shape[-1]).simplex_steps(matrix, lr, momentum, num_iter, moved)
+    return moved
+
+
 def gradvac_step(gram: Tensor, step: Tensor, seed: int, beta: float, targets: Tensor, backend: str | None) -> Tensor:
     """Return Gradient Vaccine's weights, move its targets [..., T, T], and add 1 to the step counter."""
     problems, out = _problems(gram)

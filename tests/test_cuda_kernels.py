@@ -4,6 +4,7 @@
 The tests whose names contain ``sanitize`` reach every kernel at sizes small enough for compute-sanitizer.
 """
 
+from functools import partial
 from itertools import accumulate, cycle, islice, pairwise
 
 import pytest
@@ -257,6 +258,10 @@ def test_sanitize_solvers(tasks):
     theirs, ours = (gradsurgery.methods.GradVac(beta=0.5, seed=3) for _ in range(2))
     for _ in range(2):
         torch.testing.assert_close(ours.weights(products).cpu(), theirs.weights(host), rtol=1e-9, atol=1e-9)
+    for make in (gradsurgery.methods.MoDo, partial(gradsurgery.methods.SDMGrad, lr=0.01), gradsurgery.methods.Random):
+        theirs, ours = make(), make()
+        for _ in range(2):
+            torch.testing.assert_close(ours.weights(products).cpu(), theirs.weights(host), rtol=1e-9, atol=1e-9)
     method, one = gradsurgery.methods.PCGrad(), gradsurgery.pcgrad_weights(products)
     assert torch.equal(method.weights(products.expand(3, tasks, tasks)), one.expand(3, tasks))
     method.weights(products)
@@ -328,7 +333,7 @@ def test_16_bit_gradients_above_16_mb_take_the_stages(columns, one):
 
 
 @pytest.mark.parametrize("tasks", [1, 8, 16])
-@pytest.mark.parametrize("method", ["pcgrad", "mgda"])
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "upgrad"])
 @pytest.mark.parametrize("columns", [300, 60_000])
 def test_sanitize_aggregate(tasks, method, columns):
     rows = gradients(tasks, columns)

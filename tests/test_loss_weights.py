@@ -9,6 +9,7 @@ import torch
 import gradsurgery
 from conftest import grads_of, two_losses, two_task_net
 from gradsurgery._philox import philox_words
+from gradsurgery.functional import random_step
 from inputs import DEVICE
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -71,14 +72,26 @@ def test_random_weights_are_a_function_of_seed_and_step():
     assert torch.equal(torch.get_rng_state(), global_state)
 
 
-def test_random_weights_are_those_of_the_docstring():
+def test_random_weights_are_those_of_the_docstring(backend):
     method, gram = gradsurgery.methods.get("random", seed=3), torch.eye(3, dtype=torch.float64, device=DEVICE)
     for step in range(2):
         words = philox_words(torch.tensor([2**32 - 1]), 6, 3, torch.tensor(step))[0].tolist()
         v = [(u + 0.5) / 2**32 for u in words]
         z = [math.sqrt(-2 * math.log(v[2 * t])) * math.cos(2 * math.pi * v[2 * t + 1]) for t in range(3)]
         expected = torch.tensor(z, dtype=torch.float64, device=DEVICE).softmax(0)
-        torch.testing.assert_close(method.weights(gram), expected)
+        torch.testing.assert_close(method.weights(gram, backend=backend), expected)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 7, 40])
+def test_random_weights_are_the_same_everywhere(backend, tasks):
+    seed, step = 2**62 + 3, torch.tensor(2**33 + 5, device=DEVICE)
+    gram = torch.eye(tasks, dtype=torch.float64, device=DEVICE).repeat(3, 1, 1)
+    gram[1, 0, -1] = torch.inf
+    got = random_step(gram, step, seed, backend)
+    assert step == 2**33 + 6
+    expected = random_step(gram.cpu(), step.cpu() - 1, seed, "reference")
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-13, atol=0, equal_nan=True)
+    assert expected.isnan().any(-1).tolist() == [False, True, False]
 
 
 def test_random_weights_are_the_softmax_of_normal_numbers():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gradsurgery
-from gradsurgery.methods._simplex import project_on_simplex
+from gradsurgery.backends.simplex import project_on_simplex
 from inputs import normal
 
 methods = gradsurgery.methods

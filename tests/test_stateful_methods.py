@@ -8,7 +8,8 @@ import torch
 
 import gradsurgery
 from conftest import grads_of, two_losses, two_task_net
-from gradsurgery.methods._simplex import project_on_simplex
+from gradsurgery.backends.simplex import project_on_simplex
+from gradsurgery.functional import simplex_steps
 from inputs import DEVICE, normal
 
 methods = gradsurgery.methods
@@ -23,15 +24,44 @@ def steps(tasks, count, columns=30):
         yield normal(tasks, columns, seed=20 + k), normal(1, tasks, seed=50 + k)[0].abs() + 0.1
 
 
+@pytest.mark.parametrize("scale", [1e-3, 3, 1e10, 1e150])
 @pytest.mark.parametrize("tasks", [1, 2, 5, 64])
-def test_projection_on_the_simplex(tasks):
-    x = 3 * normal(40, tasks).reshape(4, 10, tasks)
-    w = project_on_simplex(x)
+def test_projection_on_the_simplex(backend, tasks, scale):
+    x = scale * normal(4, tasks).reshape(2, 2, tasks)
+    x[0, 0, -1] = x[0, 0, 0]
+    x[1, 1] = 1e-9 * x[1, 1] - scale
+    # From uniform weights, x = w - A w.
+    w = torch.full_like(x, 1 / tasks)
+    w = simplex_steps(torch.diag_embed(1 - tasks * x), w, 1.0, 0.0, 1, backend)
+    torch.testing.assert_close(w, project_on_simplex(x), rtol=0, atol=1e-14)
     assert (w >= 0).all()
     torch.testing.assert_close(w.sum(-1), torch.ones_like(w[..., 0]))
     # (x - w) . (v - w) <= 0 for every vertex v.
     off = x - w
-    assert (off - (off * w).sum(-1, keepdim=True) <= 1e-12).all()
+    assert (off - (off * w).sum(-1, keepdim=True) <= 1e-12 * max(1, scale)).all()
+
+
+def test_not_finite_steps_on_the_simplex(backend):
+    matrices = torch.stack([torch.eye(3).double()] * 4)
+    matrices[1, 0, 2], matrices[2, 1, 1], matrices[3] = torch.nan, -torch.inf, 1e300
+    start = torch.full((4, 3), 1 / 3, dtype=torch.float64)
+    moved = simplex_steps(matrices, start, 1e100, 0.5, 2, backend)
+    assert moved.isnan().any(-1).tolist() == [False, True, True, True]
+    assert torch.equal(start, torch.full_like(start, 1 / 3))
+    assert torch.equal(simplex_steps(matrices, start, 0.1, 0.5, 0, backend)[0], start[0])
+
+
+@pytest.mark.parametrize("name", SIMPLEX)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_step_that_is_not_finite_leaves_the_weights(backend, name, bad):
+    method, gram = methods.get(name), torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    method.weights(gram, backend=backend)
+    before = method.state_dict()["weights"]
+    for at in ((0, 0), (0, 1)):
+        broken = gram.clone()
+        broken[at] = bad
+        assert method.weights(broken, backend=backend).isnan().all()
+        assert torch.equal(method.state_dict()["weights"], before)
 
 
 def explicit_db_mtl(inputs, beta, sigma):
@@ -246,16 +276,16 @@ def test_three_batches_make_a_step(name):
         optimizer.collect(two_losses(net, X.double()))
 
 
-def test_modo_is_its_equation():
+def test_modo_is_its_equation(backend):
     method = methods.get("modo", gamma=0.05, rho=0.2)
     w = torch.full((4,), 0.25, dtype=torch.float64)
     for k in range(4):
         c = normal(4, 6, seed=k) @ normal(4, 6, seed=9 + k).T
         w = project_on_simplex(w - 0.05 * (c @ w + 0.2 * w))
-        torch.testing.assert_close(method.weights(c), w)
+        torch.testing.assert_close(method.weights(c, backend=backend), w)
 
 
-def test_sdmgrad_is_torchs_sgd_with_projections():
+def test_sdmgrad_is_torchs_sgd_with_projections(backend):
     for pref in (None, [0.1, 0.2, 0.3, 0.4]):
         method = methods.get("sdmgrad", lam=0.4, lr=2.0, momentum=0.3, num_iter=7, pref=pref)
         p = torch.tensor(pref or [0.25] * 4, dtype=torch.float64)
@@ -268,7 +298,7 @@ def test_sdmgrad_is_torchs_sgd_with_projections():
                 w.grad = (c @ (w + 0.4 * p) / scale).detach()
                 sgd.step()
                 w.data = project_on_simplex(w.data)
-            torch.testing.assert_close(method.weights(c), ((w + 0.4 * p) / 1.4).detach())
+            torch.testing.assert_close(method.weights(c, backend=backend), ((w + 0.4 * p) / 1.4).detach())
             torch.testing.assert_close(method.state_dict()["weights"], w.detach())
 
 

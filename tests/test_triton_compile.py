@@ -71,9 +71,9 @@ def test_nvidia(architecture):
         # Lanes must agree on what they decide by: see launch.SOLVER.
         if kernel["kernel"] not in STREAMING:
             assert constants["enable_fp_fusion"] == "False", name
-        # Solvers hold up to three [T, T] matrices in registers.
+        # Solvers hold up to three [T, T] matrices in registers; for large angles cos() has an array.
         if kernel["kernel"] not in SOLVERS or tasks <= 32:
-            assert kernel["local"] <= 32, name
+            assert kernel["local"] <= (48 if kernel["kernel"] == "random" else 32), name
         # Triton's own layout may give every warp the same tiles. Four copies of the arithmetic: whole blocks, the last
         # one, and for bfloat16 one step with scaled rows.
         if kernel["kernel"] == "slot_sums" and constants["DTYPE"] == "bf16" and architecture == "80" and tasks >= 16:

@@ -85,6 +85,8 @@ def launch_all(target: GPUTarget, small: bool) -> None:
         step = torch.zeros((), dtype=torch.int64)
         gram, out = torch.eye(tasks).double(), torch.zeros(tasks).double()
         launch.task_order(0, step, torch.zeros(tasks, tasks, dtype=torch.int64))
+        launch.random(gram, 0, step, out)
+        launch.simplex_steps(gram, 0.1, 0.5, 2, out)
         launch.pcgrad(gram, None, 0, step, False, False, out)
         launch.min_norm(gram, True, 1, 0.0, out)
         launch.min_norm(gram, False, 1, 0.0, out)

@@ -39,6 +39,15 @@ gs_status gs_min_norm_cuda(const double*, int64_t, int64_t, gs_solver, int64_t, 
   return unsupported();
 }
 
+gs_status gs_random_cuda(const double*, int64_t, int64_t, uint64_t, int64_t*, int, double*, gs_stream) {
+  return unsupported();
+}
+
+gs_status gs_simplex_steps_cuda(const double*, int64_t, int64_t, double, double, int64_t, double*, void*, int64_t,
+                                gs_stream) {
+  return unsupported();
+}
+
 int64_t gs_weights_cuda_workspace_bytes(gs_weighting, int64_t, int64_t) { return unsupported(), -1; }
 
 gs_status gs_weights_cuda(const double*, int64_t, int64_t, gs_weighting, const double*, double, double, double*, void*,

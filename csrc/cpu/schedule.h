@@ -37,6 +37,14 @@ inline gs_status check_problems(int64_t batch, int64_t num_tasks) {
   return GS_OK;
 }
 
+inline gs_status check_simplex_steps(const double* matrix, int64_t batch, int64_t num_tasks, int64_t num_iter,
+                                     const double* weights) {
+  if (const gs_status status = check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(batch == 0 || (matrix && weights), "matrix and weights must not be NULL");
+  GS_REQUIRE(num_iter >= 0, "num_iter must be >= 0, got %lld", (long long)num_iter);
+  return GS_OK;
+}
+
 // order [T, T] is read on the host.
 inline gs_status check_order(const int64_t* order, int64_t num_tasks) {
   for (int64_t i = 0; i < num_tasks; i++) {

@@ -5,7 +5,8 @@
 #include "solvers/gradnorm.h"
 #include "solvers/min_norm.h"
 #include "solvers/pcgrad.h"
-#include "solvers/philox.h"
+#include "solvers/random.h"
+#include "solvers/simplex.h"
 
 namespace gs {
 namespace {
@@ -22,6 +23,19 @@ gs_status gs_task_order_cpu(int64_t num_tasks, uint64_t seed, uint64_t step, int
   if (const gs_status status = gs::check_problems(1, num_tasks)) return status;
   GS_REQUIRE(order, "order must not be NULL");
   for (int64_t i = 0; i < num_tasks; i++) gs::task_order_row(num_tasks, seed, step, i, order + i * num_tasks);
+  return GS_OK;
+}
+
+gs_status gs_random_cpu(const double* gram, int64_t batch, int64_t num_tasks, uint64_t seed, uint64_t step,
+                        double* weights) {
+  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
+  double drawn[GS_MAX_TASKS];
+  gs::random_weights(gs::SerialTeam{}, num_tasks, seed, step, drawn);
+  for (int64_t b = 0; b < batch; b++) {
+    const bool finite = gs::all_finite(gram + b * num_tasks * num_tasks, num_tasks * num_tasks);
+    for (int64_t t = 0; t < num_tasks; t++) weights[b * num_tasks + t] = finite ? drawn[t] : NAN;
+  }
   return GS_OK;
 }
 
@@ -72,6 +86,29 @@ gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, 
     } else {
       gs::MinNorm(gs::SerialTeam{}, problem, num_tasks, w, scratch).solve();
     }
+  });
+  return GS_OK;
+}
+
+int64_t gs_simplex_steps_workspace_bytes(int64_t batch, int64_t num_tasks) {
+  return gs::check_problems(batch, num_tasks) == GS_OK ? batch * gs::simplex_scratch_bytes(num_tasks) : -1;
+}
+
+gs_status gs_simplex_steps_cpu(const double* matrix, int64_t batch, int64_t num_tasks, double lr, double momentum,
+                               int64_t num_iter, double* weights, void* workspace, int64_t workspace_bytes,
+                               const gs_parallel* parallel) {
+  if (const gs_status status = gs::check_simplex_steps(matrix, batch, num_tasks, num_iter, weights)) return status;
+  if (const gs_status status =
+          gs::check_workspace(workspace, workspace_bytes, gs_simplex_steps_workspace_bytes(batch, num_tasks)))
+    return status;
+  gs::parallel_for(gs::worth_threads(parallel, batch, num_tasks), batch, [&](int64_t b) {
+    const gs::SerialTeam team;
+    const double* problem = matrix + b * num_tasks * num_tasks;
+    double* w = weights + b * num_tasks;
+    if (!gs::all_finite(problem, num_tasks * num_tasks)) return gs::fill_nan(team, w, num_tasks);
+    gs::simplex_steps(
+        team, problem, num_tasks, lr, momentum, num_iter, w,
+        reinterpret_cast<double*>(static_cast<char*>(workspace) + b * gs::simplex_scratch_bytes(num_tasks)));
   });
   return GS_OK;
 }

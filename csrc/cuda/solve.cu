@@ -7,6 +7,8 @@
 #include "solvers/frank_wolfe.h"
 #include "solvers/gradnorm.h"
 #include "solvers/min_norm.h"
+#include "solvers/random.h"
+#include "solvers/simplex.h"
 
 namespace gs::gpu {
 namespace {
@@ -37,6 +39,41 @@ GS_KERNEL min_norm_kernel(const double* gram, int64_t num_tasks, bool exact, int
   } else {
     frank_wolfe(team, problem, num_tasks, max_iter, tol, w, scratch);
   }
+}
+
+// One warp per problem.
+template <bool kInShared>
+GS_KERNEL simplex_steps_kernel(const double* matrix, int64_t num_tasks, double lr, double momentum, int64_t num_iter,
+                               double* weights, double* workspace, int64_t scratch_bytes) {
+  wait_for_previous_kernel();
+  const WarpTeam team;
+  const double* problem = matrix + block() * num_tasks * num_tasks;
+  double* w = weights + block() * num_tasks;
+  double* scratch = kInShared ? &shared<double>() : workspace + block() * (scratch_bytes / 8);
+  const bool finite = warp_finite(problem, num_tasks * num_tasks);
+  let_next_kernel_start();
+  if (finite) {
+    simplex_steps(team, problem, num_tasks, lr, momentum, num_iter, w, scratch);
+  } else {
+    fill_nan(team, w, num_tasks);
+  }
+}
+
+// One warp per problem. A counter that advances belongs to one problem.
+GS_KERNEL random_kernel(const double* gram, int64_t num_tasks, uint64_t seed, int64_t* step, bool advance,
+                        double* weights) {
+  wait_for_previous_kernel();
+  const WarpTeam team;
+  double* w = weights + block() * num_tasks;
+  const auto now = static_cast<uint64_t>(*step);
+  const bool finite = warp_finite(gram + block() * num_tasks * num_tasks, num_tasks * num_tasks);
+  let_next_kernel_start();
+  if (finite) {
+    random_weights(team, num_tasks, seed, now, w);
+  } else {
+    fill_nan(team, w, num_tasks);
+  }
+  if (advance && thread() == 0) *step = static_cast<int64_t>(now + 1);
 }
 
 // The exact solution for up to kTasks tasks, one block per problem, one thread per face.
@@ -108,6 +145,30 @@ gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks,
   const bool fits = bytes <= kSharedBytes;
   return launch(fits ? min_norm_kernel<true> : min_norm_kernel<false>, batch, kWarp, fits ? bytes : 0, stream, gram,
                 num_tasks, solver == GS_EXACT, max_iter, tol, weights, static_cast<double*>(workspace), bytes);
+}
+
+gs_status gs_random_cuda(const double* gram, int64_t batch, int64_t num_tasks, uint64_t seed, int64_t* step,
+                         int advance, double* weights, gs_stream stream) {
+  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(step && (batch == 0 || (gram && weights)), "gram, step and weights must not be NULL");
+  const gs_status status = gs::gpu::launch(gs::gpu::random_kernel, batch, gs::gpu::kWarp, 0, stream, gram, num_tasks,
+                                           seed, step, advance != 0 && batch == 1, weights);
+  if (status != GS_OK || !advance || batch == 1) return status;
+  return gs::gpu::advance(step, stream);  // after every block has read the counter
+}
+
+gs_status gs_simplex_steps_cuda(const double* matrix, int64_t batch, int64_t num_tasks, double lr, double momentum,
+                                int64_t num_iter, double* weights, void* workspace, int64_t workspace_bytes,
+                                gs_stream stream) {
+  using namespace gs::gpu;
+  if (const gs_status status = gs::check_simplex_steps(matrix, batch, num_tasks, num_iter, weights)) return status;
+  if (const gs_status status =
+          gs::check_workspace(workspace, workspace_bytes, gs_simplex_steps_workspace_bytes(batch, num_tasks)))
+    return status;
+  const int64_t bytes = gs::simplex_scratch_bytes(num_tasks);
+  const bool fits = bytes <= kSharedBytes;
+  return launch(fits ? simplex_steps_kernel<true> : simplex_steps_kernel<false>, batch, kWarp, fits ? bytes : 0, stream,
+                matrix, num_tasks, lr, momentum, num_iter, weights, static_cast<double*>(workspace), bytes);
 }
 
 gs_status gs_gradnorm_cuda(const double* weights, const double* norms, const double* losses,

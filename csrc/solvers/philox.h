@@ -51,8 +51,13 @@ GS_HOST_DEVICE inline void task_order_row(int64_t num_tasks, uint64_t seed, uint
   }
 }
 
-// The counter of coordinates 4 block to 4 block + 3, a word for each. Its third word is none of a row, nor 2^32 - 1,
-// which methods/random.py has there.
+// The counter of random weights' words 4 block to 4 block + 3. No row of an order has its third word.
+GS_HOST_DEVICE inline PhiloxBlock weights_counter(uint64_t step, int64_t block) {
+  return {{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), 0xFFFFFFFFu, static_cast<uint32_t>(block)}};
+}
+
+// The counter of coordinates 4 block to 4 block + 3, a word for each. Its third word is none of a row, nor that of
+// random weights.
 GS_HOST_DEVICE inline PhiloxBlock coordinate_counter(uint64_t step, uint64_t block) {
   return {{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32),
            0x80000000u + static_cast<uint32_t>(block >> 32), static_cast<uint32_t>(block)}};

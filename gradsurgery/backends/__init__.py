@@ -62,6 +62,9 @@ class Backend(Protocol):
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Write the visiting orders [T, T]."""
 
+    def random(self, gram: Tensor, seed: int, step: Tensor, out: Tensor) -> None:
+        """Write random weights, the same for all problems but NaN where G is not finite, and add 1 to ``step``."""
+
     def pcgrad(
         self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor
     ) -> None:
@@ -74,6 +77,9 @@ class Backend(Protocol):
         self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
         """Write the weights of one of the methods of ``solvers.WEIGHTINGS``; ``preference`` is float64 [T]."""
+
+    def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
+        """Move weights on the simplex by ``num_iter`` steps; NaN where a matrix is not finite."""
 
     def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
         """Write Gradient Vaccine's weights, and move its targets [..., T, T]."""

@@ -27,6 +27,7 @@ if C:
         "min_norm": _OPS.aggregate_min_norm.default,
         "weights": _OPS.aggregate_weights.default,
     }
+    _RANDOM, _SIMPLEX_STEPS = _OPS.random.default, _OPS.simplex_steps.default
     _WEIGHTS, _GRADVAC = _OPS.weights.default, _OPS.gradvac.default
     _GRADNORM, _GRADNORM_STEP = _OPS.gradnorm.default, _OPS.gradnorm_step.default
 
@@ -82,6 +83,10 @@ class CpuBackend:
         """Write the visiting orders."""
         _TASK_ORDER(out.shape[0], seed, step, out)
 
+    def random(self, gram: Tensor, seed: int, step: Tensor, out: Tensor) -> None:
+        """Write random weights, and add 1 to ``step``."""
+        _RANDOM(gram, seed, step, out)
+
     def pcgrad(
         self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor
     ) -> None:
@@ -97,6 +102,10 @@ class CpuBackend:
     ) -> None:
         """Write the weights of one of the methods of ``solvers.WEIGHTINGS``."""
         _WEIGHTS(gram, WEIGHTINGS[method], preference, parameter, limit, out)
+
+    def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
+        """Move the weights."""
+        _SIMPLEX_STEPS(matrix, lr, momentum, num_iter, weights)
 
     def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
         """Write Gradient Vaccine's weights, and move its targets."""

@@ -8,6 +8,7 @@ with one exception: on the CPU, where that costs nothing, an iteration ends earl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from .._extension import Rule
 from .._gradients import TaskGradients
-from .._philox import philox_words
+from .._philox import philox_words, weights_uniforms
 from . import coordinate, solvers
 from .min_norm import frank_wolfe, wolfe
+from .simplex import project_on_simplex
 
 _CHUNK_COLUMNS = 1 << 14
 
@@ -75,6 +77,13 @@ class ReferenceBackend:
             out[rows, other] = out[:, k]
             out[:, k] = picked
 
+    def random(self, gram: Tensor, seed: int, step: Tensor, out: Tensor) -> None:
+        """softmax(z) with normal numbers by Box and Muller's method."""
+        radius, angle = weights_uniforms(2 * gram.shape[-1], seed, step).unflatten(0, (-1, 2)).unbind(1)
+        normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+        out.copy_(torch.where(_finite(gram), normal.softmax(0), torch.nan))
+        step += 1
+
     def pcgrad(
         self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor
     ) -> None:
@@ -107,6 +116,14 @@ class ReferenceBackend:
     ) -> None:
         """Write the weights of one of the methods of ``solvers.WEIGHTINGS``."""
         solvers.solve(gram, method, preference, parameter, limit, out)
+
+    def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
+        """v = momentum v + A w and w = P(w - lr v), P the projection on the simplex."""
+        w, velocity = weights, torch.zeros_like(weights)
+        for _ in range(num_iter):
+            velocity = momentum * velocity + (matrix @ w[..., None]).squeeze(-1)
+            w = project_on_simplex(w - lr * velocity)
+        weights.copy_(torch.where(_finite(matrix), w, torch.nan))
 
     def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
         """Write Gradient Vaccine's weights, and move its targets."""
@@ -168,4 +185,4 @@ def _chunks(rows: list[Tensor | None]) -> Iterator[Tensor]:
 
 
 def _finite(values: Tensor) -> Tensor:
-    return values.isfinite().all(-1).all(-1)[:, None]
+    return values.isfinite().all(-1).all(-1)[..., None]

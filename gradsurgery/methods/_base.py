@@ -60,7 +60,12 @@ def taken_over(own: Tensor | None, value: Tensor | None) -> Tensor | None:
 
 def nan_unless_finite(weights: Tensor, gram: Tensor) -> Tensor:
     """Return weights [..., T] of their own memory, NaN for the problems whose G [..., T, T] is not finite."""
-    return torch.where(gram.isfinite().all(-1).all(-1)[..., None], weights, torch.nan)
+    return torch.where(is_finite(gram), weights, torch.nan)
+
+
+def is_finite(gram: Tensor) -> Tensor:
+    """Return whether G [..., T, T] is finite, bool [..., 1]."""
+    return gram.isfinite().flatten(-2).all(-1, keepdim=True)
 
 
 class PerTask:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import check_not_negative
 from .._gradients import describe
 from ..functional import check_gram
-from ._base import Method, PerTask, making_state, read_losses
+from ._base import Method, PerTask, is_finite, making_state, read_losses
 
 
 class LossMethod(Method):
@@ -51,7 +51,7 @@ class LossMethod(Method):
         """
         gram = check_gram(gram)
         values = read_losses(self.name, losses, gram.shape[:-1], gram.device)
-        counts = self._counts(values) & gram.isfinite().all(-1).all(-1)[..., None]
+        counts = self._counts(values) & is_finite(gram)
         return torch.where(counts, self._weigh(values, counts), torch.nan)
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Projection on the simplex, and methods whose weights take steps on it."""
+"""Methods whose weights take steps on the simplex."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from torch import Tensor
 from .._gradients import describe
 from ..functional import check_gram
 from ._base import Method, state_on, taken_over
-
-
-def project_on_simplex(x: Tensor) -> Tensor:
-    """Return argmin |w - x| with w >= 0 and sum(w) = 1, for x [..., T] (Held, Wolfe & Crowder 1974)."""
-    x = x - x.amax(-1, keepdim=True)  # or large entries would swallow the 1
-    number = torch.arange(1, x.shape[-1] + 1, device=x.device)
-    descending = x.sort(-1, descending=True).values
-    shift = (descending.cumsum(-1) - 1) / number
-    positive = (descending > shift).sum(-1, keepdim=True).clamp(min=1)
-    return (x - shift.gather(-1, positive - 1)).clamp(min=0)
 
 
 class SimplexMethod(Method):
@@ -37,15 +27,15 @@ class SimplexMethod(Method):
         """Return the weights [..., T] for [..., T, T], and take the step."""
         gram = check_gram(gram)
         w = state_on(self.name, self._w, gram.shape[:-1], 1 / gram.shape[-1], gram.device)
-        finite = gram.isfinite().all(-1).all(-1)[..., None]
-        moved = self._step(gram, w)
+        moved = self._step(gram, w, backend)
+        finite = moved.isfinite().all(-1, keepdim=True)
         weights = torch.where(finite, self._direction(moved), torch.nan)
         w.copy_(torch.where(finite, moved, w))
         self._w = w  # last: a step that raised has not begun
         return weights
 
-    def _step(self, gram: Tensor, w: Tensor) -> Tensor:
-        """Return the new w."""
+    def _step(self, gram: Tensor, w: Tensor, backend: str | None) -> Tensor:
+        """Return the new w, not finite where G is not."""
         raise NotImplementedError
 
     def _direction(self, w: Tensor) -> Tensor:

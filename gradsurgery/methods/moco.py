@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_fraction, check_not_negative, check_positive
+from ..functional import simplex_steps
 from ._buffered import BufferedMethod, Given, Rows
-from ._simplex import project_on_simplex
 
 
 class MoCo(BufferedMethod):
@@ -59,6 +59,7 @@ class MoCo(BufferedMethod):
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [T] for the tracked gradients' G [T, T], and keep them."""
         step, w = (self._started()[name] for name in self.state_names)
-        gradient = gram @ w + self.rho * w
-        self._keep(w=project_on_simplex(w - self.gamma / step.double().sqrt() * gradient))
+        matrix = gram + self.rho * torch.eye(len(w), dtype=w.dtype, device=w.device)
+        # The step's length is on the device.
+        self._keep(w=simplex_steps(self.gamma / step.double().sqrt() * matrix, w, 1.0, 0.0, 1, backend))
         return self._nan_unless_finite(w)

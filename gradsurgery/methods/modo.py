@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._checks import check_not_negative, check_positive
-from ._simplex import SimplexMethod, project_on_simplex
+from ..functional import simplex_steps
+from ._simplex import SimplexMethod
 
 
 class MoDo(SimplexMethod):
@@ -36,6 +38,6 @@ class MoDo(SimplexMethod):
         self.gamma = check_positive("gamma", gamma)
         self.rho = check_not_negative("rho", rho)
 
-    def _step(self, gram: Tensor, w: Tensor) -> Tensor:
-        gradient = (gram @ w[..., None]).squeeze(-1) + self.rho * w
-        return project_on_simplex(w - self.gamma * gradient)
+    def _step(self, gram: Tensor, w: Tensor, backend: str | None) -> Tensor:
+        matrix = gram + self.rho * torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+        return simplex_steps(matrix, w, self.gamma, 0.0, 1, backend)

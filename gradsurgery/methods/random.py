@@ -3,17 +3,10 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
-from .._philox import philox_words
-from ..functional import check_gram
-from ._base import SteppedMethod, nan_unless_finite
-
-_ROW = 0xFFFFFFFF
-"""In the counter of the random numbers, where PCGrad's visiting orders have a task."""
+from ..functional import check_gram, random_step
+from ._base import SteppedMethod
 
 
 class Random(SteppedMethod):
@@ -43,11 +36,5 @@ class Random(SteppedMethod):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the step's weights, NaN where G is not finite, and advance the step counter."""
-        gram = check_gram(gram)
-        step = self._step_on(gram.device)
-        row = torch.full((1,), _ROW, device=gram.device)
-        uniform = (philox_words(row, 2 * gram.shape[-1], self.seed, step)[0].double() + 0.5) / 2**32
-        radius, angle = uniform.unflatten(0, (-1, 2)).unbind(1)
-        normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
-        step += 1
-        return nan_unless_finite(normal.softmax(0), gram)
+        check_gram(gram)
+        return random_step(gram, self._step_on(gram.device), self.seed, backend)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_fraction, check_not_negative, check_positive
+from ..functional import simplex_steps
 from ._base import PerTask
-from ._simplex import SimplexMethod, project_on_simplex
+from ._simplex import SimplexMethod
 
 
 class SDMGrad(SimplexMethod):
@@ -54,15 +55,12 @@ class SDMGrad(SimplexMethod):
         self.num_iter = check_count("num_iter", num_iter)
         self.pref = None if pref is None else PerTask("pref", pref)
 
-    def _step(self, gram: Tensor, w: Tensor) -> Tensor:
+    def _step(self, gram: Tensor, w: Tensor, backend: str | None) -> Tensor:
         scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().mean(-1)[..., None, None].square()
-        c = torch.where(scale > 0, gram / scale, 0)
-        pull = self.lam * (c @ self._preferred(w)[:, None]).squeeze(-1)
-        velocity = torch.zeros_like(w)
-        for _ in range(self.num_iter):
-            velocity = self.momentum * velocity + (c @ w[..., None]).squeeze(-1) + pull
-            w = project_on_simplex(w - self.lr * velocity)
-        return w
+        c = torch.where(scale == 0, 0, gram / scale)
+        # C (w + lam p), for sum(w) = 1.
+        pulled = c + self.lam * (c @ self._preferred(w)[:, None])
+        return simplex_steps(pulled, w, self.lr, self.momentum, self.num_iter, backend)
 
     def _direction(self, w: Tensor) -> Tensor:
         return (w + self.lam * self._preferred(w)) / (1 + self.lam)

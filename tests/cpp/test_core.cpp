@@ -170,6 +170,15 @@ void test_solvers() {
   int64_t order[9];
   CHECK(gs_task_order_cpu(3, 1, 2, order) == GS_OK);
   for (int i = 0; i < 3; i++) CHECK(order[3 * i] + order[3 * i + 1] + order[3 * i + 2] == 3);
+  CHECK(gs_random_cpu(gram, 1, 4, 1, 2, w) == GS_OK && std::abs(w[0] + w[1] + w[2] + w[3] - 1) < 1e-15);
+  // A w = (2, 0, 3) at w = (1, 1, 1) / 3 with w - A w / 2 = (-2, 1, -3.5) / 3, whose projection is a vertex.
+  const double sides[9] = {2, 4, 0, -1, 0, 1, 3, 3, 3};
+  double third[3] = {1.0 / 3, 1.0 / 3, 1.0 / 3};
+  const int64_t needed = gs_simplex_steps_workspace_bytes(1, 3);
+  const auto scratch = workspace(needed);
+  CHECK(gs_simplex_steps_cpu(sides, 1, 3, 0.5, 0.9, 1, third, scratch.get(), needed, nullptr) == GS_OK);
+  CHECK(third[0] == 0 && third[1] == 1 && third[2] == 0);
+  CHECK(gs_simplex_steps_cpu(sides, 1, 3, 0.5, 0.9, 1, third, nullptr, 0, nullptr) == GS_INVALID_ARGUMENT);
   const double one[2] = {1, 1}, norms[2] = {1, 3}, losses[2] = {1, 1};
   CHECK(gs_gradnorm_cpu(one, norms, losses, losses, 1, 2, 1.5, 0.1, w) == GS_OK);
   CHECK(std::abs(w[0] - 2 * 1.1 / 1.8) < 1e-15 && std::abs(w[1] - 2 * 0.7 / 1.8) < 1e-15);

@@ -13,6 +13,42 @@ void test_task_order(int64_t num_tasks) {
   CHECK(got == expected, "T = %ld", static_cast<long>(num_tasks));
 }
 
+void test_random(int64_t num_tasks) {
+  const Values grams = grams_of(num_tasks);
+  int64_t step = 0;
+  for (const int64_t batch : {kGrams, int64_t{1}}) {
+    Values expected(batch * num_tasks);
+    const int64_t now = (int64_t{1} << 33) + 7;
+    CHECK(gs_random_cpu(grams.data(), batch, num_tasks, 42, now, expected.data()) == GS_OK, "%s", gs_last_error());
+    const Values got = in_every_order(batch * num_tasks, [&](double* out) {
+      step = now;
+      return gs_random_cuda(grams.data(), batch, num_tasks, 42, &step, 1, out, nullptr);
+    });
+    CHECK(step == now + 1, "step %ld", static_cast<long>(step));
+    check_close(got, expected, 1e-15, "random");
+    CHECK(std::isnan(got.back()) == (batch == kGrams), "NaN in, %g out", got.back());
+  }
+}
+
+// Matrices that are not symmetric, the last one not finite, and steps that reach the faces of the simplex.
+void test_simplex_steps(int64_t num_tasks, double lr) {
+  Values matrices = grams_of(num_tasks);
+  for (size_t i = 0; i < matrices.size(); i += 3) matrices[i] *= 0.7;
+  const int64_t bytes = gs_simplex_steps_workspace_bytes(kGrams, num_tasks);
+  const Values uniform(kGrams * num_tasks, 1.0 / static_cast<double>(num_tasks));
+  Values expected = uniform;
+  CHECK(gs_simplex_steps_cpu(matrices.data(), kGrams, num_tasks, lr, 0.4, 9, expected.data(), allocate(bytes).get(),
+                             bytes, nullptr) == GS_OK,
+        "%s", gs_last_error());
+  const Values got = in_every_order(kGrams * num_tasks, [&](double* out) {
+    std::copy(uniform.begin(), uniform.end(), out);
+    return gs_simplex_steps_cuda(matrices.data(), kGrams, num_tasks, lr, 0.4, 9, out, allocate(bytes).get(), bytes,
+                                 nullptr);
+  });
+  check_close(got, expected, 1e-9, "simplex steps");
+  CHECK(std::isnan(got.back()), "NaN in, %g out", got.back());
+}
+
 // Many processors: several blocks share a problem.
 void test_pcgrad(int64_t num_tasks, bool own_order, int processors = 1) {
   Emulator::get().processors = processors;
@@ -196,9 +232,13 @@ int main() {
     test_min_norm(num_tasks, GS_EXACT);
     test_min_norm(num_tasks, GS_FRANK_WOLFE);
     test_gradnorm(num_tasks);
+    test_random(num_tasks);
+    for (const double lr : {1e-4, 0.1}) test_simplex_steps(num_tasks, lr);
   }
   for (int64_t num_tasks = 1; num_tasks <= 8; num_tasks++) test_faces(num_tasks);
   test_task_order(GS_MAX_TASKS);
+  test_random(GS_MAX_TASKS);
+  for (const int64_t num_tasks : {33, 90}) test_simplex_steps(num_tasks, 1e-3);  // 90: scratch in the workspace
   for (const int64_t num_tasks : {33, 70, 130}) test_pcgrad(num_tasks, num_tasks == 70);
   for (const int64_t num_tasks : {17, 33, 70}) test_pcgrad(num_tasks, num_tasks == 33, 64);
   test_min_norm(33, GS_EXACT);

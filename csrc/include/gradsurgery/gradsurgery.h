@@ -170,6 +170,15 @@ GS_API gs_status gs_task_order_cpu(int64_t num_tasks, uint64_t seed, uint64_t st
 GS_API gs_status gs_task_order_cuda(int64_t num_tasks, uint64_t seed, const int64_t* step, int64_t* order,
                                     gs_stream stream);
 
+// Random weights [batch, T], the same for all problems but NaN where G is not finite: softmax(z), z_t = sqrt(-2 ln u)
+// cos(2 pi v) with u and v = (w + 1/2) / 2^32 of the words w = 2t and 2t + 1 of Philox4x32-10, key seed, counter (step
+// mod 2^32, step / 2^32, 2^32 - 1, block). On a GPU the step is read from device memory, and with advance != 0
+// incremented there afterwards.
+GS_API gs_status gs_random_cpu(const double* gram, int64_t batch, int64_t num_tasks, uint64_t seed, uint64_t step,
+                               double* weights);
+GS_API gs_status gs_random_cuda(const double* gram, int64_t batch, int64_t num_tasks, uint64_t seed, int64_t* step,
+                                int advance, double* weights, gs_stream stream);
+
 // PCGrad weights [batch, T] from Gram matrices [batch, T, T]. order is [T, T], or NULL for gs_task_order(seed, step).
 // On a GPU the step is read from device memory (NULL: 0), and with advance != 0 incremented there afterwards.
 GS_API gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
@@ -186,6 +195,17 @@ GS_API gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_
 GS_API gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver,
                                   int64_t max_iter, double tol, double* weights, void* workspace,
                                   int64_t workspace_bytes, gs_stream stream);
+
+// num_iter >= 0 projected gradient steps on weights [batch, T] of the simplex, by matrices A [batch, T, T], which need
+// not be symmetric: v = momentum v + A w and w = P(w - lr v), v = 0 at first, P the projection on the simplex. A matrix
+// that is not finite yields NaN.
+GS_API int64_t gs_simplex_steps_workspace_bytes(int64_t batch, int64_t num_tasks);
+GS_API gs_status gs_simplex_steps_cpu(const double* matrix, int64_t batch, int64_t num_tasks, double lr,
+                                      double momentum, int64_t num_iter, double* weights, void* workspace,
+                                      int64_t workspace_bytes, const gs_parallel* parallel);
+GS_API gs_status gs_simplex_steps_cuda(const double* matrix, int64_t batch, int64_t num_tasks, double lr,
+                                       double momentum, int64_t num_iter, double* weights, void* workspace,
+                                       int64_t workspace_bytes, gs_stream stream);
 
 // The weights [batch, T] of a gs_weighting. preference is [T], or NULL for 1 / T each (ConFIG: 1 each); options
 // that a method has not do not matter. Every solver ends, with its best iterate; a G that is not finite yields NaN.

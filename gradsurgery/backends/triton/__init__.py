@@ -55,6 +55,14 @@ class TritonBackend(ReferenceBackend):
         """Write PCGrad's weights."""
         _launch().pcgrad(gram, order, seed, step, advance, mean, out)
 
+    def random(self, gram: Tensor, seed: int, step: Tensor, out: Tensor) -> None:
+        """Write random weights, and add 1 to ``step``."""
+        _launch().random(gram, seed, step, out)
+
+    def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
+        """Move the weights."""
+        _launch().simplex_steps(matrix, lr, momentum, num_iter, weights)
+
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Write the min-norm weights."""
         _launch().min_norm(gram, exact, max_iter, tol, out)

@@ -21,6 +21,7 @@ from . import gram as gram_kernels
 from . import min_norm as min_norm_kernels
 from . import pcgrad as pcgrad_kernels
 from . import products, version
+from . import simplex as simplex_kernels
 from .table import Pieces, cut, cut_once, pieces_of, to_device
 from .tuning import COMBINE, Config, gram_config, measured
 
@@ -280,6 +281,27 @@ def min_norm(gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) 
             min_norm_kernels.exact[(problems,)](out, gram, num_tasks, **shape)
         else:
             min_norm_kernels.frank_wolfe[(problems,)](out, gram, num_tasks, max_iter, tol, **shape)
+
+
+def random(gram: Tensor, seed: int, step: Tensor, out: Tensor) -> None:
+    """Write random weights, and add 1 to ``step``."""
+    num_tasks = gram.shape[-1]
+    if out.numel():
+        with on(gram.device):
+            simplex_kernels.random[(out.numel() // num_tasks,)](
+                out, gram, seed, step, num_tasks, **solver_shape(num_tasks), **SOLVER
+            )
+    step.add_(1)
+
+
+def simplex_steps(matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
+    """Move weights [..., T] by num_iter steps."""
+    num_tasks = weights.shape[-1]
+    if weights.numel():
+        with on(weights.device):
+            simplex_kernels.steps[(weights.numel() // num_tasks,)](
+                weights, matrix, num_tasks, lr, momentum, num_iter, **solver_shape(num_tasks), **SOLVER
+            )
 
 
 def gradnorm(inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
