@@ -69,7 +69,7 @@ def test_pcgrad_by_several_programs(monkeypatch, tasks):
     gram = rows @ rows.T
     expected = gradsurgery.pcgrad_weights(gram, seed=1, step=2, reduction="mean", backend="reference")
     order = gradsurgery.task_order(tasks, seed=1, step=torch.tensor(2), backend="reference")
-    monkeypatch.setattr(launch, "_tile", lambda num_tasks: (launch.triton.next_power_of_2(num_tasks), 2, 1))
+    monkeypatch.setattr(weights, "_tile", lambda num_tasks: (weights.triton.next_power_of_2(num_tasks), 2, 1))
     got = gradsurgery.pcgrad_weights(gram.expand(3, tasks, tasks), seed=1, step=2, reduction="mean", backend="triton")
     torch.testing.assert_close(got, expected.expand(3, tasks))
     assert torch.equal(gradsurgery.task_order(tasks, seed=1, step=torch.tensor(2), backend="triton"), order)

@@ -68,7 +68,7 @@ def test_nvidia(architecture):
         # The sums of pairs stay in their lanes but for the last: 5 exchanges of two words.
         if kernel["kernel"] == "slot_sums" and constants["MODE"] == ROWS:
             assert count(kernel, "SHFL") <= 10 * tasks * (tasks + 1) // 2, name
-        # Lanes must agree on what they decide by: see launch.SOLVER.
+        # Lanes must agree on what they decide by: see weights._SOLVER.
         if kernel["kernel"] not in STREAMING:
             assert constants["enable_fp_fusion"] == "False", name
         # Solvers hold up to three [T, T] matrices in registers; for large angles cos() has an array.

@@ -59,7 +59,7 @@ class Compiler:
 
 def launch_all(target: GPUTarget, small: bool) -> None:
     """Launch every arithmetic, padded number of tasks and dtype once, in list form."""
-    launch._MAX_WARPS = 1024 // target.warp_size
+    weights._MAX_WARPS = 1024 // target.warp_size
     launch.float64_dot = lambda: target.backend == "cuda" or version() >= (3, 8)
     for fast in (True, False):
         launch.fast_float64 = lambda device, fast=fast: fast
@@ -84,14 +84,14 @@ def launch_all(target: GPUTarget, small: bool) -> None:
     for tasks in (8,) if small else (8, 33):
         step = torch.zeros((), dtype=torch.int64)
         gram, out = torch.eye(tasks).double(), torch.zeros(tasks).double()
-        launch.task_order(0, step, torch.zeros(tasks, tasks, dtype=torch.int64))
-        launch.random(gram, 0, step, out)
-        launch.simplex_steps(gram, 0.1, 0.5, 2, out)
-        launch.pcgrad(gram, None, 0, step, False, False, out)
-        launch.min_norm(gram, True, 1, 0.0, out)
-        launch.min_norm(gram, False, 1, 0.0, out)
-        launch.gradnorm([out] * 4, 1.5, 0.025, out)
-        launch.gradnorm_step(gram, out, 1.5, 0.025, (out, out), out)
+        weights.task_order(0, step, torch.zeros(tasks, tasks, dtype=torch.int64))
+        weights.random(gram, 0, step, out)
+        weights.simplex_steps(gram, 0.1, 0.5, 2, out)
+        weights.pcgrad(gram, None, 0, step, False, False, out)
+        weights.min_norm(gram, True, 1, 0.0, out)
+        weights.min_norm(gram, False, 1, 0.0, out)
+        weights.gradnorm([out] * 4, 1.5, 0.025, out)
+        weights.gradnorm_step(gram, out, 1.5, 0.025, (out, out), out)
         for method in ("upgrad", "cagrad", "fairgrad", "config", "aligned_mtl_median"):
             weights.weights(gram, method, None, 1.0, 1.0, out)
 

@@ -47,46 +47,44 @@ class TritonBackend(ReferenceBackend):
 
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Write the visiting orders."""
-        _launch().task_order(seed, step, out)
+        _weights().task_order(seed, step, out)
 
     def pcgrad(
         self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor
     ) -> None:
         """Write PCGrad's weights."""
-        _launch().pcgrad(gram, order, seed, step, advance, mean, out)
+        _weights().pcgrad(gram, order, seed, step, advance, mean, out)
 
     def random(self, gram: Tensor, seed: int, step: Tensor, out: Tensor) -> None:
         """Write random weights, and add 1 to ``step``."""
-        _launch().random(gram, seed, step, out)
+        _weights().random(gram, seed, step, out)
 
     def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
         """Move the weights."""
-        _launch().simplex_steps(matrix, lr, momentum, num_iter, weights)
+        _weights().simplex_steps(matrix, lr, momentum, num_iter, weights)
 
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Write the min-norm weights."""
-        _launch().min_norm(gram, exact, max_iter, tol, out)
+        _weights().min_norm(gram, exact, max_iter, tol, out)
 
     def weights(
         self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
         """Write the weights of one of the methods of ``solvers.WEIGHTINGS``."""
-        from . import weights
-
-        if weights.serves(method, gram.shape[-1], gram.device):
-            weights.weights(gram, method, preference, parameter, limit, out)
+        if _weights().serves(method, gram.shape[-1], gram.device):
+            _weights().weights(gram, method, preference, parameter, limit, out)
         else:
             super().weights(gram, method, preference, parameter, limit, out)
 
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """Write GradNorm's new weights."""
-        _launch().gradnorm(inputs, alpha, lr, out)
+        _weights().gradnorm(inputs, alpha, lr, out)
 
     def gradnorm_step(
         self, gram: Tensor, losses: Tensor, alpha: float, lr: float, state: tuple[Tensor, Tensor], out: Tensor
     ) -> None:
         """Write the state's weights, and advance the state."""
-        _launch().gradnorm_step(gram, losses, alpha, lr, state, out)
+        _weights().gradnorm_step(gram, losses, alpha, lr, state, out)
 
 
 @lru_cache
@@ -95,6 +93,13 @@ def _launch() -> ModuleType:
     from . import launch
 
     return launch
+
+
+@lru_cache
+def _weights() -> ModuleType:
+    from . import weights
+
+    return weights
 
 
 @lru_cache

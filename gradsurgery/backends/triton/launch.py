@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Launches of the kernels: grids, tables and workspaces."""
+"""Launches of the streaming kernels: grids, tables and workspaces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -16,12 +16,8 @@ from torch import Tensor
 
 from ..._gradients import TaskGradients
 from . import combine as combine_kernels
-from . import gradnorm as gradnorm_kernels
 from . import gram as gram_kernels
-from . import min_norm as min_norm_kernels
-from . import pcgrad as pcgrad_kernels
 from . import products, version
-from . import simplex as simplex_kernels
 from .table import Pieces, cut, cut_once, pieces_of, to_device
 from .tuning import COMBINE, Config, gram_config, measured
 
@@ -36,11 +32,6 @@ _MODES = {"rows": products.ROWS, "float64": products.FLOAT64, "float32": product
 _GRAM_SLOTS = {"rows": 1056, 16: 1056, 32: 1056, 64: 264, 128: 264}
 _COMBINE_SLOTS = 1056
 _ROWS_AT_MOST = 8
-# A product that one lane fuses with a sum and another does not would make them disagree on what both decide by.
-SOLVER = {"enable_fp_fusion": False}
-_PCGRAD_ELEMENTS = 64
-# A block has at most 1,024 threads.
-_MAX_WARPS = 16 if torch.version.hip else 32
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -228,122 +219,3 @@ def _try_combine(num_tasks: int, dtype: torch.dtype, device: torch.device) -> Ca
     out = torch.empty_like(grads.matrix[0])
     weights = torch.ones(num_tasks, dtype=torch.float64, device=device)
     return lambda config: combine(grads, weights, out, False, config)
-
-
-def task_order(seed: int, step: Tensor, out: Tensor) -> None:
-    """Write the visiting orders [T, T]."""
-    num_tasks = out.shape[0]
-    tasks, rows, num_warps = _tile(num_tasks)
-    with on(out.device):
-        pcgrad_kernels.write_orders[(triton.cdiv(num_tasks, rows),)](
-            out, seed, step, num_tasks, TASKS=tasks, ROWS=rows, num_warps=num_warps, **SOLVER
-        )
-
-
-def pcgrad(gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor) -> None:
-    """Write PCGrad's weights; with ``advance`` add 1 to ``step``."""
-    num_tasks = gram.shape[-1]
-    problems = out.numel() // num_tasks
-    tasks, rows, num_warps = _tile(num_tasks)
-    programs = triton.cdiv(num_tasks, rows)
-    parts = out if programs == 1 else out.new_empty(problems, programs, num_tasks)
-    if problems:
-        with on(gram.device):
-            pcgrad_kernels.project[(problems, programs)](
-                parts,
-                gram,
-                gram if order is None else order,
-                seed,
-                step,
-                num_tasks,
-                MEAN=mean,
-                GIVEN=order is not None,
-                TASKS=tasks,
-                ROWS=rows,
-                num_warps=num_warps,
-                **SOLVER,
-            )
-    if programs > 1:
-        torch.sum(parts, 1, out=out.view(problems, num_tasks))
-    if advance:
-        step.add_(1)
-
-
-def min_norm(gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
-    """Write the min-norm weights."""
-    num_tasks = gram.shape[-1]
-    problems = out.numel() // num_tasks
-    if problems == 0:
-        return
-    shape = solver_shape(num_tasks) | SOLVER
-    with on(gram.device):
-        if exact:
-            min_norm_kernels.exact[(problems,)](out, gram, num_tasks, **shape)
-        else:
-            min_norm_kernels.frank_wolfe[(problems,)](out, gram, num_tasks, max_iter, tol, **shape)
-
-
-def random(gram: Tensor, seed: int, step: Tensor, out: Tensor) -> None:
-    """Write random weights, and add 1 to ``step``."""
-    num_tasks = gram.shape[-1]
-    if out.numel():
-        with on(gram.device):
-            simplex_kernels.random[(out.numel() // num_tasks,)](
-                out, gram, seed, step, num_tasks, **solver_shape(num_tasks), **SOLVER
-            )
-    step.add_(1)
-
-
-def simplex_steps(matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
-    """Move weights [..., T] by num_iter steps."""
-    num_tasks = weights.shape[-1]
-    if weights.numel():
-        with on(weights.device):
-            simplex_kernels.steps[(weights.numel() // num_tasks,)](
-                weights, matrix, num_tasks, lr, momentum, num_iter, **solver_shape(num_tasks), **SOLVER
-            )
-
-
-def gradnorm(inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
-    """Write GradNorm's new weights from (weights, norms, losses, initial losses)."""
-    num_tasks = out.shape[-1]
-    if out.numel():
-        with on(out.device):
-            gradnorm_kernels.update[(out.numel() // num_tasks,)](
-                out, *inputs, alpha, lr, num_tasks, TASKS=triton.next_power_of_2(num_tasks), num_warps=1, **SOLVER
-            )
-
-
-def gradnorm_step(
-    gram: Tensor, losses: Tensor, alpha: float, lr: float, state: tuple[Tensor, Tensor], out: Tensor
-) -> None:
-    """Write the weights of the state (weights, initial losses), and advance the state."""
-    num_tasks = out.shape[-1]
-    if out.numel():
-        with on(out.device):
-            gradnorm_kernels.step[(out.numel() // num_tasks,)](
-                out,
-                gram,
-                losses,
-                *state,
-                alpha,
-                lr,
-                num_tasks,
-                TASKS=triton.next_power_of_2(num_tasks),
-                num_warps=1,
-                **SOLVER,
-            )
-
-
-def solver_shape(num_tasks: int) -> dict[str, int]:
-    """Return the padded number of tasks and the warps of a program that holds a matrix [T, T]."""
-    tasks = triton.next_power_of_2(num_tasks)
-    return {"TASKS": tasks, "num_warps": min(max(1, tasks * tasks // 256), _MAX_WARPS)}
-
-
-def _tile(num_tasks: int) -> tuple[int, int, int]:
-    """Return the padded number of tasks, and the rows and warps of a program of PCGrad."""
-    tasks = triton.next_power_of_2(num_tasks)
-    # Few, for many programs; the interpreter takes them one after the other.
-    rows = tasks if products.INTERPRETED.value else max(1, _PCGRAD_ELEMENTS // tasks)
-    return tasks, min(rows, tasks), 1

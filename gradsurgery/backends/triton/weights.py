@@ -1,21 +1,136 @@
 # SPDX-License-Identifier: MIT
-"""Launches of the solvers of ``solvers.WEIGHTINGS``."""
+"""Launches of the kernels of stage 3."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
-from . import dual_cone, newton, spectral
-from .launch import SOLVER, on, solver_shape
+from . import dual_cone, newton, products, simplex, spectral
+from . import gradnorm as gradnorm_kernels
+from . import min_norm as min_norm_kernels
+from . import pcgrad as pcgrad_kernels
+from .launch import on
 
-SPECTRAL = ("imtl_g", "config", "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse")
+_SPECTRAL = ("imtl_g", "config", "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse")
+# A product that one lane fuses with a sum and another does not would make them disagree on what both decide by.
+_SOLVER = {"enable_fp_fusion": False}
+_PCGRAD_ELEMENTS = 64
+# A block has at most 1,024 threads.
+_MAX_WARPS = 16 if torch.version.hip else 32
+
+
+def task_order(seed: int, step: Tensor, out: Tensor) -> None:
+    """Write the visiting orders [T, T]."""
+    num_tasks = out.shape[0]
+    tasks, rows, num_warps = _tile(num_tasks)
+    with on(out.device):
+        pcgrad_kernels.write_orders[(triton.cdiv(num_tasks, rows),)](
+            out, seed, step, num_tasks, TASKS=tasks, ROWS=rows, num_warps=num_warps, **_SOLVER
+        )
+
+
+def pcgrad(gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor) -> None:
+    """Write PCGrad's weights; with ``advance`` add 1 to ``step``."""
+    num_tasks = gram.shape[-1]
+    problems = out.numel() // num_tasks
+    tasks, rows, num_warps = _tile(num_tasks)
+    programs = triton.cdiv(num_tasks, rows)
+    parts = out if programs == 1 else out.new_empty(problems, programs, num_tasks)
+    if problems:
+        with on(gram.device):
+            pcgrad_kernels.project[(problems, programs)](
+                parts,
+                gram,
+                gram if order is None else order,
+                seed,
+                step,
+                num_tasks,
+                MEAN=mean,
+                GIVEN=order is not None,
+                TASKS=tasks,
+                ROWS=rows,
+                num_warps=num_warps,
+                **_SOLVER,
+            )
+    if programs > 1:
+        torch.sum(parts, 1, out=out.view(problems, num_tasks))
+    if advance:
+        step.add_(1)
+
+
+def min_norm(gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
+    """Write the min-norm weights."""
+    num_tasks = gram.shape[-1]
+    problems = out.numel() // num_tasks
+    if problems == 0:
+        return
+    shape = _solver_shape(num_tasks) | _SOLVER
+    with on(gram.device):
+        if exact:
+            min_norm_kernels.exact[(problems,)](out, gram, num_tasks, **shape)
+        else:
+            min_norm_kernels.frank_wolfe[(problems,)](out, gram, num_tasks, max_iter, tol, **shape)
+
+
+def random(gram: Tensor, seed: int, step: Tensor, out: Tensor) -> None:
+    """Write random weights, and add 1 to ``step``."""
+    num_tasks = gram.shape[-1]
+    if out.numel():
+        with on(gram.device):
+            simplex.random[(out.numel() // num_tasks,)](
+                out, gram, seed, step, num_tasks, **_solver_shape(num_tasks), **_SOLVER
+            )
+    step.add_(1)
+
+
+def simplex_steps(matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
+    """Move weights [..., T] by num_iter steps."""
+    num_tasks = weights.shape[-1]
+    if weights.numel():
+        with on(weights.device):
+            simplex.steps[(weights.numel() // num_tasks,)](
+                weights, matrix, num_tasks, lr, momentum, num_iter, **_solver_shape(num_tasks), **_SOLVER
+            )
+
+
+def gradnorm(inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
+    """Write GradNorm's new weights from (weights, norms, losses, initial losses)."""
+    num_tasks = out.shape[-1]
+    if out.numel():
+        with on(out.device):
+            gradnorm_kernels.update[(out.numel() // num_tasks,)](
+                out, *inputs, alpha, lr, num_tasks, TASKS=triton.next_power_of_2(num_tasks), num_warps=1, **_SOLVER
+            )
+
+
+def gradnorm_step(
+    gram: Tensor, losses: Tensor, alpha: float, lr: float, state: tuple[Tensor, Tensor], out: Tensor
+) -> None:
+    """Write the weights of the state (weights, initial losses), and advance the state."""
+    num_tasks = out.shape[-1]
+    if out.numel():
+        with on(out.device):
+            gradnorm_kernels.step[(out.numel() // num_tasks,)](
+                out,
+                gram,
+                losses,
+                *state,
+                alpha,
+                lr,
+                num_tasks,
+                TASKS=triton.next_power_of_2(num_tasks),
+                num_warps=1,
+                **_SOLVER,
+            )
 
 
 def serves(method: str, num_tasks: int, device: torch.device) -> bool:
-    """Whether there is a kernel: Krum has none, and rotations exchange a matrix [T, T] through shared memory."""
-    if method not in SPECTRAL or device.type == "cpu":
+    """Whether ``weights`` has a kernel: Krum has none, and rotations exchange a matrix [T, T] through shared memory."""
+    if method not in _SPECTRAL or device.type == "cpu":
         return method != "krum"
     reserved = 1024
     shared: int = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - reserved
@@ -23,12 +138,12 @@ def serves(method: str, num_tasks: int, device: torch.device) -> bool:
 
 
 def weights(gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor) -> None:
-    """Write the weights for G [..., T, T]; NaN where it is not finite."""
+    """Write the weights of a solver of ``solvers.WEIGHTINGS``; NaN where G is not finite."""
     num_tasks = gram.shape[-1]
     problems = out.numel() // num_tasks
     if problems == 0:
         return
-    shape = solver_shape(num_tasks) | SOLVER
+    shape = _solver_shape(num_tasks) | _SOLVER
     if preference is None:
         preference = gram.new_full((num_tasks,), 1 if method == "config" else 1 / num_tasks)
     with on(gram.device):
@@ -50,3 +165,17 @@ def weights(gram: Tensor, method: str, preference: Tensor | None, parameter: flo
         else:
             mode = method.removeprefix("aligned_mtl_")
             spectral.aligned_mtl[(problems,)](out, gram, preference, num_tasks, MODE=mode, **shape)
+
+
+def _solver_shape(num_tasks: int) -> dict[str, int]:
+    """Return the padded number of tasks and the warps of a program that holds a matrix [T, T]."""
+    tasks = triton.next_power_of_2(num_tasks)
+    return {"TASKS": tasks, "num_warps": min(max(1, tasks * tasks // 256), _MAX_WARPS)}
+
+
+def _tile(num_tasks: int) -> tuple[int, int, int]:
+    """Return the padded number of tasks, and the rows and warps of a program of PCGrad."""
+    tasks = triton.next_power_of_2(num_tasks)
+    # Few, for many programs; the interpreter takes them one after the other.
+    rows = tasks if products.INTERPRETED.value else max(1, _PCGRAD_ELEMENTS // tasks)
+    return tasks, min(rows, tasks), 1
