@@ -50,9 +50,11 @@ GS_KERNEL GS_BLOCKS(kMaxThreads, 1)
 #pragma unroll
     for (int mask = kWarp / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
     if (lane > 0) continue;
-    int i = 0, row = 0;  // where the row begins
-    while (row + num_tasks - i <= first_pair + own) row += num_tasks - i++;
-    const int j = i + first_pair + own - row;
+    // The row of G that has the pair: the roots of what begins a row are exact, the others further from it than
+    // rounding.
+    const int pair = first_pair + own, side = 2 * num_tasks + 1;
+    const int i = static_cast<int>((side - std::sqrt(static_cast<float>(side * side - 8 * pair))) / 2);
+    const int j = i + pair - pair_index(i, i, num_tasks);
     double* out = gram + table.run(first).segment * int64_t{num_tasks} * num_tasks;
     const double value = accumulate ? out[i * num_tasks + j] + total : total;
     out[i * num_tasks + j] = value;
@@ -105,7 +107,7 @@ int64_t gs_gram_cuda_workspace_bytes(const gs_gradients* grads) {
     runs += last_segment[grads->dtype[p]] != gs::segment_of(*grads, p);
     last_segment[grads->dtype[p]] = gs::segment_of(*grads, p);
   }
-  const int64_t slots = std::min(columns / kMinColumns, most_slots(grads->num_tasks)) + runs;
+  const int64_t slots = std::min(columns / min_columns(grads->num_tasks), most_slots(grads->num_tasks)) + runs;
   gs::Workspace space(nullptr);
   space.take<double>(slots * pairs_of(grads->num_tasks));
   return space.bytes() + table_workspace_bytes(grads->num_params, grads->num_tasks);

@@ -28,9 +28,7 @@ constexpr int64_t kFloatTileTasks = 32;
 
 GS_HOST_DEVICE constexpr int64_t pairs_of(int64_t num_tasks) { return num_tasks * (num_tasks + 1) / 2; }
 // Pair (i, j), i <= j, in a row-wise upper triangle.
-GS_HOST_DEVICE constexpr int64_t pair_index(int64_t i, int64_t j, int64_t num_tasks) {
-  return i * num_tasks - i * (i - 1) / 2 + j - i;
-}
+GS_HOST_DEVICE constexpr int pair_index(int i, int j, int num_tasks) { return i * num_tasks - i * (i - 1) / 2 + j - i; }
 
 // Adds what all lanes of a warp hold, of which write(i, sum) gets each sum once: lanes halve what they hold from step
 // to step, so that an exchange costs as much as a sum that only one lane would get. begin: the number of the first
@@ -68,9 +66,14 @@ inline bool in_double(int32_t dtype, bool fast_double) {
   return dtype == GS_FLOAT64 || (dtype == GS_FLOAT32 && fast_double);
 }
 
-constexpr int64_t kHopperProcessors = 132, kAmpereProcessors = 108, kMinColumns = 256;
+constexpr int64_t kHopperProcessors = 132, kAmpereProcessors = 108;
 // Of any dtype, on any GPU.
 constexpr int64_t most_slots(int64_t num_tasks) { return kHopperProcessors * (num_tasks <= 48 ? 2 : 1); }
+
+// A slot smaller than this is not worth a block: the products of many tasks take a block as long as all else.
+constexpr int64_t min_columns(int64_t num_tasks) {
+  return num_tasks <= 8 ? 512 : num_tasks <= 48 ? 256 : num_tasks <= 64 ? 128 : 64;
+}
 
 // The width of slots for so many columns in all: what makes one wave of blocks on an H200's multiprocessors, before
 // compute capability 9.0 an A100's, or fewer slots where the partial sums would weigh beside the rows. A second wave
@@ -86,16 +89,14 @@ struct SlotWidth {
     return num_tasks <= 24 || (num_tasks > kFloatTileTasks && num_tasks <= 48) ? 2 : 1;
   }
   int64_t processors() const { return since_hopper ? kHopperProcessors : kAmpereProcessors; }
-  // A slot smaller than this is not worth a block.
-  int64_t min_columns(int32_t dtype) const {
-    if (num_tasks <= kDirectTasks) return 6144 / gs::element_bytes(dtype);
-    return num_tasks <= 8 ? 2 * kMinColumns : kMinColumns;
+  int64_t least(int32_t dtype) const {
+    return num_tasks <= kDirectTasks ? 6144 / gs::element_bytes(dtype) : min_columns(num_tasks);
   }
   int64_t operator()(int64_t columns, int32_t dtype) const {
     const auto share = [&](int64_t slots) { return (columns + slots - 1) / slots; };
     // Partial sums of a 16th of the rows' bytes, as long as there is a block for each multiprocessor.
     const int64_t light = std::min(64 * num_tasks / gs::element_bytes(dtype), share(processors()));
-    return std::max({min_columns(dtype), share(processors() * resident(dtype)), light});
+    return std::max({least(dtype), share(processors() * resident(dtype)), light});
   }
 };
 

@@ -182,15 +182,14 @@ GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& spl
       });
   tiles.finish();
   let_next_kernel_start();
-  const auto place = [&](int other, int, int j, int row, int column) -> int64_t {
-    const Owner at(split, part, other);
-    row += at.strip * kRows, column += 8 * at.right_block(j);
-    const bool twice = at.first_tile + j < 2 && row > column;  // a strip's own products
-    if (j >= at.tiles || row >= num_tasks || column >= num_tasks || twice) return -1;
+  const auto place = [&](int, int j, int row, int column) {
+    row += owner.strip * kRows, column += 8 * owner.right_block(j);
+    const bool twice = owner.first_tile + j < 2 && row > column;  // a strip's own products
+    if (j >= owner.tiles || row >= num_tasks || column >= num_tasks || twice) return -1;
     return row < column ? pair_index(row, column, num_tasks) : pair_index(column, row, num_tasks);
   };
   double* partial = partials + slot * pairs_of(num_tasks);
-  write_tiles<1, kTiles>(tiles, own, split.owners(), own_split, split.splits, place, &shared<double>(), partial);
+  write_tiles<1, kTiles>(tiles, own, own_split, split.splits, place, &shared<double>(), partial);
 }
 template <class In, bool kShifts, int kSlices, int kTiles>
 GS_RARE void sum_and_write_in_double(const Table& table, int num_tasks, const Split& split, int own, int own_split,

@@ -39,11 +39,6 @@ constexpr int64_t kRingBytes = int64_t{kWarps} * Layout::kStages * Layout::kVect
 template <int kTiles>
 constexpr int kStrips = (kTiles + 1) / 2;
 
-// Whether tile (strip, block) has pairs that no other one has.
-struct IsUpper {
-  GS_DEVICE bool operator()(int i, int j) const { return j >= 2 * i; }
-};
-
 // Adds the products of the blocks' vectors x(r). The most tiles leave no registers for whole vectors.
 template <class In, int kTiles, class Vectors>
 GS_DEVICE void add_vectors(DoubleTiles<In, kStrips<kTiles>, kTiles>& tiles, const Vectors& x) {
@@ -99,11 +94,11 @@ template <class In, int kTiles, class Layout, class Tiles>
 GS_DEVICE void sum_and_write(const Table& table, int num_tasks, Tiles& tiles, double* partial) {
   sum_slot<In, kTiles, Layout>(table, num_tasks, &shared<Vector<In>>(), tiles);
   let_next_kernel_start();
-  const auto place = [&](int, int i, int j, int row, int column) -> int64_t {
+  const auto place = [&](int i, int j, int row, int column) {
     row += 16 * i, column += 8 * j;
     return row <= column && column < num_tasks ? pair_index(row, column, num_tasks) : -1;
   };
-  write_tiles<kStrips<kTiles>, kTiles>(tiles, 0, 1, thread() / kWarp, kWarps, place, &shared<double>(), partial);
+  write_tiles<kStrips<kTiles>, kTiles>(tiles, 0, thread() / kWarp, kWarps, place, &shared<double>(), partial);
 }
 template <class In, int kTiles, class Layout>
 GS_RARE void sum_and_write_in_double(const Table& table, int num_tasks, double* partial) {

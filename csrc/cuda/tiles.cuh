@@ -143,36 +143,61 @@ GS_DEVICE bool fits_float(double square, int64_t columns) {
 constexpr int kGroup = 4, kTileValues = 128;
 GS_HOST_DEVICE constexpr int64_t sums_bytes(int warps) { return int64_t{warps} * kGroup * kTileValues * 8; }
 
-// Adds the tiles of the `splits` warps that share each of `owners` sets of tiles, in the order of the splits. The sum
-// of tile i * kRight + j of an owner, at a row of the strip and a column of the block, goes to place(owner, i, j, row,
-// column), unless that is negative. Every thread of the block must come here.
+// Of strip i the blocks from 2 i on have pairs that no other tile has.
+struct IsUpper {
+  GS_DEVICE constexpr bool operator()(int i, int j) const { return j >= 2 * i; }
+};
+
+// Adds the upper tiles of the `splits` warps that share an owner's, in the order of the splits. The sum of tile (i, j),
+// at a row of the strip and a column of the block, goes to partial[place(i, j, row, column)], unless that is negative.
+// Every thread of the block must come here, with the same number of splits.
 template <int kLeft, int kRight, class Tiles, class Place>
-GS_DEVICE void write_tiles(const Tiles& tiles, int owner, int owners, int split, int splits, const Place& place,
-                           double* sums, double* partial) {
-  double* own = sums + (split * owners + owner) * kGroup * kTileValues + thread() % kWarp;
-  const int count = owners * kGroup * kTileValues;
-#pragma unroll 1
-  for (int first = 0; first < kLeft * kRight; first += kGroup) {
-    sync_block();
-    // Registers have no index: those of the group are picked.
+GS_DEVICE void write_tiles(const Tiles& tiles, int owner, int split, int splits, const Place& place, double* sums,
+                           double* partial) {
+  const int first_row = row_in_block(), first_column = 2 * row_lane();
+  const auto place_of = [&](int i, int j, int v) { return place(i, j, first_row + v / 2 * 8, first_column + v % 2); };
+  if (splits == 1) {
 #pragma unroll
     for (int tile = 0; tile < kLeft * kRight; tile++) {
-      if (tile / kGroup * kGroup != first) continue;
+      const int i = tile / kRight, j = tile % kRight;
+      if (!IsUpper{}(i, j)) continue;
 #pragma unroll
       for (int v = 0; v < 4; v++) {
-        own[tile % kGroup * kTileValues + v * kWarp] = tiles.acc[tile / kRight][tile % kRight][v];
+        const int pair = place_of(i, j, v);
+        if (pair >= 0) partial[pair] = tiles.acc[i][j][v];
       }
+    }
+    return;
+  }
+  constexpr int kUpper = kLeft * kRight - kLeft * (kLeft - 1), kValues = kGroup * kTileValues;
+  double* const parts = sums + owner * splits * kValues + thread() % kWarp;
+#pragma unroll 1
+  for (int first = 0; first < kUpper; first += kGroup) {
+    sync_block();
+    int number = 0;  // of the upper tiles
+#pragma unroll
+    for (int tile = 0; tile < kLeft * kRight; tile++) {
+      if (!IsUpper{}(tile / kRight, tile % kRight)) continue;
+      // Registers have no index: those of the group are picked.
+      if (number / kGroup * kGroup == first) {
+#pragma unroll
+        for (int v = 0; v < 4; v++) {
+          parts[split * kValues + number % kGroup * kTileValues + v * kWarp] =
+              tiles.acc[tile / kRight][tile % kRight][v];
+        }
+      }
+      number++;
     }
     sync_block();
 #pragma unroll 1
-    for (int at = thread(); at < count; at += threads()) {
-      const int tile = first + at / kTileValues % kGroup, v = at / kWarp % 4, lane = at % kWarp;
-      if (tile >= kLeft * kRight) continue;
-      const int row = lane / kRowLanes + v / 2 * 8, column = lane % kRowLanes * 2 + v % 2;
-      const int64_t pair = place(at / kTileValues / kGroup, tile / kRight, tile % kRight, row, column);
+    for (int at = split * kWarp; at < kValues; at += splits * kWarp) {
+      int i = 0, j = first + at / kTileValues;
+      if (j >= kUpper) break;
+      for (; j >= kRight; i++) j -= kRight - 2 * (i + 1);
+      const int pair = place_of(i, j, at / kWarp % 4);
       if (pair < 0) continue;
-      double sum = sums[at];
-      for (int other = 1; other < splits; other++) sum += sums[other * count + at];
+      double sum = parts[at];
+      for (int other = 1; other < splits; other++) sum += parts[other * kValues + at];
       partial[pair] = sum;
     }
   }
