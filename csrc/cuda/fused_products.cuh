@@ -34,30 +34,29 @@ struct Columns {
     }
   }
 
-  // Starts to copy the rows' columns first..last, with zeros for absent rows and padding.
+  // Starts to copy the rows' columns first..last, with zeros for absent rows and padding. Warps take the rows in turn,
+  // two to eight a row where there are few.
   GS_DEVICE void copy(int64_t first, int64_t last) const {
+    const int tasks = table.num_tasks, sharing = tasks > 4 ? 0 : tasks > 2 ? 1 : 4 - tasks;  // 2^sharing warps a row
+    const int warp = thread() / kWarp, lanes = kWarp << sharing, lane = thread() & (lanes - 1);
     each_piece(first, last, [&](int p, int64_t from, int64_t to) {
-      const int64_t numel = table.numel(p), start = table.first_column(p);
-      // Rows go on where the last one ended; a division for each vector would take longer than its copy.
+      const int64_t numel = table.numel(p), start = table.first_column(p), there = (to < numel ? to : numel) - from;
       const int vectors = static_cast<int>((to - from) / kVector<In>);
-      const int rows_on = threads() / vectors, vectors_on = threads() % vectors;
-      for (int t = thread() / vectors, v = thread() % vectors; t < table.num_tasks; t += rows_on, v += vectors_on) {
-        if (v >= vectors) {
-          v -= vectors;
-          if (++t == table.num_tasks) break;
-        }
-        const int64_t column = from + v * kVector<In>;
-        const In* row = table.template pointer<const In>(p, t);
-        auto* to_vector = reinterpret_cast<Vector<In>*>(at(t, start + column));
-        if (column + kVector<In> <= numel || !row) {
-          copy_to_shared(to_vector, row ? reinterpret_cast<const Vector<In>*>(row + column) : nullptr);
-        } else {
+      const int whole = there < 0 ? 0 : static_cast<int>(there / kVector<In>);
+      for (int t = warp >> sharing; t < tasks; t += kFusedWarps >> sharing) {
+        const In* const row = table.template pointer<const In>(p, t);
+        auto* const target = reinterpret_cast<Vector<In>*>(at(t, start + from));
+        const auto* const source = reinterpret_cast<const Vector<In>*>(row + (row ? from : 0));
+        const int copied = row ? whole : 0;
+        for (int v = lane; v < copied; v += lanes) copy_to_shared(target + v, source + v);
+        for (int v = copied + lane; v < vectors; v += lanes) {
           Vector<In> vector = {};
+          const int64_t column = from + int64_t{v} * kVector<In>;
 #pragma unroll
           for (int e = 0; e < kVector<In>; e++) {
-            if (column + e < numel) vector.set(e, row[column + e]);
+            if (row && column + e < numel) vector.set(e, row[column + e]);
           }
-          *to_vector = vector;
+          target[v] = vector;
         }
       }
     });
