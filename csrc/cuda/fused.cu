@@ -12,9 +12,8 @@
 namespace gs::gpu {
 namespace {
 
-// Parts of a slot, whose products are summed while the next ones are on their way. More copies than those would hold up
-// the threads that start them.
-constexpr int kParts = 8, kAhead = 1;
+// Parts of a slot, whose products are summed while the next one is on its way.
+constexpr int kParts = 8;
 constexpr int64_t kLeastPart = 8192;  // bytes: smaller ones wait for memory one after the other
 constexpr int kPairs = kFusedTasks * (kFusedTasks + 1) / 2;
 
@@ -188,13 +187,16 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
     copied = next;
     close_copies();
   };
-  for (int i = 0; i < kAhead; i++) copy_part();
-  if (is_pcgrad) draw_first_orders(num_tasks, table.seed, step, warp_tasks(), scratch.pcgrad);
+  // A first turn that only copies, for to fetch the code once more would take as long as to run it.
   with_products(num_tasks, [&](auto products) {
 #pragma unroll 1
-    for (int64_t first = begin; first < end; first += part) {
+    for (int64_t first = begin - part; first < end; first += part) {
       copy_part();
-      wait_for_copies<kAhead>();
+      if (first < begin) {
+        if (is_pcgrad) draw_first_orders(num_tasks, table.seed, step, warp_tasks(), scratch.pcgrad);
+        continue;
+      }
+      wait_for_copies<1>();
       sync_block();
       products.add(columns, first, first + part < end ? first + part : end);
     }
