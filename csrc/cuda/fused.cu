@@ -14,8 +14,9 @@ namespace {
 
 // Parts of a slot, whose products are summed while the next one is on its way.
 constexpr int kParts = 8;
-constexpr int64_t kLeastPart = 8192;  // bytes: smaller ones wait for memory one after the other
+constexpr int kLeastPart = 8192;  // bytes: smaller ones wait for memory one after the other
 constexpr int kPairs = kFusedTasks * (kFusedTasks + 1) / 2;
+static_assert(kFusedTasks * kFusedTasks <= kFusedThreads);  // a thread for each entry of G
 
 // What the stages keep in shared memory beside the gradients, one after the other.
 struct Scratch {
@@ -33,9 +34,10 @@ constexpr int64_t kScratchBytes = (int64_t{sizeof(Scratch)} + 15) / 16 * 16;
 // Sums the slots' partial sums in order: groups of threads a part of the slots each, then the parts.
 GS_DEVICE void sum_slots(const double* partials, int slots, int num_tasks, Scratch& scratch) {
   constexpr int kLoads = 20;  // in flight together
-  const int pairs = static_cast<int>(pairs_of(num_tasks)), fitting = threads() / pairs;
+  const int pairs = static_cast<int>(pairs_of(num_tasks)), fitting = kFusedThreads / pairs;
   const int groups = fitting > 16 ? 16 : fitting >= 4 ? fitting : kFusedWarps;
-  for (int item = thread(); item < groups * pairs; item += threads()) {
+#pragma unroll 1
+  for (int item = thread(); item < groups * pairs; item += kFusedThreads) {
     const int group = item / pairs, pair = item % pairs;
     double sum = 0;
 #pragma unroll 1
@@ -52,13 +54,13 @@ GS_DEVICE void sum_slots(const double* partials, int slots, int num_tasks, Scrat
     scratch.parts[item] = sum;
   }
   sync_block();
-  for (int e = thread(); e < num_tasks * num_tasks; e += threads()) {
-    const int row = e / num_tasks, column = e % num_tasks;
-    const auto pair = pair_index(row < column ? row : column, row < column ? column : row, num_tasks);
+  if (const int pair = thread(); pair < pairs) {
+    const int i = row_of_pair(pair, num_tasks), j = i + pair - pair_index(i, i, num_tasks);
     double sum = 0;
 #pragma unroll 8
     for (int group = 0; group < groups; group++) sum += scratch.parts[group * pairs + pair];
-    scratch.gram[e] = sum;
+    scratch.gram[i * num_tasks + j] = sum;
+    scratch.gram[j * num_tasks + i] = sum;
   }
   sync_block();
 }
@@ -68,9 +70,8 @@ GS_DEVICE WarpTasks warp_tasks() { return {thread() / kWarp, kFusedWarps}; }
 
 // From scratch.gram to scratch.weights. Called, not inlined: it is the same for all dtypes.
 GS_RARE void solve(const FusedProblem& problem, uint64_t step, Scratch& scratch) {
-  const int num_tasks = problem.num_tasks, entries = num_tasks * num_tasks;
-  bool finite = true;
-  for (int e = thread(); e < entries; e += threads()) finite = finite && std::isfinite(scratch.gram[e]);
+  const int num_tasks = problem.num_tasks;
+  const bool finite = thread() >= num_tasks * num_tasks || std::isfinite(scratch.gram[thread()]);
   const bool broken = any_of_block(!finite);
   if (problem.method == GS_PCGRAD) {
     if (!broken) {
@@ -110,7 +111,7 @@ GS_DEVICE void combine(const Columns<In, Table>& columns, const double* weights)
     };
     get_weights(0);
     constexpr int kVectors = 8 / kRows;  // that a thread loads together
-    const int64_t step = threads() * kVector<In>;
+    constexpr int64_t step = kFusedThreads * kVector<In>;
 #pragma unroll 1
     for (int64_t first = from + thread() * kVector<In>; first < whole; first += kVectors * step) {
       double sum[kVectors][kVector<In>] = {};
@@ -152,7 +153,7 @@ GS_DEVICE void combine(const Columns<In, Table>& columns, const double* weights)
         *target = result;
       }
     }
-    for (int64_t column = whole + thread(); column < stop; column += threads()) {
+    for (int64_t column = whole + thread(); column < stop; column += kFusedThreads) {
       double sum = 0;
       for (int t = 0; t < num_tasks; t++) {
         const bool counts = weights[t] != 0 && table.template pointer<const In>(p, t);
@@ -179,7 +180,8 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
 
   const auto units = [](int64_t columns) { return (columns + kFusedUnit - 1) / kFusedUnit * kFusedUnit; };
   const int64_t share = units((end - begin + kParts - 1) / kParts);
-  const int64_t least = units(kLeastPart / (num_tasks * int64_t{sizeof(In)})), part = share > least ? share : least;
+  const int64_t least = units(kLeastPart / (num_tasks * static_cast<int>(sizeof(In))));
+  const int64_t part = share > least ? share : least;
   int64_t copied = begin;
   const auto copy_part = [&] {
     const int64_t next = copied + part < end ? copied + part : end;
@@ -203,7 +205,7 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
     products.store(num_tasks, scratch.parts + thread() / kWarp * pairs);
   });
   sync_block();
-  for (int pair = thread(); pair < pairs; pair += threads()) {
+  if (const int pair = thread(); pair < pairs) {
     double sum = 0;
 #pragma unroll
     for (int w = 0; w < kFusedWarps; w++) sum += scratch.parts[w * pairs + pair];
@@ -215,7 +217,7 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
   sum_slots(partials, table.slots, num_tasks, scratch);
   solve(table, step, scratch);
   if (block() == 0) {
-    for (int e = thread(); e < num_tasks * num_tasks; e += threads()) gram[e] = scratch.gram[e];
+    if (thread() < num_tasks * num_tasks) gram[thread()] = scratch.gram[thread()];
     if (thread() < num_tasks) weights[thread()] = scratch.weights[thread()];
     if (is_pcgrad && table.step && thread() == 0) *table.step = static_cast<int64_t>(step + 1);
   }

@@ -73,7 +73,7 @@ struct LaneProducts {
   GS_DEVICE void add(const Columns<In, Table>& columns, int64_t first, int64_t last) {
     const int num_tasks = columns.table.num_tasks;
 #pragma unroll kUnroll
-    for (int64_t column = first + thread(); column < last; column += threads()) {
+    for (int64_t column = first + thread(); column < last; column += kFusedThreads) {
       double x[kTasks];
 #pragma unroll
       for (int t = 0; t < kTasks; t++) x[t] = t < num_tasks ? to_double(*columns.at(t, column)) : 0;

@@ -50,10 +50,7 @@ GS_KERNEL GS_BLOCKS(kMaxThreads, 1)
 #pragma unroll
     for (int mask = kWarp / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
     if (lane > 0) continue;
-    // The row of G that has the pair: the roots of what begins a row are exact, the others further from it than
-    // rounding.
-    const int pair = first_pair + own, side = 2 * num_tasks + 1;
-    const int i = static_cast<int>((side - std::sqrt(static_cast<float>(side * side - 8 * pair))) / 2);
+    const int pair = first_pair + own, i = row_of_pair(pair, num_tasks);
     const int j = i + pair - pair_index(i, i, num_tasks);
     double* out = gram + table.run(first).segment * int64_t{num_tasks} * num_tasks;
     const double value = accumulate ? out[i * num_tasks + j] + total : total;

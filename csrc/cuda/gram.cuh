@@ -7,6 +7,7 @@
 //   * gram_staged.cu: many, the warps of a block hold tiles each, and share the columns.
 #pragma once
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/schedule.h"
 #include "cuda/table.cuh"
@@ -29,6 +30,13 @@ constexpr int64_t kFloatTileTasks = 32;
 GS_HOST_DEVICE constexpr int64_t pairs_of(int64_t num_tasks) { return num_tasks * (num_tasks + 1) / 2; }
 // Pair (i, j), i <= j, in a row-wise upper triangle.
 GS_HOST_DEVICE constexpr int pair_index(int i, int j, int num_tasks) { return i * num_tasks - i * (i - 1) / 2 + j - i; }
+
+// The row i of a pair. What begins a row is a whole number's square under the root, and the rest of the row further
+// from one than rounding.
+GS_DEVICE int row_of_pair(int pair, int num_tasks) {
+  const int side = 2 * num_tasks + 1;
+  return static_cast<int>((side - std::sqrt(static_cast<float>(side * side - 8 * pair))) / 2);
+}
 
 // Adds what all lanes of a warp hold, of which write(i, sum) gets each sum once: lanes halve what they hold from step
 // to step, so that an exchange costs as much as a sum that only one lane would get. begin: the number of the first
