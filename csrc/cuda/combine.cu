@@ -17,7 +17,7 @@ struct Shape {
 constexpr Shape shape_of(int64_t bytes, int64_t num_tasks, bool many_columns) {
   if (num_tasks <= 2) return bytes == 2 ? Shape{2, 2, 3} : Shape{4, 2, 2};
   if (num_tasks <= 4 || (num_tasks > 8 && num_tasks <= 12)) return {1, 4, 4};  // eight rows would be half absent
-  return many_columns ? Shape{1, 8, 3} : num_tasks <= 16 ? Shape{1, 4, 4} : Shape{1, 8, 2};
+  return many_columns ? Shape{1, 8, 3} : num_tasks <= 16 ? Shape{1, 4, 4} : Shape{1, 16, 1};
 }
 
 // Columns that a block takes at a time, and whether there are more than all blocks take at once.
