@@ -182,10 +182,10 @@ struct Problems {
 };
 
 // gram [..., T, T] and weights [..., T], on one device
-inline Problems check_problems(const Tensor& gram, const Tensor& weights) {
+inline Problems check_problems(const Tensor& gram, const Tensor& weights, const char* name = "gram") {
   TORCH_CHECK_VALUE(gram.dim() >= 2 && gram.size(-1) >= 1 && gram.size(-1) == gram.size(-2),
-                    message("gram must be [..., T, T], got ", gram.sizes()));
-  check_square_data(gram, at::kDouble, gram.sizes(), gram.device(), "gram");
+                    message(name, " must be [..., T, T], got ", gram.sizes()));
+  check_square_data(gram, at::kDouble, gram.sizes(), gram.device(), name);
   check_square_data(weights, at::kDouble, gram.sizes().slice(0, gram.dim() - 1), gram.device(), "weights");
   return {gram.numel() / (gram.size(-1) * gram.size(-1)), gram.size(-1)};
 }

@@ -78,7 +78,8 @@ void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed
 void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tensor& weights) {
   const auto [batch, num_tasks] = check_problems(gram, weights);
   const Target target(gram.device());
-  const Tensor workspace = target.make_workspace(gs_min_norm_workspace_bytes(batch, num_tasks));
+  const Tensor workspace = target.make_workspace(target.is_cuda() ? gs_min_norm_cuda_workspace_bytes(batch, num_tasks)
+                                                                  : gs_min_norm_workspace_bytes(batch, num_tasks));
   const auto* g = gram.const_data_ptr<double>();
   auto* out = weights.mutable_data_ptr<double>();
   void* space = workspace.mutable_data_ptr();
@@ -110,9 +111,11 @@ void weights_of(const Tensor& gram, int64_t method, const std::optional<Tensor>&
 }
 
 void simplex_steps(const Tensor& matrix, double lr, double momentum, int64_t num_iter, Tensor& weights) {
-  const auto [batch, num_tasks] = check_problems(matrix, weights);
+  const auto [batch, num_tasks] = check_problems(matrix, weights, "matrix");
   const Target target(matrix.device());
-  const Tensor workspace = target.make_workspace(gs_simplex_steps_workspace_bytes(batch, num_tasks));
+  const Tensor workspace =
+      target.make_workspace(target.is_cuda() ? gs_simplex_steps_cuda_workspace_bytes(batch, num_tasks)
+                                             : gs_simplex_steps_workspace_bytes(batch, num_tasks));
   const auto* a = matrix.const_data_ptr<double>();
   auto* w = weights.mutable_data_ptr<double>();
   void* space = workspace.mutable_data_ptr();

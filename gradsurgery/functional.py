@@ -212,7 +212,7 @@ def simplex_steps(
     ``num_iter`` times v = momentum v + A w and w = P(w - lr v), P the projection on the simplex and v = 0 at first; A
     need not be symmetric. NaN where it is not finite.
     """
-    matrix, moved = as_float64(matrix), weights.clone()
+    matrix, moved = as_float64(matrix), weights.clone(memory_format=torch.contiguous_format)
     choose(backend, matrix.device, matrix.shape[-1]).simplex_steps(matrix, lr, momentum, num_iter, moved)
     return moved
 

@@ -7,6 +7,7 @@ import torch
 import gradsurgery
 from conftest import USABLE, grads_of, two_losses, two_task_net
 from gradsurgery.backends import choose
+from gradsurgery.methods._base import SolverMethod
 from inputs import DEVICE, normal
 
 if DEVICE not in USABLE:
@@ -73,7 +74,10 @@ def test_the_bits_of_the_stages(name, options, bad, only_one_call):
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES} - {"krum"}))
 @pytest.mark.parametrize("scale", [None, 2.0**12])
 def test_a_step_has_the_bits_of_the_stages(name, scale, monkeypatch):
-    results = []
+    results, calls = [], []
+    backend = choose(DEVICE, torch.device(DEVICE), 2)
+    whole = backend.aggregate
+    monkeypatch.setattr(backend, "aggregate", lambda *arguments: calls.append(arguments) or whole(*arguments))
     for one_call in (True, False):
         torch.manual_seed(3)
         net = two_task_net()
@@ -83,6 +87,7 @@ def test_a_step_has_the_bits_of_the_stages(name, scale, monkeypatch):
             monkeypatch.setattr(type(optimizer.method), "native_solver", lambda *arguments: None)
         info = optimizer.backward(two_losses(net, torch.linspace(-1, 1, 48).reshape(8, 6)), scaler=scaler)
         results.append([*grads_of(net), info.gram, info.weights])
+    assert len(calls) == (0 if scale and name in ("fairgrad", "nash_mtl") else 1)
     for got, wanted in zip(*results, strict=True):
         assert torch.equal(got, wanted)
 
@@ -94,7 +99,16 @@ def test_what_another_solver_does_not_know():
         def weights(self, gram, **options):
             return super().weights(gram, **options) / 2
 
+    class First(SolverMethod):
+        def weights(self, gram, **options):
+            return torch.eye(gram.shape[-1], dtype=gram.dtype)[0]
+
+    class AnyKrum(methods.Krum):
+        weights = First.weights
+
     rows, device = normal(TASKS, 40), torch.device(DEVICE)
+    for method in (First(), AnyKrum(num_byzantine=TASKS)):
+        torch.testing.assert_close(gradsurgery.aggregate(rows, method), rows[0])
     patched = methods.UPGrad()
     patched.weights = Halved().weights
     whole = methods.UPGrad().native_solver(device, TASKS)
@@ -104,6 +118,7 @@ def test_what_another_solver_does_not_know():
         (patched, methods.UPGrad()),
         (methods.CAGrad(1.0, rescale=1), methods.CAGrad(1.0)),
         (methods.CAGrad(1.0, rescale=2), methods.CAGrad(1.0)),
+        (methods.CAGrad(1.0, rescale=2.0), methods.CAGrad(1.0)),
     ):
         assert method.native_solver(device, TASKS) is None
         torch.testing.assert_close(gradsurgery.aggregate(rows, method), gradsurgery.aggregate(rows, like) / 2)

@@ -127,7 +127,7 @@ def test_opcheck(name):
         ("weights", 3, 0.0, "ridge must be positive and finite, got 0"),
         ("random", 2, torch.tensor([1, 2]), "step must be contiguous"),
         ("random", 3, empty(3), rf"weights must be contiguous on {PLACE} with shape \[1, 3\]"),
-        ("simplex_steps", 0, GRAM.float(), "gram must be double"),
+        ("simplex_steps", 0, GRAM.float(), "matrix must be double"),
         ("simplex_steps", 3, -1, "num_iter must be >= 0, got -1"),
         ("simplex_steps", 4, ONES[0], rf"weights must be contiguous on {PLACE} with shape \[1, 3\]"),
         ("gradvac", 1, torch.arange(3).repeat(2, 1), "order must be contiguous"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The methods that average weights, keep gradients, or take several batches: explicit algorithms, state, optimizers."""
 
+import itertools
 import math
 
 import pytest
@@ -49,6 +50,8 @@ def test_not_finite_steps_on_the_simplex(backend):
     assert moved.isnan().any(-1).tolist() == [False, True, True, True]
     assert torch.equal(start, torch.full_like(start, 1 / 3))
     assert torch.equal(simplex_steps(matrices, start, 0.1, 0.5, 0, backend)[0], start[0])
+    large = torch.diag(torch.tensor([1e300, 1.0, 1.0], dtype=torch.float64))  # lr v overflows
+    assert simplex_steps(large, start[0], 1e10, 0.0, 1, backend).tolist() == [0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("name", SIMPLEX)
@@ -57,11 +60,21 @@ def test_a_step_that_is_not_finite_leaves_the_weights(backend, name, bad):
     method, gram = methods.get(name), torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     method.weights(gram, backend=backend)
     before = method.state_dict()["weights"]
-    for at in ((0, 0), (0, 1)):
-        broken = gram.clone()
+    # The products of two batches need no positive diagonal.
+    for products, at in itertools.product((gram, -gram, 0 * gram), ((0, 0), (0, 1))):
+        broken = products.clone()
         broken[at] = bad
         assert method.weights(broken, backend=backend).isnan().all()
         assert torch.equal(method.state_dict()["weights"], before)
+
+
+def test_a_state_in_another_layout():
+    method, like = methods.get("modo"), methods.get("modo")
+    w = normal(3, 2).softmax(0).T
+    method.load_state_dict({"weights": w})
+    like.load_state_dict({"weights": w.contiguous()})
+    grams = torch.eye(3).double().expand(2, 3, 3)
+    assert torch.equal(method.weights(grams), like.weights(grams))
 
 
 def explicit_db_mtl(inputs, beta, sigma):

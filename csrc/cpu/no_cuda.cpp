@@ -34,6 +34,8 @@ gs_status gs_pcgrad_cuda(const double*, int64_t, int64_t, const int64_t*, uint64
   return unsupported();
 }
 
+int64_t gs_min_norm_cuda_workspace_bytes(int64_t, int64_t) { return unsupported(), -1; }
+
 gs_status gs_min_norm_cuda(const double*, int64_t, int64_t, gs_solver, int64_t, double, double*, void*, int64_t,
                            gs_stream) {
   return unsupported();
@@ -42,6 +44,8 @@ gs_status gs_min_norm_cuda(const double*, int64_t, int64_t, gs_solver, int64_t, 
 gs_status gs_random_cuda(const double*, int64_t, int64_t, uint64_t, int64_t*, int, double*, gs_stream) {
   return unsupported();
 }
+
+int64_t gs_simplex_steps_cuda_workspace_bytes(int64_t, int64_t) { return unsupported(), -1; }
 
 gs_status gs_simplex_steps_cuda(const double*, int64_t, int64_t, double, double, int64_t, double*, void*, int64_t,
                                 gs_stream) {

@@ -60,7 +60,7 @@ int64_t solver_bytes(const gs_solve& solve, int64_t batch, int64_t num_tasks) {
     case GS_PCGRAD:
       return 0;
     case GS_MIN_NORM:
-      return gs_min_norm_workspace_bytes(batch, num_tasks);
+      return gs_min_norm_cuda_workspace_bytes(batch, num_tasks);
     default:
       return gs_weights_cuda_workspace_bytes(solve.weighting, batch, num_tasks);
   }

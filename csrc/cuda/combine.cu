@@ -8,22 +8,25 @@ namespace gs::gpu {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-// Rows of which a lane loads together, and in so many steps; blocks that a multiprocessor runs at once. Measured: where
-// columns are many, more blocks hide the latency of memory better than more loads of each; where they leave no more
-// blocks anyway, the reverse.
+// Rows of which a lane loads together, and in so many steps; blocks that a multiprocessor runs at once. Where columns
+// are many, more blocks hide the latency of memory better than more loads of each; where they leave no more blocks
+// anyway, the reverse. Rows that are read element by element take more registers.
 struct Shape {
   int steps, rows, blocks;
 };
-constexpr Shape shape_of(int64_t bytes, int64_t num_tasks, bool many_columns) {
+enum class Layout { kFew, kMany, kShifted };  // columns, or rows of different alignments
+constexpr Shape shape_of(int64_t bytes, int64_t num_tasks, Layout layout) {
   if (num_tasks <= 2) return bytes == 2 ? Shape{2, 2, 3} : Shape{4, 2, 2};
   if (num_tasks <= 4 || (num_tasks > 8 && num_tasks <= 12)) return {1, 4, 4};  // eight rows would be half absent
-  return many_columns ? Shape{1, 8, 3} : num_tasks <= 16 ? Shape{1, 4, 4} : Shape{1, 16, 1};
+  if (layout == Layout::kMany) return {1, 8, 3};
+  if (num_tasks <= 16) return {1, 4, 4};
+  return layout == Layout::kFew ? Shape{1, 16, 1} : Shape{1, 8, 2};
 }
 
 // Columns that a block takes at a time, and whether there are more than all blocks take at once.
 constexpr int64_t turn_of(int64_t bytes, const Shape& shape) { return kThreads * 16 / bytes * shape.steps; }
 bool are_many(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t processors) {
-  const Shape shape = shape_of(bytes, num_tasks, false);
+  const Shape shape = shape_of(bytes, num_tasks, Layout::kFew);
   return columns > processors * shape.blocks * turn_of(bytes, shape);
 }
 
@@ -31,7 +34,8 @@ bool are_many(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t process
 // columns are few, which may be those of many short rows, slots of turns of a warp. Several directions at once, which
 // are rare, are cut as one is.
 int64_t width_of(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t processors) {
-  const Shape shape = shape_of(bytes, num_tasks, are_many(columns, bytes, num_tasks, processors));
+  const bool many = are_many(columns, bytes, num_tasks, processors);
+  const Shape shape = shape_of(bytes, num_tasks, many ? Layout::kMany : Layout::kFew);
   const int64_t turn = turn_of(bytes, shape), turns = (columns + turn - 1) / turn, at_once = processors * shape.blocks;
   if (turns < at_once) {
     const int64_t own = turn / kWarps;
@@ -199,10 +203,10 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks) combine_kernel(GS_ARGUMENT(Table) table, 
 }
 
 // In the shape for so many tasks.
-template <class In, int K, int64_t kTasks, bool kMany>
+template <class In, int K, int64_t kTasks, Layout kLayout>
 gs_status launch_combine(const Table& table, const Order& order, const gs_gradients& grads, const double* weights,
                          bool accumulate, gs_stream stream) {
-  constexpr Shape kShape = K == 1 ? shape_of(sizeof(In), kTasks, kMany) : Shape{1, 8, 1};
+  constexpr Shape kShape = K == 1 ? shape_of(sizeof(In), kTasks, kLayout) : Shape{1, 8, 1};
   static_assert(kShape.steps == 1 || kTasks <= kShape.rows);
   return launch(&combine_kernel<In, K, kShape.steps, kShape.rows, kShape.blocks>, order.blocks(), kThreads,
                 sizeof(Terms<K>), stream, table, order, static_cast<int>(grads.num_tasks), weights,
@@ -233,22 +237,24 @@ gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t 
     gs_status status = tables.fill(table, space, stream);
     if (status != GS_OK) return status;
     const Order order(table, columns, aligned_width(gram_width(columns, table.dtype)));
-    // Rows that are read element by element take more registers.
-    const bool many =
-        !table.shifted && are_many(columns, gs::element_bytes(table.dtype), grads.num_tasks, traits.processors);
+    const bool many = are_many(columns, gs::element_bytes(table.dtype), grads.num_tasks, traits.processors);
     status = with_dtype(table.dtype, [&](auto in) {
       using In = decltype(in);
-      const auto run = [&](auto with_few, auto with_many) {
-        return (many ? with_many : with_few)(table, order, grads, weights, accumulate, stream);
+      const auto run = [&](auto tasks) {
+        constexpr int64_t kTasks = decltype(tasks)::value;
+        const auto run_in = table.shifted ? &launch_combine<In, K, kTasks, Layout::kShifted>
+                            : many        ? &launch_combine<In, K, kTasks, Layout::kMany>
+                                          : &launch_combine<In, K, kTasks, Layout::kFew>;
+        return run_in(table, order, grads, weights, accumulate, stream);
       };
       if constexpr (K == 1) {
-        if (grads.num_tasks <= 2) return run(&launch_combine<In, K, 2, false>, &launch_combine<In, K, 2, true>);
-        if (grads.num_tasks <= 4) return run(&launch_combine<In, K, 4, false>, &launch_combine<In, K, 4, true>);
-        if (grads.num_tasks <= 8) return run(&launch_combine<In, K, 8, false>, &launch_combine<In, K, 8, true>);
-        if (grads.num_tasks <= 12) return run(&launch_combine<In, K, 12, false>, &launch_combine<In, K, 12, true>);
-        if (grads.num_tasks <= 16) return run(&launch_combine<In, K, 16, false>, &launch_combine<In, K, 16, true>);
+        if (grads.num_tasks <= 2) return run(std::integral_constant<int64_t, 2>());
+        if (grads.num_tasks <= 4) return run(std::integral_constant<int64_t, 4>());
+        if (grads.num_tasks <= 8) return run(std::integral_constant<int64_t, 8>());
+        if (grads.num_tasks <= 12) return run(std::integral_constant<int64_t, 12>());
+        if (grads.num_tasks <= 16) return run(std::integral_constant<int64_t, 16>());
       }
-      return run(&launch_combine<In, K, GS_MAX_TASKS, false>, &launch_combine<In, K, GS_MAX_TASKS, true>);
+      return run(std::integral_constant<int64_t, GS_MAX_TASKS>());
     });
     if (status != GS_OK) return status;
   }

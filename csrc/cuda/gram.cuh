@@ -98,6 +98,7 @@ struct SlotWidth {
   }
   int64_t processors() const { return since_hopper ? kHopperProcessors : kAmpereProcessors; }
   int64_t least(int32_t dtype) const {
+    static_assert(6144 / 8 >= min_columns(kDirectTasks));  // the workspace is for those
     return num_tasks <= kDirectTasks ? 6144 / gs::element_bytes(dtype) : min_columns(num_tasks);
   }
   int64_t operator()(int64_t columns, int32_t dtype) const {

@@ -123,8 +123,18 @@ GS_KERNEL gradnorm_step_kernel(const double* gram, const double* losses, int64_t
 // Scratch beyond this lies in the workspace: every GPU has so much shared memory.
 constexpr int64_t kSharedBytes = 48 * 1024;
 
+// For so many problems' scratch.
+int64_t workspace_bytes(int64_t batch, int64_t scratch_bytes) {
+  return scratch_bytes <= kSharedBytes ? 0 : batch * scratch_bytes;
+}
+
 }  // namespace
 }  // namespace gs::gpu
+
+int64_t gs_min_norm_cuda_workspace_bytes(int64_t batch, int64_t num_tasks) {
+  if (gs::check_problems(batch, num_tasks) != GS_OK) return -1;
+  return gs::gpu::workspace_bytes(batch, gs::min_norm_scratch_bytes(num_tasks));
+}
 
 gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver, int64_t max_iter,
                            double tol, double* weights, void* workspace, int64_t workspace_bytes, gs_stream stream) {
@@ -133,7 +143,7 @@ gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks,
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
   if (const gs_status status = gs::check_solver(solver)) return status;
   if (const gs_status status =
-          gs::check_workspace(workspace, workspace_bytes, gs_min_norm_workspace_bytes(batch, num_tasks)))
+          gs::check_workspace(workspace, workspace_bytes, gs_min_norm_cuda_workspace_bytes(batch, num_tasks)))
     return status;
   if (solver == GS_EXACT && num_tasks <= kFaceTasks) {
     const auto launch_kernel = num_tasks <= 2   ? launch_faces<2>
@@ -157,13 +167,18 @@ gs_status gs_random_cuda(const double* gram, int64_t batch, int64_t num_tasks, u
   return gs::gpu::advance(step, stream);  // after every block has read the counter
 }
 
+int64_t gs_simplex_steps_cuda_workspace_bytes(int64_t batch, int64_t num_tasks) {
+  if (gs::check_problems(batch, num_tasks) != GS_OK) return -1;
+  return gs::gpu::workspace_bytes(batch, gs::simplex_scratch_bytes(num_tasks));
+}
+
 gs_status gs_simplex_steps_cuda(const double* matrix, int64_t batch, int64_t num_tasks, double lr, double momentum,
                                 int64_t num_iter, double* weights, void* workspace, int64_t workspace_bytes,
                                 gs_stream stream) {
   using namespace gs::gpu;
   if (const gs_status status = gs::check_simplex_steps(matrix, batch, num_tasks, num_iter, weights)) return status;
   if (const gs_status status =
-          gs::check_workspace(workspace, workspace_bytes, gs_simplex_steps_workspace_bytes(batch, num_tasks)))
+          gs::check_workspace(workspace, workspace_bytes, gs_simplex_steps_cuda_workspace_bytes(batch, num_tasks)))
     return status;
   const int64_t bytes = gs::simplex_scratch_bytes(num_tasks);
   const bool fits = bytes <= kSharedBytes;

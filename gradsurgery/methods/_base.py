@@ -257,8 +257,10 @@ class SolverMethod(Method):
 
     def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
         """Return the solver, the preference and the numbers, where its weights are the method's."""
+        if self._has_other_weights(SolverMethod):
+            return None
         solver = self._solver(num_tasks)
-        if self._has_other_weights(SolverMethod) or solver.divisor != 1:
+        if solver.divisor != 1:
             return None
         preference = None if solver.pref is None else solver.pref.on(device, num_tasks, self.name)
         arguments = (WEIGHTINGS[solver.name], preference, solver.parameter, solver.limit)

@@ -37,4 +37,6 @@ class CAGrad(SolverMethod):
         self.rescale = rescale
 
     def _solver(self, num_tasks: int) -> Solver:
-        return Solver("cagrad", self.c, divisor=(1, 1 + self.c**2, 1 + self.c)[self.rescale])
+        if self.rescale == 0:
+            return Solver("cagrad", self.c)
+        return Solver("cagrad", self.c, divisor=1 + (self.c**2 if self.rescale == 1 else self.c))

@@ -57,7 +57,7 @@ class SDMGrad(SimplexMethod):
 
     def _step(self, gram: Tensor, w: Tensor, backend: str | None) -> Tensor:
         scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().mean(-1)[..., None, None].square()
-        c = torch.where(scale == 0, 0, gram / scale)
+        c = torch.where(scale == 0, gram * 0, gram / scale)  # NaN where G is not finite
         # C (w + lam p), for sum(w) = 1.
         pulled = c + self.lam * (c @ self._preferred(w)[:, None])
         return simplex_steps(pulled, w, self.lr, self.momentum, self.num_iter, backend)

@@ -40,10 +40,12 @@ void test_simplex_steps(int64_t num_tasks, double lr) {
   CHECK(gs_simplex_steps_cpu(matrices.data(), kGrams, num_tasks, lr, 0.4, 9, expected.data(), allocate(bytes).get(),
                              bytes, nullptr) == GS_OK,
         "%s", gs_last_error());
+  const int64_t gpu_bytes = gs_simplex_steps_cuda_workspace_bytes(kGrams, num_tasks);
+  CHECK((gpu_bytes == 0) == (num_tasks < 70), "workspace of %ld bytes", static_cast<long>(gpu_bytes));
   const Values got = in_every_order(kGrams * num_tasks, [&](double* out) {
     std::copy(uniform.begin(), uniform.end(), out);
-    return gs_simplex_steps_cuda(matrices.data(), kGrams, num_tasks, lr, 0.4, 9, out, allocate(bytes).get(), bytes,
-                                 nullptr);
+    return gs_simplex_steps_cuda(matrices.data(), kGrams, num_tasks, lr, 0.4, 9, out, allocate(gpu_bytes).get(),
+                                 gpu_bytes, nullptr);
   });
   check_close(got, expected, 1e-9, "simplex steps");
   CHECK(std::isnan(got.back()), "NaN in, %g out", got.back());
@@ -108,9 +110,11 @@ void test_min_norm(int64_t num_tasks, gs_solver solver) {
   CHECK(gs_min_norm_cpu(grams.data(), kGrams, num_tasks, solver, 60, 1e-9, expected.data(), allocate(bytes).get(),
                         bytes, nullptr) == GS_OK,
         "%s", gs_last_error());
+  const int64_t gpu_bytes = gs_min_norm_cuda_workspace_bytes(kGrams, num_tasks);
+  CHECK((gpu_bytes == 0) == (num_tasks < 70), "workspace of %ld bytes", static_cast<long>(gpu_bytes));
   const Values got = in_every_order(kGrams * num_tasks, [&](double* out) {
-    return gs_min_norm_cuda(grams.data(), kGrams, num_tasks, solver, 60, 1e-9, out, allocate(bytes).get(), bytes,
-                            nullptr);
+    return gs_min_norm_cuda(grams.data(), kGrams, num_tasks, solver, 60, 1e-9, out, allocate(gpu_bytes).get(),
+                            gpu_bytes, nullptr);
   });
   for (int64_t b = 0; b < kGrams; b++) {
     // Dependent rows have several shortest combinations, so compare their length, relative to the longest row.

@@ -192,6 +192,7 @@ GS_API int64_t gs_min_norm_workspace_bytes(int64_t batch, int64_t num_tasks);
 GS_API gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver,
                                  int64_t max_iter, double tol, double* weights, void* workspace,
                                  int64_t workspace_bytes, const gs_parallel* parallel);
+GS_API int64_t gs_min_norm_cuda_workspace_bytes(int64_t batch, int64_t num_tasks);
 GS_API gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver,
                                   int64_t max_iter, double tol, double* weights, void* workspace,
                                   int64_t workspace_bytes, gs_stream stream);
@@ -203,6 +204,7 @@ GS_API int64_t gs_simplex_steps_workspace_bytes(int64_t batch, int64_t num_tasks
 GS_API gs_status gs_simplex_steps_cpu(const double* matrix, int64_t batch, int64_t num_tasks, double lr,
                                       double momentum, int64_t num_iter, double* weights, void* workspace,
                                       int64_t workspace_bytes, const gs_parallel* parallel);
+GS_API int64_t gs_simplex_steps_cuda_workspace_bytes(int64_t batch, int64_t num_tasks);
 GS_API gs_status gs_simplex_steps_cuda(const double* matrix, int64_t batch, int64_t num_tasks, double lr,
                                        double momentum, int64_t num_iter, double* weights, void* workspace,
                                        int64_t workspace_bytes, gs_stream stream);

@@ -14,7 +14,7 @@ def projected(x, inside, num_tasks):
     tau comes from a set of tasks that holds those of w > 0; it loses the others until there are none.
     """
     x = x - tl.max(tl.where(inside, x, float("-inf")), 0)  # or large entries would swallow the 1
-    tau = tl.sum(x * 0.0, 0) - 1.0  # a scalar of x's type
+    tau = tl.full((), -1.0, tl.float64)
     count = num_tasks + 1
     shrinks = True
     while shrinks:
