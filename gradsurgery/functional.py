@@ -86,7 +86,7 @@ def pcgrad_weights(
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}')
-    problems, out = _problems(gram)
+    problems, out = new_problems(gram)
     if order is not None:
         order = _check_order(order, gram.shape[-1], gram.device)
     chosen = choose(backend, gram.device, gram.shape[-1])
@@ -124,7 +124,7 @@ def min_norm_weights(
     Multi-Objective Optimization", NeurIPS 2018, equation 4 and Algorithm 2. Cost: O(T^3) typically.
     """
     check_solver(solver, max_iter, tol)
-    problems, out = _problems(gram)
+    problems, out = new_problems(gram)
     choose(backend, gram.device, gram.shape[-1]).min_norm(problems, solver == "exact", max_iter, tol, out)
     return constant("min_norm_weights", out, [gram])
 
@@ -182,24 +182,15 @@ def gradnorm_update(
 
 def pcgrad_step(gram: Tensor, step: Tensor, seed: int, reduction: str, backend: str | None) -> Tensor:
     """Return PCGrad's weights and add 1 to the step counter, an int64 tensor [] on G's device."""
-    problems, out = _problems(gram)
+    problems, out = new_problems(gram)
     chosen = choose(backend, gram.device, gram.shape[-1])
     chosen.pcgrad(problems, None, seed, step, True, reduction == "mean", out)
     return constant("pcgrad weights", out, [gram])
 
 
-def solver_weights(
-    gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, backend: str | None
-) -> Tensor:
-    """Return the weights by one of the solvers of ``backends.solvers.WEIGHTINGS``."""
-    problems, out = _problems(gram)
-    choose(backend, gram.device, gram.shape[-1]).weights(problems, method, preference, parameter, limit, out)
-    return constant(f"{method} weights", out, [gram])
-
-
 def random_step(gram: Tensor, step: Tensor, seed: int, backend: str | None) -> Tensor:
     """Return random weights [..., T], and add 1 to the step counter, an int64 tensor [] on G's device."""
-    problems, out = _problems(gram)
+    problems, out = new_problems(gram)
     choose(backend, gram.device, gram.shape[-1]).random(problems, seed, step, out)
     return out
 
@@ -219,7 +210,7 @@ def simplex_steps(
 
 def gradvac_step(gram: Tensor, step: Tensor, seed: int, beta: float, targets: Tensor, backend: str | None) -> Tensor:
     """Return Gradient Vaccine's weights, move its targets [..., T, T], and add 1 to the step counter."""
-    problems, out = _problems(gram)
+    problems, out = new_problems(gram)
     num_tasks = gram.shape[-1]
     chosen = choose(backend, gram.device, num_tasks)
     order = torch.empty(num_tasks, num_tasks, dtype=torch.int64, device=gram.device)
@@ -233,13 +224,13 @@ def gradnorm_step(
     gram: Tensor, losses: Tensor, state: tuple[Tensor, Tensor], alpha: float, lr: float, backend: str | None
 ) -> Tensor:
     """Return the weights [..., T] of the state, (weights, initial losses), and update it in place; all are float64."""
-    problems, out = _problems(gram)
+    problems, out = new_problems(gram)
     choose(backend, gram.device, gram.shape[-1]).gradnorm_step(problems, losses, alpha, lr, state, out)
     return constant("gradnorm weights", out, [gram])
 
 
-def _problems(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return G as contiguous float64, and weights to write."""
+def new_problems(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return G as contiguous float64, and weights to write; TypeError or ValueError unless it is [..., T, T]."""
     gram = check_gram(gram)
     return gram, gram.new_empty(gram.shape[:-1])
 

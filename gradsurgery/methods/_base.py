@@ -13,9 +13,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .._constant import constant
 from .._extension import WEIGHTINGS, NativeSolver
 from .._gradients import describe
-from ..functional import check_gram, check_seed, solver_weights
+from ..backends import choose
+from ..functional import check_seed, new_problems
 
 
 @contextmanager
@@ -249,11 +251,14 @@ class SolverMethod(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights; NaN where G is not finite."""
-        num_tasks = check_gram(gram).shape[-1]
-        solver = self._solver(num_tasks)
-        preference = None if solver.pref is None else solver.pref.on(gram.device, num_tasks, self.name)
-        weights = solver_weights(gram, solver.name, preference, solver.parameter, solver.limit, backend)
-        return weights if solver.divisor == 1 else weights / solver.divisor
+        problems, out = new_problems(gram)
+        device, num_tasks = gram.device, gram.shape[-1]
+        name, parameter, limit, pref, divisor, _ = self._solver(num_tasks)
+        preference = None if pref is None else pref.on(device, num_tasks, self.name)
+        choose(backend, device, num_tasks).weights(problems, name, preference, parameter, limit, out)
+        if divisor != 1:
+            out /= divisor
+        return constant(f"{self.name} weights", out, [gram])
 
     def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
         """Return the solver, the preference and the numbers, where its weights are the method's."""

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_fraction
-from ..functional import solver_weights
-from ._base import PerTask
 from ._buffered import BufferedMethod, Given, Rows
+from .config import ConFIG
 
 
 class MConFIG(BufferedMethod):
@@ -51,7 +50,8 @@ class MConFIG(BufferedMethod):
 
     def __init__(self, beta: float = 0.9, pref: Sequence[float] | Tensor | None = None) -> None:
         self.beta = check_fraction("beta", beta, one=False)
-        self.pref = None if pref is None else PerTask("pref", pref)
+        self._config = ConFIG(pref)
+        self.pref = self._config.pref
 
     def _begin(self, rows: Rows) -> None:
         """Note which tasks have gradients."""
@@ -81,8 +81,7 @@ class MConFIG(BufferedMethod):
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return ConFIG's weights [T] for the averages' G [T, T]."""
         self._started()
-        preference = None if self.pref is None else self.pref.on(gram.device, len(gram), self.name)
-        return self._nan_unless_finite(solver_weights(gram, "config", preference, 0, torch.inf, backend))
+        return self._nan_unless_finite(self._config.weights(gram, backend=backend))
 
     def terms(self, rows: Rows, kept: Rows, weights: Tensor, scale: Tensor | None) -> tuple[Rows, Tensor]:
         """Return the averages and the gradients, of which d is the sum with the weights that come with them."""
