@@ -31,8 +31,8 @@ GS_HOST_DEVICE constexpr int64_t pairs_of(int64_t num_tasks) { return num_tasks 
 // Pair (i, j), i <= j, in a row-wise upper triangle.
 GS_HOST_DEVICE constexpr int pair_index(int i, int j, int num_tasks) { return i * num_tasks - i * (i - 1) / 2 + j - i; }
 
-// The row i of a pair. What begins a row is a whole number's square under the root, and the rest of the row further
-// from one than rounding.
+// The row i of a pair. At the first pair of a row the root is that of a square, and exact; at the others it is further
+// from a whole number than rounding.
 GS_DEVICE int row_of_pair(int pair, int num_tasks) {
   const int side = 2 * num_tasks + 1;
   return static_cast<int>((side - std::sqrt(static_cast<float>(side * side - 8 * pair))) / 2);
