@@ -191,7 +191,7 @@ GS_DEVICE void write_tiles(const Tiles& tiles, int owner, int split, int splits,
     sync_block();
 #pragma unroll 1
     for (int at = split * kWarp; at < kValues; at += splits * kWarp) {
-      int i = 0, j = first + at / kTileValues;
+      int i = 0, j = first + at / kTileValues;  // the tile by its number, then strip and block
       if (j >= kUpper) break;
       for (; j >= kRight; i++) j -= kRight - 2 * (i + 1);
       const int pair = place_of(i, j, at / kWarp % 4);

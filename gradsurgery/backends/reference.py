@@ -81,7 +81,7 @@ class ReferenceBackend:
         """softmax(z) with normal numbers by Box and Muller's method."""
         radius, angle = weights_uniforms(2 * gram.shape[-1], seed, step).unflatten(0, (-1, 2)).unbind(1)
         normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
-        out.copy_(torch.where(_finite(gram), normal.softmax(0), torch.nan))
+        out.copy_(torch.where(solvers.is_finite(gram), normal.softmax(0), torch.nan))
         step += 1
 
     def pcgrad(
@@ -101,7 +101,7 @@ class ReferenceBackend:
             conflict = (product < 0) & (squared_norms[:, j] > 0) & (j != rows)
             c[:, rows, j] -= torch.where(conflict, product / squared_norms[:, j], 0)
         weights = c.mean(-2) if mean else c.sum(-2)
-        out.copy_(torch.where(_finite(gram), weights, torch.nan).view_as(out))
+        out.copy_(torch.where(solvers.is_finite(gram), weights, torch.nan).view_as(out))
         if advance:
             step += 1
 
@@ -109,7 +109,7 @@ class ReferenceBackend:
         """Argmin of w^T G w over the simplex."""
         gram = gram.view(-1, *gram.shape[-2:])
         weights = wolfe(gram) if exact else frank_wolfe(gram, max_iter, tol)
-        out.copy_(torch.where(_finite(gram), weights, torch.nan).view_as(out))
+        out.copy_(torch.where(solvers.is_finite(gram), weights, torch.nan).view_as(out))
 
     def weights(
         self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
@@ -123,7 +123,7 @@ class ReferenceBackend:
         for _ in range(num_iter):
             velocity = momentum * velocity + (matrix @ w[..., None]).squeeze(-1)
             w = project_on_simplex(w - lr * velocity)
-        weights.copy_(torch.where(_finite(matrix), w, torch.nan))
+        weights.copy_(torch.where(solvers.is_finite(matrix), w, torch.nan))
 
     def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
         """Write Gradient Vaccine's weights, and move its targets."""
@@ -182,7 +182,3 @@ def _chunks(rows: list[Tensor | None]) -> Iterator[Tensor]:
     flat = [zeros if row is None else row.reshape(-1) for row in rows]
     for begin in range(0, present.numel(), _CHUNK_COLUMNS):
         yield torch.stack([row[begin : begin + _CHUNK_COLUMNS] for row in flat]).double()
-
-
-def _finite(values: Tensor) -> Tensor:
-    return values.isfinite().all(-1).all(-1)[..., None]

@@ -35,6 +35,11 @@ _CANCELLED = 1e-12
 """Of the squares of its terms: a sum whose square is less is 0 but for rounding."""
 
 
+def is_finite(gram: Tensor) -> Tensor:
+    """Return whether each G [..., T, T] is finite, bool [..., 1]."""
+    return gram.isfinite().flatten(-2).all(-1, keepdim=True)
+
+
 def solve(
     gram: Tensor,
     method: str,
@@ -46,7 +51,7 @@ def solve(
     """Write the weights for G [..., T, T]; NaN where it is not finite."""
     num_tasks = gram.shape[-1]
     gram = gram.view(-1, num_tasks, num_tasks)
-    finite = gram.isfinite().all(-1).all(-1)[:, None]
+    finite = is_finite(gram)
     gram = torch.where(finite[..., None], gram, 0)
     if preference is None:
         preference = gram.new_full((num_tasks,), 1 if method == "config" else 1 / num_tasks)
@@ -75,7 +80,7 @@ def gradvac(gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tens
     """Gradient Vaccine, Algorithm 1, all rows i at once: p_i = sum_k c_ik g_k gets the wanted cosine with each g_j."""
     num_tasks = gram.shape[-1]
     gram, goals = gram.view(-1, num_tasks, num_tasks), targets.view(-1, num_tasks, num_tasks)
-    finite = gram.isfinite().all(-1).all(-1)[:, None]
+    finite = is_finite(gram)
     rows = torch.arange(num_tasks, device=gram.device)
     squares = gram.diagonal(dim1=-2, dim2=-1)
     norms = squares.sqrt()

@@ -17,6 +17,7 @@ from .._constant import constant
 from .._extension import WEIGHTINGS, NativeSolver
 from .._gradients import describe
 from ..backends import choose
+from ..backends.solvers import is_finite
 from ..functional import check_seed, new_problems
 
 
@@ -63,11 +64,6 @@ def taken_over(own: Tensor | None, value: Tensor | None) -> Tensor | None:
 def nan_unless_finite(weights: Tensor, gram: Tensor) -> Tensor:
     """Return weights [..., T] of their own memory, NaN for the problems whose G [..., T, T] is not finite."""
     return torch.where(is_finite(gram), weights, torch.nan)
-
-
-def is_finite(gram: Tensor) -> Tensor:
-    """Return whether G [..., T, T] is finite, bool [..., 1]."""
-    return gram.isfinite().flatten(-2).all(-1, keepdim=True)
 
 
 class PerTask:
