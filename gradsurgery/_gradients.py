@@ -116,7 +116,7 @@ def _parse_matrix(grads: Tensor, segments: Sequence[int] | None) -> TaskGradient
         segments=offsets,
         segmented=segments is not None,
         device=grads.device,
-        matrix=grads.detach() if grads.requires_grad else grads,
+        matrix=(grads.detach() if grads.requires_grad else grads).resolve_neg(),
         differentiable=[grads] if grads.requires_grad else [],
     )
 
@@ -131,6 +131,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
     like: list[Tensor | None] = []
     device = None
     differentiable: list[Tensor] = []
+    negated = False
     irregular = set()
     for t, row in enumerate(grads):
         if isinstance(row, Tensor) or not isinstance(row, Sequence):
@@ -174,9 +175,11 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
                 irregular.add(p)
             if entry.requires_grad:
                 differentiable.append(entry)
+            negated = negated or entry.is_neg()
         entries.extend(row)
-    if differentiable:
-        entries = [None if entry is None else entry.detach() for entry in entries]
+    if differentiable or negated:
+        # The imaginary part of a conjugate has the other sign than its memory, which is what kernels read.
+        entries = [None if entry is None else entry.detach().resolve_neg() for entry in entries]
     for p in irregular:
         _unify_layout(entries, like, p)
     ids = _segment_ids(segments, len(like))
@@ -245,12 +248,12 @@ def assign_grads(parameters: list[Tensor], grads: list[Tensor]) -> None:
 
 
 def as_float64(values: Tensor) -> Tensor:
-    """Return ``values`` detached, contiguous and in float64; itself if it is so already."""
+    """Return ``values`` detached, contiguous, in float64 and not negated; itself if it is so already."""
     if values.requires_grad:
         values = values.detach()
     if values.dtype is not torch.float64:
         values = values.to(torch.float64)
-    return values if values.is_contiguous() else values.contiguous()
+    return (values if values.is_contiguous() else values.contiguous()).resolve_neg()
 
 
 def is_sharded(parameter: Tensor) -> bool:

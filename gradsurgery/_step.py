@@ -59,9 +59,9 @@ def _target(parameter: Tensor, dtype: torch.dtype, accumulate: bool) -> Tensor:
         raise TypeError(
             f".grad of a parameter of shape {tuple(parameter.shape)} is {_kind(grad)}, its new gradients are {dtype}"
         )
-    # An expanded .grad cannot be written in place.
+    # No kernel writes to an expanded .grad, nor to one whose memory has the other sign.
     expanded = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
-    return grad.contiguous() if expanded else grad
+    return (grad.contiguous() if expanded else grad).resolve_neg()
 
 
 def add_plain(

@@ -179,6 +179,8 @@ def check_out(out: Direction, grads: TaskGradients) -> None:
 
 
 def _check_target(target: Tensor, like: Tensor, name: str) -> None:
+    if target.is_neg():
+        raise TypeError(f"{name} must not be a negated view, got one: give its resolve_neg()")
     if target.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype} like the gradients, got {target.dtype}")
     if target.device != like.device:

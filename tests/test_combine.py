@@ -46,6 +46,18 @@ def test_out_is_overwritten_or_added_to(backend):
     assert_direction(out, rows, weights, before)
 
 
+def test_negated_views(backend):
+    rows, weights = normal(3, 101, torch.float32), torch.tensor([1.0, -2.0, 0.5])
+    negated = torch._neg_view(rows)
+    assert_direction(gradsurgery.combine(negated, weights, backend=backend), -rows, weights)
+    lists = [[rows[0]], [torch._neg_view(rows[1])], [None]]
+    (found,) = gradsurgery.combine(lists, torch._neg_view(weights), backend=backend)
+    assert_direction(found, torch.stack([rows[0], -rows[1]]), -weights[:2])
+    for grads, out in ((rows, negated[0]), (lists, [negated[0]])):
+        with pytest.raises(TypeError, match=r"out.* must not be a negated view"):
+            gradsurgery.combine(grads, weights, out=out, backend=backend)
+
+
 def test_large_output_past_the_cache(backend):
     # Above 8 MB the compiled backend writes around the cache.
     rows, weights = normal(2, 3_000_001, torch.float32), torch.tensor([0.3, 0.7])

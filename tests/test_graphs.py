@@ -50,6 +50,26 @@ def test_a_complex_head_outside_the_surgery():
         optimizer.backward([head.abs().sum(), head.abs().square().sum()])
 
 
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_parameters_whose_gradients_are_negated_views(shape, backend):
+    """The gradient of a conjugate's imaginary part is one: its memory has the other sign."""
+    real, imaginary = (torch.nn.Parameter(torch.full(shape, value)) for value in (2.0, 1.0))
+
+    def losses():
+        z = torch.complex(real, imaginary).conj()
+        return [(z * (1 + 2j)).real.sum(), (z * (3 - 1j)).real.sum()]
+
+    expected = [torch.full(shape, 4.0), torch.full(shape, 1.0)]
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([real, imaginary], lr=0.1), "pcgrad", backend=backend)
+    sum(losses()).backward()  # leaves such a .grad
+    assert imaginary.grad.is_neg() or shape
+    for times in (2, 3):
+        info = optimizer.backward(losses())
+        torch.testing.assert_close([real.grad, imaginary.grad], [times * g for g in expected], rtol=0, atol=0)
+    size = real.numel()
+    torch.testing.assert_close(info.gram, size * torch.tensor([[5.0, 1.0], [1.0, 10.0]]).double(), rtol=0, atol=0)
+
+
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
 def test_gradients_wider_than_their_parameters():
     net = two_task_net(torch.bfloat16)
