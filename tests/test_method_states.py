@@ -91,6 +91,40 @@ def test_excess_risks_in_the_whole_range(dtype, scale):
     assert (wanted != 1).all()
 
 
+def test_excess_risks_of_many_16_bit_gradients():
+    """Sums of which do not fit their dtype, and stop growing at 1 / eps steps."""
+    for dtype, size, steps in ((torch.bfloat16, 300.0, 300), (torch.float16, 6e4, 5)):
+        method = methods.get("excess_mtl", eta=0.3)
+        for _ in range(steps):
+            gradsurgery.aggregate(torch.tensor([[size, 1.0], [1.0, size]], dtype=dtype), method)
+        roots = method.state_dict()["buffers"]
+        expected = torch.tensor([[size], [1.0]], dtype=dtype).float() * steps**0.5
+        torch.testing.assert_close(roots[0][0].view(2, 1), expected, rtol=1e-5, atol=0)
+
+
+def tensors(value):
+    """All tensors that an object holds."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    held = vars(value) if isinstance(value, methods.Method) else value
+    held = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else []
+    return [tensor for item in held for tensor in tensors(item)]
+
+
+@pytest.mark.parametrize("name", [name for name in methods.available() if methods.get(name).state_dict()])
+def test_a_loaded_state_takes_the_old_ones_memory(name):
+    """From which a captured graph goes on."""
+    first, later = methods.get(name), methods.get(name)
+    for method, steps in ((first, 1), (later, 3)):
+        for step in range(steps):
+            gradsurgery.aggregate(normal(3, 5, seed=step), method, losses=1 + normal(1, 3, seed=step)[0].abs())
+    before = tensors(first)
+    first.load_state_dict(later.state_dict())
+    assert before
+    assert all(a is b for a, b in zip(before, tensors(first), strict=True))
+    torch.testing.assert_close(first.state_dict(), later.state_dict(), rtol=0, atol=0)
+
+
 def test_the_simplex_of_large_values():
     for scale in (1e10, 1e18, 1e300):
         w = project_on_simplex(-scale * torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64))

@@ -54,10 +54,10 @@ def state_on(method: str, own: Tensor | None, shape: torch.Size, initial: float,
     return own
 
 
-def taken_over(own: Tensor | None, value: Tensor | None) -> Tensor | None:
+def taken_over(own: Tensor | None, value: Tensor) -> Tensor:
     """Return a state's float64 tensor with that value: itself where the shape allows, as a captured graph reads it."""
-    if own is None or value is None or own.shape != value.shape:
-        return None if value is None else value.to(torch.float64, copy=True)
+    if own is None or own.shape != value.shape:
+        return value.to(torch.float64, copy=True)
     return own.copy_(value)
 
 

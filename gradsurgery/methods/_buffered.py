@@ -34,8 +34,7 @@ class Given:
 class BufferedMethod(Method):
     """A method that replaces the task gradients by what G and d are then taken of.
 
-    ``replace`` comes first in a step, ``weights`` second, ``terms`` third. Buffers are T lists of P tensors in the
-    gradients' dtype; a task without a gradient counts as a zero one. A step with a gradient that is not finite leaves
+    ``replace`` comes first in a step, ``weights`` second, ``terms`` third. Buffers are T lists of P tensors; a task without a gradient counts as a zero one. A step with a gradient that is not finite leaves
     the state as it was, and its weights are NaN. State: the buffers, and float64 or int64 tensors by name, all on the
     gradients' device.
     """
@@ -70,10 +69,9 @@ class BufferedMethod(Method):
         self._begin(rows)
         if self._buffers is not None:
             _check_alike(self._buffers, rows, self.name)
-            if any(g is not None and g.dtype is not b.dtype for b, g in _pairs(self._buffers, rows)):
+            if any(g is not None and b.dtype is not self._kept_in(g.dtype) for b, g in _pairs(self._buffers, rows)):
                 # The model's dtype has changed.
-                columns = zip(*rows, strict=True)
-                dtypes = [next(g.dtype for g in column if g is not None) for column in columns]
+                dtypes = [self._kept_in(g.dtype) for g in _first(rows)]
                 with making_state(self.name, self._buffers[0][0].device):
                     self._buffers = [[b.to(d) for b, d in zip(row, dtypes, strict=True)] for row in self._buffers]
         products = total(gram(rows, backend=backend))
@@ -110,9 +108,12 @@ class BufferedMethod(Method):
         """
         return kept, weights if scale is None else weights * scale.double()
 
+    def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of the buffers of gradients of this dtype."""
+        return dtype
+
     def _new_buffers(self, rows: Rows) -> Buffers:
-        like = [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
-        return [[torch.zeros_like(g) for g in like] for _ in rows]
+        return [[torch.zeros_like(g, dtype=self._kept_in(g.dtype)) for g in _first(rows)] for _ in rows]
 
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
         """Return the tensors besides the buffers before the first step."""
@@ -180,6 +181,11 @@ class BufferedMethod(Method):
         else:
             self._buffers = [[b.clone() for b in row] for row in state["buffers"]]
             self._state = {name: state[name].clone() for name in self.state_names}
+
+
+def _first(rows: Rows) -> list[Tensor]:
+    """Return a gradient of each parameter."""
+    return [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
 
 
 def _pairs(buffers: Buffers, rows: Rows) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -50,4 +50,4 @@ class SimplexMethod(Method):
         weights = state["weights"]
         if weights is not None and (not isinstance(weights, Tensor) or weights.dim() == 0):
             raise ValueError(f"weights must be a tensor [..., T], got {describe(weights)}")
-        self._w = taken_over(self._w, weights)
+        self._w = None if weights is None else taken_over(self._w, weights)

@@ -69,4 +69,4 @@ class CRMOGM(Method):
         if weights is not None and not isinstance(weights, Tensor):
             raise ValueError(f"weights must be a tensor [..., T] or None, got {type(weights).__name__}")
         self.method.load_state_dict(state["method"])
-        self._w = taken_over(self._w, weights)
+        self._w = None if weights is None else taken_over(self._w, weights)

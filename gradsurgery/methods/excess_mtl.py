@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_positive
-from ._buffered import BufferedMethod, Buffers, Given, Rows
+from ._buffered import BufferedMethod, Given, Rows
 
 
 class ExcessMTL(BufferedMethod):
@@ -58,9 +58,9 @@ class ExcessMTL(BufferedMethod):
             for row, kept in zip(rows, self._buffers, strict=True)
         ]
 
-    def _new_buffers(self, rows: Rows) -> Buffers:
-        # Sums of 16-bit squares would round to nothing, or overflow.
-        return [[r.to(torch.promote_types(r.dtype, torch.float32)) for r in row] for row in super()._new_buffers(rows)]
+    def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
+        # Sums of 16-bit squares would stop to grow, or overflow.
+        return torch.promote_types(dtype, torch.float32)
 
     def _excess(self, row: Sequence[Tensor | None], roots: list[Tensor], scale: Tensor | None) -> Tensor:
         """Return e of one task, float64 [], and add its squares to S, whose root does not overflow."""

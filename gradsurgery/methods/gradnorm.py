@@ -12,7 +12,7 @@ from torch import Tensor
 from .._checks import check_not_negative
 from .._gradients import describe
 from ..functional import check_gram, gradnorm_step
-from ._base import Method, read_losses, state_on
+from ._base import Method, read_losses, state_on, taken_over
 
 
 class GradNorm(Method):
@@ -71,9 +71,5 @@ class GradNorm(Method):
         for name, value in state.items():
             if not isinstance(value, Tensor) or value.dim() == 0 or value.shape != weights.shape:
                 raise ValueError(f"{name} must be a tensor [..., T] like the other one, got {describe(value)}")
-        if self._state is not None and self._state[0].shape == weights.shape:
-            # In place: a captured graph goes on from there.
-            self._state[0].copy_(weights)
-            self._state[1].copy_(initial_losses)
-        else:
-            self._state = (weights.to(torch.float64, copy=True), initial_losses.to(torch.float64, copy=True))
+        own_weights, own_losses = self._state or (None, None)
+        self._state = (taken_over(own_weights, weights), taken_over(own_losses, initial_losses))

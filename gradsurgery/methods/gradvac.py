@@ -61,4 +61,4 @@ class GradVac(SteppedMethod):
         ):
             raise ValueError(f"targets must be a tensor [..., T, T], got {describe(targets)}")
         super()._restore(state)
-        self._targets = taken_over(self._targets, targets)
+        self._targets = None if targets is None else taken_over(self._targets, targets)
