@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._constant import constant
 from ._extension import Rule
-from ._gradients import Grads, TaskGradients, as_float64, parse
+from ._gradients import Grads, TaskGradients, as_float64, describe, parse
 from .backends import Backend, choose
 
 Direction = Tensor | list[Any]
@@ -164,7 +164,7 @@ def check_out(out: Direction, grads: TaskGradients) -> None:
         return
     if grads.matrix is not None:
         if not isinstance(out, Tensor) or out.shape != grads.matrix.shape[1:] or not out.is_contiguous():
-            raise ValueError(f"out must be a contiguous tensor [{grads.matrix.shape[1]}], got {_shape(out)}")
+            raise ValueError(f"out must be a contiguous tensor [{grads.matrix.shape[1]}], got {describe(out)}")
         _check_target(out, grads.matrix, "out")
         return
     likes = grads.like
@@ -174,7 +174,7 @@ def check_out(out: Direction, grads: TaskGradients) -> None:
         if like is None:
             continue
         if not isinstance(target, Tensor) or target.shape != like.shape:
-            raise ValueError(f"out[{p}] must be a tensor of shape {tuple(like.shape)}, got {_shape(target)}")
+            raise ValueError(f"out[{p}] must be a tensor of shape {tuple(like.shape)}, got {describe(target)}")
         _check_target(target, like, f"out[{p}]")
 
 
@@ -185,7 +185,3 @@ def _check_target(target: Tensor, like: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be {like.dtype} like the gradients, got {target.dtype}")
     if target.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the gradients, got {target.device}")
-
-
-def _shape(value: object) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

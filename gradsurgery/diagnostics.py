@@ -61,9 +61,9 @@ class SurgeryInfo:
 
     @property
     def conflicts(self) -> Tensor:
-        """The fraction of the T (T - 1) / 2 pairs with a negative cosine, []; 0 for one task."""
+        """The fraction of the T (T - 1) / 2 pairs with a negative cosine, float64 []; 0 for one task."""
         num_tasks = len(self.tasks)
-        return self.gram.triu(1).lt(0).sum((-2, -1)) / max(1, num_tasks * (num_tasks - 1) // 2)
+        return self.gram.triu(1).lt(0).sum((-2, -1), dtype=torch.float64) / max(1, num_tasks * (num_tasks - 1) // 2)
 
     @property
     def magnitude_similarity(self) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._checks import check_count, check_not_negative
 from ._constant import constant
-from ._gradients import as_float64
+from ._gradients import as_float64, describe
 from .backends import choose
 
 
@@ -166,8 +166,8 @@ def gradnorm_update(
     """
     values = {"weights": weights, "norms": norms, "losses": losses, "initial_losses": initial_losses}
     for name, value in values.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape != weights.shape:
-            raise ValueError(f"{name} must have the shape [..., T] of weights, got {_shape(value)}")
+        if not isinstance(value, Tensor) or value.shape[-1:] in ((), (0,)) or value.shape != weights.shape:
+            raise ValueError(f"{name} must have the shape [..., T] of weights, T >= 1, got {describe(value)}")
         if value.device != weights.device:
             raise ValueError(f"{name} must be on {weights.device} like weights, got {value.device}")
         if not value.is_floating_point():
@@ -276,12 +276,10 @@ def check_seed(seed: int) -> int:
 def _step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(step, Tensor):
         if step.dtype != torch.int64 or step.numel() != 1:
-            raise ValueError(f"step must be an int or an int64 tensor of one element, got {step.dtype} {_shape(step)}")
+            raise ValueError(
+                f"step must be an int or an int64 tensor of one element, got {describe(step)} in {step.dtype}"
+            )
         return step if step.dim() == 0 and step.device == device else step.reshape(()).to(device)
     if not isinstance(step, int) or not 0 <= step < 2**63:
         raise ValueError(f"step must be an int in 0..2^63-1, got {step!r}")
     return torch.full((), step, dtype=torch.int64, device=device)
-
-
-def _shape(value: Tensor) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

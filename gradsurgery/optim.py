@@ -277,7 +277,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self.method.load_state_dict(before)
             raise
         if surgery is not None:
-            self._planner.restore([parameters[place] for place in places], None if tasks is None else list(tasks))
+            self._planner.restore([parameters[place] for place in places], tasks and sorted(tasks, key=tasks.get))
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler leaves a bound step behind, which belongs to this object alone.

@@ -84,7 +84,7 @@ def test_segments(grads, segments, error, message):
             f"weights must be on the gradients' device {HERE}, got meta",
         ),
         ({"weights": torch.ones(3), "accumulate": True}, ValueError, "adds to out, and out is None"),
-        ({"weights": torch.ones(3), "out": torch.ones(7)}, ValueError, r"contiguous tensor \[8\], got shape \(7,\)"),
+        ({"weights": torch.ones(3), "out": torch.ones(7)}, ValueError, r"contiguous tensor \[8\], got a tensor"),
         ({"weights": torch.ones(3), "out": torch.ones(16)[::2]}, ValueError, r"contiguous tensor \[8\]"),
         ({"weights": torch.ones(3), "out": torch.ones(8).double()}, TypeError, "out must be torch.float32 like the"),
         (
@@ -111,7 +111,7 @@ def test_combine(arguments, error, message):
         (torch.ones(8), ValueError, "out must be a list of 2 tensors"),
         ([torch.ones(8)], ValueError, "out must be a list of 2 tensors"),
         ([torch.ones(8), None], ValueError, r"out\[1\] must be a tensor of shape \(2,\), got NoneType"),
-        ([torch.ones(8), torch.ones(3)], ValueError, r"out\[1\] must be a tensor of shape \(2,\), got shape \(3,\)"),
+        ([torch.ones(8), torch.ones(3)], ValueError, r"out\[1\] must be .* \(2,\), got a tensor of shape \(3,\)"),
         ([torch.ones(8).half(), torch.ones(2)], TypeError, r"out\[0\] must be torch.float32 like the gradients"),
     ],
 )
@@ -162,7 +162,12 @@ GRAM = torch.eye(3)
         (
             lambda: gradsurgery.gradnorm_update(torch.ones(3), torch.ones(2), torch.ones(3), torch.ones(3)),
             ValueError,
-            r"norms must have the shape \[..., T\] of weights, got shape \(2,\)",
+            r"norms must have the shape \[..., T\] of weights, T >= 1, got a tensor of shape \(2,\)",
+        ),
+        (
+            lambda: gradsurgery.gradnorm_update(*[torch.ones(2, 0)] * 4),
+            ValueError,
+            r"weights must have the shape \[..., T\] of weights, T >= 1, got a tensor of shape \(2, 0\)",
         ),
         (
             lambda: gradsurgery.aggregate(ROWS, "unknown"),

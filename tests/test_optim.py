@@ -304,6 +304,8 @@ def test_info():
     assert torch.equal(zero.cosines, torch.zeros(2, 2))
     assert torch.equal(zero.magnitude_similarity, torch.ones(2, 2))
     assert zero.conflicts == 0
+    three = gradsurgery.SurgeryInfo(["a", "b", "c"], torch.tensor([[1.0, -1, 1], [-1, 1, 1], [1, 1, 1]]), torch.ones(3))
+    assert three.conflicts.item() == 1 / 3
 
 
 def test_losses_that_share_nothing(backend):

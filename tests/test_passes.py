@@ -177,9 +177,10 @@ def test_passes_that_write_to_the_same_memory_are_an_error(way):
     assert w.grad is None
 
 
-def test_micro_batches_that_write_to_the_same_memory_are_an_error():
+@pytest.mark.parametrize("method", ["pcgrad", "modo"])  # whose batches are summed, and kept apart
+def test_micro_batches_that_write_to_the_same_memory_are_an_error(method):
     w = nn.Parameter(torch.ones(3))
-    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([w], lr=0.1), "pcgrad")
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([w], lr=0.1), method)
     optimizer.collect([Static.apply(w, torch.arange(3.0)), w.sum()])
     with pytest.raises(RuntimeError, match="returned gradients in the same memory"):
         optimizer.collect([Static.apply(w, torch.ones(3)), w.sum()])

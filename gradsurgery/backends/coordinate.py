@@ -12,7 +12,7 @@ from .._extension import Rule
 from .._gradients import TaskGradients
 from .._philox import coordinate_uniforms
 
-_CHUNK_COLUMNS = 1 << 14
+CHUNK_COLUMNS = 1 << 14
 
 
 def combine_rows(grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
@@ -69,8 +69,8 @@ def _chunks(grads: TaskGradients, out: Tensor | list[Tensor]) -> Iterator[tuple[
         flat = [None if row is None else _in_memory_order(row) for row in rows]
         zeros = torch.zeros((), dtype=target.dtype, device=target.device)
         written = _in_memory_order(target)
-        for begin in range(0, len(written), _CHUNK_COLUMNS):
-            part = slice(begin, begin + _CHUNK_COLUMNS)
+        for begin in range(0, len(written), CHUNK_COLUMNS):
+            part = slice(begin, begin + CHUNK_COLUMNS)
             columns = len(written[part])
             values = [zeros.expand(columns) if row is None else row[part] for row in flat]
             yield coordinate + begin, torch.stack(values).double(), written[part]

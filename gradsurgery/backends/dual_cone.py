@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spectral import all_done
+from .problems import all_done
 
 _PATIENCE = 4
 _ROUNDING = 1e-13

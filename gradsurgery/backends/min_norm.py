@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spectral import all_done
+from .problems import all_done
 
 
 def frank_wolfe(gram: Tensor, max_iter: int, tol: float) -> Tensor:

@@ -21,9 +21,8 @@ from .._gradients import TaskGradients
 from .._philox import philox_words, weights_uniforms
 from . import coordinate, solvers
 from .min_norm import frank_wolfe, wolfe
+from .problems import is_finite
 from .simplex import project_on_simplex
-
-_CHUNK_COLUMNS = 1 << 14
 
 
 class ReferenceBackend:
@@ -81,7 +80,7 @@ class ReferenceBackend:
         """softmax(z) with normal numbers by Box and Muller's method."""
         radius, angle = weights_uniforms(2 * gram.shape[-1], seed, step).unflatten(0, (-1, 2)).unbind(1)
         normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
-        out.copy_(torch.where(solvers.is_finite(gram), normal.softmax(0), torch.nan))
+        out.copy_(torch.where(is_finite(gram), normal.softmax(0), torch.nan))
         step += 1
 
     def pcgrad(
@@ -101,7 +100,7 @@ class ReferenceBackend:
             conflict = (product < 0) & (squared_norms[:, j] > 0) & (j != rows)
             c[:, rows, j] -= torch.where(conflict, product / squared_norms[:, j], 0)
         weights = c.mean(-2) if mean else c.sum(-2)
-        out.copy_(torch.where(solvers.is_finite(gram), weights, torch.nan).view_as(out))
+        out.copy_(torch.where(is_finite(gram), weights, torch.nan).view_as(out))
         if advance:
             step += 1
 
@@ -109,7 +108,7 @@ class ReferenceBackend:
         """Argmin of w^T G w over the simplex."""
         gram = gram.view(-1, *gram.shape[-2:])
         weights = wolfe(gram) if exact else frank_wolfe(gram, max_iter, tol)
-        out.copy_(torch.where(solvers.is_finite(gram), weights, torch.nan).view_as(out))
+        out.copy_(torch.where(is_finite(gram), weights, torch.nan).view_as(out))
 
     def weights(
         self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
@@ -123,7 +122,7 @@ class ReferenceBackend:
         for _ in range(num_iter):
             velocity = momentum * velocity + (matrix @ w[..., None]).squeeze(-1)
             w = project_on_simplex(w - lr * velocity)
-        weights.copy_(torch.where(solvers.is_finite(matrix), w, torch.nan))
+        weights.copy_(torch.where(is_finite(matrix), w, torch.nan))
 
     def gradvac(self, gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tensor) -> None:
         """Write Gradient Vaccine's weights, and move its targets."""
@@ -180,5 +179,5 @@ def _chunks(rows: list[Tensor | None]) -> Iterator[Tensor]:
         return
     zeros = torch.zeros((), dtype=present.dtype, device=present.device).expand(present.numel())
     flat = [zeros if row is None else row.reshape(-1) for row in rows]
-    for begin in range(0, present.numel(), _CHUNK_COLUMNS):
-        yield torch.stack([row[begin : begin + _CHUNK_COLUMNS] for row in flat]).double()
+    for begin in range(0, present.numel(), coordinate.CHUNK_COLUMNS):
+        yield torch.stack([row[begin : begin + coordinate.CHUNK_COLUMNS] for row in flat]).double()

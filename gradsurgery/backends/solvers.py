@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .dual_cone import dual_cone
 from .min_norm import wolfe
-from .spectral import aligned_mtl, all_done, config, imtl_g
+from .problems import all_done, equal_preference, is_finite
+from .spectral import aligned_mtl, config, imtl_g
 
 WEIGHTINGS = (
     "upgrad",
@@ -35,11 +36,6 @@ _CANCELLED = 1e-12
 """Of the squares of its terms: a sum whose square is less is 0 but for rounding."""
 
 
-def is_finite(gram: Tensor) -> Tensor:
-    """Return whether each G [..., T, T] is finite, bool [..., 1]."""
-    return gram.isfinite().flatten(-2).all(-1, keepdim=True)
-
-
 def solve(
     gram: Tensor,
     method: str,
@@ -54,7 +50,7 @@ def solve(
     finite = is_finite(gram)
     gram = torch.where(finite[..., None], gram, 0)
     if preference is None:
-        preference = gram.new_full((num_tasks,), 1 if method == "config" else 1 / num_tasks)
+        preference = equal_preference(gram, method)
     if method == "upgrad":
         weights = dual_cone(gram, preference.diag(), parameter).sum(-2)
     elif method == "dualproj":

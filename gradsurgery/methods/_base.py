@@ -17,7 +17,7 @@ from .._constant import constant
 from .._extension import WEIGHTINGS, NativeSolver
 from .._gradients import describe
 from ..backends import choose
-from ..backends.solvers import is_finite
+from ..backends.problems import is_finite
 from ..functional import check_seed, new_problems
 
 
@@ -274,7 +274,7 @@ class SteppedMethod(Method):
     State: the seed and the step counter, which lives on G's device and is never read on the host.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.seed = check_seed(seed)
         self._step: Tensor | None = None
 

@@ -34,9 +34,9 @@ class Given:
 class BufferedMethod(Method):
     """A method that replaces the task gradients by what G and d are then taken of.
 
-    ``replace`` comes first in a step, ``weights`` second, ``terms`` third. Buffers are T lists of P tensors; a task without a gradient counts as a zero one. A step with a gradient that is not finite leaves
-    the state as it was, and its weights are NaN. State: the buffers, and float64 or int64 tensors by name, all on the
-    gradients' device.
+    ``replace`` comes first in a step, ``weights`` second, ``terms`` third. Buffers are T lists of P tensors; a task
+    without a gradient counts as a zero one. A step with a gradient that is not finite leaves the state as it was, and
+    its weights are NaN. State: the buffers, and float64 or int64 tensors by name, all on the gradients' device.
     """
 
     needs: ClassVar[str] = "gradients"

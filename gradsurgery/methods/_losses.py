@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._checks import check_not_negative
 from .._gradients import describe
-from ..backends.solvers import is_finite
+from ..backends.problems import is_finite
 from ..functional import check_gram
 from ._base import Method, PerTask, making_state, read_losses
 

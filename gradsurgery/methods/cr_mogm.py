@@ -28,7 +28,7 @@ class CRMOGM(Method):
     Args:
         method: a name of ``methods.available()``, or a ``Method``; one with weights from G or losses.
         alpha: 0 <= alpha <= 1.
-        method_options: the named method's options.
+        method_options: the named method's options. For an ``alpha`` of its own give it as a ``Method``.
     """
 
     name = "cr_mogm"

@@ -31,9 +31,6 @@ class Random(SteppedMethod):
     scale = "sums to 1"
     linear = True
 
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
-
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the step's weights, NaN where G is not finite, and advance the step counter."""
         check_gram(gram)

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..problems import equal_preference
 from . import dual_cone, newton, products, simplex, spectral
 from . import gradnorm as gradnorm_kernels
 from . import min_norm as min_norm_kernels
@@ -145,7 +146,7 @@ def weights(gram: Tensor, method: str, preference: Tensor | None, parameter: flo
         return
     shape = _solver_shape(num_tasks) | _SOLVER
     if preference is None:
-        preference = gram.new_full((num_tasks,), 1 if method == "config" else 1 / num_tasks)
+        preference = equal_preference(gram, method)
     with on(gram.device):
         if method == "upgrad":
             parts = out.new_empty(problems, num_tasks, num_tasks)

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: MIT
+"""What the plain PyTorch solvers of batches of T x T problems share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def is_finite(gram: Tensor) -> Tensor:
+    """Return whether each G [..., T, T] is finite, bool [..., 1]."""
+    return gram.isfinite().flatten(-2).all(-1, keepdim=True)
+
+
+def all_done(done: Tensor) -> bool:
+    """Whether an iteration may end early. On a GPU it never does: to ask would synchronise."""
+    return done.device.type == "cpu" and bool(done.all())
+
+
+def equal_preference(gram: Tensor, method: str) -> Tensor:
+    """Return the preference [T] of a user who gives none: 1 / T each, for ConFIG 1 each."""
+    num_tasks = gram.shape[-1]
+    return gram.new_full((num_tasks,), 1 if method == "config" else 1 / num_tasks)
