@@ -18,7 +18,7 @@ void run_gram(const Gradients& grads, Tensor& gram) {
     check_square_data(gram, at::kDouble, {view.num_segments, view.num_tasks, view.num_tasks}, device, "gram");
   }
   const Target target(device);
-  auto* out = gram.mutable_data_ptr<double>();
+  auto* out = written<double>(gram);
   const Tensor workspace =
       target.make_workspace(target.is_cuda() ? gs_gram_cuda_workspace_bytes(&view) : gs_gram_workspace_bytes(&view));
   void* space = workspace.mutable_data_ptr();
@@ -49,7 +49,7 @@ gs_solve pcgrad_solve(int64_t seed, const std::optional<Tensor>& step, bool mean
   gs_solve solve = {};
   solve.method = GS_PCGRAD;
   solve.seed = static_cast<uint64_t>(seed);
-  solve.step = step ? step->mutable_data_ptr<int64_t>() : nullptr;
+  solve.step = step ? written<int64_t>(*step) : nullptr;
   solve.mean = mean;
   return solve;
 }
@@ -100,8 +100,8 @@ std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const gs_solve& 
   const gs_gradients view = grads.view();
   const Target target(*grads.device);
   const Tensor workspace = target.make_workspace(aggregate_workspace_bytes(view, solve, target));
-  aggregate_into(gram.mutable_data_ptr<double>(), weights.mutable_data_ptr<double>(), workspace.mutable_data_ptr(),
-                 workspace.numel(), view, solve, accumulate, out, target);
+  aggregate_into(written<double>(gram), written<double>(weights), workspace.mutable_data_ptr(), workspace.numel(), view,
+                 solve, accumulate, out, target);
   return {gram, weights};
 }
 
@@ -121,7 +121,7 @@ void run_aggregate_alone(const Gradients& grads, const gs_solve& solve, bool acc
 std::vector<void*> cut_out(const Gradients& g, const Tensor& grads, Tensor& out) {
   check_square_data(out, grads.scalar_type(), {grads.size(1)}, grads.device(), "out");
   std::vector<void*> pointers;
-  auto* next = static_cast<char*>(out.mutable_data_ptr());
+  auto* next = written<char>(out);
   for (const int64_t elements : g.numel) {
     pointers.push_back(next);
     next += elements * out.element_size();
@@ -142,7 +142,7 @@ std::vector<void*> pointers_to(const Gradients& g, const c10::List<std::optional
     }
     TORCH_CHECK_VALUE(out[p].numel() == g.numel[p],
                       message("out ", p, " must hold ", g.numel[p], " elements, got ", out[p].numel()));
-    pointers.push_back(out[p].mutable_data_ptr());
+    pointers.push_back(written(out[p]));
   }
   return pointers;
 }
@@ -268,11 +268,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            [](const Lists& lists, int64_t seed, const Tensor& step, const std::optional<Tensor>& leak,
               pybind11::handle out, bool accumulate) {
              const gs_rule rule = graddrop_rule(seed, step, leak, lists.num_tasks(), lists.device());
-             lists.combine_rows(rule, out, accumulate);
+             lists.combine_by_rule(rule, out, accumulate);
            })
       .def("combine_trimmed_mean",
            [](const Lists& lists, int64_t num_trimmed, pybind11::handle out, bool accumulate) {
-             lists.combine_rows(trimmed_mean_rule(num_trimmed), out, accumulate);
+             lists.combine_by_rule(trimmed_mean_rule(num_trimmed), out, accumulate);
            })
       .def("aggregate_pcgrad",
            [](const Lists& lists, int64_t seed, const std::optional<Tensor>& step, bool mean, pybind11::handle out,

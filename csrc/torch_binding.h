@@ -26,6 +26,13 @@ inline void check_status(gs_status status) {
   TORCH_CHECK(status == GS_OK, gs_last_error());
 }
 
+// A tensor's memory, to write to: autograd is told, as by torch's own functions.
+template <class T = void>
+T* written(const Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
 const gs_parallel kTorchThreads = {[](void*, int64_t count, void (*body)(void*, int64_t), void* arg) {
                                      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
                                        for (int64_t i = begin; i < end; i++) body(arg, i);
@@ -206,11 +213,11 @@ std::vector<void*> pointers_to(const Gradients& g, const c10::List<std::optional
 void run_gram(const Gradients& grads, Tensor& gram);
 void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate, std::vector<void*>& out);
 
-// The rules that run_combine_rows takes. Their tensors must live as long as the call.
+// The rules that run_combine_by_rule takes. Their tensors must live as long as the call.
 gs_rule graddrop_rule(int64_t seed, const Tensor& step, const std::optional<Tensor>& leak, int64_t num_tasks,
                       const at::Device& device);
 gs_rule trimmed_mean_rule(int64_t num_trimmed);
-void run_combine_rows(const Gradients& grads, const gs_rule& rule, bool accumulate, std::vector<void*>& out);
+void run_combine_by_rule(const Gradients& grads, const gs_rule& rule, bool accumulate, std::vector<void*>& out);
 
 // The solvers that run_aggregate takes. The step counter and the preference must live as long as the call.
 gs_solve pcgrad_solve(int64_t seed, const std::optional<Tensor>& step, bool mean, const at::Device& device);

@@ -7,6 +7,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -43,10 +44,18 @@ const Tensor* dense_tensor(PyObject* object) {
   return tensor && tensor->is_non_overlapping_and_dense() ? tensor : nullptr;
 }
 
+// That tensor if it may be written to without a word to autograd but that it is.
+const Tensor* target_tensor(PyObject* object) {
+  const Tensor* const tensor = dense_tensor(object);
+  const bool free = tensor && !tensor->requires_grad() && (!tensor->is_inference() || c10::InferenceMode::is_enabled());
+  return free ? tensor : nullptr;
+}
+
 // Whether somebody wants to see each operation.
 bool is_watched() {
   return c10::impl::dispatch_mode_enabled() ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
 }
 
 bool is_dtype(at::ScalarType dtype) {
@@ -188,7 +197,7 @@ Lists Lists::select(const std::vector<int64_t>& params, const std::vector<int64_
 
 bool Lists::fits(pybind11::handle out) const {
   if (flat_) {
-    const Tensor *const target = dense_tensor(out.ptr()), &matrix = THPVariable_Unpack(first_[0]);
+    const Tensor *const target = target_tensor(out.ptr()), &matrix = THPVariable_Unpack(first_[0]);
     return target && target->dim() == 1 && target->size(0) == matrix.size(1) && target->dtype() == matrix.dtype() &&
            target->device() == matrix.device();
   }
@@ -196,7 +205,7 @@ bool Lists::fits(pybind11::handle out) const {
   if (targets.size != num_params()) return false;
   for (int64_t p = 0; p < targets.size; p++) {
     if (!first_[p]) return false;
-    const Tensor* const target = dense_tensor(targets.data[p]);
+    const Tensor* const target = target_tensor(targets.data[p]);
     if (!target || !alike(*target, THPVariable_Unpack(first_[p]))) return false;
   }
   return true;
@@ -227,11 +236,11 @@ void Lists::combine(const Tensor& weights, pybind11::handle out, bool accumulate
   run_combine(grads_, weights, accumulate, pointers);
 }
 
-void Lists::combine_rows(const gs_rule& rule, pybind11::handle out, bool accumulate) const {
-  RECORD_FUNCTION("gradsurgery::combine_rows", {});
+void Lists::combine_by_rule(const gs_rule& rule, pybind11::handle out, bool accumulate) const {
+  RECORD_FUNCTION("gradsurgery::combine_by_rule", {});
   std::vector<void*> pointers = pointers_of(out);
   const pybind11::gil_scoped_release release;
-  run_combine_rows(grads_, rule, accumulate, pointers);
+  run_combine_by_rule(grads_, rule, accumulate, pointers);
 }
 
 std::optional<std::pair<Tensor, Tensor>> Lists::aggregate(const gs_solve& solve, pybind11::handle out,
@@ -246,12 +255,12 @@ std::optional<std::pair<Tensor, Tensor>> Lists::aggregate(const gs_solve& solve,
 
 std::vector<void*> Lists::pointers_of(pybind11::handle out) const {
   TORCH_CHECK_VALUE(fits(out), "out must be a list of tensors like the gradients, one per parameter");
-  if (flat_) return {THPVariable_Unpack(out.ptr()).mutable_data_ptr()};
+  if (flat_) return {written(THPVariable_Unpack(out.ptr()))};
   const Items targets(out.ptr());
   std::vector<void*> pointers;
   pointers.reserve(targets.size);
   for (int64_t p = 0; p < targets.size; p++) {
-    pointers.push_back(THPVariable_Unpack(targets.data[p]).mutable_data_ptr());
+    pointers.push_back(written(THPVariable_Unpack(targets.data[p])));
   }
   return pointers;
 }

@@ -34,7 +34,7 @@ class Lists {
   pybind11::object new_out() const;
   void gram(Tensor& out) const;
   void combine(const Tensor& weights, pybind11::handle out, bool accumulate) const;
-  void combine_rows(const gs_rule& rule, pybind11::handle out, bool accumulate) const;
+  void combine_by_rule(const gs_rule& rule, pybind11::handle out, bool accumulate) const;
   // G and the weights; nothing of a matrix.
   std::optional<std::pair<Tensor, Tensor>> aggregate(const gs_solve& solve, pybind11::handle out,
                                                      bool accumulate) const;

@@ -10,23 +10,23 @@ gs_rule graddrop_rule(int64_t seed, const Tensor& step, const std::optional<Tens
                       const at::Device& device) {
   check_square_data(step, at::kLong, {}, device, "step");
   if (leak) check_square_data(*leak, at::kDouble, {num_tasks}, device, "leak");
-  return {GS_GRADDROP, static_cast<uint64_t>(seed), step.mutable_data_ptr<int64_t>(),
+  return {GS_GRADDROP, static_cast<uint64_t>(seed), written<int64_t>(step),
           leak ? leak->const_data_ptr<double>() : nullptr, 0};
 }
 
 gs_rule trimmed_mean_rule(int64_t num_trimmed) { return {GS_TRIMMED_MEAN, 0, nullptr, nullptr, num_trimmed}; }
 
-void run_combine_rows(const Gradients& grads, const gs_rule& rule, bool accumulate, std::vector<void*>& out) {
+void run_combine_by_rule(const Gradients& grads, const gs_rule& rule, bool accumulate, std::vector<void*>& out) {
   if (!grads.device) return;  // no task has a gradient
   const gs_gradients view = grads.view();
   const Target target(*grads.device);
-  const Tensor workspace = target.make_workspace(target.is_cuda() ? gs_combine_rows_cuda_workspace_bytes(&view)
-                                                                  : gs_combine_rows_workspace_bytes(&view));
+  const Tensor workspace = target.make_workspace(target.is_cuda() ? gs_combine_by_rule_cuda_workspace_bytes(&view)
+                                                                  : gs_combine_by_rule_workspace_bytes(&view));
   void* space = workspace.mutable_data_ptr();
   const int64_t bytes = workspace.numel();
   check_status(target.is_cuda()
-                   ? gs_combine_rows_cuda(&view, &rule, out.data(), accumulate, space, bytes, target.stream())
-                   : gs_combine_rows_cpu(&view, &rule, out.data(), accumulate, space, bytes, &kTorchThreads));
+                   ? gs_combine_by_rule_cuda(&view, &rule, out.data(), accumulate, space, bytes, target.stream())
+                   : gs_combine_by_rule_cpu(&view, &rule, out.data(), accumulate, space, bytes, &kTorchThreads));
 }
 
 namespace {
@@ -36,7 +36,7 @@ void task_order(int64_t num_tasks, int64_t seed, const Tensor& step, Tensor& ord
   check_square_data(step, at::kLong, {}, order.device(), "step");
   const Target target(order.device());
   const auto* now = step.const_data_ptr<int64_t>();
-  auto* out = order.mutable_data_ptr<int64_t>();
+  auto* out = written<int64_t>(order);
   const auto key = static_cast<uint64_t>(seed);
   check_status(target.is_cuda() ? gs_task_order_cuda(num_tasks, key, now, out, target.stream())
                                 : gs_task_order_cpu(num_tasks, key, static_cast<uint64_t>(*now), out));
@@ -47,8 +47,8 @@ void random(const Tensor& gram, int64_t seed, Tensor& step, Tensor& weights) {
   check_square_data(step, at::kLong, {}, gram.device(), "step");
   const Target target(gram.device());
   const auto* g = gram.const_data_ptr<double>();
-  auto* now = step.mutable_data_ptr<int64_t>();
-  auto* out = weights.mutable_data_ptr<double>();
+  auto* now = written<int64_t>(step);
+  auto* out = written<double>(weights);
   const auto key = static_cast<uint64_t>(seed);
   if (target.is_cuda()) {
     return check_status(gs_random_cuda(g, batch, num_tasks, key, now, /*advance=*/1, out, target.stream()));
@@ -65,8 +65,8 @@ void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed
   const Target target(gram.device());
   const auto* g = gram.const_data_ptr<double>();
   const auto* visit = order ? order->const_data_ptr<int64_t>() : nullptr;
-  auto* now = step.mutable_data_ptr<int64_t>();
-  auto* out = weights.mutable_data_ptr<double>();
+  auto* now = written<int64_t>(step);
+  auto* out = written<double>(weights);
   const auto key = static_cast<uint64_t>(seed);
   if (target.is_cuda()) {
     return check_status(gs_pcgrad_cuda(g, batch, num_tasks, visit, key, now, advance, mean, out, target.stream()));
@@ -81,7 +81,7 @@ void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tens
   const Tensor workspace = target.make_workspace(target.is_cuda() ? gs_min_norm_cuda_workspace_bytes(batch, num_tasks)
                                                                   : gs_min_norm_workspace_bytes(batch, num_tasks));
   const auto* g = gram.const_data_ptr<double>();
-  auto* out = weights.mutable_data_ptr<double>();
+  auto* out = written<double>(weights);
   void* space = workspace.mutable_data_ptr();
   const int64_t bytes = workspace.numel();
   const gs_solver solver = exact ? GS_EXACT : GS_FRANK_WOLFE;
@@ -101,7 +101,7 @@ void weights_of(const Tensor& gram, int64_t method, const std::optional<Tensor>&
                                              : gs_weights_workspace_bytes(solver, batch, num_tasks));
   const auto* g = gram.const_data_ptr<double>();
   const auto* given = preference ? preference->const_data_ptr<double>() : nullptr;
-  auto* out = weights.mutable_data_ptr<double>();
+  auto* out = written<double>(weights);
   void* space = workspace.mutable_data_ptr();
   const int64_t bytes = workspace.numel();
   check_status(
@@ -117,7 +117,7 @@ void simplex_steps(const Tensor& matrix, double lr, double momentum, int64_t num
       target.make_workspace(target.is_cuda() ? gs_simplex_steps_cuda_workspace_bytes(batch, num_tasks)
                                              : gs_simplex_steps_workspace_bytes(batch, num_tasks));
   const auto* a = matrix.const_data_ptr<double>();
-  auto* w = weights.mutable_data_ptr<double>();
+  auto* w = written<double>(weights);
   void* space = workspace.mutable_data_ptr();
   const int64_t bytes = workspace.numel();
   check_status(
@@ -133,7 +133,7 @@ void gradvac(const Tensor& gram, const Tensor& order, double beta, Tensor& targe
   const Target target(gram.device());
   const auto* g = gram.const_data_ptr<double>();
   const auto* visit = order.const_data_ptr<int64_t>();
-  auto *wanted = targets.mutable_data_ptr<double>(), *out = weights.mutable_data_ptr<double>();
+  auto *wanted = written<double>(targets), *out = written<double>(weights);
   check_status(target.is_cuda() ? gs_gradvac_cuda(g, batch, num_tasks, visit, beta, wanted, out, target.stream())
                                 : gs_gradvac_cpu(g, batch, num_tasks, visit, beta, wanted, out, &kTorchThreads));
 }
@@ -151,7 +151,7 @@ void gradnorm(const Tensor& weights, const Tensor& norms, const Tensor& losses, 
   const Target target(device);
   const auto *w = weights.const_data_ptr<double>(), *n = norms.const_data_ptr<double>();
   const auto *now = losses.const_data_ptr<double>(), *first = initial_losses.const_data_ptr<double>();
-  auto* out = new_weights.mutable_data_ptr<double>();
+  auto* out = written<double>(new_weights);
   const int64_t tasks = weights.size(-1), batch = weights.numel() / tasks;
   check_status(target.is_cuda() ? gs_gradnorm_cuda(w, n, now, first, batch, tasks, alpha, lr, out, target.stream())
                                 : gs_gradnorm_cpu(w, n, now, first, batch, tasks, alpha, lr, out));
@@ -166,8 +166,8 @@ void gradnorm_step(const Tensor& gram, const Tensor& losses, double alpha, doubl
   check_square_data(initial_losses, at::kDouble, weights.sizes(), device, "initial_losses");
   const Target target(device);
   const auto *g = gram.const_data_ptr<double>(), *now = losses.const_data_ptr<double>();
-  auto *state = state_weights.mutable_data_ptr<double>(), *first = initial_losses.mutable_data_ptr<double>();
-  auto* out = weights.mutable_data_ptr<double>();
+  auto *state = written<double>(state_weights), *first = written<double>(initial_losses);
+  auto* out = written<double>(weights);
   check_status(target.is_cuda()
                    ? gs_gradnorm_step_cuda(g, now, batch, num_tasks, alpha, lr, state, first, out, target.stream())
                    : gs_gradnorm_step_cpu(g, now, batch, num_tasks, alpha, lr, state, first, out));
@@ -180,7 +180,7 @@ void graddrop(const Tensor& grads, int64_t seed, Tensor& step, const std::option
   const Gradients g = Gradients::from_matrix(grads, {});
   const gs_rule rule = graddrop_rule(seed, step, leak, g.num_tasks, grads.device());
   std::vector<void*> pointers = cut_out(g, grads, out);
-  run_combine_rows(g, rule, accumulate, pointers);
+  run_combine_by_rule(g, rule, accumulate, pointers);
 }
 
 void graddrop_list(const EntryList& grads, int64_t num_tasks, int64_t seed, Tensor& step,
@@ -188,20 +188,20 @@ void graddrop_list(const EntryList& grads, int64_t num_tasks, int64_t seed, Tens
   const Gradients g = Gradients::from_list(grads, num_tasks, {}, 1);
   const gs_rule rule = graddrop_rule(seed, step, leak, num_tasks, g.device.value_or(step.device()));
   std::vector<void*> pointers = pointers_to(g, grads, out);
-  run_combine_rows(g, rule, accumulate, pointers);
+  run_combine_by_rule(g, rule, accumulate, pointers);
 }
 
 void trimmed_mean(const Tensor& grads, int64_t num_trimmed, bool accumulate, Tensor& out) {
   const Gradients g = Gradients::from_matrix(grads, {});
   std::vector<void*> pointers = cut_out(g, grads, out);
-  run_combine_rows(g, trimmed_mean_rule(num_trimmed), accumulate, pointers);
+  run_combine_by_rule(g, trimmed_mean_rule(num_trimmed), accumulate, pointers);
 }
 
 void trimmed_mean_list(const EntryList& grads, int64_t num_tasks, int64_t num_trimmed, bool accumulate,
                        at::TensorList out) {
   const Gradients g = Gradients::from_list(grads, num_tasks, {}, 1);
   std::vector<void*> pointers = pointers_to(g, grads, out);
-  run_combine_rows(g, trimmed_mean_rule(num_trimmed), accumulate, pointers);
+  run_combine_by_rule(g, trimmed_mean_rule(num_trimmed), accumulate, pointers);
 }
 
 // Each finds its device by the tensors.

@@ -16,7 +16,7 @@ from ._shards import Shards
 from ._step import add_all, add_foreign, add_plain, read, targets
 from .backends import Backend, choose
 from .collect import Collected, Losses, collect
-from .combine import combine_of, combine_rows_of
+from .combine import combine_of, combine_by_rule_of
 from .diagnostics import SurgeryInfo
 from .distributed import Replicas
 from .gram import gram_of
@@ -54,7 +54,7 @@ class Operation:
         if isinstance(method, CoordinateMethod):
             rule = method.rule(self.grads.device, self.grads.num_tasks)
             before()
-            combine_rows_of(shared, rule, out, accumulate, self.backend)
+            combine_by_rule_of(shared, rule, out, accumulate, self.backend)
             return None, None
         reads_all = method.gram_parameters is None and self.processes.shards is None
         if self.backend.aggregate is not None and reads_all and shared.lists is not None:

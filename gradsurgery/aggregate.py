@@ -12,7 +12,7 @@ from ._constant import constant
 from ._extension import NativeSolver
 from ._gradients import Grads, TaskGradients, parse
 from .backends import Backend, choose
-from .combine import Direction, check_out, combine, combine_of, combine_rows_of, new_out
+from .combine import Direction, check_out, combine, combine_of, combine_by_rule_of, new_out
 from .gram import gram, gram_of
 from .methods import CoordinateMethod, Method, resolve
 from .methods._base import weigh
@@ -82,7 +82,7 @@ def aggregate(
     else:
         stages = choose(backend, parsed.device, parsed.num_tasks)
         if isinstance(chosen, CoordinateMethod):
-            result = combine_rows_of(parsed, chosen.rule(parsed.device, parsed.num_tasks), out, False, stages)
+            result = combine_by_rule_of(parsed, chosen.rule(parsed.device, parsed.num_tasks), out, False, stages)
         else:
             once = isinstance(method, str)
             solver = chosen.native_solver(parsed.device, parsed.num_tasks, once=once) if stages.aggregate else None

@@ -96,11 +96,11 @@ def combine_of(
     return _write(grads, out, lambda grads, out: backend.combine(grads, weights, out, accumulate))
 
 
-def combine_rows_of(
+def combine_by_rule_of(
     grads: TaskGradients, rule: Rule, out: Direction | None, accumulate: bool, backend: Backend
 ) -> Direction:
     """Combine checked gradients by a rule that works coordinate by coordinate."""
-    return _write(grads, out, lambda grads, out: backend.combine_rows(grads, rule, out, accumulate))
+    return _write(grads, out, lambda grads, out: backend.combine_by_rule(grads, rule, out, accumulate))
 
 
 def _write(grads: TaskGradients, out: Direction | None, write: Callable[[TaskGradients, Direction], None]) -> Direction:
@@ -179,6 +179,10 @@ def check_out(out: Direction, grads: TaskGradients) -> None:
 
 
 def _check_target(target: Tensor, like: Tensor, name: str) -> None:
+    if target.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require grad, for a direction is a constant to autograd")
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name} is an inference tensor, which can be written to in inference mode only")
     if target.is_neg():
         raise TypeError(f"{name} must not be a negated view, got one: give its resolve_neg()")
     if target.dtype != like.dtype:

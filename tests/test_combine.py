@@ -58,6 +58,34 @@ def test_negated_views(backend):
             gradsurgery.combine(grads, weights, out=out, backend=backend)
 
 
+@pytest.mark.parametrize("name", ["sum", "pcgrad", "mgda", "upgrad", "graddrop", "trimmed_mean"])
+def test_autograd_is_told_of_what_is_written(name, backend):
+    rows = normal(3, 8, torch.float32)
+    out, factor = torch.zeros(8), torch.ones(8, requires_grad=True)
+    for grads, target in ((rows, out), ([[row] for row in rows], [out])):
+        product = (factor * out).sum()
+        gradsurgery.aggregate(grads, name, out=target, backend=backend)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def test_targets_that_autograd_does_not_allow(backend):
+    rows, weights = normal(3, 8, torch.float32), torch.ones(3)
+    with torch.inference_mode():
+        inferred = torch.zeros(8)
+        gradsurgery.combine(rows, weights, out=inferred, backend=backend)
+    for out, message in ((torch.zeros(8).requires_grad_(), "out.* must not require grad"), (inferred, "inference")):
+        before = out.detach().clone()
+        for grads, target in ((rows, out), ([[row] for row in rows], [out])):
+            with pytest.raises(ValueError, match=message):
+                gradsurgery.combine(grads, weights, out=target, backend=backend)
+        assert torch.equal(out, before)
+    leaf = torch.zeros(8).requires_grad_()
+    with torch.no_grad():
+        gradsurgery.combine(rows, weights, out=leaf, backend=backend)
+    torch.testing.assert_close(leaf.detach(), inferred)
+
+
 def test_large_output_past_the_cache(backend):
     # Above 8 MB the compiled backend writes around the cache.
     rows, weights = normal(2, 3_000_001, torch.float32), torch.tensor([0.3, 0.7])

@@ -9,7 +9,7 @@ from conftest import on_cpu
 from gradsurgery import _gradients
 from gradsurgery._gradients import parse
 from gradsurgery.backends import choose
-from gradsurgery.combine import combine_rows_of
+from gradsurgery.combine import combine_by_rule_of
 from inputs import DTYPES, UNIT_ROUNDOFF, hostile, normal
 from rules import METHODS, TASKS, assert_direction, direction, make
 
@@ -48,7 +48,7 @@ def test_large_output_past_the_cache(backend, method):
     # What is added to goes through the cache.
     added = torch.zeros(2_500_001)
     chosen = choose(backend, rows.device, 3)
-    combine_rows_of(parse(rows, None), make(method, 3).rule(rows.device, 3), added, True, chosen)
+    combine_by_rule_of(parse(rows, None), make(method, 3).rule(rows.device, 3), added, True, chosen)
     assert torch.equal(out[1:], added)
     assert torch.equal(direction(method, rows, backend=backend), added)
     assert out[0].isnan()
@@ -182,7 +182,7 @@ def test_out_may_be_added_to_and_be_one_of_the_gradients(backend, method, form, 
         copy = rows.clone()
         grads = parse(copy if form == "flat" else [[row] for row in copy], None)
         out = copy[2] if form == "flat" else [copy[2]]
-        combine_rows_of(grads, make(method, 5).rule(rows.device, 5), out, accumulate, chosen)
+        combine_by_rule_of(grads, make(method, 5).rule(rows.device, 5), out, accumulate, chosen)
         assert_direction(copy[2], method, rows, rows[2].double() if accumulate else 0)
         assert torch.equal(copy[[0, 1, 3, 4]], rows[[0, 1, 3, 4]])
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Stages 2 to 4 on the CPU, one after the other.
-#include "schedule.h"
+#include "boundary.h"
 
 namespace gs {
 namespace {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The loop over the columns of all parameters that writes directions.
 #pragma once
-#include "schedule.h"
+#include "boundary.h"
 
 namespace gs {
 

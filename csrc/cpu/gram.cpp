@@ -3,8 +3,8 @@
 // adds the slots in order. The slots depend on the sizes alone, so the bits do not depend on the threads.
 #include <cstring>
 
+#include "boundary.h"
 #include "kernels.h"
-#include "schedule.h"
 
 namespace gs {
 namespace {

@@ -25,8 +25,8 @@ struct KernelTable {
                   bool accumulate, bool stream);
 
   // The same for a rule. Rows that are NULL are zero; `coordinate` is that of the first column.
-  void (*combine_rows)(const void* const* rows, const gs_rule& rule, int64_t k, gs_dtype dtype, int64_t n,
-                       int64_t coordinate, void* out, bool accumulate, bool stream);
+  void (*combine_by_rule)(const void* const* rows, const gs_rule& rule, int64_t k, gs_dtype dtype, int64_t n,
+                          int64_t coordinate, void* out, bool accumulate, bool stream);
 };
 
 extern const KernelTable kBaselineKernels;

@@ -6,13 +6,13 @@
 // The kernels read the vector types of simd.inl, and two of them the blocks.
 #include "blocks.inl"
 #include "combine.inl"
+#include "combine_by_rule.inl"
 #include "gram.inl"
-#include "rows_combine.inl"
 
 namespace gs {
 
 #define GS_STRING_(x) #x
 #define GS_STRING(x) GS_STRING_(x)
-const KernelTable GS_TABLE = {GS_STRING(GS_ISA), &GS_ISA::gram, &GS_ISA::combine, &GS_ISA::combine_rows};
+const KernelTable GS_TABLE = {GS_STRING(GS_ISA), &GS_ISA::gram, &GS_ISA::combine, &GS_ISA::combine_by_rule};
 
 }  // namespace gs

@@ -21,9 +21,9 @@ gs_status gs_combine_cuda(const gs_gradients*, const double*, int64_t, void* con
   return unsupported();
 }
 
-int64_t gs_combine_rows_cuda_workspace_bytes(const gs_gradients*) { return unsupported(), -1; }
+int64_t gs_combine_by_rule_cuda_workspace_bytes(const gs_gradients*) { return unsupported(), -1; }
 
-gs_status gs_combine_rows_cuda(const gs_gradients*, const gs_rule*, void* const*, int, void*, int64_t, gs_stream) {
+gs_status gs_combine_by_rule_cuda(const gs_gradients*, const gs_rule*, void* const*, int, void*, int64_t, gs_stream) {
   return unsupported();
 }
 

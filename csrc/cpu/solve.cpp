@@ -1,19 +1,38 @@
 // SPDX-License-Identifier: MIT
-// Stage 3 on the CPU: one T x T problem per loop body, the solvers are those of csrc/solvers.
-#include "schedule.h"
+// Stage 3 on the CPU, by the solvers of csrc/solvers.
+#include "boundary.h"
 #include "solvers/frank_wolfe.h"
 #include "solvers/gradnorm.h"
+#include "solvers/gradvac.h"
 #include "solvers/min_norm.h"
 #include "solvers/pcgrad.h"
 #include "solvers/random.h"
 #include "solvers/simplex.h"
+#include "solvers/weighting.h"
 
 namespace gs {
 namespace {
 
-// Threads pay off only beyond a few microseconds of work.
-const gs_parallel* worth_threads(const gs_parallel* parallel, int64_t batch, int64_t num_tasks) {
-  return batch * num_tasks * num_tasks >= 4096 ? parallel : nullptr;
+// Calls solve(b, problem, weights) for each finite problem b of matrices [batch, T, T]; the weights of others are NaN.
+// operations: about how many each takes, for threads pay off only beyond a few microseconds of work.
+template <class Solve>
+void each_problem(const gs_parallel* parallel, const double* matrices, int64_t batch, int64_t num_tasks,
+                  int64_t operations, double* weights, const Solve& solve) {
+  parallel_for(batch * operations >= 4096 ? parallel : nullptr, batch, [&](int64_t b) {
+    const double* const problem = matrices + b * num_tasks * num_tasks;
+    double* const w = weights + b * num_tasks;
+    if (!all_finite(problem, num_tasks * num_tasks)) return fill_nan(SerialTeam{}, w, num_tasks);
+    solve(b, problem, w);
+  });
+}
+
+// The scratch of problem b.
+double* scratch_at(void* workspace, int64_t b, int64_t bytes) {
+  return reinterpret_cast<double*>(static_cast<char*>(workspace) + b * bytes);
+}
+
+int64_t weighting_scratch_bytes(gs_weighting method, int64_t num_tasks) {
+  return (weighting_scratch(method, num_tasks) * 8 + 63) / 64 * 64;
 }
 
 }  // namespace
@@ -44,10 +63,7 @@ gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, co
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
   if (const gs_status status = order ? gs::check_order(order, num_tasks) : GS_OK) return status;
-  gs::parallel_for(gs::worth_threads(parallel, batch, num_tasks), batch, [&](int64_t b) {
-    const double* problem = gram + b * num_tasks * num_tasks;
-    double* w = weights + b * num_tasks;
-    if (!gs::all_finite(problem, num_tasks * num_tasks)) return gs::fill_nan(gs::SerialTeam{}, w, num_tasks);
+  const auto solve = [&](int64_t, const double* problem, double* w) {
     std::fill(w, w + num_tasks, 1.0);
     for (int64_t i = 0; i < num_tasks; i++) {
       double v[GS_MAX_TASKS];
@@ -57,7 +73,8 @@ gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, co
       gs::pcgrad_project(problem, num_tasks, i, visit, w, v);
     }
     for (int64_t j = 0; mean && j < num_tasks; j++) w[j] /= static_cast<double>(num_tasks);
-  });
+  };
+  gs::each_problem(parallel, gram, batch, num_tasks, num_tasks * num_tasks, weights, solve);
   return GS_OK;
 }
 
@@ -74,19 +91,15 @@ gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, 
   if (const gs_status status =
           gs::check_workspace(workspace, workspace_bytes, gs_min_norm_workspace_bytes(batch, num_tasks)))
     return status;
-  gs::parallel_for(gs::worth_threads(parallel, batch, num_tasks), batch, [&](int64_t b) {
-    const double* problem = gram + b * num_tasks * num_tasks;
-    double* w = weights + b * num_tasks;
-    double* scratch =
-        reinterpret_cast<double*>(static_cast<char*>(workspace) + b * gs::min_norm_scratch_bytes(num_tasks));
-    if (!gs::all_finite(problem, num_tasks * num_tasks)) {
-      gs::fill_nan(gs::SerialTeam{}, w, num_tasks);
-    } else if (solver == GS_FRANK_WOLFE) {
+  const auto solve = [&](int64_t b, const double* problem, double* w) {
+    double* const scratch = gs::scratch_at(workspace, b, gs::min_norm_scratch_bytes(num_tasks));
+    if (solver == GS_FRANK_WOLFE) {
       gs::frank_wolfe(gs::SerialTeam{}, problem, num_tasks, max_iter, tol, w, scratch);
     } else {
       gs::MinNorm(gs::SerialTeam{}, problem, num_tasks, w, scratch).solve();
     }
-  });
+  };
+  gs::each_problem(parallel, gram, batch, num_tasks, num_tasks * num_tasks, weights, solve);
   return GS_OK;
 }
 
@@ -101,15 +114,50 @@ gs_status gs_simplex_steps_cpu(const double* matrix, int64_t batch, int64_t num_
   if (const gs_status status =
           gs::check_workspace(workspace, workspace_bytes, gs_simplex_steps_workspace_bytes(batch, num_tasks)))
     return status;
-  gs::parallel_for(gs::worth_threads(parallel, batch, num_tasks), batch, [&](int64_t b) {
-    const gs::SerialTeam team;
-    const double* problem = matrix + b * num_tasks * num_tasks;
-    double* w = weights + b * num_tasks;
-    if (!gs::all_finite(problem, num_tasks * num_tasks)) return gs::fill_nan(team, w, num_tasks);
-    gs::simplex_steps(
-        team, problem, num_tasks, lr, momentum, num_iter, w,
-        reinterpret_cast<double*>(static_cast<char*>(workspace) + b * gs::simplex_scratch_bytes(num_tasks)));
-  });
+  const auto solve = [&](int64_t b, const double* problem, double* w) {
+    gs::simplex_steps(gs::SerialTeam{}, problem, num_tasks, lr, momentum, num_iter, w,
+                      gs::scratch_at(workspace, b, gs::simplex_scratch_bytes(num_tasks)));
+  };
+  gs::each_problem(parallel, matrix, batch, num_tasks, num_tasks * num_tasks, weights, solve);
+  return GS_OK;
+}
+
+int64_t gs_weights_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks) {
+  const bool valid = gs::check_problems(batch, num_tasks) == GS_OK && gs::check_method(method) == GS_OK;
+  return valid ? batch * gs::weighting_scratch_bytes(method, num_tasks) : -1;
+}
+
+gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
+                         const double* preference, double parameter, double limit, double* weights, void* workspace,
+                         int64_t workspace_bytes, const gs_parallel* parallel) {
+  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
+  if (const gs_status status = gs::check_weighting(method, num_tasks, parameter, limit)) return status;
+  if (const gs_status status =
+          gs::check_workspace(workspace, workspace_bytes, gs_weights_workspace_bytes(method, batch, num_tasks)))
+    return status;
+  const auto solve = [&](int64_t b, const double* problem, double* w) {
+    gs::solve_weighting(gs::SerialTeam{}, method, problem, num_tasks, preference, parameter, limit, 0, 1, w,
+                        gs::scratch_at(workspace, b, gs::weighting_scratch_bytes(method, num_tasks)));
+  };
+  gs::each_problem(parallel, gram, batch, num_tasks, 128 * num_tasks, weights, solve);
+  return GS_OK;
+}
+
+gs_status gs_gradvac_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
+                         double* targets, double* weights, const gs_parallel* parallel) {
+  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(batch == 0 || (gram && order && targets && weights), "gram, order, targets and weights must not be NULL");
+  if (const gs_status status = gs::check_order(order, num_tasks)) return status;
+  const auto solve = [&](int64_t b, const double* problem, double* w) {
+    std::fill(w, w + num_tasks, 1.0);
+    for (int64_t i = 0; i < num_tasks; i++) {
+      double v[GS_MAX_TASKS];
+      gs::gradvac_row(gs::SerialTeam{}, problem, num_tasks, i, order + i * num_tasks, beta,
+                      targets + (b * num_tasks + i) * num_tasks, w, v);
+    }
+  };
+  gs::each_problem(parallel, gram, batch, num_tasks, 128 * num_tasks, weights, solve);
   return GS_OK;
 }
 

@@ -2,7 +2,7 @@
 // Stages 2 to 4 on the GPU: in one launch where that can be, else one after the other.
 #include <algorithm>
 
-#include "cpu/schedule.h"
+#include "cpu/boundary.h"
 #include "cuda/fused.cuh"
 
 namespace gs::gpu {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Stage 4 on the GPU: rows are summed in float64, in ascending order, and rounded once. Rows of weight 0 are not read.
+#include "cuda/fill_tables.cuh"
 #include "cuda/gram.cuh"
-#include "cuda/tables.cuh"
 #include "cuda/turns.cuh"
 
 namespace gs::gpu {

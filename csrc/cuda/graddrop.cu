@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // GradDrop on the GPU. The step counter is read on the device.
-#include "cuda/rows_combine.cuh"
+#include "cuda/combine_by_rule.cuh"
 #include "solvers/philox.h"
 
 namespace gs::gpu {

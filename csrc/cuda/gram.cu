@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Stage 2 on the GPU: the choice of kernels, and the sum over slots.
+#include "cuda/fill_tables.cuh"
 #include "cuda/gram.cuh"
-#include "cuda/tables.cuh"
 
 namespace gs::gpu {
 namespace {

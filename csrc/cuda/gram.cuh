@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/schedule.h"
+#include "cpu/boundary.h"
 #include "cuda/table.cuh"
 
 namespace gs::gpu {

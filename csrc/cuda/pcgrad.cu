@@ -3,7 +3,7 @@
 // orders at each replay.
 #include <algorithm>
 
-#include "cpu/schedule.h"
+#include "cpu/boundary.h"
 #include "cuda/pcgrad.cuh"
 
 namespace gs::gpu {

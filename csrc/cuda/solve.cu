@@ -2,7 +2,7 @@
 // Stage 3 on the GPU but for PCGrad: the solvers of csrc/solvers on warps. G and the weights stay on the device.
 #include <algorithm>
 
-#include "cpu/schedule.h"
+#include "cpu/boundary.h"
 #include "cuda/faces.cuh"
 #include "solvers/frank_wolfe.h"
 #include "solvers/gradnorm.h"

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <iterator>
 
-#include "cuda/rows_combine.cuh"
+#include "cuda/combine_by_rule.cuh"
 
 namespace gs::gpu {
 namespace {

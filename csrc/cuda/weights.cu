@@ -2,7 +2,7 @@
 // Weights from G by the solvers of csrc/solvers/weighting.h, and Gradient Vaccine's, on the GPU: one block per problem.
 #include <algorithm>
 
-#include "cpu/schedule.h"
+#include "cpu/boundary.h"
 #include "cuda/faces.cuh"
 #include "solvers/gradvac.h"
 #include "solvers/weighting.h"

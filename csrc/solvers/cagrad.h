@@ -31,7 +31,7 @@ class CAGrad {
         inner_(shifted_ + num_tasks * num_tasks) {
     for (int64_t i = 0; i < num_tasks; i++) trace_ += gram[i * num_tasks + i];
     const double even = 1 / static_cast<double>(num_tasks);
-    combine_rows(team, gram, num_tasks, num_tasks, [](int64_t k) { return k; }, [&](int64_t) { return even; }, mean_);
+    sum_rows(team, gram, num_tasks, num_tasks, [](int64_t k) { return k; }, [&](int64_t) { return even; }, mean_);
     double squares = 0;
     for (int64_t i = 0; i < num_tasks; i++) squares += mean_[i] * even;
     mean_squared_ = std::fmax(squares, 0.0);

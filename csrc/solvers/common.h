@@ -69,8 +69,8 @@ GS_HOST_DEVICE void each_entry(const Team& team, int64_t num_tasks, const Body& 
 
 // out_i = sum_k weight(k) G_{row(k), i} over k = 0..count-1, several columns i of a member at a time.
 template <class Team, class Row, class Weight>
-GS_HOST_DEVICE void combine_rows(const Team& team, const double* gram, int64_t num_tasks, int64_t count, const Row& row,
-                                 const Weight& weight, double* out) {
+GS_HOST_DEVICE void sum_rows(const Team& team, const double* gram, int64_t num_tasks, int64_t count, const Row& row,
+                             const Weight& weight, double* out) {
   constexpr int64_t kColumns = Team::kColumns;
   const int64_t step = team.size();
   for (int64_t base = 0; base < num_tasks; base += kColumns * step) {

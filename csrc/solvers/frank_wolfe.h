@@ -22,8 +22,7 @@ GS_HOST_DEVICE void frank_wolfe(const Team& team, const double* gram, int64_t nu
   }
   team.sync();
   for (int64_t iter = 0; iter < max_iter; iter++) {
-    combine_rows(
-        team, gram, num_tasks, num_tasks, [](int64_t k) { return k; }, [&](int64_t k) { return weights[k]; }, gw);
+    sum_rows(team, gram, num_tasks, num_tasks, [](int64_t k) { return k; }, [&](int64_t k) { return weights[k]; }, gw);
     double value = 0, least = INFINITY;
     int64_t vertex = 0;
     GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {

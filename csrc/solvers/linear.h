@@ -8,7 +8,7 @@ namespace gs {
 // out = M x for a symmetric M [T, T].
 template <class Team>
 GS_HOST_DEVICE void multiply(const Team& team, const double* matrix, int64_t num_tasks, const double* x, double* out) {
-  combine_rows(team, matrix, num_tasks, num_tasks, [](int64_t k) { return k; }, [&](int64_t k) { return x[k]; }, out);
+  sum_rows(team, matrix, num_tasks, num_tasks, [](int64_t k) { return k; }, [&](int64_t k) { return x[k]; }, out);
 }
 
 // x^T y in interleaved sums, by one member.

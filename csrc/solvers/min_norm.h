@@ -109,7 +109,7 @@ class MinNorm {
   // above it. If it is not above the rounding error of w either, w is uncertain, and to be refined first.
   GS_HOST_DEVICE int64_t most_violating() {
     double* const gw = set_.spare();
-    combine_rows(
+    sum_rows(
         team_, gram_, tasks_, set_.size(), [&](int64_t k) { return set_.member(k); },
         [&](int64_t k) { return w_[set_.member(k)]; }, gw);
     double spread = 0, value = 0, error = 0;

@@ -50,7 +50,7 @@ GS_HOST_DEVICE void simplex_steps(const Team& team, const double* matrix, int64_
   GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) velocity[i] = 0;
   each_entry(team, num_tasks, [&](int64_t i, int64_t j) { transposed[j * num_tasks + i] = matrix[i * num_tasks + j]; });
   for (int64_t iter = 0; iter < num_iter; iter++) {
-    combine_rows(
+    sum_rows(
         team, transposed, num_tasks, num_tasks, [](int64_t k) { return k; }, [&](int64_t k) { return weights[k]; }, x);
     GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
       velocity[i] = momentum * velocity[i] + x[i];

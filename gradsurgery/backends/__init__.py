@@ -56,7 +56,7 @@ class Backend(Protocol):
     def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """Write (or add) the directions under weights [S, T] or [T]; every parameter of the list form has one."""
 
-    def combine_rows(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
+    def combine_by_rule(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """Write (or add) the direction of a rule; every parameter of the list form has one. Segments do not matter."""
 
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:

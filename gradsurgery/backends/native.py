@@ -69,7 +69,7 @@ class CpuBackend:
         else:
             _COMBINE_LIST(grads.entries, weights, grads.segments, accumulate, out)
 
-    def combine_rows(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
+    def combine_by_rule(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """Write the direction of a rule."""
         name, arguments = rule
         if grads.lists is not None:

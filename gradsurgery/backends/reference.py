@@ -19,7 +19,7 @@ from torch import Tensor
 from .._extension import Rule
 from .._gradients import TaskGradients
 from .._philox import philox_words, weights_uniforms
-from . import coordinate, solvers
+from . import rules, solvers
 from .min_norm import frank_wolfe, wolfe
 from .problems import is_finite
 from .simplex import project_on_simplex
@@ -60,9 +60,9 @@ class ReferenceBackend:
                     direction += torch.where(weight != 0, weight * row.double(), 0)
             target.copy_(target.double() + direction if accumulate else direction)
 
-    def combine_rows(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
+    def combine_by_rule(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """Write (or add) the direction of a rule that works coordinate by coordinate."""
-        coordinate.combine_rows(grads, rule, out, accumulate)
+        rules.combine_by_rule(grads, rule, out, accumulate)
 
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Fisher-Yates on all rows at once, with the words of Philox4x32-10."""
@@ -179,5 +179,5 @@ def _chunks(rows: list[Tensor | None]) -> Iterator[Tensor]:
         return
     zeros = torch.zeros((), dtype=present.dtype, device=present.device).expand(present.numel())
     flat = [zeros if row is None else row.reshape(-1) for row in rows]
-    for begin in range(0, present.numel(), coordinate.CHUNK_COLUMNS):
-        yield torch.stack([row[begin : begin + coordinate.CHUNK_COLUMNS] for row in flat]).double()
+    for begin in range(0, present.numel(), rules.CHUNK_COLUMNS):
+        yield torch.stack([row[begin : begin + rules.CHUNK_COLUMNS] for row in flat]).double()

@@ -89,8 +89,8 @@ void test_rule(const gs::KernelTable& table, const gs_rule& rule, gs_dtype dtype
   const Row before = make_rows(1, n, dtype, 2)[0];
   Row out = before;
   const bool accumulate = !stream && n % 2 == 1;
-  table.combine_rows(pointers.data(), rule, k, dtype, n, coordinate, out.storage.data() + bytes_of(dtype), accumulate,
-                     stream);
+  table.combine_by_rule(pointers.data(), rule, k, dtype, n, coordinate, out.storage.data() + bytes_of(dtype),
+                        accumulate, stream);
   for (int64_t c = 0; c < n; c++) {
     std::vector<double> values;
     for (int64_t r = 0; r < k; r++) values.push_back(pointers[r] ? rows[r].at(c) : 0);

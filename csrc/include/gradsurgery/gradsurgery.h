@@ -59,7 +59,7 @@ typedef enum gs_method {
   GS_WEIGHTING = 2,  // one of gs_weighting
 } gs_method;
 
-// Weights as functions of G alone, of a preference and of one parameter.
+// Weights that are functions of G, of a preference, and of up to two numbers, parameter and limit.
 typedef enum gs_weighting {
   GS_UPGRAD = 0,           // preference; parameter: ridge > 0
   GS_DUALPROJ = 1,         // preference; parameter: ridge > 0
@@ -70,7 +70,7 @@ typedef enum gs_weighting {
   GS_ALIGNED_MTL_MIN = 6,  // preference
   GS_ALIGNED_MTL_MEDIAN = 7,
   GS_ALIGNED_MTL_RMSE = 8,
-  GS_KRUM = 9,  // parameter: how many gradients may be arbitrary, >= 0; limit: how many are selected, 1..T
+  GS_KRUM = 9,  // parameter: how many gradients may be arbitrary, 0..T; limit: how many are selected, 1..T
 } gs_weighting;
 
 // Directions that the products of the gradients do not determine: each coordinate's comes from its own T values.
@@ -157,12 +157,13 @@ GS_API gs_status gs_combine_cuda(const gs_gradients* grads, const double* weight
 // of the negative ones, and of the other values leak_t g_t. u = (w + 1/2) / 2^32 with w = word i mod 4 of
 // Philox4x32-10, key seed, counter (*step mod 2^32, *step / 2^32, 2^31 + b / 2^32, b mod 2^32), b = i / 4. The
 // coordinates i number all elements of the parameters, in their order and that of memory.
-GS_API int64_t gs_combine_rows_workspace_bytes(const gs_gradients* grads);
-GS_API gs_status gs_combine_rows_cpu(const gs_gradients* grads, const gs_rule* rule, void* const* out, int accumulate,
-                                     void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
-GS_API int64_t gs_combine_rows_cuda_workspace_bytes(const gs_gradients* grads);
-GS_API gs_status gs_combine_rows_cuda(const gs_gradients* grads, const gs_rule* rule, void* const* out, int accumulate,
-                                      void* workspace, int64_t workspace_bytes, gs_stream stream);
+GS_API int64_t gs_combine_by_rule_workspace_bytes(const gs_gradients* grads);
+GS_API gs_status gs_combine_by_rule_cpu(const gs_gradients* grads, const gs_rule* rule, void* const* out,
+                                        int accumulate, void* workspace, int64_t workspace_bytes,
+                                        const gs_parallel* parallel);
+GS_API int64_t gs_combine_by_rule_cuda_workspace_bytes(const gs_gradients* grads);
+GS_API gs_status gs_combine_by_rule_cuda(const gs_gradients* grads, const gs_rule* rule, void* const* out,
+                                         int accumulate, void* workspace, int64_t workspace_bytes, gs_stream stream);
 
 // PCGrad visiting orders [T, T]: row i is a permutation of 0..T-1 that depends only on (seed, step, i).
 // On a GPU the step is read from device memory.
@@ -210,7 +211,7 @@ GS_API gs_status gs_simplex_steps_cuda(const double* matrix, int64_t batch, int6
                                        int64_t workspace_bytes, gs_stream stream);
 
 // The weights [batch, T] of a gs_weighting. preference is [T], or NULL for 1 / T each (ConFIG: 1 each); options
-// that a method has not do not matter. Every solver ends, with its best iterate; a G that is not finite yields NaN.
+// that a method does not have are ignored. Every solver ends, with its best iterate; a G that is not finite yields NaN.
 GS_API int64_t gs_weights_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks);
 GS_API gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
                                 const double* preference, double parameter, double limit, double* weights,

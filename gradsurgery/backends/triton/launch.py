@@ -192,6 +192,7 @@ def combine(
                 num_warps=chosen.num_warps,
                 num_stages=chosen.num_stages,
             )
+    torch.autograd.graph.increment_version(out)
 
 
 def _flat(grads: TaskGradients, listed: bool) -> tuple[int, int, int]:

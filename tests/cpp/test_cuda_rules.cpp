@@ -37,12 +37,13 @@ Bytes run(const Call& call, bool gpu) {
   int64_t step = kStep;
   gs_rule rule = call.rule;
   rule.step = &step;
-  const int64_t bytes = gpu ? gs_combine_rows_cuda_workspace_bytes(&view) : gs_combine_rows_workspace_bytes(&view);
+  const int64_t bytes =
+      gpu ? gs_combine_by_rule_cuda_workspace_bytes(&view) : gs_combine_by_rule_workspace_bytes(&view);
   const auto space = allocate(bytes);
   std::memset(space.get(), 0xff, bytes);
   const gs_status status =
-      gpu ? gs_combine_rows_cuda(&view, &rule, pointers.data(), call.accumulate, space.get(), bytes, nullptr)
-          : gs_combine_rows_cpu(&view, &rule, pointers.data(), call.accumulate, space.get(), bytes, nullptr);
+      gpu ? gs_combine_by_rule_cuda(&view, &rule, pointers.data(), call.accumulate, space.get(), bytes, nullptr)
+          : gs_combine_by_rule_cpu(&view, &rule, pointers.data(), call.accumulate, space.get(), bytes, nullptr);
   CHECK(status == GS_OK, "%s", gs_last_error());
   CHECK(step == kStep + (rule.kind == GS_GRADDROP), "step %ld", static_cast<long>(step));
   return outs;
@@ -115,8 +116,8 @@ void test_many_coordinates() {
     std::vector<float> out(60, 7);
     void* pointers[2] = {nullptr, out.data()};
     const auto space = allocate(64);
-    CHECK((gpu ? gs_combine_rows_cuda(&view, &rule, pointers, 0, space.get(), 64, nullptr)
-               : gs_combine_rows_cpu(&view, &rule, pointers, 0, space.get(), 64, nullptr)) == GS_OK,
+    CHECK((gpu ? gs_combine_by_rule_cuda(&view, &rule, pointers, 0, space.get(), 64, nullptr)
+               : gs_combine_by_rule_cpu(&view, &rule, pointers, 0, space.get(), 64, nullptr)) == GS_OK,
           "%s", gs_last_error());
     for (int64_t c = 0; c < 60; c++) {
       step = kStep;
@@ -136,14 +137,16 @@ void test_errors() {
                            {GS_TRIMMED_MEAN, 0, nullptr, nullptr, -1},
                            {GS_TRIMMED_MEAN, 0, nullptr, nullptr, 2}};
   const auto is_refused = [&](const gs_rule* rule, void* const* targets, int64_t bytes) {
-    return gs_combine_rows_cpu(&view, rule, targets, 0, space.get(), bytes, nullptr) == GS_INVALID_ARGUMENT &&
-           gs_combine_rows_cuda(&view, rule, targets, 0, space.get(), bytes, nullptr) == GS_INVALID_ARGUMENT;
+    return gs_combine_by_rule_cpu(&view, rule, targets, 0, space.get(), bytes, nullptr) == GS_INVALID_ARGUMENT &&
+           gs_combine_by_rule_cuda(&view, rule, targets, 0, space.get(), bytes, nullptr) == GS_INVALID_ARGUMENT;
   };
   for (const gs_rule& rule : wrong) CHECK(is_refused(&rule, pointers, 64), "kind %d", rule.kind);
   const gs_rule right = {GS_TRIMMED_MEAN, 0, nullptr, nullptr, 1};
   CHECK(is_refused(nullptr, pointers, 64) && is_refused(&right, nullptr, 64), "NULL");
-  CHECK(gs_combine_rows_cpu(&view, &right, pointers, 0, space.get(), 8, nullptr) == GS_INVALID_ARGUMENT, "workspace");
-  CHECK(gs_combine_rows_workspace_bytes(nullptr) == -1 && gs_combine_rows_cuda_workspace_bytes(nullptr) == -1, "NULL");
+  CHECK(gs_combine_by_rule_cpu(&view, &right, pointers, 0, space.get(), 8, nullptr) == GS_INVALID_ARGUMENT,
+        "workspace");
+  CHECK(gs_combine_by_rule_workspace_bytes(nullptr) == -1 && gs_combine_by_rule_cuda_workspace_bytes(nullptr) == -1,
+        "NULL");
 }
 
 }  // namespace

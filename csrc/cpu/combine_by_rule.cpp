@@ -4,19 +4,20 @@
 #include "chunks.h"
 #include "kernels.h"
 
-int64_t gs_combine_rows_workspace_bytes(const gs_gradients* grads) {
+int64_t gs_combine_by_rule_workspace_bytes(const gs_gradients* grads) {
   if (!grads || gs::check(*grads) != GS_OK) return -1;
   return (2 * grads->num_params + 1) * static_cast<int64_t>(sizeof(int64_t));
 }
 
-gs_status gs_combine_rows_cpu(const gs_gradients* grads, const gs_rule* rule, void* const* out, int accumulate,
-                              void* workspace, int64_t workspace_bytes, const gs_parallel* parallel) {
+gs_status gs_combine_by_rule_cpu(const gs_gradients* grads, const gs_rule* rule, void* const* out, int accumulate,
+                                 void* workspace, int64_t workspace_bytes, const gs_parallel* parallel) {
   using namespace gs;
   GS_REQUIRE(grads && rule && (out || grads->num_params == 0), "grads, rule and out must not be NULL");
   if (const gs_status status = check(*grads)) return status;
   const gs_gradients& g = *grads;
   if (const gs_status status = check_rule(*rule, g.num_tasks)) return status;
-  if (const gs_status status = gs::check_workspace(workspace, workspace_bytes, gs_combine_rows_workspace_bytes(grads)))
+  if (const gs_status status =
+          gs::check_workspace(workspace, workspace_bytes, gs_combine_by_rule_workspace_bytes(grads)))
     return status;
 
   auto* const coordinate = static_cast<int64_t*>(workspace);  // of each parameter's first column
@@ -33,9 +34,9 @@ gs_status gs_combine_rows_cpu(const gs_gradients* grads, const gs_rule* rule, vo
       const void* data = g.data[p * g.num_tasks + t];
       rows[t] = data ? offset(data, g.dtype[p], begin) : nullptr;
     }
-    kernels().combine_rows(rows, *rule, g.num_tasks, static_cast<gs_dtype>(g.dtype[p]), end - begin,
-                           coordinate[p] + begin, const_cast<char*>(offset(out[p], g.dtype[p], begin)), accumulate != 0,
-                           stream);
+    kernels().combine_by_rule(rows, *rule, g.num_tasks, static_cast<gs_dtype>(g.dtype[p]), end - begin,
+                              coordinate[p] + begin, const_cast<char*>(offset(out[p], g.dtype[p], begin)),
+                              accumulate != 0, stream);
   });
   if (rule->kind == GS_GRADDROP) ++*rule->step;
   return GS_OK;

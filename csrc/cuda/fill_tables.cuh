@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/schedule.h"
+#include "cpu/boundary.h"
 #include "cuda/table.cuh"
 
 namespace gs::gpu {

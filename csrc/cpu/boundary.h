@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the stages share: checks of gs_gradients, the parallel loop, the workspace.
+// What crosses the C boundary: checks of it, the caller's parallel loop, the caller's workspace.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -72,10 +72,10 @@ inline gs_status check_weighting(gs_weighting method, int64_t num_tasks, double 
              parameter);
   GS_REQUIRE(method != GS_FAIRGRAD || (parameter > 0 && parameter < INFINITY && limit > 0),
              "alpha and limit must be positive and alpha finite, got %g and %g", parameter, limit);
-  GS_REQUIRE(method != GS_KRUM ||
-                 (parameter >= 0 && parameter < INFINITY && limit >= 1 && limit <= static_cast<double>(num_tasks)),
-             "Krum's parameter must be >= 0 and its limit in 1..%lld, got %g and %g", (long long)num_tasks, parameter,
-             limit);
+  const auto tasks = static_cast<double>(num_tasks);
+  GS_REQUIRE(method != GS_KRUM || (parameter >= 0 && parameter <= tasks && limit >= 1 && limit <= tasks),
+             "Krum's parameter must be in 0..%lld and its limit in 1..%lld, got %g and %g", (long long)num_tasks,
+             (long long)num_tasks, parameter, limit);
   return GS_OK;
 }
 

@@ -15,7 +15,7 @@ from .._philox import coordinate_uniforms
 CHUNK_COLUMNS = 1 << 14
 
 
-def combine_rows(grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
+def combine_by_rule(grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
     """Write (or add) the direction of a rule; GradDrop's step counter grows by 1."""
     name, arguments = rule
     for coordinate, values, target in _chunks(grads, out):

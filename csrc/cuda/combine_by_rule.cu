@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Stage 4 of the methods that need the gradients themselves, on the GPU.
-#include "cuda/rows_combine.cuh"
-#include "cuda/tables.cuh"
+#include "cuda/combine_by_rule.cuh"
+#include "cuda/fill_tables.cuh"
 
 namespace gs::gpu {
 namespace {
@@ -15,18 +15,18 @@ int64_t width_of(int64_t columns, int32_t dtype, int64_t processors) {
 }  // namespace
 }  // namespace gs::gpu
 
-int64_t gs_combine_rows_cuda_workspace_bytes(const gs_gradients* grads) {
+int64_t gs_combine_by_rule_cuda_workspace_bytes(const gs_gradients* grads) {
   return gs_combine_cuda_workspace_bytes(grads, 1);
 }
 
-gs_status gs_combine_rows_cuda(const gs_gradients* grads, const gs_rule* rule, void* const* out, int accumulate,
-                               void* workspace, int64_t workspace_bytes, gs_stream stream) {
+gs_status gs_combine_by_rule_cuda(const gs_gradients* grads, const gs_rule* rule, void* const* out, int accumulate,
+                                  void* workspace, int64_t workspace_bytes, gs_stream stream) {
   using namespace gs::gpu;
   GS_REQUIRE(grads && rule && (out || grads->num_params == 0), "grads, rule and out must not be NULL");
   if (const gs_status status = gs::check(*grads)) return status;
   if (const gs_status status = gs::check_rule(*rule, grads->num_tasks)) return status;
   if (const gs_status status =
-          gs::check_workspace(workspace, workspace_bytes, gs_combine_rows_cuda_workspace_bytes(grads)))
+          gs::check_workspace(workspace, workspace_bytes, gs_combine_by_rule_cuda_workspace_bytes(grads)))
     return status;
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;

@@ -189,8 +189,8 @@ GS_INLINE void trimmed_mean_block(const Block<In>& block, int64_t k, int64_t tri
 }
 
 template <class In>
-void combine_rows_as(const void* const* rows, const gs_rule& rule, int64_t k, int64_t n, int64_t coordinate, void* out,
-                     bool accumulate, bool stream) {
+void combine_by_rule_as(const void* const* rows, const gs_rule& rule, int64_t k, int64_t n, int64_t coordinate,
+                        void* out, bool accumulate, bool stream) {
   Block<In> shared;
   shared.weights = rule.leak;
   shared.accumulate = accumulate;
@@ -207,18 +207,18 @@ void combine_rows_as(const void* const* rows, const gs_rule& rule, int64_t k, in
   }
 }
 
-void combine_rows(const void* const* rows, const gs_rule& rule, int64_t k, gs_dtype dtype, int64_t n,
-                  int64_t coordinate, void* out, bool accumulate, bool stream) {
+void combine_by_rule(const void* const* rows, const gs_rule& rule, int64_t k, gs_dtype dtype, int64_t n,
+                     int64_t coordinate, void* out, bool accumulate, bool stream) {
   const auto run = [&](auto as) { as(rows, rule, k, n, coordinate, out, accumulate, stream); };
   switch (dtype) {
     case GS_FLOAT64:
-      return run(&combine_rows_as<double>);
+      return run(&combine_by_rule_as<double>);
     case GS_FLOAT32:
-      return run(&combine_rows_as<float>);
+      return run(&combine_by_rule_as<float>);
     case GS_BFLOAT16:
-      return run(&combine_rows_as<bfloat16>);
+      return run(&combine_by_rule_as<bfloat16>);
     case GS_FLOAT16:
-      return run(&combine_rows_as<float16>);
+      return run(&combine_by_rule_as<float16>);
   }
 }
 
