@@ -18,9 +18,12 @@ class NotDifferentiableError(RuntimeError):
 
 class _Constant(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, result: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.name = name
+    def forward(name: str, result: Tensor, *inputs: Tensor) -> Tensor:
         return result.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
@@ -30,9 +33,12 @@ class _Constant(torch.autograd.Function):
 
 
 def constant(name: str, result: Result, inputs: Sequence[Tensor]) -> Result:
-    """Return ``result``, tied to those inputs that require grad so that a backward pass through it raises."""
+    """Return ``result``, tied to those inputs that require grad so that a backward pass through it raises.
+
+    Compiled it is not tied: torch.compile would trace the backward pass, which raises.
+    """
     inputs = [tensor for tensor in inputs if tensor.requires_grad]
-    if not inputs or not torch.is_grad_enabled():
+    if not inputs or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return result
     if isinstance(result, list):
         return [None if part is None else constant(name, part, inputs) for part in result]

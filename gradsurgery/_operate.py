@@ -16,7 +16,7 @@ from ._shards import Shards
 from ._step import add_all, add_foreign, add_plain, read, targets
 from .backends import Backend, choose
 from .collect import Collected, Losses, collect
-from .combine import combine_of, combine_by_rule_of
+from .combine import combine_by_rule_of, combine_of
 from .diagnostics import SurgeryInfo
 from .distributed import Replicas
 from .gram import gram_of

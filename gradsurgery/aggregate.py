@@ -12,7 +12,7 @@ from ._constant import constant
 from ._extension import NativeSolver
 from ._gradients import Grads, TaskGradients, parse
 from .backends import Backend, choose
-from .combine import Direction, check_out, combine, combine_of, combine_by_rule_of, new_out
+from .combine import Direction, check_out, combine, combine_by_rule_of, combine_of, new_out
 from .gram import gram, gram_of
 from .methods import CoordinateMethod, Method, resolve
 from .methods._base import weigh

@@ -41,7 +41,7 @@ class Survey:
                     "losses depend on different outputs of one compiled function, or of one sharded module's inputs, "
                     "whose backward pass gives zeros to what a loss does not depend on: heads in it count as shared. "
                     "Name the shared parameters by shared=, or compile the trunk and the heads apart",
-                    stacklevel=6,
+                    stacklevel=8,
                 )
         return self.through_grad
 

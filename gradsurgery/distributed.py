@@ -79,13 +79,18 @@ class Replicas:
         """Return the averages of gradients and losses; errors as those of :meth:`average_gradients`."""
         if self.count == 1:
             return collected
-        collected = self.average_gradients(collected)
-        return replace(collected, losses=self._average(collected.losses.clone()))
+        holders = self._average_rows(collected)
+        losses = collected.losses.clone()
+        for loss, count in zip(losses.unbind(), holders, strict=True):
+            loss.div_(max(1, count))
+        distributed.all_reduce(losses, group=self.group)
+        return replace(collected, losses=losses, present=[count > 0 for count in holders])
 
     def average_gradients(self, collected: Collected) -> Collected:
-        """Return the averages of the gradients, of which what a process lacks counts as 0.
+        """Return the averages of the gradients over the processes that have the task's loss.
 
-        Its lists take the averages in place, for nobody needs both; averages of averages are, to rounding, the same.
+        What one of them lacks counts as 0. The lists take the averages in place, for nobody needs both; averages of
+        averages are, to rounding, the same.
 
         Raises:
             ValueError, on every process: they have not collected the same tasks of the same parameters.
@@ -93,9 +98,13 @@ class Replicas:
         """
         if self.count == 1:
             return collected
+        return replace(collected, present=[count > 0 for count in self._average_rows(collected)])
+
+    def _average_rows(self, collected: Collected) -> list[int]:
+        """Do what :meth:`average_gradients` does; return how many processes have each task's loss."""
         parameters, rows = collected.parameters, collected.grads
-        mask = bytearray(_kind(entry) for row in rows for entry in row) + bytearray(collected.present)
-        found = self._agree(collected, mask)
+        mask = bytearray(_kind(entry) for row in rows for entry in row)
+        found, holders = self._agree(collected, mask)
         if _UNFIT in found:
             raise TypeError(
                 "gradients that are averaged over processes must be dense and real, got "
@@ -105,29 +114,25 @@ class Replicas:
         reach = [found[t * width : (t + 1) * width] for t in range(len(rows))]
         # All rows of a bucket in turn: what autograd returned in one piece for all of them is then free.
         for bucket in _buckets(parameters, bytearray(map(max, zip(*reach, strict=True)))):
-            for row, there in zip(rows, reach, strict=True):
+            for t, (row, there) in enumerate(zip(rows, reach, strict=True)):
                 places = [p for p in bucket if there[p]]
                 if places:
-                    self._average_bucket(parameters, row, places)
-        present = found[len(rows) * width :]
-        return replace(collected, present=[bool(there) for there in present])
+                    self._average_bucket(parameters, row, places, holders[t % len(holders)])
+        return holders
 
     def average_losses(self, tasks: list[str], losses: Tensor) -> Tensor:
         """Return the averages of losses [T]; ValueError, on every process, where they are not of the same tasks."""
         if self.count == 1:
             return losses
         check_same(tasks, [self.group], losses.device)
-        return self._average(losses.clone())
+        losses = losses / self.count
+        distributed.all_reduce(losses, group=self.group)
+        return losses
 
-    def _average(self, values: Tensor) -> Tensor:
-        """Average values [n] in place."""
-        # First the division, as in DistributedDataParallel: sums of float16 would overflow.
-        values.div_(self.count)
-        distributed.all_reduce(values, group=self.group)
-        return values
-
-    def _average_bucket(self, parameters: list[Tensor], row: list[Tensor | None], places: list[int]) -> None:
-        """Average the row's entries at these places, in a memory of their own."""
+    def _average_bucket(
+        self, parameters: list[Tensor], row: list[Tensor | None], places: list[int], holders: int
+    ) -> None:
+        """Average the row's entries at these places over so many processes, in a memory of their own."""
         first = parameters[places[0]]
         ends = list(accumulate(_padded(parameters[p]) for p in places))
         flat = torch.empty(ends[-1], dtype=first.dtype, device=first.device)
@@ -137,29 +142,38 @@ class Replicas:
             flat.zero_()
         if mine:
             torch._foreach_copy_([entries[i] for i in mine], [row[places[i]] for i in mine])  # type: ignore[misc]
-        self._average(flat)
+        # First the division, as in DistributedDataParallel: sums of float16 would overflow.
+        flat.div_(holders)
+        distributed.all_reduce(flat, group=self.group)
         for p, entry in zip(places, entries, strict=True):
             row[p] = entry
 
-    def _agree(self, collected: Collected, mask: bytearray) -> bytearray:
-        """Return the largest of the processes' masks, by value; ValueError unless the rest is the same everywhere."""
-        device = collected.losses.device
+    def _agree(self, collected: Collected, mask: bytearray) -> tuple[bytearray, list[int]]:
+        """Return the largest of the processes' masks, by value, and how many processes have each task's loss.
+
+        ValueError unless the rest is the same everywhere.
+        """
+        device, present = collected.losses.device, bytearray(collected.present)
         scaled = "unscaled" if collected.scale is None else "scaled"
         what = (
             f"{len(collected.grads)} {scaled} gradients of {len(collected.parameters)} parameters by {collected.tasks}"
         )
         shapes = str([(p.dtype, p.shape, p.stride()) for p in collected.parameters])
-        others, other_shapes, other_mask = _differ([what.encode(), shapes.encode(), mask], [self.group], device)
+        others, other_shapes, other_mask = _differ(
+            [what.encode(), shapes.encode(), mask + present], [self.group], device
+        )
         if others:
             raise ValueError(_others(what))
         if other_shapes:
             raise ValueError("parameters must have the same shapes, dtypes and memory layouts on every process")
         if not other_mask:
-            return mask
+            return mask, [self.count * here for here in present]
         with _aside(device):
             union = torch.tensor(list(mask), dtype=torch.uint8, device=device)
+            holders = torch.tensor(list(present), device=device)
             distributed.all_reduce(union, distributed.ReduceOp.MAX, group=self.group)
-            return bytearray(union.tolist())
+            distributed.all_reduce(holders, group=self.group)
+            return bytearray(union.tolist()), holders.tolist()
 
 
 def check_same(tasks: list[str], groups: list[Any], device: torch.device) -> None:

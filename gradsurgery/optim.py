@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,21 +14,20 @@ from . import methods
 from ._operate import backward_once, operate
 from ._plan import Planner, check_method
 from ._shards import processes_of
+from ._untraced import untraced
+from ._wrapper import OptimizerWrapper
 from .backends import check_name
 from .collect import Collected, Losses, Survey, collect, holds_weights
 from .diagnostics import SurgeryInfo
 
-_HOOKS = [
-    f"_optimizer_{call}_{when}_hooks" for call in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
-]
 
-
-class SurgeryOptimizer(torch.optim.Optimizer):
+class SurgeryOptimizer(OptimizerWrapper):
     """Wraps a torch optimizer; ``backward(losses)`` takes the place of ``sum(losses).backward()``.
 
     Parameter groups, state and defaults are those of the wrapped optimizer, so schedulers, gradient scalers and
-    checkpoints work as without it. ``state_dict`` adds the method's state under "surgery"; a plain optimizer's
-    checkpoint loads as well.
+    checkpoints work as without it. ``state_dict`` adds the method's state under "surgery"; also, under "shared", the
+    places of the parameters whose gradients the method keeps, if it does, and under "tasks" the places of the tasks
+    that it keeps something of. ``load_state_dict`` also takes a plain optimizer's, and leaves the method as it is.
 
     What ``backward`` does with a parameter depends on which losses reach it:
 
@@ -74,46 +73,28 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         process_group: distributed.ProcessGroup | None = None,
         backend: str | None = None,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self.optimizer = optimizer
-        self.method = methods.resolve(method, {})
-        self.granularity = granularity
+        super().__init__(optimizer)
         self.backend = check_name(backend)
         self._processes = processes_of(process_group, self._parameters())
-        check_method(self.method, granularity, self._processes.shards is not None)
-        self._planner = Planner(self.method, shared, granularity)
+        resolved = methods.resolve(method, {})
+        check_method(resolved, granularity, self._processes.shards is not None)
+        self._planner = Planner(resolved, shared, granularity)
         self._check_known(self._planner.named, "shared")
         self._check_known(self.method.gram_parameters, "norm_parameters")
         self._survey = Survey(infers_shared=shared is None)
         self._pending: Collected | None = None
-        # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
-        super().__setstate__({})
-        self._share_hooks()
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
+    def method(self) -> methods.Method:
+        """The method, for the life of the optimizer."""
+        return self._planner.method
 
     @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state."""
-        return self.optimizer.state
+    def granularity(self) -> str:
+        """What has a G of its own."""
+        return self._planner.granularity
 
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's defaults."""
-        return self.optimizer.defaults
-
+    @untraced
     def backward(
         self,
         losses: Losses,
@@ -170,6 +151,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self._pending = before
             raise
 
+    @untraced
     def collect(
         self,
         losses: Losses,
@@ -207,6 +189,7 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         else:
             self._pending = before.plus(collected) if batches == 1 else before.beside(collected)
 
+    @untraced
     @torch.no_grad()
     def combine(self) -> SurgeryInfo:
         """Operate on what was collected, add the result to ``.grad``, and forget what was collected.
@@ -223,6 +206,33 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             )
         planner, processes = self._planner, self._processes
         return operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
+
+    def update(self, values: Sequence[Any] | Mapping[str, Any] | Tensor) -> None:
+        """Give the method, where it has an ``update``, what it learns from besides the losses of its steps.
+
+        Those are FAMO's losses after the step and DTP's KPIs. They are averaged over the processes, each of which must
+        call this; the method's own ``update`` would let their weights part.
+
+        Args:
+            values: one number per task, in the tasks' order, or a dict from name to number.
+
+        Raises:
+            ValueError: the method learns from nothing else; or the tasks are others, or in another order, than before;
+                or as the method's ``update`` says.
+        """
+        learn = getattr(self.method, "update", None)
+        if learn is None:
+            raise ValueError(
+                f"method {self.method.name!r} learns from the losses of its steps alone, and has no update"
+            )
+        if isinstance(values, Mapping):
+            tasks, each = [str(name) for name in values], list(values.values())
+            self._planner.check_tasks(tasks)
+        else:
+            tasks, each = [str(t) for t in range(len(values))], list(values)
+        device = self._parameters()[0].device
+        numbers = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in each]
+        learn(self._processes.average_losses(tasks, torch.stack(numbers)))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer; warn of collected gradients that are not in ``.grad``."""
@@ -247,21 +257,11 @@ class SurgeryOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state, and the method's under "surgery".
-
-        Also, under "shared", the places of the parameters whose gradients the method keeps, if it does, and under
-        "tasks" the names of the tasks that it keeps something of.
-        """
+    def _save(self) -> dict[str, Any]:
         ours = self._planner.state_dict(self._parameters(), self._processes.shards)
         return {**self.optimizer.state_dict(), **ours}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned.
-
-        Without "surgery", as in a plain optimizer's checkpoint, the method keeps its state.
-        """
-        state = dict(state_dict)
+    def _load(self, state: dict[str, Any]) -> None:
         surgery, places, tasks = state.pop("surgery", None), state.pop("shared", []), state.pop("tasks", None)
         if surgery is not None and self._processes.shards is not None:
             surgery = self._processes.shards.gathered(surgery)
@@ -279,19 +279,6 @@ class SurgeryOptimizer(torch.optim.Optimizer):
         if surgery is not None:
             self._planner.restore([parameters[place] for place in places], tasks and sorted(tasks, key=tasks.get))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A scheduler leaves a bound step behind, which belongs to this object alone.
-        return {name: value for name, value in self.__dict__.items() if name not in ("step", *_HOOKS)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._share_hooks()
-
-    def _share_hooks(self) -> None:
-        for name in _HOOKS:
-            # The wrapped optimizer steps, reads and writes the state, so it also runs these hooks.
-            setattr(self, name, getattr(self.optimizer, name))
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method!r}, granularity={self.granularity!r}, {self.optimizer!r})"
 
@@ -303,9 +290,6 @@ class SurgeryOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._pending = None
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     def _trainable(self) -> list[Tensor]:
         return [p for p in self._parameters() if p.requires_grad]

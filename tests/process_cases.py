@@ -61,7 +61,7 @@ def on_each(losses):
         return losses(distributed.get_rank())
     columns = zip(*(losses(rank) for rank in range(WORLD)), strict=True)
     present = [[loss for loss in column if loss is not None] for column in columns]
-    return [sum(column) / WORLD if column else None for column in present]
+    return [sum(column) / len(column) if column else None for column in present]
 
 
 def whole(tensor):

@@ -166,6 +166,13 @@ def test_a_dispatch_mode_sees_the_operators():
     assert {"gradsurgery::gram.list", "gradsurgery::gram"} <= set(seen)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, of the tracer
+def test_a_tracer_sees_the_operators():
+    traced = torch.jit.trace(gradsurgery.gram, normal(2, 5), check_trace=False)
+    other = normal(2, 5, seed=7)
+    assert torch.equal(traced(other), gradsurgery.gram(other))
+
+
 def test_direct_calls_are_safe():
     lists = reads(make_lists())
     fresh = lists.new_out()

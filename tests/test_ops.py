@@ -159,6 +159,14 @@ def test_direct_calls_are_safe(name, position, value, message):
         op(*changed)
 
 
+@pytest.mark.parametrize(("num_byzantine", "num_selected"), [(1e8, 1.0), (3.5, 1.0), (0.0, 4.0)])
+def test_krum_of_more_than_all_ends_at_once(num_byzantine, num_selected):
+    arguments = SAMPLES["weights"][1]
+    krum = gradsurgery._extension.WEIGHTINGS["krum"]
+    with pytest.raises(ValueError, match=r"parameter must be in 0..3 and its limit in 1..3"):
+        OPS.weights(arguments[0], krum, None, num_byzantine, num_selected, arguments[-1])
+
+
 def test_compiles_without_a_graph_break():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def gram_trace(rows):

@@ -33,7 +33,7 @@ GS_HOST_DEVICE inline void gradnorm_update(const double* weights, const double* 
 
 // One step of training, from G: current receives the state's weights and the state is updated. norms and updated are
 // scratch of num_tasks values. Values that are not finite, as in a step that a gradient scaler will skip, do not enter
-// the weights; nor may a loss of 0, of a task without samples in the first batch, stand for L(0).
+// the weights, nor do negative losses; nor may a loss of 0, of a task without samples in the first batch, stand for L(0).
 GS_HOST_DEVICE inline void gradnorm_step(const double* gram, const double* losses, int64_t num_tasks, double alpha,
                                          double lr, double* weights, double* initial_losses, double* current,
                                          double* norms, double* updated) {
@@ -43,7 +43,9 @@ GS_HOST_DEVICE inline void gradnorm_step(const double* gram, const double* losse
     if (!(std::isfinite(initial_losses[i]) && initial_losses[i] > 0)) initial_losses[i] = losses[i];
   }
   gradnorm_update(weights, norms, losses, initial_losses, num_tasks, alpha, lr, updated);
-  if (all_finite(updated, num_tasks)) {
+  bool steps = all_finite(updated, num_tasks);
+  for (int64_t i = 0; i < num_tasks; i++) steps = steps && !(losses[i] < 0);
+  if (steps) {
     for (int64_t i = 0; i < num_tasks; i++) weights[i] = updated[i];
   }
   if (!all_finite(norms, num_tasks)) fill_nan(SerialTeam{}, current, num_tasks);

@@ -147,8 +147,8 @@ class ReferenceBackend:
     ) -> None:
         """One step of GradNorm training, Algorithm 1.
 
-        Values that are not finite, as in a step that a gradient scaler will skip, do not enter the weights; nor may a
-        loss of 0, of a task without samples in the first batch, stand for L(0).
+        Values that are not finite, as in a step that a gradient scaler will skip, do not enter the weights, nor do
+        negative losses; nor may a loss of 0, of a task without samples in the first batch, stand for L(0).
         """
         weights, initial = state
         norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -156,7 +156,8 @@ class ReferenceBackend:
         initial.copy_(torch.where(initial.isfinite() & (initial > 0), initial, losses))
         updated = torch.empty_like(weights)
         self.gradnorm([weights, norms, losses, initial], alpha, lr, updated)
-        weights.copy_(torch.where(updated.isfinite().all(-1, keepdim=True), updated, weights))
+        steps = (updated.isfinite() & ~(losses < 0)).all(-1, keepdim=True)
+        weights.copy_(torch.where(steps, updated, weights))
 
 
 def _blocks(grads: TaskGradients) -> Iterator[tuple[int, list[Tensor | None], Any]]:

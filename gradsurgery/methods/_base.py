@@ -77,7 +77,9 @@ class PerTask:
         valid: Callable[[Tensor], Tensor] = torch.isfinite,
     ) -> None:
         self.name = name
-        self.values = torch.as_tensor(values, dtype=torch.float64).detach().clone()
+        # Not on torch's default device, where the check may wait, or find nothing.
+        device = None if isinstance(values, Tensor) else "cpu"
+        self.values = torch.as_tensor(values, dtype=torch.float64, device=device).detach().clone()
         if self.values.dim() != 1 or not (self.values.isfinite() & valid(self.values)).all():
             raise ValueError(f"{name} must be T {wanted}, got {values!r}")
 
@@ -209,7 +211,7 @@ def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | No
             f"method {method.name!r} must return weights of shape {tuple(gram.shape[:-1])} on {gram.device}, got shape "
             f"{tuple(weights.shape)} on {weights.device}"
         )
-    return weights
+    return weights.double()
 
 
 def _brief(option: Any) -> str:

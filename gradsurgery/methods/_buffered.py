@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .._gradients import describe
+from ..backends.problems import is_finite
 from ..combine import combine
+from ..functional import check_gram
 from ..gram import gram
 from ._base import Method, making_state, read_losses
 
@@ -98,6 +100,21 @@ class BufferedMethod(Method):
         """Do it."""
         raise NotImplementedError
 
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights [T] for the G [T, T] of what ``replace`` returned."""
+        gram = check_gram(gram)
+        state = self._started()
+        assert self._buffers is not None
+        num_tasks = len(self._buffers)
+        if gram.shape != (num_tasks, num_tasks):
+            raise ValueError(f"gram must be [{num_tasks}, {num_tasks}], got shape {tuple(gram.shape)}")
+        self._finite = self._finite & is_finite(gram).squeeze()
+        return torch.where(self._finite, self._weigh(gram, state, backend), torch.nan)
+
+    def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
+        """Return the weights from a G and the tensors besides the buffers; what is not finite does not matter."""
+        raise NotImplementedError
+
     def terms(self, rows: Rows, kept: Rows, weights: Tensor, scale: Tensor | None) -> tuple[Rows, Tensor]:
         """Return what d is the weighted sum of, and the weights.
 
@@ -147,9 +164,6 @@ class BufferedMethod(Method):
                 f"method {self.name!r} weighs gradients that it keeps: use gradsurgery.aggregate or SurgeryOptimizer"
             )
         return self._state
-
-    def _nan_unless_finite(self, weights: Tensor) -> Tensor:
-        return torch.where(self._finite, weights, torch.nan)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the buffers and the other tensors; None each before the first step."""

@@ -20,7 +20,7 @@ class CoordinateMethod(Method):
     needs = "gradients"
 
     def rule(self, device: torch.device, num_tasks: int) -> Rule:
-        """Return what ``Backend.combine_by_rule`` takes for T gradients on that device. The backend advances the state."""
+        """Return the rule for T gradients on that device, for a backend, which advances the state."""
         raise NotImplementedError
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:

@@ -50,9 +50,6 @@ class DBMTL(BufferedMethod):
         self._keep(step=step)
         return buffers
 
-    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Return the weights [T] for the averages' G [T, T]."""
-        self._started()
-        norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        longest = norms.max(-1, keepdim=True).values
-        return self._nan_unless_finite(torch.where(norms > 0, longest / norms, 0))
+    def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
+        norms = gram.diagonal().sqrt()
+        return torch.where(norms > 0, norms.max() / norms, 0)

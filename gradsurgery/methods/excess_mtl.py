@@ -75,6 +75,5 @@ class ExcessMTL(BufferedMethod):
             total += torch.where(root > 0, size * (size / root), 0).sum(dtype=torch.float64)
         return total
 
-    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Return the weights [T]."""
-        return self._nan_unless_finite(self._started()["w"].clone())
+    def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
+        return state["w"]

@@ -78,10 +78,8 @@ class MConFIG(BufferedMethod):
         self._keep(step=self._state["step"] + 1, counts=counts)
         return averages
 
-    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Return ConFIG's weights [T] for the averages' G [T, T]."""
-        self._started()
-        return self._nan_unless_finite(self._config.weights(gram, backend=backend))
+    def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
+        return self._config.weights(gram, backend=backend)
 
     def terms(self, rows: Rows, kept: Rows, weights: Tensor, scale: Tensor | None) -> tuple[Rows, Tensor]:
         """Return the averages and the gradients, of which d is the sum with the weights that come with them."""

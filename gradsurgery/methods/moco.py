@@ -56,10 +56,9 @@ class MoCo(BufferedMethod):
         self._keep(step=step)
         return buffers
 
-    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Return the weights [T] for the tracked gradients' G [T, T], and keep them."""
-        step, w = (self._started()[name] for name in self.state_names)
+    def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
+        step, w = (state[name] for name in self.state_names)
         matrix = gram + self.rho * torch.eye(len(w), dtype=w.dtype, device=w.device)
         # The step's length is on the device.
         self._keep(w=simplex_steps(self.gamma / step.double().sqrt() * matrix, w, 1.0, 0.0, 1, backend))
-        return self._nan_unless_finite(w)
+        return w

@@ -53,7 +53,7 @@ class SDMGrad(SimplexMethod):
         self.lr = check_positive("lr", lr)
         self.momentum = check_fraction("momentum", momentum, one=False)
         self.num_iter = check_count("num_iter", num_iter)
-        self.pref = None if pref is None else PerTask("pref", pref)
+        self.pref = None if pref is None else PerTask("pref", pref, "numbers that sum to 1", _sums_to_1)
 
     def _step(self, gram: Tensor, w: Tensor, backend: str | None) -> Tensor:
         scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().mean(-1)[..., None, None].square()
@@ -70,3 +70,7 @@ class SDMGrad(SimplexMethod):
         if self.pref is None:
             return w.new_full(w.shape[-1:], 1 / w.shape[-1])
         return self.pref.on(w.device, w.shape[-1], self.name)
+
+
+def _sums_to_1(values: Tensor) -> Tensor:
+    return (values.sum() - 1).abs() <= 1e-6

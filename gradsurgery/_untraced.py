@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: MIT
+"""Calls that torch.compile makes as they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def untraced(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Return the function, which a compiled caller calls uncompiled: traced, it would lose what it keeps for later."""
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            return _outside(function, *args, **kwargs)  # type: ignore[no-any-return]
+        return function(*args, **kwargs)
+
+    return call
+
+
+# What torch's own optimizers use: torch.compiler.disable would import the compiler, which takes seconds.
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""An optimizer that stands in for another one: what schedulers, scalers and checkpoints ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+_OWN_HOOKS = [
+    f"_optimizer_{call}_{when}_hooks" for call in ("state_dict", "load_state_dict") for when in ("pre", "post")
+]
+
+
+class OptimizerWrapper(torch.optim.Optimizer):
+    """Has the parameter groups, state and defaults of the wrapped optimizer, which also runs the hooks of its step.
+
+    Args:
+        optimizer: the optimizer to wrap.
+
+    Raises:
+        TypeError: it is none, or wraps another one like this.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, OptimizerWrapper):
+            raise TypeError(f"optimizer must not be a {type(optimizer).__name__} itself: wrap what it wraps")
+        self.optimizer = optimizer
+        # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
+        super().__setstate__({})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults; empty where it has none."""
+        return getattr(self.optimizer, "defaults", {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state to save, by way of the hooks."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = self._save()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state = after(self, state) or state
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, by way of the hooks."""
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        self._load(dict(state_dict))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _save(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Restore a state, which belongs to the callee."""
+        raise NotImplementedError
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Register a hook of the wrapped optimizer's step; it is called with this optimizer."""
+        return self.optimizer.register_step_pre_hook(lambda _, *arguments: hook(self, *arguments))
+
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Register a hook of the wrapped optimizer's step; it is called with this optimizer."""
+        return self.optimizer.register_step_post_hook(lambda _, *arguments: hook(self, *arguments))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A scheduler leaves a bound step behind, which belongs to this object alone, as hooks do.
+        return {name: value for name, value in self.__dict__.items() if name not in ("step", *_OWN_HOOKS)}
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
