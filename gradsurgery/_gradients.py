@@ -131,7 +131,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
     like: list[Tensor | None] = []
     device = None
     differentiable: list[Tensor] = []
-    negated = False
+    negated = torch.compiler.is_compiling()  # where one cannot ask
     irregular = set()
     for t, row in enumerate(grads):
         if isinstance(row, Tensor) or not isinstance(row, Sequence):

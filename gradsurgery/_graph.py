@@ -28,10 +28,10 @@ def reach(roots: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> tuple[dict[i
     stop_masks = [0] * len(stops)
     masks: defaultdict[Any, int] = defaultdict(int)
     for r, root in enumerate(roots):
-        edge = _edge(root)
+        edge = _origin(root)
         if edge in stop_at:
             stop_masks[stop_at[edge]] |= 1 << r
-        else:
+        elif edge[0] is not None:
             masks[edge[0]] |= 1 << r
     leaves: dict[int, int] = {}
     for node in reversed(_postorder(list(masks), stop_at)):
@@ -51,7 +51,7 @@ def joins(losses: Sequence[Tensor]) -> bool:
     entries: dict[Any, set[frozenset[int]]] = defaultdict(set)
     for loss in losses:
         outputs: dict[Any, set[int]] = defaultdict(set)
-        stack, seen = [_edge(loss)], set()
+        stack, seen = [edge for edge in [_origin(loss)] if edge[0] is not None], set()
         while stack:
             node, output = stack.pop()
             if type(node).__name__ in _JOINING:
@@ -68,6 +68,25 @@ def recomputes(losses: Sequence[Tensor]) -> bool:
     """Whether a loss depends on a reentrant checkpoint, which hides what is inside from passes to named inputs."""
     starts = {_edge(loss)[0] for loss in losses}
     return any(type(node).__name__ == _REENTRANT for node in _postorder(list(starts), {}))
+
+
+def is_stacked(loss: Tensor) -> bool:
+    """Whether it is a part of a torch.stack, whose backward pass gives zeros to what the other parts depend on."""
+    return _origin(loss) != _edge(loss)
+
+
+def _origin(loss: Tensor) -> tuple[Any, int]:
+    """Return where its backward pass begins, or of a part of a torch.stack where that of what was stacked begins."""
+    node, output = _edge(loss)
+    name = type(node).__name__
+    if name not in ("UnbindBackward0", "SelectBackward0"):
+        return node, output
+    whole = node.next_functions[0][0]
+    if type(whole).__name__ != "StackBackward0":
+        return node, output
+    place = output if name == "UnbindBackward0" else node._saved_index
+    # Of a negative index the 64 bits are taken for a natural number.
+    return whole.next_functions[place if place < 2**63 else place - 2**64]  # type: ignore[no-any-return]
 
 
 def _edge(tensor: Tensor) -> tuple[Any, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._graph import reach
+from ._graph import is_stacked, reach
 
 Rows = list[list[Tensor | None]]
 
@@ -37,6 +37,12 @@ class Passes:
             for loss, keep in self._last_frees(losses)
         ]
         check_memory(rows)
+        if any(map(is_stacked, losses)):
+            masks, _ = reach(losses)
+            for p, owner in enumerate(self.parameters):
+                for t, row in enumerate(rows):
+                    if not masks.get(id(owner), 0) >> t & 1:
+                        row[p] = None
         return rows
 
     def through_grad(self, losses: list[Tensor], *, sharded: bool) -> Rows:

@@ -183,7 +183,7 @@ def _check_target(target: Tensor, like: Tensor, name: str) -> None:
         raise ValueError(f"{name} must not require grad, for a direction is a constant to autograd")
     if target.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name} is an inference tensor, which can be written to in inference mode only")
-    if target.is_neg():
+    if not torch.compiler.is_compiling() and target.is_neg():
         raise TypeError(f"{name} must not be a negated view, got one: give its resolve_neg()")
     if target.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype} like the gradients, got {target.dtype}")

@@ -175,6 +175,20 @@ def kept_and_resumed(method, make=Net):
     return result(net, info)
 
 
+def updated(method, make=Net):
+    """A method that also learns from each process's own numbers."""
+    net = make()
+    optimizer = wrap(net, method)
+    for x in BATCHES:
+        optimizer.zero_grad()
+        losses = on_each(lambda rank, x=x: net(x[rank]))
+        optimizer.collect(losses)
+        info = optimizer.combine()
+        optimizer.step()
+        optimizer.update([loss.detach() * (t + 1) / 4 for t, loss in enumerate(losses)])
+    return [*result(net, info), *(v for v in optimizer.method.state_dict().values() if v.is_floating_point())]
+
+
 def by_segments(granularity, make=Net):
     net = make()
     groups = [{"params": [*net.first.parameters()]}, {"params": [*net.second.parameters(), *net.heads.parameters()]}]
@@ -304,6 +318,7 @@ for kind, make in {"": Net, **({"shards ": sharded} if DEVICE == "cpu" else {})}
         f"{kind}resumed": partial(resumed, make),
         f"{kind}m_config resumed": partial(kept_and_resumed, "m_config", make),
         f"{kind}excess_mtl resumed": partial(kept_and_resumed, "excess_mtl", make),
+        f"{kind}famo updated": partial(updated, "famo", make),
         f"{kind}per tensor": partial(by_segments, "per_tensor", make),
     }
 CASES |= {

@@ -92,6 +92,29 @@ def test_batches_of_several_sizes():
             step(trunk, rows)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "moco", "uw"])
+def test_a_compiled_step_is_the_step(method):
+    """What the optimizer keeps is set outside what is compiled, be it forgotten or kept."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        net = Net()
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+
+        def step(x, net=net, optimizer=optimizer):
+            net.zero_grad()
+            info = optimizer.backward(losses_of(net(x)))
+            optimizer.step()
+            return info.weights
+
+        with torch._functorch.config.patch(donated_buffer=False):
+            call = torch.compile(step, backend="eager") if compiled else step
+            weights = [call(X + shift) for shift in (0.0, 0.1, 0.2)]
+        found.append((weights, [p.detach() for p in net.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_vmap_does_not_take_a_compiled_function(whole):
     net, compiled = whole
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), shared=[*net.parts["trunk"].parameters()])

@@ -72,6 +72,53 @@ def test_accelerate(plain, tmp_path):
     check(net, optimizer.optimizer, plain)
 
 
+def scaler_of(trainer):
+    """As the README has it."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def test_lightning_with_a_scaler(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+    precision = lightning.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+
+    class Module(lightning.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self, surgery):
+            super().__init__()
+            self.net, self.surgery = Net(), surgery
+
+        def configure_optimizers(self):
+            sgd = torch.optim.SGD(self.net.parameters(), lr=0.1)
+            return gradsurgery.SurgeryOptimizer(sgd, "sum") if self.surgery else sgd
+
+        def training_step(self, batch):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            if self.surgery:
+                optimizer.optimizer.backward(self.net(batch), scaler=scaler_of(self.trainer))
+            else:
+                self.manual_backward(sum(self.net(batch)))
+            optimizer.step()
+
+    found = []
+    for surgery in (True, False):
+        module = Module(surgery)
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = lightning.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            plugins=[precision],
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+            **options,
+        )
+        trainer.fit(module, loader())
+        found.append(module.net.state_dict())
+    assert scaler_of(trainer) is precision.scaler
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)  # both pass through float16
+
+
 def test_lightning(plain, tmp_path):
     lightning = pytest.importorskip("lightning.pytorch")
 
@@ -87,7 +134,7 @@ def test_lightning(plain, tmp_path):
         def training_step(self, batch):
             optimizer = self.optimizers()
             optimizer.zero_grad()
-            optimizer.optimizer.backward(self.net(batch))
+            optimizer.optimizer.backward(self.net(batch), scaler=scaler_of(self.trainer))
             self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
             optimizer.step()
             self.lr_schedulers().step()

@@ -102,6 +102,25 @@ def test_excess_risks_of_many_16_bit_gradients():
         torch.testing.assert_close(roots[0][0].view(2, 1), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("name", ["db_mtl", "excess_mtl", "moco", "m_config"])
+def test_weights_of_kept_gradients_keep_the_contract_of_weights(name):
+    method, rows, losses = methods.get(name), normal(3, 5), torch.tensor([1.0, 2.0, 3.0])
+    gradsurgery.aggregate(rows, method, losses=losses)
+    before = method.state_dict()
+    for wrong in (torch.eye(4), torch.ones(3, 2), torch.ones(2, 3, 3)):
+        with pytest.raises(ValueError, match="gram must be"):
+            method.weights(wrong)
+    for wrong in (torch.eye(3).long(), [[1.0]]):
+        with pytest.raises(TypeError, match="gram must be a real floating-point tensor"):
+            method.weights(wrong)
+    weights = method.weights(torch.full((3, 3), torch.nan))
+    assert weights.dtype == torch.float64
+    assert weights.isnan().all()
+    torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
+    gradsurgery.aggregate(rows, method, losses=losses)
+    assert method.weights(torch.eye(3)).isfinite().all()
+
+
 def tensors(value):
     """All tensors that an object holds."""
     if isinstance(value, torch.Tensor):

@@ -167,6 +167,29 @@ def test_krum_of_more_than_all_ends_at_once(num_byzantine, num_selected):
         OPS.weights(arguments[0], krum, None, num_byzantine, num_selected, arguments[-1])
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        gradsurgery.gram,
+        lambda rows: gradsurgery.combine(rows, torch.ones(3)),
+        lambda rows: gradsurgery.combine([[row] for row in rows.unbind()], torch.ones(3))[0],
+        gradsurgery.aggregate,
+        lambda rows: gradsurgery.min_norm_weights(gradsurgery.gram(rows)),
+        lambda rows: gradsurgery.pcgrad_weights(gradsurgery.gram(rows), order=torch.tensor([[2, 1, 0]] * 3)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_functions_compile_whole(function):
+    for rows in (ROWS, ROWS.clone().requires_grad_()):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(rows).detach(), function(rows).detach())
+
+
+def test_a_function_transform_is_told_of_constants():
+    with pytest.raises(gradsurgery.NotDifferentiableError, match="constant to autograd"):
+        torch.func.grad(lambda rows: gradsurgery.aggregate(rows, "mgda").sum())(ROWS)
+
+
 def test_compiles_without_a_graph_break():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def gram_trace(rows):

@@ -158,6 +158,30 @@ def test_kinds_of_losses():
         torch.testing.assert_close(results[0], other)
 
 
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+@pytest.mark.parametrize("method", ["gradnorm", "mgda"])
+def test_stacked_losses_reach_what_each_of_them_does(method, mode):
+    found = []
+    for stack in (
+        list,
+        torch.stack,
+        lambda losses: list(torch.stack(losses)),
+        lambda losses: [torch.stack(losses)[t] for t in range(-2, 0)],
+    ):
+        torch.manual_seed(1)
+        net = two_task_net()
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+        for _ in range(2):
+            info = optimizer.backward(stack(two_losses(net, X)), mode=mode)
+        found.append((grads_of(net), info.gram, info.weights))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+    alone = torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([alone], lr=0.1), method)
+    optimizer.backward(torch.stack([alone.sum(), torch.ones(())]), mode=mode)  # the second depends on nothing
+    assert alone.grad is not None
+
+
 @pytest.mark.parametrize("method", gradsurgery.methods.available())
 def test_one_task_is_a_multiple_of_the_plain_gradient(method):
     net = two_task_net()

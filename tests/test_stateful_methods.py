@@ -374,6 +374,7 @@ def test_batches_and_hostile_grams(name):
         ("modo", {"gamma": 0.0}, "gamma must be positive"),
         ("modo", {"rho": -1.0}, "rho must be >= 0 and finite, got -1.0"),
         ("sdmgrad", {"momentum": 1.0}, "momentum must be >= 0 and < 1, got 1.0"),
+        ("sdmgrad", {"pref": [0.5, 0.6]}, r"pref must be T numbers that sum to 1, got \[0.5, 0.6\]"),
         ("sdmgrad", {"lam": math.inf}, "lam must be >= 0 and finite, got inf"),
         ("sdmgrad", {"num_iter": 0}, "num_iter must be an int >= 1, got 0"),
         ("moco", {"beta": 0.0}, "beta must be > 0 and <= 1, got 0.0"),

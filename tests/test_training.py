@@ -110,13 +110,64 @@ def test_state_and_groups_can_be_replaced():
     assert len(optimizer.optimizer.state) == len(list(net.parameters()))
 
 
-def test_state_dict_hooks_run():
+def test_hooks_are_called_with_the_wrapper_and_its_whole_state():
     optimizer = gradsurgery.PCGrad(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
     calls = []
-    optimizer.register_state_dict_pre_hook(lambda *_: calls.append("save"))
-    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("load"))
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert calls == ["save", "load"]
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append(("save", o)))
+    optimizer.register_state_dict_post_hook(lambda o, state: calls.append(("saved", o)) or {"wrapped": state})
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: calls.append(("load", o)) or state["wrapped"])
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append(("loaded", o)))
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append(("step", o)))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append(("stepped", o)))
+    state = optimizer.state_dict()
+    assert set(state) == {"wrapped"}
+    state["wrapped"]["surgery"]["seed"] = 5
+    optimizer.load_state_dict(state)
+    assert optimizer.method.seed == 5
+    optimizer.step()
+    assert [name for name, _ in calls] == ["save", "saved", "load", "loaded", "step", "stepped"]
+    assert all(o is optimizer for _, o in calls)
+
+
+@pytest.mark.parametrize("wrap", ["pytorch_optimizer", "accelerate"])
+def test_optimizers_without_hooks_or_defaults(wrap):
+    package = pytest.importorskip(wrap)
+    net = two_task_net()
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    wrapped = package.Lookahead(inner) if wrap == "pytorch_optimizer" else package.Accelerator(cpu=True).prepare(inner)
+    optimizer = gradsurgery.PCGrad(wrapped)
+    before = [p.clone() for p in net.parameters()]
+    optimizer.zero_grad()
+    optimizer.backward(two_losses(net, X))
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_what_an_optimizer_was_made_of_stays():
+    net = two_task_net()
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    for name, value in (("method", gradsurgery.methods.MGDA()), ("granularity", "per_tensor")):
+        with pytest.raises(AttributeError, match="no setter"):
+            setattr(optimizer, name, value)
+    with pytest.raises(TypeError, match="must not be a PCGrad itself: wrap what it wraps"):
+        gradsurgery.GradNorm(optimizer)
+
+
+def test_updates_by_way_of_the_optimizer():
+    net = two_task_net()
+    for name, values in (("famo", [0.5, 0.25]), ("dtp", [0.1, 0.9])):
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), name)
+        own = gradsurgery.methods.get(name)
+        losses = dict(zip("ba", two_losses(net, X), strict=True))
+        own.weights(torch.eye(2).double(), losses=torch.stack(list(losses.values())))
+        optimizer.backward(losses)
+        own.update(torch.tensor(values))
+        optimizer.update(dict(zip("ba", values, strict=True)))
+        torch.testing.assert_close(optimizer.method.state_dict(), own.state_dict(), rtol=1e-6, atol=1e-7)
+        with pytest.raises(ValueError, match=r"had \['b', 'a'\], got \['a', 'b'\]"):
+            optimizer.update({"a": 0.5, "b": 0.5})
+    with pytest.raises(ValueError, match="'pcgrad' learns from the losses of its steps alone"):
+        gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1)).update([1.0, 1.0])
 
 
 def test_code_for_the_common_wrappers_runs():
