@@ -29,6 +29,6 @@ def check_fraction(name: str, value: float, *, zero: bool = True, one: bool = Tr
 
 def check_count(name: str, value: int, least: int = 1) -> int:
     """Return the value; ValueError unless it is an int that is large enough."""
-    if not isinstance(value, int) or value < least:
+    if type(value) is not int or value < least:
         raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
     return value

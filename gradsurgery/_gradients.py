@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -203,6 +203,15 @@ def _segment_ids(segments: Sequence[int] | None, num_params: int) -> list[int]:
     return ids
 
 
+def list_of(parameters: Iterable[Tensor], name: str) -> list[Tensor]:
+    """Return named parameters; TypeError for what is none, as a module or one parameter, whose rows are tensors."""
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"{name} must be an iterable of parameters, as module.parameters() is one, got {describe(parameters)}"
+        )
+    return list(parameters)
+
+
 def check_gradient(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
@@ -211,6 +220,8 @@ def check_gradient(value: Any, name: str) -> None:
             f"{name} is a {type(value).__name__}, spread over processes: give its to_local(), and add up G over the "
             "processes, as SurgeryOptimizer does"
         )
+    if value.is_nested:
+        raise TypeError(f"{name} is a nested tensor, and gradients must be dense")
     if value.layout is not torch.strided:
         raise TypeError(
             f"{name} is a {value.layout} gradient, and gradients must be dense: use sparse=False in the embedding, or "
@@ -274,8 +285,11 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def _integers(values: Sequence[int], wanted: str) -> list[int]:
-    if isinstance(values, Tensor) or not isinstance(values, Sequence) or not all(type(v) is int for v in values):
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
         raise TypeError(f"segments must be a list of int, {wanted}, got {describe(values)}")
+    for value in values:
+        if type(value) is not int:
+            raise TypeError(f"segments must be a list of int, {wanted}, got {describe(value)} in it")
     return list(values)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._gradients import list_of
 from ._shards import Shards
 from .collect import Collected
 from .methods import GradDrop, Method
@@ -119,7 +120,7 @@ class Planner:
     def __init__(self, method: Method, named: Iterable[Tensor] | None, granularity: str) -> None:
         self.method = method
         self._by_task = method.tells_tasks_apart
-        self.named = None if named is None else list(named)
+        self.named = None if named is None else list_of(named, "shared")
         self.granularity = granularity
         self._plan: Plan | None = None
         self._blocks: list[Any] | None = None

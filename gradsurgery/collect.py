@@ -236,6 +236,8 @@ def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor
         if not isinstance(loss, Tensor):
             absent = ", which is for methods that take absent losses: leave it out" if loss is None else ""
             raise TypeError(f"loss {task!r} must be a tensor, got {type(loss).__name__}{absent}")
+        if loss.is_complex():
+            raise TypeError(f"loss {task!r} must be real, got {loss.dtype}")
         if loss.numel() != 1:
             raise ValueError(f"loss {task!r} must be a scalar, got shape {tuple(loss.shape)}")
         if not loss.requires_grad:

@@ -54,7 +54,8 @@ def combine(
 ) -> Direction:
     """Return d = sum_t w_t g_t.
 
-    The sum is taken in float64, in ascending t, and rounded once. A gradient whose weight is 0 is not read, so it
+    The sum is taken in float64, in ascending t, and rounded once (to 16 bits by
+    way of float32). A gradient whose weight is 0 is not read, so it
     does not matter what it holds.
 
     Args:
@@ -168,7 +169,7 @@ def check_out(out: Direction, grads: TaskGradients) -> None:
         _check_target(out, grads.matrix, "out")
         return
     likes = grads.like
-    if isinstance(out, Tensor) or len(out) != len(likes):
+    if not isinstance(out, (list, tuple)) or len(out) != len(likes):
         raise ValueError(f"out must be a list of {len(likes)} tensors, one per parameter")
     for p, (target, like) in enumerate(zip(out, likes, strict=True)):
         if like is None:
@@ -179,6 +180,10 @@ def check_out(out: Direction, grads: TaskGradients) -> None:
 
 
 def _check_target(target: Tensor, like: Tensor, name: str) -> None:
+    if target.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got {target.layout}")
+    if any(stride == 0 and size > 1 for stride, size in zip(target.stride(), target.shape, strict=True)):
+        raise ValueError(f"{name} must have memory for each element, got an expanded tensor")
     if target.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad, for a direction is a constant to autograd")
     if target.is_inference() and not torch.is_inference_mode_enabled():

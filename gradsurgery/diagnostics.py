@@ -36,7 +36,8 @@ class SurgeryInfo:
         """
         if self._gram is None:
             raise ValueError(
-                "this step computed no G, for its method needs none; for loss weights collect() and combine() do"
+                "this step computed no G: its method works coordinate by coordinate, or weighs by the losses alone "
+                "(collect() and combine() compute G for the latter)"
             )
         return self._gram
 

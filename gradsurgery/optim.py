@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from . import methods
+from ._gradients import describe
 from ._operate import backward_once, operate
 from ._plan import Planner, check_method
 from ._shards import processes_of
@@ -282,8 +283,11 @@ class SurgeryOptimizer(OptimizerWrapper):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method!r}, granularity={self.granularity!r}, {self.optimizer!r})"
 
-    def _check_known(self, parameters: Iterable[Tensor] | None, name: str) -> None:
+    def _check_known(self, parameters: Sequence[Any] | None, name: str) -> None:
         known = {id(p) for p in self._parameters()}
+        for p in parameters or ():
+            if not isinstance(p, Tensor):
+                raise TypeError(f"{name} must hold parameters, as module.parameters() yields them, got {describe(p)}")
         unknown = [p for p in parameters or () if id(p) not in known]
         if unknown:
             raise ValueError(f"{name} holds {len(unknown)} tensors that are not parameters of the wrapped optimizer")

@@ -109,6 +109,9 @@ def test_combine(arguments, error, message):
     ("out", "error", "message"),
     [
         (torch.ones(8), ValueError, "out must be a list of 2 tensors"),
+        (5, ValueError, "out must be a list of 2 tensors"),
+        ([torch.ones(8).to_sparse(), torch.ones(2)], TypeError, r"out\[0\] must be dense, got torch.sparse_coo"),
+        ([torch.ones(8), torch.ones(1).expand(2)], ValueError, r"out\[1\] must have memory for each element"),
         ([torch.ones(8)], ValueError, "out must be a list of 2 tensors"),
         ([torch.ones(8), None], ValueError, r"out\[1\] must be a tensor of shape \(2,\), got NoneType"),
         ([torch.ones(8), torch.ones(3)], ValueError, r"out\[1\] must be .* \(2,\), got a tensor of shape \(3,\)"),
@@ -174,6 +177,13 @@ GRAM = torch.eye(3)
             ValueError,
             "method must be one of aligned_mtl, cagrad, .*, got 'unknown'",
         ),
+        (lambda: gradsurgery.task_order(True, seed=0, step=0), ValueError, "num_tasks must be an int >= 1, got True"),
+        (lambda: gradsurgery.gram(ROWS, segments=[0, 8.0]), TypeError, r"N\] of the flat form, got float 8.0 in it"),
+        (
+            lambda: gradsurgery.aggregate(ROWS, "uw", losses=torch.ones(3, dtype=torch.complex64)),
+            TypeError,
+            "losses must be real, got torch.complex64",
+        ),
         (lambda: gradsurgery.aggregate(ROWS, 3), TypeError, "method must be a name or a Method, got int"),
         (lambda: gradsurgery.aggregate(ROWS, "gradnorm"), ValueError, "method 'gradnorm' needs losses="),
         (
@@ -197,6 +207,31 @@ def test_weights_and_methods(call, error, message):
         call()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_gradients():
+    with pytest.raises(TypeError, match="grads is a nested tensor, and gradients must be dense"):
+        gradsurgery.gram(torch.nested.nested_tensor([torch.ones(2)] * 2))
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (torch.nn.Linear(2, 2), "must be an iterable of parameters, .* got Linear"),
+        (torch.nn.Parameter(torch.ones(2)), r"must be an iterable of parameters, .* got a tensor of shape \(2,\)"),
+        (list(torch.nn.Linear(2, 2).named_parameters()), "must hold parameters, .* got tuple"),
+        (torch.nn.Sequential(torch.nn.Linear(2, 2)), "must hold parameters, .* got Linear"),
+    ],
+)
+def test_shared_parameters_that_are_none(named, message):
+    net = two_task_net()
+    for make in (
+        lambda sgd: gradsurgery.PCGrad(sgd, shared=named),
+        lambda sgd: gradsurgery.GradNorm(sgd, norm_parameters=named),
+    ):
+        with pytest.raises(TypeError, match=message):
+            make(torch.optim.SGD(net.parameters(), lr=0.1))
+
+
 def test_named_backend_that_cannot_serve(monkeypatch):
     other = "cuda" if DEVICE == "cpu" else "cpu"
     why = rf"backend '{other}' cannot serve this call: the ((compiled )?extension|tensors are on {HERE})"
@@ -206,6 +241,9 @@ def test_named_backend_that_cannot_serve(monkeypatch):
     with pytest.raises(RuntimeError, match=why):
         gradsurgery.gram(ROWS)
     assert gradsurgery.gram(ROWS, backend="reference").shape == (3, 3)
+    monkeypatch.setenv("GRADSURGERY_BACKEND", "unknown")
+    with pytest.raises(ValueError, match=r"GRADSURGERY_BACKEND must be one of cuda, .*, got 'unknown'"):
+        gradsurgery.gram(ROWS)
     # No data yet, no device to serve.
     assert gradsurgery.methods.get("mgda").name == "mgda"
 

@@ -85,7 +85,9 @@ def test_what_a_method_was_given_can_be_read():
 
 def test_named_optimizers_show_their_options():
     shown = inspect.signature(gradsurgery.CAGrad).parameters
-    assert list(shown) == ["optimizer", "shared", "granularity", "process_group", "backend", "c", "rescale"]
+    assert list(shown) == ["optimizer", "c", "rescale", "shared", "granularity", "process_group", "backend"]
+    net = two_task_net()
+    assert gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1), "mean", 7).method.seed == 7
 
     class Mine(gradsurgery.CAGrad):
         def __init__(self, parameters):

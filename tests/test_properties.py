@@ -27,7 +27,14 @@ def with_value(attribute, *values):
     return [name for name in NAMES if getattr(methods.get(name), attribute) in values]
 
 
-HELD = ("yes", "not if l2, loss or loss+ with original", "but for reg_eps", "T = 2", "if independent")
+HELD = (
+    "yes",
+    "not if l2, loss or loss+ with original",
+    "but for reg_eps",
+    "T = 2",
+    "if independent",
+    "where not stationary",
+)
 
 
 def conflicting(tasks, seed):
@@ -45,6 +52,7 @@ def test_the_page_is_what_the_classes_say():
     [
         *((name, OPTIONS.get(name, {})) for name in with_value("non_conflicting", *HELD)),
         ("cagrad", {"c": 1.0}),
+        ("fairgrad", {"alpha": 20.0}),
         *(("mgda", {"normalization": n, "combine": "normalized"}) for n in ("l2", "loss", "loss+")),
     ],
 )

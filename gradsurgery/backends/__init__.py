@@ -21,6 +21,8 @@ from .._gradients import TaskGradients
 from . import native, reference
 from .triton import TritonBackend
 
+_VARIABLE = "GRADSURGERY_BACKEND"
+
 
 class Aggregate(Protocol):
     """Writes (or adds) the directions of a solver's weights.
@@ -105,9 +107,9 @@ _BACKENDS: dict[str, Backend] = {
 
 def choose(name: str | None, device: torch.device, num_tasks: int) -> Backend:
     """Return the backend for a call; RuntimeError if a named one cannot serve it, ValueError if it is unknown."""
-    name = name or os.environ.get("GRADSURGERY_BACKEND")
+    origin, name = ("backend", name) if name else (_VARIABLE, os.environ.get(_VARIABLE))
     if name:
-        check_name(name)
+        check_name(name, origin)
         why = _BACKENDS[name].why_not(device, num_tasks)
         if why:
             raise RuntimeError(f"backend {name!r} cannot serve this call: {why}")
@@ -115,10 +117,10 @@ def choose(name: str | None, device: torch.device, num_tasks: int) -> Backend:
     return _automatic(device, num_tasks)
 
 
-def check_name(name: str | None) -> str | None:
+def check_name(name: str | None, origin: str = "backend") -> str | None:
     """Return the name of a backend, or None for the choice; ValueError if there is none such."""
     if name is not None and name not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {name!r}")
+        raise ValueError(f"{origin} must be one of {', '.join(_BACKENDS)}, got {name!r}")
     return name
 
 

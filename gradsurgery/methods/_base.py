@@ -38,6 +38,8 @@ def read_losses(name: str, losses: Any, shape: torch.Size, device: torch.device)
     """Return losses [T] or [..., T] as float64 of that shape [..., T] on the device, detached."""
     if not isinstance(losses, Tensor) or losses.shape not in (shape[-1:], shape):
         raise ValueError(f"method {name!r} needs losses, a tensor [{shape[-1]}], got {describe(losses)}")
+    if losses.is_complex():
+        raise TypeError(f"losses must be real, got {losses.dtype}")
     return losses.detach().to(device, torch.float64).expand(shape).contiguous()
 
 

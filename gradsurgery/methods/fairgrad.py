@@ -13,8 +13,10 @@ class FairGrad(SolverMethod):
     (G w)_t = w_t^(-1 / alpha), w > 0: d maximises the alpha-fair utility of the tasks' gains. alpha = 1 is Nash-MTL
     without a bound on |d|; a large alpha favours the task that gains least.
 
-    Conventions: as :class:`NashMTL`'s. Some problems of alpha = 1000 and more end short of the solution, after 100
-    steps. Below alpha = 0.1 the weights of gradients that are 1e-7 of the longest one may underflow to 0.
+    Conventions: as :class:`NashMTL`'s, but where gradients are Pareto-stationary and no solution exists, the ridge's d
+    has the order of 1e-12^(1 / (1 + alpha)): 1e-6 for alpha = 1, but 0.1 for 10, where it may conflict. Some problems
+    of alpha = 1000 and more end short of the solution, after 100 steps. Below alpha = 0.1 the weights of gradients that
+    are 1e-7 of the longest one may underflow to 0.
     Scale: factors s on all gradients multiply d by s^((1 - alpha) / (1 + alpha)). No state. Cost: O(T^3).
 
     Args:
@@ -23,7 +25,7 @@ class FairGrad(SolverMethod):
 
     name = "fairgrad"
     scale = "as the equation"
-    non_conflicting = "yes"
+    non_conflicting = "where not stationary"
     cost = "T^3"
 
     def __init__(self, alpha: float = 1.0) -> None:

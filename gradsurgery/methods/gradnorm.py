@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_not_negative
-from .._gradients import describe
+from .._gradients import describe, list_of
 from ..functional import check_gram, gradnorm_step
 from ._base import Method, read_losses, state_on, taken_over
 
@@ -40,7 +40,8 @@ class GradNorm(Method):
     def __init__(self, alpha: float = 1.5, lr: float = 0.025, norm_parameters: Sequence[Tensor] | None = None) -> None:
         self.alpha = check_not_negative("alpha", alpha)
         self.lr = check_not_negative("lr", lr)
-        self.gram_parameters = self.norm_parameters = None if norm_parameters is None else list(norm_parameters)
+        given = None if norm_parameters is None else list_of(norm_parameters, "norm_parameters")
+        self.gram_parameters = self.norm_parameters = given
         self._state: tuple[Tensor, Tensor] | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
