@@ -33,7 +33,8 @@ GS_HOST_DEVICE inline void gradnorm_update(const double* weights, const double* 
 
 // One step of training, from G: current receives the state's weights and the state is updated. norms and updated are
 // scratch of num_tasks values. Values that are not finite, as in a step that a gradient scaler will skip, do not enter
-// the weights, nor do negative losses; nor may a loss of 0, of a task without samples in the first batch, stand for L(0).
+// the weights, nor do negative losses; nor may a loss of 0, of a task without samples in the first batch, stand for
+// L(0).
 GS_HOST_DEVICE inline void gradnorm_step(const double* gram, const double* losses, int64_t num_tasks, double alpha,
                                          double lr, double* weights, double* initial_losses, double* current,
                                          double* norms, double* updated) {
