@@ -14,8 +14,8 @@ except ImportError as error:
 else:
     WHY_NOT = ""
 
-WEIGHTINGS: dict[str, int] = C.weightings() if C else {}
-"""The extension's numbers for the solvers of ``backends.solvers.WEIGHTINGS``."""
+SOLVER_NUMBERS: dict[str, int] = C.weightings() if C else {}
+"""The extension's numbers for the solvers of ``backends.solvers.SOLVERS``."""
 
 
 class NativeSolver(NamedTuple):

@@ -55,7 +55,7 @@ class TaskGradients:
         return [next((entry for entry in entries[p::step] if entry is not None), None) for p in range(step)]
 
     def writing_to(self, out: Any) -> TaskGradients | None:
-        """Return what the stages write to ``out`` from; None where the list form's must be like the gradients first."""
+        """Return the form of these gradients to combine into ``out``; None if that takes copies in their layout."""
         if self.lists is not None and self.lists.fits(out):
             return self
         return None if self.matrix is None else replace(self, lists=None)

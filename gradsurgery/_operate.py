@@ -45,7 +45,8 @@ class Operation:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Write or add the directions; return G [S, T, T], unscaled, and the weights [S, T].
 
-        Calls ``before`` before it writes, be it over the collected gradients. Until then nothing has changed.
+        Calls ``before`` before it writes to ``out`` or over the collected gradients. Until then only the method's state
+        may have changed.
         """
         method, plan = self.method, self.plan
         if isinstance(method, BufferedMethod) and plan.shared:
@@ -119,7 +120,7 @@ def operate(
     backend_name: str | None,
     before: Callable[[], None],
 ) -> SurgeryInfo:
-    """Operate on what was collected, and add the result to ``.grad``; ``before`` is called before anything changes."""
+    """Operate on what was collected, and add the result to ``.grad``; ``before`` is called before gradients change."""
     method, num_tasks = planner.method, len(collected.tasks)
     collected = planner.cover(processes.average(collected))
     grads, reach, foreign = read(collected)

@@ -23,7 +23,7 @@ Losses = Sequence[Tensor | None] | Tensor | Mapping[str, Tensor | None]
 
 @dataclass(slots=True)
 class Survey:
-    """What walks through the graph tell, each of which the first step takes that needs it."""
+    """What the autograd graph says about the passes: looked at once, at the first step that asks."""
 
     infers_shared: bool
     """Whether it matters which parameters a loss reaches, and has not been looked at."""
@@ -54,7 +54,8 @@ class Collected:
         tasks: names.
         parameters: the P parameters.
         grads: T lists of P gradients, None where a task does not reach a parameter; for each of the batches in turn.
-        losses: [T], detached and unscaled, summed over the micro-batches like the gradients; 0 for an absent one.
+        losses: [T], detached and unscaled; summed over micro-batches like the gradients, but of several independent
+            batches those of the last; 0 for an absent one.
         present: of each task, whether a micro-batch had its loss.
         scale: the gradient scaler's factor that ``grads`` still carry, [], or None.
     """
@@ -208,7 +209,7 @@ def collect(
 
 @torch.enable_grad()
 def holds_weights(losses: Losses, partial: bool) -> bool:
-    """Whether weights are no more than rounded in the losses' dtype, which their gradients have; 16 bits do not do."""
+    """Whether the losses' dtype is precise enough to multiply weights in. 16 bits are not: T passes are taken then."""
     each = _check_losses(losses, partial)[1]
     return not any(loss is not None and loss.dtype in (torch.bfloat16, torch.float16) for loss in each)
 

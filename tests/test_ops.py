@@ -159,10 +159,18 @@ def test_direct_calls_are_safe(name, position, value, message):
         op(*changed)
 
 
+def test_every_solver_has_a_number_and_a_reference():
+    from gradsurgery.backends.solvers import SOLVERS, solve
+
+    assert set(gradsurgery._extension.SOLVER_NUMBERS) == set(SOLVERS)
+    with pytest.raises(KeyError, match="aligned_mtl_max"):
+        solve(GRAM, "aligned_mtl_max", None, 1.0, 1.0, ONES[0])
+
+
 @pytest.mark.parametrize(("num_byzantine", "num_selected"), [(1e8, 1.0), (3.5, 1.0), (0.0, 4.0)])
 def test_krum_of_more_than_all_ends_at_once(num_byzantine, num_selected):
     arguments = SAMPLES["weights"][1]
-    krum = gradsurgery._extension.WEIGHTINGS["krum"]
+    krum = gradsurgery._extension.SOLVER_NUMBERS["krum"]
     with pytest.raises(ValueError, match=r"parameter must be in 0..3 and its limit in 1..3"):
         OPS.weights(arguments[0], krum, None, num_byzantine, num_selected, arguments[-1])
 

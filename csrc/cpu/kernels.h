@@ -35,7 +35,7 @@ extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 #endif
 
-// The best table that this machine runs. GS_OK is the only outcome: the baseline runs everywhere.
+// The best table that this machine runs.
 const KernelTable& kernels();
 
 }  // namespace gs

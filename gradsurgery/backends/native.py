@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._extension import WEIGHTINGS, WHY_NOT, C, NativeSolver, Rule
+from .._extension import SOLVER_NUMBERS, WHY_NOT, C, NativeSolver, Rule
 from .._gradients import TaskGradients
 
 _INFO: dict[str, Any] = C.build_info() if C else {}
@@ -100,8 +100,8 @@ class CpuBackend:
     def weights(
         self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
-        """Write the weights of one of the methods of ``solvers.WEIGHTINGS``."""
-        _WEIGHTS(gram, WEIGHTINGS[method], preference, parameter, limit, out)
+        """Write the weights of one of the methods of ``solvers.SOLVERS``."""
+        _WEIGHTS(gram, SOLVER_NUMBERS[method], preference, parameter, limit, out)
 
     def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
         """Move the weights."""

@@ -113,7 +113,7 @@ class ReferenceBackend:
     def weights(
         self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
-        """Write the weights of one of the methods of ``solvers.WEIGHTINGS``."""
+        """Write the weights of one of the methods of ``solvers.SOLVERS``."""
         solvers.solve(gram, method, preference, parameter, limit, out)
 
     def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:

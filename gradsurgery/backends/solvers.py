@@ -17,7 +17,7 @@ from .min_norm import wolfe
 from .problems import all_done, equal_preference, is_finite
 from .spectral import aligned_mtl, config, imtl_g
 
-WEIGHTINGS = (
+SOLVERS = (
     "upgrad",
     "dualproj",
     "cagrad",
@@ -44,7 +44,9 @@ def solve(
     limit: float,
     out: Tensor,
 ) -> None:
-    """Write the weights for G [..., T, T]; NaN where it is not finite."""
+    """Write the weights for G [..., T, T], NaN where it is not finite; KeyError for what is none of SOLVERS."""
+    if method not in SOLVERS:
+        raise KeyError(method)
     num_tasks = gram.shape[-1]
     gram = gram.view(-1, num_tasks, num_tasks)
     finite = is_finite(gram)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._constant import constant
-from .._extension import WEIGHTINGS, NativeSolver
+from .._extension import SOLVER_NUMBERS, NativeSolver
 from .._gradients import describe
 from ..backends import choose
 from ..backends.problems import is_finite
@@ -232,7 +232,7 @@ class Solver(NamedTuple):
     """A solver that every backend has, and its numbers."""
 
     name: str
-    """One of ``backends.solvers.WEIGHTINGS``."""
+    """One of ``backends.solvers.SOLVERS``."""
     parameter: float = 0.0
     limit: float = math.inf
     pref: PerTask | None = None
@@ -268,7 +268,7 @@ class SolverMethod(Method):
         if solver.divisor != 1:
             return None
         preference = None if solver.pref is None else solver.pref.on(device, num_tasks, self.name)
-        arguments = (WEIGHTINGS[solver.name], preference, solver.parameter, solver.limit)
+        arguments = (SOLVER_NUMBERS[solver.name], preference, solver.parameter, solver.limit)
         return NativeSolver("weights", arguments, solver.depends_on_scale)
 
 

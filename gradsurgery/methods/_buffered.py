@@ -94,10 +94,10 @@ class BufferedMethod(Method):
         return self._replace(Given(rows, products, losses, scale, backend, total))
 
     def _begin(self, rows: Rows) -> None:
-        """Look at the rows; raise ValueError if they do not do."""
+        """Check the rows before anything changes."""
 
     def _replace(self, given: Given) -> Rows:
-        """Do it."""
+        """Update the buffers; return the rows to take G and d of."""
         raise NotImplementedError
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:

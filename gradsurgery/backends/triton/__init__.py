@@ -70,7 +70,7 @@ class TritonBackend(ReferenceBackend):
     def weights(
         self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
-        """Write the weights of one of the methods of ``solvers.WEIGHTINGS``."""
+        """Write the weights of one of the methods of ``solvers.SOLVERS``."""
         if _weights().serves(method, gram.shape[-1], gram.device):
             _weights().weights(gram, method, preference, parameter, limit, out)
         else:

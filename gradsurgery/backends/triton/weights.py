@@ -139,7 +139,7 @@ def serves(method: str, num_tasks: int, device: torch.device) -> bool:
 
 
 def weights(gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor) -> None:
-    """Write the weights of a solver of ``solvers.WEIGHTINGS``; NaN where G is not finite."""
+    """Write the weights of a solver of ``solvers.SOLVERS``; NaN where G is not finite."""
     num_tasks = gram.shape[-1]
     problems = out.numel() // num_tasks
     if problems == 0:
