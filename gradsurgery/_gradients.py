@@ -80,7 +80,7 @@ def parse(grads: Grads, segments: Sequence[int] | None) -> TaskGradients:
 
 
 def read_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[int] | None) -> TaskGradients | None:
-    """Parse the list form in the compiled extension; None where that is not there, or what came is not usual."""
+    """Parse the list form in the compiled extension; None without one, or if the lists hold anything unusual."""
     lists = C.Lists.read(grads) if _reads_past_dispatcher() else None
     if lists is None:
         return None
@@ -131,7 +131,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
     like: list[Tensor | None] = []
     device = None
     differentiable: list[Tensor] = []
-    negated = torch.compiler.is_compiling()  # where one cannot ask
+    negated = torch.compiler.is_compiling()  # traced tensors cannot be asked
     irregular = set()
     for t, row in enumerate(grads):
         if isinstance(row, Tensor) or not isinstance(row, Sequence):
@@ -204,7 +204,7 @@ def _segment_ids(segments: Sequence[int] | None, num_params: int) -> list[int]:
 
 
 def list_of(parameters: Iterable[Tensor], name: str) -> list[Tensor]:
-    """Return named parameters; TypeError for what is none, as a module or one parameter, whose rows are tensors."""
+    """Return the parameters in a list; TypeError for a module, or for one parameter, whose rows are tensors too."""
     if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
         raise TypeError(
             f"{name} must be an iterable of parameters, as module.parameters() is one, got {describe(parameters)}"

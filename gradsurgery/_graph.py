@@ -71,12 +71,12 @@ def recomputes(losses: Sequence[Tensor]) -> bool:
 
 
 def is_stacked(loss: Tensor) -> bool:
-    """Whether it is a part of a torch.stack, whose backward pass gives zeros to what the other parts depend on."""
+    """Whether the loss is a part of a torch.stack, whose backward pass gives zeros to the other parts' parameters."""
     return _origin(loss) != _edge(loss)
 
 
 def _origin(loss: Tensor) -> tuple[Any, int]:
-    """Return where its backward pass begins, or of a part of a torch.stack where that of what was stacked begins."""
+    """Return the edge that the loss hangs on; for a part of a torch.stack, that of the loss that was stacked."""
     node, output = _edge(loss)
     name = type(node).__name__
     if name not in ("UnbindBackward0", "SelectBackward0"):
@@ -85,7 +85,7 @@ def _origin(loss: Tensor) -> tuple[Any, int]:
     if type(whole).__name__ != "StackBackward0":
         return node, output
     place = output if name == "UnbindBackward0" else node._saved_index
-    # Of a negative index the 64 bits are taken for a natural number.
+    # A negative index comes back as an unsigned number of 64 bits.
     return whole.next_functions[place if place < 2**63 else place - 2**64]  # type: ignore[no-any-return]
 
 

@@ -60,7 +60,7 @@ class Operation:
         reads_all = method.gram_parameters is None and self.processes.shards is None
         if self.backend.aggregate is not None and reads_all and shared.lists is not None:
             solver = method.native_solver(self.grads.device, self.grads.num_tasks)
-            # G is scaled there.
+            # The call computes G of the scaled gradients.
             if solver is not None and solver.depends_on_scale and self.collected.scale is not None:
                 solver = None
             if solver is not None and out and shared.lists.fits(out):
@@ -92,7 +92,7 @@ class Operation:
         return gram, weights
 
     def _gram(self) -> tuple[Tensor, Tensor]:
-        """Return G of all shared parameters, and what the method weighs by."""
+        """Return G of all shared parameters, and the G that the weights come from."""
         plan, tasks = self.plan, len(self.collected.tasks)
         gram = gram_of(self.grads.select(plan.shared, plan.read_segments, plan.num_read_segments), self.backend)
         measured = gram = self._unscaled(self.processes.total(gram))

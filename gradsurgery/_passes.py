@@ -46,10 +46,10 @@ class Passes:
         return rows
 
     def through_grad(self, losses: list[Tensor], *, sharded: bool) -> Rows:
-        """Go from each loss to all leaves, by way of ``.grad``, where passes to named inputs do not do.
+        """Go from each loss to all leaves, by way of ``.grad``, where passes to named inputs do not work.
 
-        Reentrant checkpoints hide what is inside. ``fully_shard`` keeps other tensors in the graph than the parameters,
-        and its hooks wait for whole passes; the gradients then are this process's shards.
+        Reentrant checkpoints hide what is inside them. ``fully_shard`` keeps other tensors in the graph than the
+        parameters, and its hooks wait for whole passes; the gradients then are this process's shards.
 
         Raises:
             RuntimeError: a pass left no shard, as where ``set_requires_gradient_sync`` holds them back.
@@ -178,7 +178,7 @@ def check_memory(rows: Rows) -> None:
 
 
 def _has_memory(grad: Tensor) -> bool:
-    """Whether its address says something: subclasses and sparse tensors have others inside."""
+    """Whether the address tells tensors apart: subclasses and sparse tensors hold others inside."""
     return type(grad) is Tensor and grad.layout is torch.strided and grad.numel() > 0
 
 

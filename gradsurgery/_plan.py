@@ -38,7 +38,7 @@ class Plan:
     """What each segment is of: a group's number, or a parameter."""
     num_segments: int
     read_segments: list[int]
-    """Those that G is computed in: the same, or with ``measured``, 1 for these parameters and 0 for the others."""
+    """The segments that G is computed in: the same, or with ``measured`` 1 for those parameters, 0 for the others."""
     num_read_segments: int
 
     def holds(self, parameters: list[Tensor], reach: bytes, enough: int, measured: Sequence[Tensor] | None) -> bool:
@@ -109,7 +109,7 @@ def make_plan(
 
 
 class Planner:
-    """Makes the plans, and sees to it that what a method keeps is of the same parameters and tasks at each step.
+    """Makes the plans, and checks that what a method keeps belongs to the same parameters and tasks at each step.
 
     Args:
         method: the method.
@@ -144,7 +144,7 @@ class Planner:
         self.kept, self._tasks, self._plan, self._blocks = kept, tasks, None, None
 
     def check_tasks(self, tasks: list[str]) -> None:
-        """Raise ValueError where the method tells tasks apart, and had others before, or in another order."""
+        """Raise ValueError if the method tells tasks apart, and had other tasks before, or another order."""
         if self._tasks not in (None, tasks):
             raise ValueError(
                 f"every step must have the same tasks in the same order, for the method has a state or an option for "
@@ -157,7 +157,7 @@ class Planner:
             self._tasks = tasks
 
     def cover(self, collected: Collected) -> Collected:
-        """Return the same with zero gradients of what the method keeps and no loss reaches, if it is to be shared."""
+        """Return the same with zero gradients of the parameters that the method keeps and no loss reaches this time."""
         named = self._named()
         if not named and not all(collected.present):
             raise ValueError(
@@ -228,7 +228,7 @@ class Planner:
 
 
 def check_method(method: Method, granularity: str, sharded: bool) -> None:
-    """Raise ValueError for a granularity that there is not, or a method that does not take it, or shards."""
+    """Raise ValueError for an unknown granularity, or if the method does not support it, or shards."""
     if granularity not in _GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(_GRANULARITIES)}, got {granularity!r}")
     keeps = isinstance(method, BufferedMethod)

@@ -37,9 +37,9 @@ def read(collected: Collected) -> tuple[TaskGradients, bytes, list[int]]:
 
 
 def targets(parameters: list[Tensor], grads: TaskGradients, params: list[int]) -> tuple[list[Any], bool, set[int]]:
-    """Return what the directions of the parameters, ``params`` of ``grads``, are written into, and whether to add them.
+    """Return the tensors for the directions of the parameters, ``params`` of ``grads``, and whether to add to them.
 
-    Also return where in the list the target already holds the sum of the parameter's gradients.
+    Also return the places in the list whose tensor already holds the sum of the parameter's gradients.
     """
     found = None if grads.lists is None else grads.lists.targets(parameters, params)
     if found is not None:
@@ -59,7 +59,7 @@ def _target(parameter: Tensor, dtype: torch.dtype, accumulate: bool) -> Tensor:
         raise TypeError(
             f".grad of a parameter of shape {tuple(parameter.shape)} is {_kind(grad)}, its new gradients are {dtype}"
         )
-    # No kernel writes to an expanded .grad, nor to one whose memory has the other sign.
+    # Kernels cannot write to an expanded .grad, nor to a negated view.
     expanded = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
     return (grad.contiguous() if expanded else grad).resolve_neg()
 
@@ -73,7 +73,7 @@ def add_plain(
     done: Container[int],
     backend: Backend,
 ) -> None:
-    """Write or add the weighted sums of ``params`` of ``grads``, but for the places where ``done`` says it is there."""
+    """Write or add the weighted sums of ``params`` of ``grads``, except at the places in ``done``, which hold them."""
     left = [i for i in range(len(params)) if i not in done]
     if left:
         rest = grads.select([params[i] for i in left], [0] * len(left), 1)
@@ -95,7 +95,7 @@ def add_all(collected: Collected, processes: Replicas | Shards, backend: str | N
 
 
 def is_foreign(grad: Tensor | None) -> bool:
-    """Whether no kernel reads it, sparse or complex as it is."""
+    """Whether the gradient is sparse or complex, which no kernel reads."""
     return grad is not None and (grad.layout is not torch.strided or grad.is_complex())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls that torch.compile makes as they are."""
+"""Functions that torch.compile must not trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def untraced(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Return the function, which a compiled caller calls uncompiled: traced, it would lose what it keeps for later."""
+    """Return a function that compiled callers run uncompiled: traced, it would lose what it sets for later calls."""
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

@@ -22,7 +22,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         optimizer: the optimizer to wrap.
 
     Raises:
-        TypeError: it is none, or wraps another one like this.
+        TypeError: it is no optimizer, or such a wrapper itself.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -78,7 +78,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _load(self, state: dict[str, Any]) -> None:
-        """Restore a state, which belongs to the callee."""
+        """Restore a state, which it may change."""
         raise NotImplementedError
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:

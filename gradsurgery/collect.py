@@ -104,7 +104,7 @@ class Collected:
         return Collected(self.tasks, self.parameters, grads, other.losses, other.present, other.scale, batches)
 
     def covering(self, parameters: Sequence[Tensor]) -> Collected:
-        """Return the same with a zero gradient, of the first task that reaches any of these, where no task has one."""
+        """Return the same where each of these has a gradient: a zero one of the first task that reaches any of them."""
         named = {id(p) for p in parameters}
         places = [place for place, p in enumerate(self.parameters) if id(p) in named]
         first = next((t for t, row in enumerate(self.grads) if any(row[p] is not None for p in places)), None)
@@ -172,7 +172,7 @@ def collect(
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
         present = [task for task, loss in zip(tasks, each, strict=True) if loss is not None]
-        shards.check_same(present, scalars[0].device)  # before the hooks mix what does not belong together
+        shards.check_same(present, scalars[0].device)  # before the hooks average what does not belong together
     elif through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
             "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "

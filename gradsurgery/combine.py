@@ -54,9 +54,8 @@ def combine(
 ) -> Direction:
     """Return d = sum_t w_t g_t.
 
-    The sum is taken in float64, in ascending t, and rounded once (to 16 bits by
-    way of float32). A gradient whose weight is 0 is not read, so it
-    does not matter what it holds.
+    The sum is taken in float64, in ascending t, and rounded once (to 16 bits by way of float32). A gradient whose
+    weight is 0 is not read, so it does not matter what it holds.
 
     Args:
         grads: as in :func:`gradsurgery.gram`.
@@ -105,7 +104,7 @@ def combine_by_rule_of(
 
 
 def _write(grads: TaskGradients, out: Direction | None, write: Callable[[TaskGradients, Direction], None]) -> Direction:
-    """Have the direction written to ``out``, or to a new one."""
+    """Write the direction to ``out``, or to a new one."""
     if out is None:
         out = new_out(grads)
     direct = grads.writing_to(out)
@@ -138,7 +137,7 @@ def _write_lists(grads: TaskGradients, out: list[Any], write: Callable[[TaskGrad
         out[p] if _same_layout(out[p], like[p]) else torch.empty_like(like[p]).copy_(out[p])  # type: ignore[arg-type]
         for p in touched
     ]
-    # What lists do not take, as tensors of subclasses, the operators may.
+    # Operators may take what lists do not, such as tensors of subclasses.
     write(replace(grads, lists=None), written)
     for p, result in zip(touched, written, strict=True):
         if result is not out[p]:

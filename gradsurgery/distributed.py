@@ -22,8 +22,8 @@ from ._gradients import DTYPES, assign_grads, is_dense, is_sharded
 from .collect import Collected
 
 _ABSENT, _PRESENT, _UNFIT = range(3)
-_BUCKET_BYTES = 64 << 20  # what is held twice while it is averaged; more does not make a network faster
-_ALIGNMENT = 64  # bytes: what the kernels read fastest
+_BUCKET_BYTES = 64 << 20  # held twice while they are averaged; larger messages do not make a network faster
+_ALIGNMENT = 64  # bytes: the kernels read aligned memory fastest
 
 
 class Replicas:
@@ -101,7 +101,7 @@ class Replicas:
         return replace(collected, present=[count > 0 for count in self._average_rows(collected)])
 
     def _average_rows(self, collected: Collected) -> list[int]:
-        """Do what :meth:`average_gradients` does; return how many processes have each task's loss."""
+        """Average the gradients in place; return how many processes have each task's loss."""
         parameters, rows = collected.parameters, collected.grads
         mask = bytearray(_kind(entry) for row in rows for entry in row)
         found, holders = self._agree(collected, mask)
@@ -189,7 +189,7 @@ def _others(what: str) -> str:
 
 
 def _differ(values: list[bytes | bytearray], groups: list[Any], device: torch.device) -> list[bool]:
-    """Return for each of the values whether the processes of the groups, dimensions of a mesh, have others.
+    """Return for each value whether it differs between the processes of the groups, which are dimensions of a mesh.
 
     The host learns it, but does not wait for what the device computes.
     """
@@ -216,7 +216,7 @@ def _describe(collected: Collected, place: int) -> str:
 
 
 def _aside(device: torch.device) -> AbstractContextManager[Any]:
-    """Where nothing waits for what the device has to do."""
+    """Return a context in which nothing waits for the device's other work."""
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 

@@ -92,7 +92,7 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     @property
     def granularity(self) -> str:
-        """What has a G of its own."""
+        """What gets a G of its own: "global", "per_group" or "per_tensor"."""
         return self._planner.granularity
 
     @untraced
@@ -209,16 +209,16 @@ class SurgeryOptimizer(OptimizerWrapper):
         return operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
 
     def update(self, values: Sequence[Any] | Mapping[str, Any] | Tensor) -> None:
-        """Give the method, where it has an ``update``, what it learns from besides the losses of its steps.
+        """Pass to the method's ``update`` what it learns from besides the losses of its steps.
 
         Those are FAMO's losses after the step and DTP's KPIs. They are averaged over the processes, each of which must
-        call this; the method's own ``update`` would let their weights part.
+        call this; calling the method's own ``update`` would let their weights diverge.
 
         Args:
             values: one number per task, in the tasks' order, or a dict from name to number.
 
         Raises:
-            ValueError: the method learns from nothing else; or the tasks are others, or in another order, than before;
+            ValueError: the method has no ``update``; or the tasks are others, or in another order, than before;
                 or as the method's ``update`` says.
         """
         learn = getattr(self.method, "update", None)
@@ -241,7 +241,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             warnings.warn("collected task gradients are not in .grad: call combine() before step()", stacklevel=2)
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
-    # What Optimizer.__init__ would wrap around it, the wrapped optimizer's own step has.
+    # The wrapped optimizer's step has the hooks that Optimizer.__init__ would wrap around this one.
     step.hooked = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:

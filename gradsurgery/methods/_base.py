@@ -64,12 +64,12 @@ def taken_over(own: Tensor | None, value: Tensor) -> Tensor:
 
 
 def nan_unless_finite(weights: Tensor, gram: Tensor) -> Tensor:
-    """Return weights [..., T] of their own memory, NaN for the problems whose G [..., T, T] is not finite."""
+    """Return a copy of weights [..., T] that is NaN for the problems whose G [..., T, T] is not finite."""
     return torch.where(is_finite(gram), weights, torch.nan)
 
 
 class PerTask:
-    """Numbers that a user gives, one per task. They move to G's device once, for a copy from the host waits."""
+    """Numbers that a user gives, one per task. They move to G's device once, because such a copy synchronises."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class PerTask:
         valid: Callable[[Tensor], Tensor] = torch.isfinite,
     ) -> None:
         self.name = name
-        # Not on torch's default device, where the check may wait, or find nothing.
+        # Not on torch's default device, where the check would synchronise, or on "meta" find no values.
         device = None if isinstance(values, Tensor) else "cpu"
         self.values = torch.as_tensor(values, dtype=torch.float64, device=device).detach().clone()
         if self.values.dim() != 1 or not (self.values.isfinite() & valid(self.values)).all():
@@ -165,7 +165,7 @@ class Method:
     def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
         """Return what ``weights`` would run for T tasks there, for backends with all stages in one call.
 
-        None: only ``weights`` itself yields the weights. The backend advances the state, which a method that is in its
+        None: only ``weights`` itself can compute them. The backend advances the state, which a method that is in its
         initial state and will not be called again (``once``) need not have.
 
         Raises:
@@ -223,7 +223,7 @@ def _brief(option: Any) -> str:
 
 @lru_cache
 def _takes_backend(weights: Callable[..., Tensor]) -> bool:
-    """Whether it has the option, which a user's own need not have."""
+    """Whether the function has the option; that of a user's own method need not."""
     kinds = {name: parameter.kind for name, parameter in inspect.signature(weights).parameters.items()}
     return "backend" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values()
 
@@ -246,7 +246,7 @@ class SolverMethod(Method):
     """A method whose weights are a function of G, a preference and numbers."""
 
     def _solver(self, num_tasks: int) -> Solver:
-        """Return which function for T tasks; ValueError where the options allow none."""
+        """Return the solver for T tasks; ValueError if the options do not fit so many."""
         raise NotImplementedError
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:

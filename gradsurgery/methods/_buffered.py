@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Methods that keep something of the size of the task gradients from step to step."""
+"""Methods that keep tensors as large as the task gradients from step to step."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class BufferedMethod(Method):
         return torch.where(self._finite, self._weigh(gram, state, backend), torch.nan)
 
     def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
-        """Return the weights from a G and the tensors besides the buffers; what is not finite does not matter."""
+        """Return the weights from a G and the tensors besides the buffers; anything for a G that is not finite."""
         raise NotImplementedError
 
     def terms(self, rows: Rows, kept: Rows, weights: Tensor, scale: Tensor | None) -> tuple[Rows, Tensor]:

@@ -22,8 +22,8 @@ class LossMethod(Method):
 
     A problem does not count where G or a loss is not finite, or a loss is negative and the method needs logarithms: its
     weights are NaN and its state stays. ``backward`` of the optimizers computes no G for these methods, so there a step
-    whose losses are finite counts, be its gradients or not. Subclasses say in ``_weigh`` what the weights are, and what
-    the state becomes.
+    whose losses are finite counts even if its gradients are not. Subclasses say in ``_weigh`` what the weights are, and
+    what the state becomes.
 
     State: float64, int64 or bool tensors by name, the first [..., T], one row for each problem.
     """
