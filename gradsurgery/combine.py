@@ -62,7 +62,8 @@ def combine(
         weights: [T], or [S, T] with ``segments``; any real floating dtype, on the gradients' device.
         segments: as in :func:`gradsurgery.gram`.
         out: where to write: a contiguous tensor [N] for the flat form, a list of P tensors like the gradients (None
-            only where no task has a gradient) for the list form. None allocates.
+            only where no task has a gradient) for the list form. It may be one task's gradients, but must not overlap
+            any in part. None allocates.
         accumulate: add to what ``out`` holds instead of overwriting it.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, distributed
 
 from . import methods
+from ._compiling import untraced
 from ._gradients import describe
 from ._operate import backward_once, operate
 from ._plan import Planner, check_method
 from ._shards import processes_of
-from ._untraced import untraced
 from ._wrapper import OptimizerWrapper
 from .backends import check_name
 from .collect import Collected, Losses, Survey, collect, holds_weights

@@ -186,7 +186,6 @@ def test_krum_of_more_than_all_ends_at_once(num_byzantine, num_selected):
         lambda rows: gradsurgery.pcgrad_weights(gradsurgery.gram(rows), order=torch.tensor([[2, 1, 0]] * 3)),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_functions_compile_whole(function):
     for rows in (ROWS, ROWS.clone().requires_grad_()):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

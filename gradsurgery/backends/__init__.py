@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .._compiling import cached
 from .._extension import NativeSolver, Rule
 from .._gradients import TaskGradients
 from . import native, reference
@@ -124,7 +124,7 @@ def check_name(name: str | None, origin: str = "backend") -> str | None:
     return name
 
 
-@lru_cache
+@cached
 def _automatic(device: torch.device, num_tasks: int) -> Backend:
     return next(backend for backend in _BACKENDS.values() if backend.why_not(device, num_tasks) is None)
 

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._compiling import cached
 from .._extension import SOLVER_NUMBERS, WHY_NOT, C, NativeSolver, Rule
 from .._gradients import TaskGradients
 
@@ -148,7 +148,7 @@ class CudaBackend(CpuBackend):
         return self.why_not(torch.device("cuda"), 1) or "available: CUDA kernels"
 
 
-@lru_cache
+@cached
 def _why_not_gpu(index: int | None) -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"

@@ -7,12 +7,12 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._compiling import cached
 from .._constant import constant
 from .._extension import SOLVER_NUMBERS, NativeSolver
 from .._gradients import describe
@@ -221,7 +221,7 @@ def _brief(option: Any) -> str:
     return f"<{len(option)} tensors>" if is_parameters else repr(option)
 
 
-@lru_cache
+@cached
 def _takes_backend(weights: Callable[..., Tensor]) -> bool:
     """Whether the function has the option; that of a user's own method need not."""
     kinds = {name: parameter.kind for name, parameter in inspect.signature(weights).parameters.items()}

@@ -17,7 +17,8 @@ class DBMTL(BufferedMethod):
     / k^sigma, b = 0 at first; then d = sum_t (max_s |b_s| / |b_t|) b_t: all averages made as long as the longest.
 
     Conventions: no epsilons (the authors': 1e-8 on the loss and on the norm). Losses must be positive, else the weights
-    are NaN and the state stays; a zero b_t has weight 0. Heads get their plain gradients.
+    are NaN and the state stays; a zero b_t has weight 0. Heads get their plain gradients. b has the gradients' dtype,
+    in which h_t must be finite: in float16 a loss of 1e-6 makes b infinite for good.
     Scale: a sum of vectors as long as the longest average. State: b and k. Memory: T N. G and the weights are those of
     b.
 

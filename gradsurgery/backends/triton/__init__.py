@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..._compiling import cached
 from ..._gradients import TaskGradients
 from ..reference import ReferenceBackend
 
@@ -87,7 +87,7 @@ class TritonBackend(ReferenceBackend):
         _weights().gradnorm_step(gram, losses, alpha, lr, state, out)
 
 
-@lru_cache
+@cached
 def _launch() -> ModuleType:
     # Importing Triton takes longer than the rest of the package together.
     from . import launch
@@ -95,14 +95,14 @@ def _launch() -> ModuleType:
     return launch
 
 
-@lru_cache
+@cached
 def _weights() -> ModuleType:
     from . import weights
 
     return weights
 
 
-@lru_cache
+@cached
 def _why_not_device(device: torch.device) -> str | None:
     if device.type != "cuda" and not _interpreted():
         return f"the tensors are on {device}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Functions that torch.compile must not trace."""
+"""What functions are to torch.compile: not to be traced, or to be traced without their cache."""
 
 from __future__ import annotations
 
@@ -29,3 +29,14 @@ def untraced(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def _outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
+
+
+def cached(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Return the function with a cache of its results, of which torch.compile sees nothing: it would warn."""
+    keeping = functools.lru_cache(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Result:
+        return (function if torch.compiler.is_compiling() else keeping)(*args)
+
+    return call
