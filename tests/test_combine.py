@@ -46,6 +46,18 @@ def test_out_is_overwritten_or_added_to(backend):
     assert_direction(out, rows, weights, before)
 
 
+@pytest.mark.parametrize("method", ["mgda", "graddrop"])
+def test_a_direction_may_take_the_place_of_a_gradient(method, backend):
+    rows = normal(3, 40_001, torch.float32)
+    expected = gradsurgery.aggregate(rows, method, backend=backend)
+    for place in range(3):
+        matrix, lists = rows.clone(), [[row.clone()] for row in rows]
+        gradsurgery.aggregate(matrix, method, out=matrix[place], backend=backend)
+        gradsurgery.aggregate(lists, method, out=lists[place], backend=backend)
+        assert torch.equal(matrix[place], expected)
+        assert torch.equal(lists[place][0], expected)
+
+
 def test_negated_views(backend):
     rows, weights = normal(3, 101, torch.float32), torch.tensor([1.0, -2.0, 0.5])
     negated = torch._neg_view(rows)
