@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+Root = Tensor | GradientEdge
+"""What a backward pass begins at."""
 
 _JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward")
 """torch.compile's functions, and fully_shard's of a module's inputs."""
@@ -17,7 +20,7 @@ _REENTRANT = "CheckpointFunctionBackward"
 """torch.utils.checkpoint's function with use_reentrant=True, and the like of other packages."""
 
 
-def reach(roots: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> tuple[dict[int, int], list[int]]:
+def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int, int], list[int]]:
     """Walk from the roots to the leaves, each node once, and not beyond the stops.
 
     Returns:
@@ -28,10 +31,10 @@ def reach(roots: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> tuple[dict[i
     stop_masks = [0] * len(stops)
     masks: defaultdict[Any, int] = defaultdict(int)
     for r, root in enumerate(roots):
-        edge = _origin(root)
+        edge = _edge(root)
         if edge in stop_at:
             stop_masks[stop_at[edge]] |= 1 << r
-        elif edge[0] is not None:
+        else:
             masks[edge[0]] |= 1 << r
     leaves: dict[int, int] = {}
     for node in reversed(_postorder(list(masks), stop_at)):
@@ -46,12 +49,12 @@ def reach(roots: Sequence[Tensor], stops: Sequence[Tensor] = ()) -> tuple[dict[i
     return leaves, stop_masks
 
 
-def joins(losses: Sequence[Tensor]) -> bool:
+def joins(losses: Sequence[Root]) -> bool:
     """Whether two losses depend on different outputs of one function that gives zeros, not None, for the others."""
     entries: dict[Any, set[frozenset[int]]] = defaultdict(set)
     for loss in losses:
         outputs: dict[Any, set[int]] = defaultdict(set)
-        stack, seen = [edge for edge in [_origin(loss)] if edge[0] is not None], set()
+        stack, seen = [_edge(loss)], set()
         while stack:
             node, output = stack.pop()
             if type(node).__name__ in _JOINING:
@@ -64,33 +67,32 @@ def joins(losses: Sequence[Tensor]) -> bool:
     return any(len(found) > 1 for found in entries.values())
 
 
-def recomputes(losses: Sequence[Tensor]) -> bool:
+def recomputes(losses: Sequence[Root]) -> bool:
     """Whether a loss depends on a reentrant checkpoint, which hides what is inside from passes to named inputs."""
     starts = {_edge(loss)[0] for loss in losses}
     return any(type(node).__name__ == _REENTRANT for node in _postorder(list(starts), {}))
 
 
-def is_stacked(loss: Tensor) -> bool:
-    """Whether the loss is a part of a torch.stack, whose backward pass gives zeros to the other parts' parameters."""
-    return _origin(loss) != _edge(loss)
+def root_of(loss: Tensor) -> Root | None:
+    """Return what a loss's backward pass begins at: the loss, or for a part of a torch.stack what was stacked.
 
-
-def _origin(loss: Tensor) -> tuple[Any, int]:
-    """Return the edge that the loss hangs on; for a part of a torch.stack, that of the loss that was stacked."""
-    node, output = _edge(loss)
+    The stack's backward pass would give zeros to all that the other parts depend on. None: it depends on nothing.
+    """
+    node = loss.grad_fn
     name = type(node).__name__
     if name not in ("UnbindBackward0", "SelectBackward0"):
-        return node, output
-    whole = node.next_functions[0][0]
-    if type(whole).__name__ != "StackBackward0":
-        return node, output
-    place = output if name == "UnbindBackward0" else node._saved_index
+        return loss
+    whole: Any = node.next_functions[0][0]  # type: ignore[union-attr]
+    if type(whole).__name__ != "StackBackward0" or whole._saved_dim != node._saved_dim:  # type: ignore[union-attr]
+        return loss
+    place = loss.output_nr if name == "UnbindBackward0" else node._saved_index  # type: ignore[union-attr]
     # A negative index comes back as an unsigned number of 64 bits.
-    return whole.next_functions[place if place < 2**63 else place - 2**64]  # type: ignore[no-any-return]
+    edge = whole.next_functions[place if place < 2**63 else place - 2**64]
+    return None if edge[0] is None else GradientEdge(*edge)
 
 
-def _edge(tensor: Tensor) -> tuple[Any, int]:
-    edge = get_gradient_edge(tensor)
+def _edge(root: Root) -> tuple[Any, int]:
+    edge = get_gradient_edge(root) if isinstance(root, Tensor) else root
     return edge.node, edge.output_nr
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._graph import is_stacked, reach
+from ._graph import Root, reach
 
 Rows = list[list[Tensor | None]]
 
@@ -25,27 +25,23 @@ class Passes:
     chunk_size: int | None
     """Tasks of a batched pass; None: all."""
     retain_graph: bool
+    starts: list[tuple[Root, Tensor]]
+    """What the pass of each loss begins at, and the gradient there: 1, or a gradient scaler's factor."""
 
-    def from_losses(self, losses: list[Tensor]) -> Rows:
+    def from_losses(self) -> Rows:
         """Go from each loss to the parameters."""
         if self.batched:
-            return self._batched_from_losses(losses)
+            return self._batched_from_losses()
         if not self.parameters:
-            return [[] for _ in losses]
+            return [[] for _ in self.starts]
         rows: Rows = [
-            [*torch.autograd.grad(loss, self.parameters, retain_graph=keep, allow_unused=True)]
-            for loss, keep in self._last_frees(losses)
+            [*torch.autograd.grad([root], self.parameters, [factor], retain_graph=keep, allow_unused=True)]
+            for (root, factor), keep in self._last_frees(self.starts)
         ]
         check_memory(rows)
-        if any(map(is_stacked, losses)):
-            masks, _ = reach(losses)
-            for p, owner in enumerate(self.parameters):
-                for t, row in enumerate(rows):
-                    if not masks.get(id(owner), 0) >> t & 1:
-                        row[p] = None
         return rows
 
-    def through_grad(self, losses: list[Tensor], *, sharded: bool) -> Rows:
+    def through_grad(self, *, sharded: bool) -> Rows:
         """Go from each loss to all leaves, by way of ``.grad``, where passes to named inputs do not work.
 
         Reentrant checkpoints hide what is inside them. ``fully_shard`` keeps other tensors in the graph than the
@@ -58,10 +54,10 @@ class Passes:
         before = [p.grad for p in parameters]
         rows: Rows = []
         try:
-            for loss, keep in self._last_frees(losses):
+            for (root, factor), keep in self._last_frees(self.starts):
                 for p in parameters:
                     p.grad = None
-                loss.backward(retain_graph=keep)
+                torch.autograd.backward([root], [factor], retain_graph=keep)
                 rows.append([p.grad.to_local() if sharded and p.grad is not None else p.grad for p in parameters])
                 if sharded and all(entry is None for entry in rows[-1]):
                     raise RuntimeError(
@@ -73,24 +69,26 @@ class Passes:
                 p.grad = grad
         return rows
 
-    def _batched_from_losses(self, losses: list[Tensor]) -> Rows:
+    def _batched_from_losses(self) -> Rows:
         """All losses at once, but to the parameters of one task alone by a pass of their sum."""
-        masks, _ = reach(losses)
+        roots, factors = map(list, zip(*self.starts, strict=True))
+        masks, _ = reach(roots)
         mask = [masks.get(id(p), 0) for p in self.parameters]
-        rows: Rows = [[None] * len(mask) for _ in losses]
+        rows: Rows = [[None] * len(mask) for _ in roots]
         owned = [p for p, m in enumerate(mask) if m.bit_count() == 1]
         shared = [p for p, m in enumerate(mask) if m.bit_count() > 1]
         if owned:
             inputs = [self.parameters[p] for p in owned]
             keep = self.retain_graph or bool(shared)
-            of_sum = torch.autograd.grad(losses, inputs, retain_graph=keep, allow_unused=True)
+            of_sum = torch.autograd.grad(roots, inputs, factors, retain_graph=keep, allow_unused=True)
             for p, grad in zip(owned, of_sum, strict=True):
                 rows[mask[p].bit_length() - 1][p] = grad
-        units = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)
-        self._fill_batched(rows, shared, mask, losses, [units[t].to(loss) for t, loss in enumerate(losses)])
+        units = torch.eye(len(rows), dtype=factors[0].dtype, device=factors[0].device)
+        cotangents = [units[t].to(f).reshape(-1, *[1] * f.dim()) * f for t, f in enumerate(factors)]
+        self._fill_batched(rows, shared, mask, roots, cotangents)
         return rows
 
-    def by_features(self, losses: list[Tensor], features: Sequence[Tensor]) -> Rows:
+    def by_features(self, features: Sequence[Tensor]) -> Rows:
         """Go from each loss to the features and the parameters above them, then from the features to those below.
 
         Raises:
@@ -103,18 +101,18 @@ class Passes:
                 raise ValueError(f"feature {f} depends on another one: name tensors that do not")
             for leaf in leaves:
                 below[leaf] = below.get(leaf, 0) | 1 << f
-        above, of_features = reach(losses, features)
+        above, of_features = reach([root for root, _ in self.starts], features)
         if not all(of_features):
             raise ValueError(f"no loss depends on feature {of_features.index(0)}")
         both = [p for p, owner in enumerate(self.parameters) if id(owner) in above and id(owner) in below]
         if both:
             raise ValueError(f"parameters {both} are used above and below the features, which must part the two")
-        rows: Rows = [[None] * len(self.parameters) for _ in losses]
+        rows: Rows = [[None] * len(self.parameters) for _ in self.starts]
         cotangents: Rows = []
-        for t, (loss, keep) in enumerate(self._last_frees(losses)):
+        for t, ((root, factor), keep) in enumerate(self._last_frees(self.starts)):
             own = [p for p, owner in enumerate(self.parameters) if above.get(id(owner), 0) >> t & 1]
             inputs = [*features, *(self.parameters[p] for p in own)]
-            found = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
+            found = torch.autograd.grad([root], inputs, [factor], retain_graph=keep, allow_unused=True)
             cotangents.append(list(found[: len(features)]))
             for p, grad in zip(own, found[len(features) :], strict=True):
                 rows[t][p] = grad
@@ -149,7 +147,7 @@ class Passes:
         return [(item, self.retain_graph or i + 1 < len(items)) for i, item in enumerate(items)]
 
     def _fill_batched(
-        self, rows: Rows, params: list[int], mask: list[int], outputs: Sequence[Tensor], cotangents: list[Tensor]
+        self, rows: Rows, params: list[int], mask: list[int], outputs: Sequence[Root], cotangents: list[Tensor]
     ) -> None:
         """Fill in the gradients of ``params`` from cotangents [T, ...] of the outputs, where the mask says so."""
         if not params:
@@ -183,11 +181,16 @@ def _has_memory(grad: Tensor) -> bool:
 
 
 def _vmapped(
-    outputs: Sequence[Tensor], inputs: list[Tensor], cotangents: list[Tensor], retain_graph: bool
+    outputs: Sequence[Root], inputs: list[Tensor], cotangents: list[Tensor], retain_graph: bool
 ) -> Sequence[Tensor]:
     def go_back(*grads: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
-            outputs, inputs, grads, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+            outputs,  # type: ignore[arg-type]
+            inputs,
+            grads,
+            retain_graph=retain_graph,
+            allow_unused=True,
+            materialize_grads=True,
         )
 
     try:

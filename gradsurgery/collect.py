@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._gradients import is_sharded
-from ._graph import joins, recomputes
+from ._graph import Root, joins, recomputes, root_of
 from ._passes import Passes, check_memory
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ class Survey:
     through_grad: bool | None = None
     """Whether passes must go by way of ``.grad``; None: it has not been looked at."""
 
-    def take(self, losses: list[Tensor], one_pass: bool) -> bool:
+    def take(self, roots: list[Root], one_pass: bool) -> bool:
         """Return ``through_grad``, and warn where gradients will not tell which parameters a loss reaches."""
         if self.through_grad is None:
-            self.through_grad = recomputes(losses)
+            self.through_grad = recomputes(roots)
         if self.infers_shared and not one_pass:
             self.infers_shared = False
-            if joins(losses):
+            if joins(roots):
                 warnings.warn(
                     "losses depend on different outputs of one compiled function, or of one sharded module's inputs, "
                     "whose backward pass gives zeros to what a loss does not depend on: heads in it count as shared. "
@@ -162,8 +162,9 @@ def collect(
         RuntimeError: the batched pass failed, or passes returned gradients in the same memory.
     """
     tasks, each = _check_losses(losses, partial)
-    scalars = [loss for loss in each if loss is not None]
-    through_grad = survey is not None and survey.take(scalars, weigh is not None)
+    given = [loss for loss in each if loss is not None]
+    roots = [None if loss is None else root_of(loss) for loss in each]
+    through_grad = survey is not None and survey.take([root for root in roots if root is not None], weigh is not None)
     if mode not in ("sequential", "batched"):
         raise ValueError(f'mode must be "sequential" or "batched", got {mode!r}')
     if chunk_size is not None and (mode != "batched" or not isinstance(chunk_size, int) or chunk_size < 1):
@@ -172,7 +173,7 @@ def collect(
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
         present = [task for task, loss in zip(tasks, each, strict=True) if loss is not None]
-        shards.check_same(present, scalars[0].device)  # before the hooks average what does not belong together
+        shards.check_same(present, given[0].device)  # before the hooks average what does not belong together
     elif through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
             "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "
@@ -182,28 +183,30 @@ def collect(
         features = [features]
     if features is not None and not (features and all(isinstance(f, Tensor) and f.requires_grad for f in features)):
         raise ValueError("features must be a tensor with a graph, or a non-empty list of them")
-    scale = None
-    absent = torch.zeros((), dtype=torch.float64, device=scalars[0].device)
-    values = torch.stack([absent if loss is None else loss.detach().to(absent) for loss in each])
+    there = [loss is not None for loss in each]
+    absent = torch.zeros((), dtype=torch.float64, device=given[0].device)
+    values = torch.stack([absent if loss is None else loss.detach().to(absent).reshape(()) for loss in each])
     if weigh is not None:
         weights = weigh(tasks, values)
-        terms = [loss * weight.to(loss) for weight, loss in zip(weights.unbind(), scalars, strict=True)]
-        scalars = [sum((term.to(terms[0].device) for term in terms[1:]), terms[0])]
-        mode, chunk_size, features = "sequential", None, None
-    if scaler is not None:
-        scale = scaler.scale(torch.ones((), device=scalars[0].device))
-        scalars = [scaler.scale(loss) for loss in scalars]
-    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph)
+        terms = [(loss * weight.to(loss)).reshape(()) for weight, loss in zip(weights.unbind(), given, strict=True)]
+        total = sum((term.to(terms[0].device) for term in terms[1:]), terms[0])
+        each, roots, mode, chunk_size, features = [total], [total], "sequential", None, None
+    scale = None if scaler is None else scaler.scale(torch.ones((), device=given[0].device))
+    starts = [
+        (root, torch.ones_like(loss) if scale is None else scale.to(loss).expand_as(loss))  # type: ignore[arg-type]
+        for root, loss in zip(roots, each, strict=True)
+        if root is not None
+    ]
+    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts)
     if shards is not None or through_grad:
-        grads = passes.through_grad(scalars, sharded=shards is not None)
+        grads = passes.through_grad(sharded=shards is not None)
     elif features is None:
-        grads = passes.from_losses(scalars)
+        grads = passes.from_losses()
     else:
-        grads = passes.by_features(scalars, features)
-    there = [loss is not None for loss in each]
-    if not all(there):
+        grads = passes.by_features(features)
+    if len(starts) < len(roots):
         found = iter(grads)
-        grads = [next(found) if here else [None] * len(parameters) for here in there]
+        grads = [[None] * len(parameters) if root is None else next(found) for root in roots]
     return Collected(tasks, list(parameters), grads, values, there, scale)
 
 
@@ -215,7 +218,7 @@ def holds_weights(losses: Losses, partial: bool) -> bool:
 
 
 def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor | None]]:
-    """Return the tasks' names and their scalar losses."""
+    """Return the tasks' names and their losses, of one element each."""
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
             raise ValueError(
@@ -246,4 +249,4 @@ def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor
                 f"loss {task!r} has no graph to go back through: it must depend on a parameter, and not be detached or "
                 "computed under no_grad (leave out the loss of a task that this batch lacks)"
             )
-    return tasks, [loss if loss is None or loss.dim() == 0 else loss.reshape(()) for loss in scalars]
+    return tasks, scalars

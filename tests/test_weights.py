@@ -223,9 +223,12 @@ def test_gradnorm_does_not_learn_from_a_loss_that_cannot_be(backend, loss):
     method.weights(gram, losses=torch.tensor([loss, 1.0, 1.0]), backend=backend)
     torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
     for alpha in (0.0, 1.0, 2.0):  # for which powers of negative numbers are numbers
-        method, before = gradsurgery.methods.get("gradnorm", alpha=alpha), torch.ones(3, dtype=torch.float64)
-        method.weights(gram, losses=torch.tensor([loss, 1.0, 1.0]), backend=backend)
-        torch.testing.assert_close(method.state_dict()["weights"], before, rtol=0, atol=0)
+        for first in ([1.0, 1.0, 1.0], [loss, 1.0, 1.0]):
+            method, unequal = gradsurgery.methods.get("gradnorm", alpha=alpha), torch.arange(1.0, 4.0).diag()
+            method.weights(unequal, losses=torch.tensor(first), backend=backend)
+            before = method.state_dict()["weights"]
+            method.weights(unequal, losses=torch.tensor([loss, 1.0, 1.0]), backend=backend)
+            torch.testing.assert_close(method.state_dict()["weights"], before, rtol=0, atol=0)
     one = torch.ones(3, device=DEVICE)
     losses = torch.tensor([loss, 1.0, 1.0], device=DEVICE)
     assert gradsurgery.gradnorm_update(one, one, losses, one, backend=backend).isnan().all()

@@ -45,7 +45,7 @@ GS_HOST_DEVICE inline void gradnorm_step(const double* gram, const double* losse
   }
   gradnorm_update(weights, norms, losses, initial_losses, num_tasks, alpha, lr, updated);
   bool steps = all_finite(updated, num_tasks);
-  for (int64_t i = 0; i < num_tasks; i++) steps = steps && !(losses[i] < 0);
+  for (int64_t i = 0; i < num_tasks; i++) steps = steps && losses[i] >= 0 && std::isfinite(losses[i]);
   if (steps) {
     for (int64_t i = 0; i < num_tasks; i++) weights[i] = updated[i];
   }

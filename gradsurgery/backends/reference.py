@@ -156,7 +156,7 @@ class ReferenceBackend:
         initial.copy_(torch.where(initial.isfinite() & (initial > 0), initial, losses))
         updated = torch.empty_like(weights)
         self.gradnorm([weights, norms, losses, initial], alpha, lr, updated)
-        steps = (updated.isfinite() & ~(losses < 0)).all(-1, keepdim=True)
+        steps = (updated.isfinite() & losses.isfinite() & (losses >= 0)).all(-1, keepdim=True)
         weights.copy_(torch.where(steps, updated, weights))
 
 

@@ -51,5 +51,5 @@ def step(out, gram, losses, weights, initial, alpha: tl.float64, lr: tl.float64,
     before = tl.where((before - before == 0) & (before > 0), before, now)
     tl.store(initial + first + task, before, mask=inside)
     moved = updated(w, norms, now, before, alpha, lr, num_tasks, inside)
-    if tl.min((~inside | ((moved - moved == 0) & (now >= 0))).to(tl.int32), 0) > 0:
+    if tl.min((~inside | ((moved - moved == 0) & (now - now == 0) & (now >= 0))).to(tl.int32), 0) > 0:
         tl.store(weights + first + task, moved, mask=inside)
