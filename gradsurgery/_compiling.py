@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What functions are to torch.compile: not to be traced, or to be traced without their cache."""
+"""How torch.compile treats functions: it calls some uncompiled, and traces others without their caches."""
 
 from __future__ import annotations
 

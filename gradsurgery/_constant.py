@@ -13,7 +13,10 @@ Result = TypeVar("Result", Tensor, list[Any], Tensor | list[Any])
 
 
 class NotDifferentiableError(RuntimeError):
-    """A gradient was asked for through the result of gradient surgery."""
+    """A gradient was asked for through the result of gradient surgery.
+
+    Functions that torch.compile compiled do not raise it: there results are constants without a word.
+    """
 
 
 class _Constant(torch.autograd.Function):
@@ -33,11 +36,9 @@ class _Constant(torch.autograd.Function):
 
 
 def constant(name: str, result: Result, inputs: Sequence[Tensor]) -> Result:
-    """Return ``result``, tied to those inputs that require grad so that a backward pass through it raises.
-
-    Compiled it is not tied: torch.compile would trace the backward pass, which raises.
-    """
+    """Return ``result``, tied to those inputs that require grad so that a backward pass through it raises."""
     inputs = [tensor for tensor in inputs if tensor.requires_grad]
+    # A compiler would trace the backward pass, which raises.
     if not inputs or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return result
     if isinstance(result, list):

@@ -63,14 +63,17 @@ class OptimizerWrapper(torch.optim.Optimizer):
             before(self)
         state = self._save()
         for after in self._optimizer_state_dict_post_hooks.values():
-            state = after(self, state) or state
+            changed = after(self, state)
+            state = state if changed is None else changed
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, by way of the hooks."""
+        state = dict(state_dict)  # the caller's own may be changed neither by hooks nor here
         for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
-        self._load(dict(state_dict))
+            changed = before(self, state)
+            state = state if changed is None else dict(changed)
+        self._load(state)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -82,12 +85,17 @@ class OptimizerWrapper(torch.optim.Optimizer):
         raise NotImplementedError
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Register a hook of the wrapped optimizer's step; it is called with this optimizer."""
-        return self.optimizer.register_step_pre_hook(lambda _, *arguments: hook(self, *arguments))
+        """Register a hook of the wrapped optimizer's step; it is called with this optimizer in the other's place."""
+
+        def call(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            changed = hook(self, (self, *args[1:]), kwargs)
+            return None if changed is None else ((inner, *changed[0][1:]), changed[1])
+
+        return self.optimizer.register_step_pre_hook(call)
 
     def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Register a hook of the wrapped optimizer's step; it is called with this optimizer."""
-        return self.optimizer.register_step_post_hook(lambda _, *arguments: hook(self, *arguments))
+        """Register a hook of the wrapped optimizer's step; it is called with this optimizer in the other's place."""
+        return self.optimizer.register_step_post_hook(lambda inner, args, kwargs: hook(self, (self, *args[1:]), kwargs))
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler leaves a bound step behind, which belongs to this object alone, as hooks do.

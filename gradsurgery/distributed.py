@@ -80,9 +80,10 @@ class Replicas:
         if self.count == 1:
             return collected
         holders = self._average_rows(collected)
-        losses = collected.losses.clone()
-        for loss, count in zip(losses.unbind(), holders, strict=True):
-            loss.div_(max(1, count))
+        losses = collected.losses / max(holders)
+        if min(holders) < max(holders):
+            for loss, count in zip(losses.unbind(), holders, strict=True):
+                loss.mul_(max(holders) / max(1, count))
         distributed.all_reduce(losses, group=self.group)
         return replace(collected, losses=losses, present=[count > 0 for count in holders])
 

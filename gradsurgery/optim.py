@@ -26,9 +26,10 @@ class SurgeryOptimizer(OptimizerWrapper):
     """Wraps a torch optimizer; ``backward(losses)`` takes the place of ``sum(losses).backward()``.
 
     Parameter groups, state and defaults are those of the wrapped optimizer, so schedulers, gradient scalers and
-    checkpoints work as without it. ``state_dict`` adds the method's state under "surgery"; also, under "shared", the
-    places of the parameters whose gradients the method keeps, if it does, and under "tasks" the places of the tasks
-    that it keeps something of. ``load_state_dict`` also takes a plain optimizer's, and leaves the method as it is.
+    checkpoints work as without it. ``state_dict`` adds the method's state under "surgery"; for methods that keep
+    gradients, the places of their parameters under "shared"; and for those that keep something of each task, the
+    places of the tasks under "tasks". ``load_state_dict`` also takes a plain optimizer's, and leaves the method as it
+    is.
 
     What ``backward`` does with a parameter depends on which losses reach it:
 
@@ -226,14 +227,16 @@ class SurgeryOptimizer(OptimizerWrapper):
             raise ValueError(
                 f"method {self.method.name!r} learns from the losses of its steps alone, and has no update"
             )
+        tasks, each = _named(values)
         if isinstance(values, Mapping):
-            tasks, each = [str(name) for name in values], list(values.values())
             self._planner.check_tasks(tasks)
-        else:
-            tasks, each = [str(t) for t in range(len(values))], list(values)
         device = self._parameters()[0].device
         numbers = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in each]
-        learn(self._processes.average_losses(tasks, torch.stack(numbers)))
+        if not numbers or any(number.numel() != 1 for number in numbers):
+            raise ValueError(f"values must hold one number per task, got {values!r}")
+        if self._processes.shards is not None:
+            self._processes.shards.check_same(tasks, device)
+        learn(self._processes.average_losses(tasks, torch.stack([number.reshape(()) for number in numbers])))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer; warn of collected gradients that are not in ``.grad``."""
@@ -269,6 +272,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         parameters = dict(enumerate(self._parameters()))
         if not set(places) <= set(parameters):
             raise ValueError(f"shared must hold places of {len(parameters)} parameters, got {places}")
+        if tasks is not None and not (isinstance(tasks, dict) and set(tasks.values()) == set(range(len(tasks)))):
+            raise ValueError(f"tasks must hold a place for each name, got {tasks!r}")
         before = self.method.state_dict()
         try:
             if surgery is not None:
@@ -278,7 +283,9 @@ class SurgeryOptimizer(OptimizerWrapper):
             self.method.load_state_dict(before)
             raise
         if surgery is not None:
-            self._planner.restore([parameters[place] for place in places], tasks and sorted(tasks, key=tasks.get))
+            self._planner.restore(
+                [parameters[place] for place in places], None if tasks is None else sorted(tasks, key=tasks.__getitem__)
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method!r}, granularity={self.granularity!r}, {self.optimizer!r})"
@@ -297,3 +304,11 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def _trainable(self) -> list[Tensor]:
         return [p for p in self._parameters() if p.requires_grad]
+
+
+def _named(values: Sequence[Any] | Mapping[str, Any] | Tensor) -> tuple[list[str], list[Any]]:
+    """Return the tasks' names and values."""
+    if isinstance(values, Mapping):
+        return [str(name) for name in values], list(values.values())
+    each = list(values.reshape(-1)) if isinstance(values, Tensor) else list(values)
+    return [str(t) for t in range(len(each))], each

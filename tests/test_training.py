@@ -117,16 +117,38 @@ def test_hooks_are_called_with_the_wrapper_and_its_whole_state():
     optimizer.register_state_dict_post_hook(lambda o, state: calls.append(("saved", o)) or {"wrapped": state})
     optimizer.register_load_state_dict_pre_hook(lambda o, state: calls.append(("load", o)) or state["wrapped"])
     optimizer.register_load_state_dict_post_hook(lambda o: calls.append(("loaded", o)))
-    optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append(("step", o)))
-    optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append(("stepped", o)))
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append(("step", args[0])) or (args, kwargs))
+    optimizer.register_step_post_hook(
+        lambda o, args, kwargs: calls.append(("stepped", args[0])) or calls.append(("", o))
+    )
     state = optimizer.state_dict()
     assert set(state) == {"wrapped"}
     state["wrapped"]["surgery"]["seed"] = 5
     optimizer.load_state_dict(state)
     assert optimizer.method.seed == 5
     optimizer.step()
-    assert [name for name, _ in calls] == ["save", "saved", "load", "loaded", "step", "stepped"]
+    assert [name for name, _ in calls] == ["save", "saved", "load", "loaded", "step", "stepped", ""]
     assert all(o is optimizer for _, o in calls)
+
+
+def test_hooks_change_the_state_that_is_loaded_and_not_the_callers():
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), seed=3)
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: state.pop("surgery") and None)
+    state = gradsurgery.PCGrad(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.5), seed=4).state_dict()
+    optimizer.load_state_dict(state)
+    assert "surgery" in state
+    assert optimizer.method.seed == 3
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("tasks", [["a", "b"], {"a": 0, "b": 2}])
+def test_a_checkpoint_with_other_tasks_changes_nothing(tasks):
+    optimizer = gradsurgery.GradNorm(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    before = str(optimizer.state_dict())
+    other = gradsurgery.GradNorm(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.5))
+    with pytest.raises(ValueError, match="tasks must hold a place for each name"):
+        optimizer.load_state_dict({**other.state_dict(), "tasks": tasks})
+    assert str(optimizer.state_dict()) == before
 
 
 @pytest.mark.parametrize("wrap", ["pytorch_optimizer", "accelerate"])
@@ -164,6 +186,10 @@ def test_updates_by_way_of_the_optimizer():
         own.update(torch.tensor(values))
         optimizer.update(dict(zip("ba", values, strict=True)))
         torch.testing.assert_close(optimizer.method.state_dict(), own.state_dict(), rtol=1e-6, atol=1e-7)
+        for wrong in ([], [torch.ones(2), 1.0]):
+            with pytest.raises(ValueError, match="values must hold one number per task"):
+                optimizer.update(wrong)
+        optimizer.update([torch.ones(1), torch.ones(())])
         with pytest.raises(ValueError, match=r"had \['b', 'a'\], got \['a', 'b'\]"):
             optimizer.update({"a": 0.5, "b": 0.5})
     with pytest.raises(ValueError, match="'pcgrad' learns from the losses of its steps alone"):

@@ -50,6 +50,7 @@ class BufferedMethod(Method):
     _buffers: Buffers | None = None
     _state: dict[str, Tensor] | None = None
     _finite: Tensor
+    """Whether the step's gradients and losses are, bool []."""
 
     def replace(
         self,
@@ -108,8 +109,7 @@ class BufferedMethod(Method):
         num_tasks = len(self._buffers)
         if gram.shape != (num_tasks, num_tasks):
             raise ValueError(f"gram must be [{num_tasks}, {num_tasks}], got shape {tuple(gram.shape)}")
-        self._finite = self._finite & is_finite(gram).squeeze()
-        return torch.where(self._finite, self._weigh(gram, state, backend), torch.nan)
+        return torch.where(self._finite & is_finite(gram), self._weigh(gram, state, backend), torch.nan)
 
     def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
         """Return the weights from a G and the tensors besides the buffers; anything for a G that is not finite."""
@@ -152,10 +152,11 @@ class BufferedMethod(Method):
         return self._buffers
 
     def _keep(self, **new: Tensor) -> None:
-        """Write the new state in place, in a finite step."""
+        """Write the new state in place where it is finite, in a finite step."""
         assert self._state is not None
         for name, value in new.items():
-            self._state[name].copy_(torch.where(self._finite, value, self._state[name]))
+            old = self._state[name]
+            old.copy_(torch.where(self._finite & value.isfinite(), value, old))
 
     def _started(self) -> dict[str, Tensor]:
         """Return the tensors besides the buffers; ValueError before the first step."""
@@ -193,6 +194,7 @@ class BufferedMethod(Method):
             for name, value in self._state.items():
                 value.copy_(state[name])
         else:
+            self._finite = torch.ones((), dtype=torch.bool)
             self._buffers = [[b.clone() for b in row] for row in state["buffers"]]
             self._state = {name: state[name].clone() for name in self.state_names}
 
