@@ -43,6 +43,8 @@ class DTP(LossMethod):
     def update(self, kpis: Sequence[float] | Tensor) -> None:
         """Take the tasks' newest KPIs, as after each evaluation.
 
+        In training by several processes call :meth:`gradsurgery.SurgeryOptimizer.update`, which averages them.
+
         Args:
             kpis: T numbers in [0, 1]. Those on a GPU are not read on the host: if one is no such number, nothing
                 changes.

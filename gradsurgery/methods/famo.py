@@ -49,7 +49,8 @@ class FAMO(LossMethod):
     def update(self, losses: Losses) -> None:
         """Update the logits by the losses on the same batch after the optimizer's step.
 
-        A second call before the next step changes nothing, and neither do losses that are negative or not finite.
+        A second call before the next step changes nothing, and neither do losses that are negative or not finite. In
+        training by several processes call :meth:`gradsurgery.SurgeryOptimizer.update`, which averages them.
 
         Args:
             losses: as for the optimizer's ``backward``; no graph is needed.
