@@ -74,7 +74,7 @@ def test_what_there_is_to_know():
     assert info.to_dict()["weights"] == [1.0, 1.0]
     assert info.to_dict()["cosines"] is None
     for field in ("gram", "norms", "cosines", "conflicts", "magnitude_similarity", "update_norm", "finite"):
-        with pytest.raises(ValueError, match=r"collect\(\) and combine\(\) do"):
+        with pytest.raises(ValueError, match=r"collect\(\) and combine\(\) compute G"):
             getattr(info, field)
     optimizer.collect(dict(zip(info.tasks, two_losses(net, X), strict=True)))
     assert optimizer.combine().cosines.shape == (2, 2)

@@ -75,13 +75,14 @@ inline int count_bits(uint32_t bits) { return std::popcount(bits); }
 inline void multiply_double(double (&d)[4], const double (&a)[4], const double (&b)[2]) {
   Emulator& emulator = Emulator::get();
   const int lane = emulator.thread() % kWarp, g = lane / 4, k = lane % 4;
-  for (int w = 0; w < 6; w++) emulator.lane_value(lane, w) = w < 4 ? a[w] : b[w - 4];
+  double* const lanes = &emulator.lane_value(0);
+  const auto value_of = [&](int other, int word) -> double& { return lanes[Emulator::kLaneValues * other + word]; };
+  for (int w = 0; w < 6; w++) value_of(lane, w) = w < 4 ? a[w] : b[w - 4];
   emulator.wait_warp();
   for (int v = 0; v < 4; v++) {
     for (int half = 0; half < 2; half++) {
       for (int i = 0; i < 4; i++) {
-        d[v] +=
-            emulator.lane_value(4 * g + i, v / 2 + 2 * half) * emulator.lane_value(4 * (2 * k + v % 2) + i, 4 + half);
+        d[v] += value_of(4 * g + i, v / 2 + 2 * half) * value_of(4 * (2 * k + v % 2) + i, 4 + half);
       }
     }
   }
@@ -94,16 +95,22 @@ void multiply_16x8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
                    const Decode& decode) {
   Emulator& emulator = Emulator::get();
   const int lane = emulator.thread() % kWarp, g = lane / 4, k = lane % 4;
-  for (int w = 0; w < 6; w++) emulator.lane_value(lane, w) = w < 4 ? a[w] : b[w - 4];
+  double* const lanes = &emulator.lane_value(0);
+  const auto value_of = [&](int other, int word, int v) -> double& {
+    return lanes[Emulator::kLaneValues * other + kValues * word + v];
+  };
+  for (int w = 0; w < 6; w++) {
+    for (int v = 0; v < kValues; v++) value_of(lane, w, v) = decode(w < 4 ? a[w] : b[w - 4], v);
+  }
   emulator.wait_warp();
   for (int r = 0; r < 2; r++) {
     for (int h = 0; h < 2; h++) {
       double sum = c[2 * r + h];
       for (int i = 0; i < 4; i++) {
         for (int half = 0; half < 2; half++) {
-          const auto x = static_cast<uint32_t>(emulator.lane_value(4 * g + i, r + 2 * half));
-          const auto y = static_cast<uint32_t>(emulator.lane_value(4 * (2 * k + h) + i, 4 + half));
-          for (int v = 0; v < kValues; v++) sum += double{decode(x, v)} * double{decode(y, v)};
+          for (int v = 0; v < kValues; v++) {
+            sum += value_of(4 * g + i, r + 2 * half, v) * value_of(4 * (2 * k + h) + i, 4 + half, v);
+          }
         }
       }
       // The hardware truncates, and flushes what is subnormal.

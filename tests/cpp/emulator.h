@@ -146,7 +146,7 @@ class Emulator {
   std::vector<std::vector<std::function<void()>>>& copies() { return fibers_[current_]->copies; }
 
   // Values of a thread that the others of the warp can read between two barriers.
-  static constexpr int kLaneValues = 6;
+  static constexpr int kLaneValues = 12;
   double& lane_value(int lane, int which = 0) {
     const int first = current_ / threads_ * threads_ + thread() / kWarp * kWarp;
     return values_[kLaneValues * (first + lane) + which];

@@ -10,13 +10,21 @@ void test_gram(const Model& model) {
   const int64_t tasks = model.num_tasks, count = model.num_segments * tasks * tasks;
   Values expected(count), scale(count);
   for (size_t p = 0; p < model.numel.size(); p++) {
+    const int64_t columns = model.numel[p];
+    Values rows;
+    for (int64_t i = 0; i < tasks; i++) {
+      for (int64_t c = 0; c < columns; c++) rows.push_back(model.at(p, i, c));
+    }
     for (int64_t i = 0; i < tasks; i++) {
       for (int64_t j = 0; j < tasks; j++) {
-        for (int64_t c = 0; c < model.numel[p]; c++) {
-          const double product = model.at(p, i, c) * model.at(p, j, c);
-          expected[(model.segment[p] * tasks + i) * tasks + j] += product;
-          scale[(model.segment[p] * tasks + i) * tasks + j] += std::abs(product);
+        const double *const a = rows.data() + i * columns, *const b = rows.data() + j * columns;
+        double sum = 0, magnitude = 0;
+        for (int64_t c = 0; c < columns; c++) {
+          sum += a[c] * b[c];
+          magnitude += std::abs(a[c] * b[c]);
         }
+        expected[(model.segment[p] * tasks + i) * tasks + j] += sum;
+        scale[(model.segment[p] * tasks + i) * tasks + j] += magnitude;
       }
     }
   }
