@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gradsurgery
 from bench.step import peak_bytes
-from conftest import grads_of, two_losses, two_task_net
+from conftest import grads_of, on_cpu, two_losses, two_task_net
 from inputs import DEVICE
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -151,6 +151,7 @@ def test_a_checkpoint_with_other_tasks_changes_nothing(tasks):
     assert str(optimizer.state_dict()) == before
 
 
+@on_cpu
 @pytest.mark.parametrize("wrap", ["pytorch_optimizer", "accelerate"])
 def test_optimizers_without_hooks_or_defaults(wrap):
     package = pytest.importorskip(wrap)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""Losses that come as a torch.stack reach what each of them reaches, whichever way the passes go."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import gradsurgery
+from conftest import grads_of, two_task_net
+from inputs import DEVICE
+
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+
+STACKS = {
+    "list": list,
+    "stack": torch.stack,
+    "stack's parts": lambda losses: list(torch.stack(losses)),
+    "parts by index": lambda losses: [torch.stack(losses)[t] for t in range(-2, 0)],
+    "rows": lambda losses: list(torch.stack([loss.reshape(1) for loss in losses])),
+}
+
+
+@pytest.mark.parametrize("way", ["sequential", "batched", "features", "batched features", "checkpoint"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("method", ["gradnorm", "mgda"])
+def test_stacked_losses_reach_what_each_of_them_does(method, scaled, way):
+    found = []
+    for stack in STACKS.values():
+        torch.manual_seed(1)
+        net = two_task_net()
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0) if scaled else None
+        for _ in range(2):
+            if way == "checkpoint":
+                z = checkpoint(net["trunk"], X.clone().requires_grad_(), use_reentrant=True)
+            else:
+                z = net["trunk"](X)
+            losses = [net["a"](z).square().mean(), net["b"](z).abs().mean()]
+            options = {"mode": "batched"} if "batched" in way else {}
+            options |= {"features": z} if "features" in way else {}
+            info = optimizer.backward(stack(losses), scaler=scaler, **options)
+        found.append((grads_of(net), info.gram, info.weights))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_features_of_stacked_losses_stay_apart(mode):
+    a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    for stack in STACKS.values():
+        optimizer = gradsurgery.MGDA(torch.optim.SGD([a, b], lr=0.1))
+        optimizer.zero_grad()
+        features = [2 * a, 3 * b]
+        info = optimizer.backward(stack([f.sum() for f in features]), features=features, mode=mode)
+        assert not info.gram.any()
+        assert [a.grad.tolist(), b.grad.tolist()] == [[2.0] * 3, [3.0] * 3]
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_a_stack_with_a_constant_and_a_leaf(mode):
+    a, leaf = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.tensor(2.0))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([a, leaf], lr=0.1), "mgda")
+    info = optimizer.backward(torch.stack([a.sum(), torch.ones(()), leaf, (a * leaf).sum()]), mode=mode)
+    assert info.gram.diagonal().tolist() == [3.0, 0.0, 1.0, 21.0]
