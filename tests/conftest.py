@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: MIT
+import functools
+import inspect
 import os
 from importlib.util import find_spec
 from typing import Any
@@ -47,6 +49,23 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WHOLE = "GRADSURGERY_TEST_WHOLE" in os.environ
 
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="about the CPU, or about no device at all")
+
+if INTERPRETED and find_spec("triton") is not None:
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    # The interpreter lists the whole language at every call of every function, in nearly half of its time. What is a
+    # builtin does not change but by what it replaces itself.
+    @functools.cache
+    def builtins(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
+
+    def patch_builtin(package: Any, *scope: Any) -> None:
+        for name in builtins(package):
+            if core.is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, *scope)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 def needs_a_gpu() -> None:

@@ -18,10 +18,6 @@
 #include <memory>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
-
 #include "gradsurgery/gradsurgery.h"
 
 namespace gs::gpu {
@@ -105,10 +101,10 @@ class Emulator {
     }
   }
 
-  int thread() const { return current_ % threads_; }
+  int thread() const { return thread_; }
   int threads() const { return threads_; }
-  int64_t block() const { return first_block_ + current_ / threads_; }
-  unsigned char* shared() { return shared_[current_ / threads_].get(); }
+  int64_t block() const { return first_block_ + block_; }
+  unsigned char* shared() { return shared_[block_].get(); }
   // What lies at p in the memory of another block of the group.
   unsigned char* shared_of(int block, unsigned char* p) { return shared_[block].get() + (p - shared()); }
 
@@ -127,17 +123,16 @@ class Emulator {
     leave();  // until the barrier lets go
   }
   void wait_all() { wait(0, group_ * threads_); }
-  void wait_block() { wait(1 + current_ / threads_ * (1 + warps()), threads_); }
+  void wait_block() { wait(1 + block_ * (1 + warps()), threads_); }
   void wait_warp() {
     const int warp = thread() / kWarp;
-    wait(2 + current_ / threads_ * (1 + warps()) + warp, std::min(kWarp, threads_ - warp * kWarp));
+    wait(2 + block_ * (1 + warps()) + warp, std::min(kWarp, threads_ - warp * kWarp));
   }
 
   bool any_of_block(bool value) {
     votes_[current_] = value;
     wait_block();
-    const auto own = votes_.begin() + current_ / threads_ * threads_;
-    const bool any = std::find(own, own + threads_, true) != own + threads_;
+    const bool any = std::memchr(&votes_[block_ * threads_], true, threads_);
     wait_block();
     return any;
   }
@@ -148,7 +143,7 @@ class Emulator {
   // Values of a thread that the others of the warp can read between two barriers.
   static constexpr int kLaneValues = 12;
   double& lane_value(int lane, int which = 0) {
-    const int first = current_ / threads_ * threads_ + thread() / kWarp * kWarp;
+    const int first = current_ - thread_ % kWarp;
     return values_[kLaneValues * (first + lane) + which];
   }
 
@@ -160,7 +155,6 @@ class Emulator {
   struct Fiber {
     Context context{};
     std::unique_ptr<unsigned char[]> stack;
-    void* fake_stack = nullptr;
     std::vector<std::vector<std::function<void()>>> copies;
     size_t barrier = 0;       // that the thread waits at,
     int64_t generation = -1;  // as long as this is the barrier's
@@ -182,28 +176,38 @@ class Emulator {
       fibers_[t]->generation = -1;
       fibers_[t]->done = false;
     }
-    for (int left = all; left > 0;) {
-      progress_ = false;
-      for (int i = 0; i < all; i++) {
-        const int t = order == Order::kForward ? i
-                      : order == Order::kBackward
-                          ? all - 1 - i
-                          : i * 37 % all;  // a permutation: no launch has a multiple of 37 threads
-        const Fiber& fiber = *fibers_[t];
-        if (fiber.done || barriers_[fiber.barrier].generation == fiber.generation) continue;
-        current_ = t;
-        resume();
-        if (fiber.done) {
-          left--;
-          progress_ = true;
-        }
-      }
-      if (left > 0 && !progress_) {
-        std::printf("emulated block %lld: a barrier that not all threads reach\n",
-                    static_cast<long long>(first_block_));
-        std::exit(1);
-      }
+    left_ = all;
+    place_ = -1;
+    progress_ = true;
+    find_next();
+    switch_context(scheduler_, fibers_[current_]->context);
+    if (left_ > 0) {
+      std::printf("emulated block %lld: a barrier that not all threads reach\n", static_cast<long long>(first_block_));
+      std::exit(1);
     }
+  }
+
+  // Makes the next thread in the order that need not wait the current one.
+  bool find_next() {
+    for (;;) {
+      if (++place_ == group_ * threads_) {
+        if (!progress_) return false;
+        progress_ = false;
+        place_ = 0;
+      }
+      const int t = thread_at(place_);
+      const Fiber& fiber = *fibers_[t];
+      if (fiber.done || barriers_[fiber.barrier].generation == fiber.generation) continue;
+      current_ = t;
+      thread_ = t % threads_;
+      block_ = t / threads_;
+      return true;
+    }
+  }
+  int thread_at(int place) const {
+    const int all = group_ * threads_;
+    // The last: a permutation, for no launch has a multiple of 37 threads.
+    return order == Order::kForward ? place : order == Order::kBackward ? all - 1 - place : place * 37 % all;
   }
 
   void add_fiber() {
@@ -215,60 +219,35 @@ class Emulator {
 
   static void loop() {
     Emulator& emulator = get();
-    emulator.finish_switch(nullptr);
     for (;;) {
       emulator.kernel_();
       emulator.fibers_[emulator.current_]->done = true;
+      emulator.left_--;
+      emulator.progress_ = true;
       emulator.leave();
     }
   }
 
-  __attribute__((noinline)) void resume() {
-    Fiber& fiber = *fibers_[current_];
-    start_switch(&scheduler_fake_stack_, fiber.stack.get(), kStackBytes);
-    switch_context(scheduler_, fiber.context);
-    finish_switch(scheduler_fake_stack_);
-  }
-
-  // From a thread back to the scheduler.
+  // From a thread to the next one, or back to where the first was resumed.
   __attribute__((noinline)) void leave() {
     Fiber& fiber = *fibers_[current_];
-    start_switch(&fiber.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
-    switch_context(fiber.context, scheduler_);
-    finish_switch(fibers_[current_]->fake_stack);
+    Context& next = find_next() ? fibers_[current_]->context : scheduler_;
+    if (&next != &fiber.context) switch_context(fiber.context, next);
   }
-
-#if defined(__SANITIZE_ADDRESS__)
-  void start_switch(void** fake_stack, const void* stack, size_t bytes) {
-    __sanitizer_start_switch_fiber(fake_stack, stack, bytes);
-  }
-  void finish_switch(void* fake_stack) {
-    const void* from = nullptr;
-    size_t bytes = 0;
-    __sanitizer_finish_switch_fiber(fake_stack, &from, &bytes);
-    if (!fake_stack && !scheduler_stack_) {
-      scheduler_stack_ = from;
-      scheduler_stack_bytes_ = bytes;
-    }
-  }
-#else
-  void start_switch(void**, const void*, size_t) {}
-  void finish_switch(void*) {}
-#endif
 
   std::function<void()> kernel_;
-  int threads_ = 0, group_ = 1, current_ = 0;
+  int threads_ = 0, group_ = 1;
+  int current_ = 0, thread_ = 0, block_ = 0;  // of all threads, of the block's, and of its block
   int64_t first_block_ = 0;
+  int place_ = 0;  // in the order
+  int left_ = 0;   // threads that are not done
   bool progress_ = false;
   std::vector<std::unique_ptr<unsigned char[]>> shared_;
   std::vector<Barrier> barriers_;
   std::vector<double> values_;
-  std::vector<bool> votes_;
+  std::vector<unsigned char> votes_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   Context scheduler_{};
-  void* scheduler_fake_stack_ = nullptr;
-  const void* scheduler_stack_ = nullptr;
-  size_t scheduler_stack_bytes_ = 0;
 };
 
 }  // namespace gs::gpu
