@@ -8,6 +8,8 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 .PHONY: demo test bench lint cpp sass gpu-code clean
 .DEFAULT_GOAL := test
+# What is imported gets compiled once, not by each of the processes that the tests start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
