@@ -109,18 +109,7 @@ INTERPRETED_SEEDS = (0, 5, 31, 34)
 INTERPRETED_NEVER = {"test_a_batch_is_its_problems", "test_cagrad_of_near_copies"}
 # Nor these, but by `make gpu-code`.
 INTERPRETED_WHOLE = {
-    "test_cosines_of_half_as_many_dimensions[triton-43]",
     "test_cosines_of_half_as_many_dimensions[triton-101]",
-    "test_every_arithmetic[fast float64-70-torch.float32]",
-    "test_every_measured_configuration_gives_the_result",
-    "test_float64_without_matrix_instructions[70]",
-    "test_largest_task_count[triton]",
-    "test_near_parallel_gradients_keep_their_difference[triton]",
-    "test_one_bad_value_marks_its_row_only[triton-inf-8]",
-    "test_pcgrad_by_several_programs[17]",
-    "test_projections_by_a_gram_matrix_that_is_not_quite_positive[triton-31]",
-    "test_projections_of_one_line_rounded_to_float32[triton-1e-08]",
-    "test_rows_out_of_the_range_of_float32_products[70-(-20, 18)-torch.float32]",
     "test_nash_mtl_is_fairgrad_on_a_leash",
     "test_rows_out_of_the_range_of_float32_products[70-(-20, 18)-torch.bfloat16]",
 }
