@@ -48,10 +48,9 @@ sass: .venv/installed
 		-c csrc/cuda/NAME.cu -o build/sass$(ARCH)/NAME.o
 	$(BIN)/python tests/cpp/check_sass.py $(KERNELS:%=build/sass$(ARCH)/%.o)
 
-# What .ci/run has no time for: the longest emulated and interpreted kernels, what nvcc makes of all of them, for the oldest
-# GPUs too, all of Triton's kernels, and a program in C++ with the static library of CUDA's.
+# What .ci/run has no time for: the longest interpreted kernels, what nvcc makes of all kernels, for the oldest GPUs too,
+# all of Triton's, and a program in C++ with the static library of CUDA's.
 gpu-code: .venv/installed
-	GRADSURGERY_TEST_WHOLE=1 $(MAKE) cpp
 	$(MAKE) sass
 	$(MAKE) sass ARCH=80
 	TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=triton GRADSURGERY_TEST_WHOLE=1 $(BIN)/python -m pytest tests/test_triton_compile.py \
