@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,14 +70,15 @@ class BufferedMethod(Method):
             total: from sums over what lies on this process to sums over all, where gradients are sharded.
         """
         self._begin(rows)
+        products = total(gram(rows, backend=backend))  # raises unless each task has like gradients of a parameter
+        first = [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
+        dtypes = [self._kept_in(g.dtype) for g in first]
         if self._buffers is not None:
-            _check_alike(self._buffers, rows, self.name)
-            if any(g is not None and b.dtype is not self._kept_in(g.dtype) for b, g in _pairs(self._buffers, rows)):
+            _check_alike(self._buffers, len(rows), first, self.name)
+            if dtypes != [b.dtype for b in self._buffers[0]]:
                 # The model's dtype has changed.
-                dtypes = [self._kept_in(g.dtype) for g in _first(rows)]
                 with making_state(self.name, self._buffers[0][0].device):
                     self._buffers = [[b.to(d) for b, d in zip(row, dtypes, strict=True)] for row in self._buffers]
-        products = total(gram(rows, backend=backend))
         if scale is not None:
             products = products / scale.double().square()
         self._finite = products.isfinite().all()
@@ -86,7 +87,9 @@ class BufferedMethod(Method):
             self._finite = self._finite & losses.isfinite().all()
         if self._buffers is None or self._state is None:
             with making_state(self.name, products.device):
-                self._buffers = self._new_buffers(rows)
+                self._buffers = [
+                    [torch.zeros_like(g, dtype=d) for g, d in zip(first, dtypes, strict=True)] for _ in rows
+                ]
                 self._state = self._initial(products)
         if next(iter(self._state.values())).device != products.device:
             with making_state(self.name, products.device):
@@ -128,9 +131,6 @@ class BufferedMethod(Method):
     def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of the buffers of gradients of this dtype."""
         return dtype
-
-    def _new_buffers(self, rows: Rows) -> Buffers:
-        return [[torch.zeros_like(g, dtype=self._kept_in(g.dtype)) for g in _first(rows)] for _ in rows]
 
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
         """Return the tensors besides the buffers before the first step."""
@@ -182,38 +182,31 @@ class BufferedMethod(Method):
             isinstance(row, Sequence) and all(isinstance(b, Tensor) for b in row) for row in kept
         ):
             raise ValueError(f"buffers must be T lists of tensors, got {describe(kept)}")
+        of_each = [[(b.shape, b.dtype) for b in row] for row in kept]
+        if not kept or any(row != of_each[0] for row in of_each):
+            raise ValueError("buffers must be of the same shapes and dtypes for each task, got others")
         wanted = self._initial(torch.empty(len(kept), len(kept), dtype=torch.float64, device="cpu"))
         for name, like in wanted.items():
             if not isinstance(state[name], Tensor) or state[name].shape != like.shape:
                 raise ValueError(f"{name} must be {describe(like)}, got {describe(state[name])}")
         if self._buffers is not None and self._state is not None:
-            _check_alike(self._buffers, state["buffers"], self.name)
+            _check_alike(self._buffers, len(kept), kept[0], self.name)
             # In place: a captured graph goes on from there.
-            for mine, theirs in zip(self._buffers, state["buffers"], strict=True):
+            for mine, theirs in zip(self._buffers, kept, strict=True):
                 torch._foreach_copy_(mine, list(theirs))
             for name, value in self._state.items():
                 value.copy_(state[name])
         else:
             self._finite = torch.ones((), dtype=torch.bool)
-            self._buffers = [[b.clone() for b in row] for row in state["buffers"]]
+            self._buffers = [[b.clone() for b in row] for row in kept]
             self._state = {name: state[name].clone() for name in self.state_names}
 
 
-def _first(rows: Rows) -> list[Tensor]:
-    """Return a gradient of each parameter."""
-    return [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
-
-
-def _pairs(buffers: Buffers, rows: Rows) -> Iterator[tuple[Tensor, Tensor | None]]:
-    return ((b, g) for a, row in zip(buffers, rows, strict=True) for b, g in zip(a, row, strict=True))
-
-
-def _check_alike(buffers: Buffers, rows: Rows, name: str) -> None:
-    """Raise ValueError unless the rows are those of the buffers' tasks and parameters."""
-    alike = len(buffers) == len(rows) and all(len(a) == len(b) for a, b in zip(buffers, rows, strict=True))
-    if alike and all(g is None or b.shape == g.shape for b, g in _pairs(buffers, rows)):
-        return
-    raise ValueError(
-        f"the state of method {name!r} is for {len(buffers)} tasks and {len(buffers[0])} shared parameters of other "
-        f"shapes, got {len(rows)} and {len(rows[0])}"
-    )
+def _check_alike(buffers: Buffers, num_tasks: int, gradients: Sequence[Tensor], name: str) -> None:
+    """Raise ValueError unless the buffers are those of so many tasks and of parameters with such gradients."""
+    shapes = [b.shape for b in buffers[0]]
+    if len(buffers) != num_tasks or shapes != [g.shape for g in gradients]:
+        raise ValueError(
+            f"the state of method {name!r} is for {len(buffers)} tasks and {len(shapes)} shared parameters of other "
+            f"shapes, got {num_tasks} and {len(gradients)}"
+        )

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .._checks import check_positive
+from ..combine import combine
 from ._buffered import BufferedMethod, Given, Rows
 
 
@@ -53,10 +55,9 @@ class ExcessMTL(BufferedMethod):
         self._keep(w=w, first=first)
         if scale is None:
             return rows
-        return [
-            [None if g is None else (g.to(r.dtype) / scale).to(g.dtype) for g, r in zip(row, kept, strict=True)]
-            for row, kept in zip(rows, self._buffers, strict=True)
-        ]
+        unscaled = combine([[g for row in rows for g in row]], 1 / scale.double().reshape(1), backend=given.backend)
+        each = iter(unscaled)
+        return [[next(each) for _ in row] for row in rows]
 
     def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
         # Sums of 16-bit squares would stop to grow, or overflow.
@@ -64,16 +65,18 @@ class ExcessMTL(BufferedMethod):
 
     def _excess(self, row: Sequence[Tensor | None], roots: list[Tensor], scale: Tensor | None) -> Tensor:
         """Return e of one task, float64 [], and add its squares to S, whose root does not overflow."""
-        total = torch.zeros((), dtype=torch.float64, device=roots[0].device)
-        for g, root in zip(row, roots, strict=True):
-            if g is None:
-                continue
-            size = torch.where(self._finite, g, 0).abs().to(root.dtype)
-            if scale is not None:
-                size = size / scale.to(root.dtype)
-            root.copy_(torch.hypot(root, size))
-            total += torch.where(root > 0, size * (size / root), 0).sum(dtype=torch.float64)
-        return total
+        pairs = [(g, root) for g, root in zip(row, roots, strict=True) if g is not None]
+        if not pairs:
+            return torch.zeros((), dtype=torch.float64, device=roots[0].device)
+        # All parameters in one tensor: a few operations per task, not per parameter.
+        gradients, kept = (list(tensors) for tensors in zip(*pairs, strict=True))
+        root = _flatten_dense_tensors(kept)
+        size = torch.where(self._finite, _flatten_dense_tensors(gradients), 0).to(root.dtype)
+        if scale is not None:
+            size = size / scale.to(root.dtype)
+        root = torch.hypot(root, size)
+        torch._foreach_copy_(kept, _unflatten_dense_tensors(root, kept))
+        return (size * (size / root.clamp(min=torch.finfo(root.dtype).tiny))).sum(dtype=torch.float64)
 
     def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
         return state["w"]
