@@ -51,6 +51,16 @@ const Tensor* target_tensor(PyObject* object) {
   return free ? tensor : nullptr;
 }
 
+// Whether it shares memory with one of the rows and does not begin where that does.
+bool overlaps_in_part(const Tensor& target, const void* const* rows, int64_t num_tasks) {
+  const auto* const begin = static_cast<const char*>(target.const_data_ptr());
+  const auto bytes = static_cast<int64_t>(target.nbytes());
+  return std::any_of(rows, rows + num_tasks, [&](const void* data) {
+    const auto* const row = static_cast<const char*>(data);
+    return row && row != begin && row < begin + bytes && begin < row + bytes;
+  });
+}
+
 // Whether somebody wants to see each operation.
 bool is_watched() {
   return c10::impl::dispatch_mode_enabled() ||
@@ -199,7 +209,7 @@ bool Lists::fits(pybind11::handle out) const {
   if (flat_) {
     const Tensor *const target = target_tensor(out.ptr()), &matrix = THPVariable_Unpack(first_[0]);
     return target && target->dim() == 1 && target->size(0) == matrix.size(1) && target->dtype() == matrix.dtype() &&
-           target->device() == matrix.device();
+           target->device() == matrix.device() && !overlaps_in_part(*target, grads_.data.data(), grads_.num_tasks);
   }
   const Items targets(out.ptr());
   if (targets.size != num_params()) return false;
@@ -207,6 +217,7 @@ bool Lists::fits(pybind11::handle out) const {
     if (!first_[p]) return false;
     const Tensor* const target = target_tensor(targets.data[p]);
     if (!target || !alike(*target, THPVariable_Unpack(first_[p]))) return false;
+    if (overlaps_in_part(*target, &grads_.data[p * grads_.num_tasks], grads_.num_tasks)) return false;
   }
   return true;
 }

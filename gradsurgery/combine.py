@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._constant import constant
 from ._extension import Rule
-from ._gradients import Grads, TaskGradients, as_float64, describe, parse
+from ._gradients import Grads, TaskGradients, as_float64, describe, is_dense, parse
 from .backends import Backend, choose
 
 Direction = Tensor | list[Any]
@@ -72,7 +72,8 @@ def combine(
         gradients' dtype. A constant to autograd.
 
     Raises:
-        ValueError: shapes, devices or segments do not fit together; ``accumulate`` without ``out``.
+        ValueError: shapes, devices or segments do not fit together; ``out`` overlaps a gradient in part;
+            ``accumulate`` without ``out``.
         TypeError: a dtype does not fit.
         RuntimeError: the named backend cannot serve the call.
 
@@ -166,9 +167,9 @@ def check_out(out: Direction, grads: TaskGradients) -> None:
     if grads.matrix is not None:
         if not isinstance(out, Tensor) or out.shape != grads.matrix.shape[1:] or not out.is_contiguous():
             raise ValueError(f"out must be a contiguous tensor [{grads.matrix.shape[1]}], got {describe(out)}")
-        _check_target(out, grads.matrix, "out")
+        _check_target(out, list(grads.matrix.unbind()), "out")
         return
-    likes = grads.like
+    likes, entries = grads.like, grads.entries
     if not isinstance(out, (list, tuple)) or len(out) != len(likes):
         raise ValueError(f"out must be a list of {len(likes)} tensors, one per parameter")
     for p, (target, like) in enumerate(zip(out, likes, strict=True)):
@@ -176,10 +177,12 @@ def check_out(out: Direction, grads: TaskGradients) -> None:
             continue
         if not isinstance(target, Tensor) or target.shape != like.shape:
             raise ValueError(f"out[{p}] must be a tensor of shape {tuple(like.shape)}, got {describe(target)}")
-        _check_target(target, like, f"out[{p}]")
+        _check_target(target, [g for g in entries[p :: len(likes)] if g is not None], f"out[{p}]")
 
 
-def _check_target(target: Tensor, like: Tensor, name: str) -> None:
+def _check_target(target: Tensor, gradients: list[Tensor], name: str) -> None:
+    """Raise ValueError or TypeError unless the direction of these gradients of one shape can be written there."""
+    like = gradients[0]
     if target.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got {target.layout}")
     if any(stride == 0 and size > 1 for stride, size in zip(target.stride(), target.shape, strict=True)):
@@ -194,3 +197,16 @@ def _check_target(target: Tensor, like: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be {like.dtype} like the gradients, got {target.dtype}")
     if target.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the gradients, got {target.device}")
+    # Traced tensors have no memory; what is not dense is written by way of a temporary.
+    if type(target) is Tensor and not torch.compiler.is_compiling() and is_dense(target):
+        for gradient in gradients:
+            if _overlaps_in_part(target, gradient):
+                raise ValueError(
+                    f"{name} must be one of the gradients or apart from all, got one that overlaps in part"
+                )
+
+
+def _overlaps_in_part(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors share some memory and do not begin at the same place."""
+    begin, other = a.data_ptr(), b.data_ptr()
+    return begin != other and begin < other + b.nbytes and other < begin + a.nbytes

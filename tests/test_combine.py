@@ -4,6 +4,7 @@ import torch
 
 import gradsurgery
 from conftest import on_cpu
+from gradsurgery import methods
 from inputs import DTYPES, HOSTILE, TASKS, UNIT_ROUNDOFF, hostile, normal
 from test_gram import ragged_lists
 
@@ -96,6 +97,26 @@ def test_targets_that_autograd_does_not_allow(backend):
     with torch.no_grad():
         gradsurgery.combine(rows, weights, out=leaf, backend=backend)
     torch.testing.assert_close(leaf.detach(), inferred)
+
+
+def test_out_that_overlaps_a_gradient_in_part(backend):
+    flat = normal(1, 40, torch.float32)[0]
+    rows, weights, method = flat[8:32].view(3, 8), torch.ones(3), methods.get("pcgrad")
+    lists = [[row] for row in rows]
+    before = flat.clone()
+    for begin in (1, 7, 9, 15, 25, 31):
+        for grads, out in ((rows, flat[begin : begin + 8]), (lists, [flat[begin : begin + 8]])):
+            with pytest.raises(ValueError, match="must be one of the gradients or apart from all"):
+                gradsurgery.combine(grads, weights, out=out, backend=backend)
+            with pytest.raises(ValueError, match="must be one of the gradients or apart from all"):
+                gradsurgery.aggregate(grads, method, out=out, backend=backend)
+    assert torch.equal(flat, before)
+    assert method.state_dict()["step"] == 0
+    expected = gradsurgery.combine(rows.clone(), weights, backend=backend)
+    for begin in (0, 32, 16):
+        flat.copy_(before)
+        gradsurgery.combine(lists, weights, out=[flat[begin : begin + 8]], backend=backend)
+        assert torch.equal(flat[begin : begin + 8], expected)
 
 
 def test_large_output_past_the_cache(backend):
