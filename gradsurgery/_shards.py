@@ -17,10 +17,11 @@ from torch import Tensor, distributed
 from ._gradients import is_sharded
 from .collect import Collected
 from .distributed import Replicas, check_same
+from .methods import Method
 
 
-def processes_of(group: Any, parameters: list[Tensor]) -> Replicas | Shards:
-    """Return the processes that train the parameters together.
+def processes_of(group: Any, parameters: list[Tensor], method: Method) -> Replicas | Shards:
+    """Return the processes that train the parameters together by a method.
 
     Raises:
         TypeError, ValueError: as :class:`Replicas` and :meth:`Shards.check` do; a group beside sharded parameters;
@@ -30,10 +31,10 @@ def processes_of(group: Any, parameters: list[Tensor]) -> Replicas | Shards:
     if any(hasattr(p, "_fsdp_flattened") for p in parameters):
         raise TypeError("parameters must not be those of FullyShardedDataParallel, got some: use fully_shard")
     if not sharded:
-        return Replicas(group)
+        return Replicas(group, method)
     if group is not None:
         raise ValueError("process_group must be None for sharded parameters, which name their processes")
-    shards = Shards(sharded[0])
+    shards = Shards(sharded[0], method)
     shards.check(parameters)
     return shards
 
@@ -43,12 +44,14 @@ class Shards:
 
     Args:
         like: one of the parameters.
+        method: the method, whose random numbers must be the same everywhere.
     """
 
-    def __init__(self, like: Any) -> None:
+    def __init__(self, like: Any, method: Method) -> None:
         self.mesh = like.device_mesh
         self.dims = _sharded_dims(like)
         self.shards = self
+        self.method = method
 
     def check(self, parameters: Iterable[Any]) -> None:
         """Raise TypeError for a parameter that is not sharded over the same processes, as ``fully_shard`` does it."""
@@ -112,8 +115,8 @@ class Shards:
         return losses
 
     def check_same(self, tasks: list[str], device: torch.device) -> None:
-        """Raise ValueError, on every process, unless all of them have losses of these tasks."""
-        check_same(tasks, self._groups(), device)
+        """Raise ValueError, on every process, unless all have losses of these tasks and the method's seed."""
+        check_same(tasks, self.method, self._groups(), device)
 
     def _groups(self) -> list[Any]:
         return [self.mesh.get_group(dim) for dim in range(self.mesh.ndim)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from itertools import accumulate, groupby
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, distributed
 
 from ._gradients import DTYPES, assign_grads, is_dense, is_sharded
 from .collect import Collected
+from .methods import Method
 
 _ABSENT, _PRESENT, _UNFIT = range(3)
 _BUCKET_BYTES = 64 << 20  # held twice while they are averaged; larger messages do not make a network faster
@@ -32,6 +34,7 @@ class Replicas:
     Args:
         group: a process group that this process belongs to; None: the default one, where ``torch.distributed`` is
             initialised when a step is taken, else this process alone.
+        method: the method, whose random numbers must be the same everywhere.
 
     Raises:
         TypeError: it is neither.
@@ -40,15 +43,16 @@ class Replicas:
 
     shards = None
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: Any, method: Method) -> None:
         if distributed.is_available() and group is distributed.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("process_group must be a group of this process, got one that it does not belong to")
         if group is not None and not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
         self.group = group
+        self.method = method
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
-        return Replicas(self.group)
+        return Replicas(self.group, deepcopy(self.method, memo))
 
     @property
     def count(self) -> int:
@@ -94,7 +98,7 @@ class Replicas:
         averages are, to rounding, the same.
 
         Raises:
-            ValueError, on every process: they have not collected the same tasks of the same parameters.
+            ValueError, on every process: they have not collected the same tasks of the same parameters, for one seed.
             TypeError, on every process: some gradient is sparse or complex.
         """
         if self.count == 1:
@@ -125,7 +129,7 @@ class Replicas:
         """Return the averages of losses [T]; ValueError, on every process, where they are not of the same tasks."""
         if self.count == 1:
             return losses
-        check_same(tasks, [self.group], losses.device)
+        check_same(tasks, self.method, [self.group], losses.device)
         losses = losses / self.count
         distributed.all_reduce(losses, group=self.group)
         return losses
@@ -158,6 +162,7 @@ class Replicas:
         scaled = "unscaled" if collected.scale is None else "scaled"
         what = (
             f"{len(collected.grads)} {scaled} gradients of {len(collected.parameters)} parameters by {collected.tasks}"
+            f"{_with_seed(self.method)}"
         )
         shapes = str([(p.dtype, p.shape, p.stride()) for p in collected.parameters])
         others, other_shapes, other_mask = _differ(
@@ -177,16 +182,21 @@ class Replicas:
             return bytearray(union.tolist()), holders.tolist()
 
 
-def check_same(tasks: list[str], groups: list[Any], device: torch.device) -> None:
-    """Raise ValueError, on every process of the groups, unless all of them have losses of these tasks."""
-    what = f"losses of {tasks}"
+def check_same(tasks: list[str], method: Method, groups: list[Any], device: torch.device) -> None:
+    """Raise ValueError, on every process of the groups, unless all have losses of these tasks and the method's seed."""
+    what = f"losses of {tasks}{_with_seed(method)}"
     if any(_differ([what.encode()], groups, device)):
         raise ValueError(_others(what))
 
 
+def _with_seed(method: Method) -> str:
+    seed = getattr(method, "seed", None)
+    return "" if seed is None else f" with seed {seed}"
+
+
 def _others(what: str) -> str:
     process = distributed.get_rank()
-    return f"every process must have the same tasks and parameters, got others than {what} on process {process}"
+    return f"every process must have the same tasks, parameters and seed, got others than {what} on process {process}"
 
 
 def _differ(values: list[bytes | bytearray], groups: list[Any], device: torch.device) -> list[bool]:

@@ -77,8 +77,8 @@ class SurgeryOptimizer(OptimizerWrapper):
     ) -> None:
         super().__init__(optimizer)
         self.backend = check_name(backend)
-        self._processes = processes_of(process_group, self._parameters())
         resolved = methods.resolve(method, {})
+        self._processes = processes_of(process_group, self._parameters(), resolved)
         check_method(resolved, granularity, self._processes.shards is not None)
         self._planner = Planner(resolved, shared, granularity)
         self._check_known(self._planner.named, "shared")

@@ -43,6 +43,11 @@ def other_tasks():
         assert optimizer._pending is None
 
 
+def other_seeds(make=Net):
+    net, rank = make(), distributed.get_rank()
+    wrap(net, gradsurgery.methods.get("pcgrad", seed=rank)).backward(net(BATCHES[0][rank]))
+
+
 def other_losses():
     net, rank = Net(), distributed.get_rank()
     wrap(net, "uw").backward(net(BATCHES[0][rank])[: 2 + rank])
@@ -136,6 +141,7 @@ GROUPS = {
 ERRORS = {
     "of another group": of_another_group,
     "other tasks": other_tasks,
+    "other seeds": other_seeds,
     "other losses": other_losses,
     "other shapes": other_shapes,
     "sparse": sparse,
@@ -149,6 +155,7 @@ if DEVICE == "cpu":
         "shard among whole": shard_among_whole,
         "other shards": other_shards,
         "absent losses of shards": absent_of_shards,
+        "seeds of shards": partial(other_seeds, sharded),
         "tasks of shards": partial(sharded_tasks, ("ab", "ba")),
         "losses of shards": partial(sharded_tasks, ("abc", "ab")),
         "shards held back": held_back,

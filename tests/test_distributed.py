@@ -16,11 +16,12 @@ MESSAGES = dict(
         (
             "other tasks",
             [
-                "ValueError: every process must have the same tasks and parameters, got others than 2 unscaled "
-                "gradients of 12 parameters by ['0', '1'] on process 0",
-                "3 unscaled gradients of 12 parameters by ['0', '1', '2'] on process 1",
+                "ValueError: every process must have the same tasks, parameters and seed, got others than 2 "
+                "unscaled gradients of 12 parameters by ['0', '1'] with seed 0 on process 0",
+                "3 unscaled gradients of 12 parameters by ['0', '1', '2'] with seed 0 on process 1",
             ],
         ),
+        ("other seeds", ["'2'] with seed 0 on process 0", "'2'] with seed 1 on process 1"]),
         ("other losses", ["got others than losses of ['0', '1'] on process 0", "losses of ['0', '1', '2'] on"]),
         ("other shapes", ["ValueError: parameters must have the same shapes, dtypes and memory layouts"] * 2),
         (
@@ -37,7 +38,14 @@ MESSAGES = dict(
         ("shard among whole", ["TypeError: all parameters must be sharded or none, got a sharded one of shape"] * 2),
         ("other shards", ["TypeError: all parameters must be sharded over the same processes"] * 2),
         ("absent losses of shards", ["than losses of ['1', '2'] on process 0", "than losses of ['0', '1', '2'] on"]),
-        ("tasks of shards", ["got others than losses of ['a', 'b'] on process 0", "losses of ['b', 'a'] on process 1"]),
+        ("seeds of shards", ["'2'] with seed 0 on process 0", "'2'] with seed 1 on process 1"]),
+        (
+            "tasks of shards",
+            [
+                "got others than losses of ['a', 'b'] with seed 0 on process 0",
+                "losses of ['b', 'a'] with seed 0 on process 1",
+            ],
+        ),
         ("losses of shards", ["than losses of ['a', 'b', 'c'] on process 0", "losses of ['a', 'b'] on process 1"]),
         ("shards held back", ["RuntimeError: loss 0 left no gradient in the sharded parameters: set_requires_"] * 2),
         ("flat shards", ["TypeError: parameters must not be those of FullyShardedDataParallel"] * 2),
