@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -61,6 +61,13 @@ def taken_over(own: Tensor | None, value: Tensor) -> Tensor:
     if own is None or own.shape != value.shape:
         return value.to(torch.float64, copy=True)
     return own.copy_(value)
+
+
+def keep_state(state: dict[str, Tensor], new: Mapping[str, Tensor], counts: Tensor) -> None:
+    """Write new values into a state where they count and are finite, in place: a captured graph goes on from there."""
+    for name, value in new.items():
+        written = counts & (value.abs() < math.inf) if value.is_floating_point() else counts
+        torch.where(written, value, state[name], out=state[name])
 
 
 def nan_unless_finite(weights: Tensor, gram: Tensor) -> Tensor:

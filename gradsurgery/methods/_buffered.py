@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .._gradients import describe
-from ..backends.problems import is_finite
+from ..backends.problems import are_finite, is_finite
 from ..combine import combine
 from ..functional import check_gram
 from ..gram import gram
-from ._base import Method, making_state, read_losses
+from ._base import Method, keep_state, making_state, read_losses
 
 Rows = Sequence[Sequence[Tensor | None]]
 Buffers = list[list[Tensor]]
@@ -81,10 +81,10 @@ class BufferedMethod(Method):
                     self._buffers = [[b.to(d) for b, d in zip(row, dtypes, strict=True)] for row in self._buffers]
         if scale is not None:
             products = products / scale.double().square()
-        self._finite = products.isfinite().all()
+        self._finite = is_finite(products)[0]
         if losses is not None:
             losses = read_losses(self.name, losses, products.shape[:-1], products.device)
-            self._finite = self._finite & losses.isfinite().all()
+            self._finite = self._finite & are_finite(losses)[0]
         if self._buffers is None or self._state is None:
             with making_state(self.name, products.device):
                 self._buffers = [
@@ -152,11 +152,9 @@ class BufferedMethod(Method):
         return self._buffers
 
     def _keep(self, **new: Tensor) -> None:
-        """Write the new state in place where it is finite, in a finite step."""
+        """Write the new state in a finite step."""
         assert self._state is not None
-        for name, value in new.items():
-            old = self._state[name]
-            old.copy_(torch.where(self._finite & value.isfinite(), value, old))
+        keep_state(self._state, new, self._finite)
 
     def _started(self) -> dict[str, Tensor]:
         """Return the tensors besides the buffers; ValueError before the first step."""

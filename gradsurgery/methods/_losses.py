@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .._checks import check_not_negative
 from .._gradients import describe
-from ..backends.problems import is_finite
+from ..backends.problems import are_finite, is_finite
 from ..functional import check_gram
-from ._base import Method, PerTask, making_state, read_losses
+from ._base import Method, PerTask, keep_state, making_state, read_losses
 
 
 class LossMethod(Method):
@@ -65,7 +65,7 @@ class LossMethod(Method):
 
     def _counts(self, losses: Tensor) -> Tensor:
         """Return whether each problem's losses have weights, bool [..., 1]."""
-        counts = losses.isfinite().all(-1, keepdim=True)
+        counts = are_finite(losses)
         return counts & (losses >= 0).all(-1, keepdim=True) if self.takes_logarithms else counts
 
     def _state_for(self, losses: Tensor) -> dict[str, Tensor]:
@@ -85,11 +85,9 @@ class LossMethod(Method):
         return self._state
 
     def _keep(self, counts: Tensor, **new: Tensor) -> None:
-        """Write the new state in place where it counts and is finite: a captured graph goes on from there."""
+        """Write the new state where it counts."""
         assert self._state is not None
-        for name, value in new.items():
-            old = self._state[name]
-            old.copy_(torch.where(counts & value.isfinite(), value, old))
+        keep_state(self._state, new, counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, tensors by name; None each before the first step."""

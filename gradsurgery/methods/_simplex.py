@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._gradients import describe
+from ..backends.problems import are_finite
 from ..functional import check_gram
 from ._base import Method, state_on, taken_over
 
@@ -28,7 +29,7 @@ class SimplexMethod(Method):
         gram = check_gram(gram)
         w = state_on(self.name, self._w, gram.shape[:-1], 1 / gram.shape[-1], gram.device)
         moved = self._step(gram, w, backend)
-        finite = moved.isfinite().all(-1, keepdim=True)
+        finite = are_finite(moved)
         weights = torch.where(finite, self._direction(moved), torch.nan)
         w.copy_(torch.where(finite, moved, w))
         self._w = w  # last: a step that raised has not begun

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_fraction
+from ..backends.problems import are_finite
 from ..functional import check_gram
 from ._base import Method, state_on, taken_over, weigh
 from ._buffered import BufferedMethod
@@ -56,7 +57,7 @@ class CRMOGM(Method):
         w = state_on(self.name, self._w, gram.shape[:-1], torch.nan, gram.device)
         new = weigh(self.method, gram, losses, backend)
         averaged = torch.where(w.isnan(), new, self.alpha * w + (1 - self.alpha) * new)
-        finite = new.isfinite().all(-1, keepdim=True)
+        finite = are_finite(new)
         self._w = w.copy_(torch.where(finite, averaged, w))
         return averaged
 
