@@ -301,7 +301,7 @@ class Untouched:
         (lambda a, b: a, ValueError, r"one per task, or a 1-D tensor, got a tensor of shape \(\)"),
         (lambda a, b: [a, b.expand(2)], ValueError, r"loss '1' must be a scalar, got shape \(2,\)"),
         (lambda a, b: [a, b.detach()], ValueError, "loss '1' has no graph to go back through"),
-        (lambda a, b: {"left": a, "right": 3.0}, TypeError, "loss 'right' must be a tensor, got float"),
+        (lambda a, b: {"left": a, "right": 3.0}, TypeError, "loss 'right' must be a tensor, got float$"),
         (lambda a, b: 3.0, TypeError, "a sequence, a 1-D tensor or a dict of losses, got float"),
         (lambda a, b: "ab", TypeError, "got str"),
     ],
