@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,92 +16,8 @@ from .._constant import constant
 from .._extension import SOLVER_NUMBERS, NativeSolver
 from .._gradients import describe
 from ..backends import choose
-from ..backends.problems import is_finite
 from ..functional import check_seed, new_problems
-
-
-@contextmanager
-def making_state(name: str, device: torch.device) -> Iterator[None]:
-    """Where a method's state is made, or moved to a device.
-
-    Raises RuntimeError while a CUDA graph is captured: the state would start anew at each replay. Made in inference
-    mode it would be of no use outside.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"method {name!r} must run once before its steps are captured in a CUDA graph")
-    with torch.inference_mode(False):
-        yield
-
-
-def read_losses(name: str, losses: Any, shape: torch.Size, device: torch.device) -> Tensor:
-    """Return losses [T] or [..., T] as float64 of that shape [..., T] on the device, detached."""
-    if not isinstance(losses, Tensor) or losses.shape not in (shape[-1:], shape):
-        raise ValueError(f"method {name!r} needs losses, a tensor [{shape[-1]}], got {describe(losses)}")
-    if losses.is_complex():
-        raise TypeError(f"losses must be real, got {losses.dtype}")
-    return losses.detach().to(device, torch.float64).expand(shape).contiguous()
-
-
-def state_on(method: str, own: Tensor | None, shape: torch.Size, initial: float, device: torch.device) -> Tensor:
-    """Return a state's float64 tensor on that device: ``own``, ValueError unless it has this shape, or a new one."""
-    if own is None:
-        with making_state(method, device):
-            return torch.full(shape, initial, dtype=torch.float64, device=device)
-    if own.shape != shape:
-        raise ValueError(f"the state of method {method!r} has the shape {tuple(own.shape)}, G needs {tuple(shape)}")
-    if own.device != device:
-        with making_state(method, device):
-            return own.to(device)
-    return own
-
-
-def taken_over(own: Tensor | None, value: Tensor) -> Tensor:
-    """Return a state's float64 tensor with that value: itself where the shape allows, as a captured graph reads it."""
-    if own is None or own.shape != value.shape:
-        return value.to(torch.float64, copy=True)
-    return own.copy_(value)
-
-
-def keep_state(state: dict[str, Tensor], new: Mapping[str, Tensor], counts: Tensor) -> None:
-    """Write new values into a state where they count and are finite, in place: a captured graph goes on from there."""
-    for name, value in new.items():
-        written = counts & (value.abs() < math.inf) if value.is_floating_point() else counts
-        torch.where(written, value, state[name], out=state[name])
-
-
-def nan_unless_finite(weights: Tensor, gram: Tensor) -> Tensor:
-    """Return a copy of weights [..., T] that is NaN for the problems whose G [..., T, T] is not finite."""
-    return torch.where(is_finite(gram), weights, torch.nan)
-
-
-class PerTask:
-    """Numbers that a user gives, one per task. They move to G's device once, because such a copy synchronises."""
-
-    def __init__(
-        self,
-        name: str,
-        values: Sequence[float] | Tensor,
-        wanted: str = "finite numbers",
-        valid: Callable[[Tensor], Tensor] = torch.isfinite,
-    ) -> None:
-        self.name = name
-        # Not on torch's default device, where the check would synchronise, or on "meta" find no values.
-        device = None if isinstance(values, Tensor) else "cpu"
-        self.values = torch.as_tensor(values, dtype=torch.float64, device=device).detach().clone()
-        if self.values.dim() != 1 or not (self.values.isfinite() & valid(self.values)).all():
-            raise ValueError(f"{name} must be T {wanted}, got {values!r}")
-
-    def __repr__(self) -> str:
-        return repr(self.values.tolist())
-
-    def on(self, device: torch.device, num_tasks: int, method: str) -> Tensor:
-        """Return the numbers [T] on the device."""
-        if len(self.values) != num_tasks:
-            raise ValueError(f"{self.name} must hold one number for each of {num_tasks} tasks, got {len(self.values)}")
-        if self.values.device != device:
-            with making_state(method, device):
-                self.values = self.values.to(device)
-        return self.values
+from ._state import PerTask, making_state
 
 
 class Method:

@@ -15,7 +15,8 @@ from ..backends.problems import are_finite, is_finite
 from ..combine import combine
 from ..functional import check_gram
 from ..gram import gram
-from ._base import Method, keep_state, making_state, read_losses
+from ._base import Method
+from ._state import keep_state, making_state, read_losses
 
 Rows = Sequence[Sequence[Tensor | None]]
 Buffers = list[list[Tensor]]

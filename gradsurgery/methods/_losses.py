@@ -14,7 +14,8 @@ from .._checks import check_not_negative
 from .._gradients import describe
 from ..backends.problems import are_finite, is_finite
 from ..functional import check_gram
-from ._base import Method, PerTask, keep_state, making_state, read_losses
+from ._base import Method
+from ._state import PerTask, keep_state, making_state, read_losses
 
 
 class LossMethod(Method):

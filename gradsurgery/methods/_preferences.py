@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._base import PerTask
 from ._losses import LossMethod
+from ._state import PerTask
 
 
 class PreferenceMethod(LossMethod):

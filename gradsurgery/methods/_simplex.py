@@ -11,7 +11,8 @@ from torch import Tensor
 from .._gradients import describe
 from ..backends.problems import are_finite
 from ..functional import check_gram
-from ._base import Method, state_on, taken_over
+from ._base import Method
+from ._state import state_on, taken_over
 
 
 class SimplexMethod(Method):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..functional import check_gram
-from ._base import Method, PerTask, nan_unless_finite
+from ._base import Method
+from ._state import PerTask, nan_unless_finite
 
 
 class Constant(Method):

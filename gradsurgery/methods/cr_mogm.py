@@ -11,9 +11,10 @@ from torch import Tensor
 from .._checks import check_fraction
 from ..backends.problems import are_finite
 from ..functional import check_gram
-from ._base import Method, state_on, taken_over, weigh
+from ._base import Method, weigh
 from ._buffered import BufferedMethod
 from ._coordinate import CoordinateMethod
+from ._state import state_on, taken_over
 
 
 class CRMOGM(Method):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .._checks import check_positive
-from ._base import PerTask, Solver, SolverMethod
+from ._base import Solver, SolverMethod
+from ._state import PerTask
 
 
 class DualProj(SolverMethod):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._checks import check_not_negative
 from ..collect import Losses
-from ._base import read_losses
 from ._losses import LossMethod
+from ._state import read_losses
 
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8

@@ -12,7 +12,8 @@ from torch import Tensor
 from .._checks import check_not_negative
 from .._gradients import describe, list_of
 from ..functional import check_gram, gradnorm_step
-from ._base import Method, read_losses, state_on, taken_over
+from ._base import Method
+from ._state import read_losses, state_on, taken_over
 
 
 class GradNorm(Method):

@@ -10,7 +10,8 @@ from torch import Tensor
 from .._checks import check_fraction
 from .._gradients import describe
 from ..functional import check_gram, gradvac_step
-from ._base import SteppedMethod, state_on, taken_over
+from ._base import SteppedMethod
+from ._state import state_on, taken_over
 
 
 class GradVac(SteppedMethod):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .._extension import NativeSolver
 from ..functional import check_gram, check_solver, min_norm_weights
-from ._base import Method, read_losses
+from ._base import Method
+from ._state import read_losses
 
 _NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._checks import check_count, check_fraction, check_not_negative, check_positive
 from ..functional import simplex_steps
-from ._base import PerTask
 from ._simplex import SimplexMethod
+from ._state import PerTask
 
 
 class SDMGrad(SimplexMethod):

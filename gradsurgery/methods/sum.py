@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..functional import check_gram
-from ._base import Method, nan_unless_finite
+from ._base import Method
+from ._state import nan_unless_finite
 
 
 class Sum(Method):
