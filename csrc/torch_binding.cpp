@@ -36,12 +36,12 @@ void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate,
   }
   const Target target(device);
   const auto* w = weights.const_data_ptr<double>();
-  const Tensor workspace = target.make_workspace(target.is_cuda() ? gs_combine_cuda_workspace_bytes(&view, 1)
+  const Tensor workspace = target.make_workspace(target.is_cuda() ? gs_combine_cuda_workspace_bytes(&view)
                                                                   : gs_combine_workspace_bytes(&view));
   void* space = workspace.mutable_data_ptr();
   check_status(target.is_cuda()
-                   ? gs_combine_cuda(&view, w, 1, out.data(), accumulate, space, workspace.numel(), target.stream())
-                   : gs_combine_cpu(&view, w, 1, out.data(), accumulate, space, workspace.numel(), &kTorchThreads));
+                   ? gs_combine_cuda(&view, w, out.data(), accumulate, space, workspace.numel(), target.stream())
+                   : gs_combine_cpu(&view, w, out.data(), accumulate, space, workspace.numel(), &kTorchThreads));
 }
 
 gs_solve pcgrad_solve(int64_t seed, const std::optional<Tensor>& step, bool mean, const at::Device& device) {

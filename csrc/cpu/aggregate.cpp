@@ -56,5 +56,5 @@ gs_status gs_aggregate_cpu(const gs_gradients* grads, const gs_solve* solve, dou
   status = gs::solve_weights(*solve, gram, grads->num_segments, grads->num_tasks, weights, workspace, workspace_bytes,
                              parallel);
   if (status != GS_OK) return status;
-  return gs_combine_cpu(grads, weights, 1, out, accumulate, workspace, workspace_bytes, parallel);
+  return gs_combine_cpu(grads, weights, out, accumulate, workspace, workspace_bytes, parallel);
 }

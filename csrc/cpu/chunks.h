@@ -6,10 +6,10 @@
 namespace gs {
 
 // Whether outputs of these sizes would push the gradients out of the cache.
-inline bool overflow_cache(const gs_gradients& g, int64_t num_directions) {
+inline bool overflow_cache(const gs_gradients& g) {
   constexpr int64_t kBytes = 8 << 20;
   int64_t bytes = 0;
-  for (int64_t p = 0; p < g.num_params; p++) bytes += g.numel[p] * element_bytes(g.dtype[p]) * num_directions;
+  for (int64_t p = 0; p < g.num_params; p++) bytes += g.numel[p] * element_bytes(g.dtype[p]);
   return bytes > kBytes;
 }
 

@@ -31,24 +31,18 @@ int64_t gs_combine_workspace_bytes(const gs_gradients* grads) {
   return grads && gs::check(*grads) == GS_OK ? (grads->num_params + 1) * static_cast<int64_t>(sizeof(int64_t)) : -1;
 }
 
-gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, int64_t num_directions, void* const* out,
-                         int accumulate, void* workspace, int64_t workspace_bytes, const gs_parallel* parallel) {
+gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
+                         void* workspace, int64_t workspace_bytes, const gs_parallel* parallel) {
   using namespace gs;
   GS_REQUIRE(grads && weights && (out || grads->num_params == 0), "grads, weights and out must not be NULL");
-  GS_REQUIRE(num_directions >= 1, "num_directions must be at least 1, got %lld", (long long)num_directions);
   if (const gs_status status = check(*grads)) return status;
   const gs_gradients& g = *grads;
   if (const gs_status status = gs::check_workspace(workspace, workspace_bytes, gs_combine_workspace_bytes(grads)))
     return status;
 
-  const bool stream = !accumulate && overflow_cache(g, num_directions);
-  // All directions of a chunk at once, while its gradients are in the cache.
+  const bool stream = !accumulate && overflow_cache(g);
   each_chunk(g, static_cast<int64_t*>(workspace), parallel, [&](int64_t p, int64_t begin, int64_t end) {
-    for (int64_t k = 0; k < num_directions; k++) {
-      void* target = out[k * g.num_params + p];
-      const double* own = weights + k * g.num_segments * g.num_tasks;
-      if (target) combine_chunk(g, own, target, accumulate != 0, stream, p, begin, end);
-    }
+    if (out[p]) combine_chunk(g, weights, out[p], accumulate != 0, stream, p, begin, end);
   });
   return GS_OK;
 }

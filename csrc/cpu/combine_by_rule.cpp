@@ -26,7 +26,7 @@ gs_status gs_combine_by_rule_cpu(const gs_gradients* grads, const gs_rule* rule,
     coordinate[p] = columns;
     columns += g.numel[p];
   }
-  const bool stream = !accumulate && overflow_cache(g, 1);
+  const bool stream = !accumulate && overflow_cache(g);
   each_chunk(g, coordinate + g.num_params, parallel, [&](int64_t p, int64_t begin, int64_t end) {
     if (!out[p]) return;
     const void* rows[GS_MAX_TASKS];

@@ -15,9 +15,9 @@ int64_t gs_gram_cuda_workspace_bytes(const gs_gradients*) { return unsupported()
 
 gs_status gs_gram_cuda(const gs_gradients*, double*, void*, int64_t, gs_stream) { return unsupported(); }
 
-int64_t gs_combine_cuda_workspace_bytes(const gs_gradients*, int64_t) { return unsupported(), -1; }
+int64_t gs_combine_cuda_workspace_bytes(const gs_gradients*) { return unsupported(), -1; }
 
-gs_status gs_combine_cuda(const gs_gradients*, const double*, int64_t, void* const*, int, void*, int64_t, gs_stream) {
+gs_status gs_combine_cuda(const gs_gradients*, const double*, void* const*, int, void*, int64_t, gs_stream) {
   return unsupported();
 }
 

@@ -86,7 +86,7 @@ gs_status solve_weights(const gs_solve& solve, const double* gram, int64_t batch
 
 int64_t gs_aggregate_cuda_workspace_bytes(const gs_gradients* grads, const gs_solve* solve) {
   if (gs::check_solve(grads, solve) != GS_OK) return -1;
-  return std::max({gs_gram_cuda_workspace_bytes(grads), gs_combine_cuda_workspace_bytes(grads, 1),
+  return std::max({gs_gram_cuda_workspace_bytes(grads), gs_combine_cuda_workspace_bytes(grads),
                    gs::gpu::solver_bytes(*solve, grads->num_segments, grads->num_tasks),
                    gs::gpu::partial_bytes(grads->num_tasks)});
 }
@@ -118,5 +118,5 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
   status =
       solve_weights(*solve, gram, grads->num_segments, grads->num_tasks, weights, workspace, workspace_bytes, stream);
   if (status != GS_OK) return status;
-  return gs_combine_cuda(grads, weights, 1, out, accumulate, workspace, workspace_bytes, stream);
+  return gs_combine_cuda(grads, weights, out, accumulate, workspace, workspace_bytes, stream);
 }

@@ -31,8 +31,7 @@ bool are_many(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t process
 }
 
 // Slots of a few turns, the fewer the more rows a turn has, whose last wave leaves the fewest blocks idle. Where
-// columns are few, which may be those of many short rows, slots of turns of a warp. Several directions at once, which
-// are rare, are cut as one is.
+// columns are few, which may be those of many short rows, slots of turns of a warp.
 int64_t width_of(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t processors) {
   const bool many = are_many(columns, bytes, num_tasks, processors);
   const Shape shape = shape_of(bytes, num_tasks, many ? Layout::kMany : Layout::kFew);
@@ -55,13 +54,13 @@ int64_t width_of(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t proc
 // The order in which blocks take the slots. What the Gram kernel read last is still in the level-2 cache: the ends of
 // its own slots, which it goes through side by side. So the first blocks take the last slot within each of those, the
 // next ones the slots before, and so on.
-struct Order {
+struct SlotOrder {
   static constexpr int kShift = 20;
   int32_t groups = 1;  // Gram slots
   int32_t slots;
   int64_t ratio;  // slots of a group, times 2^kShift; it need not be a whole number
 
-  Order(const Table& table, int64_t columns, int64_t gram_width) : slots(table.slots) {
+  SlotOrder(const Table& table, int64_t columns, int64_t gram_width) : slots(table.slots) {
     // Where there are several runs, or few slots in each of the Gram kernel's, from the last slot to the first.
     if (table.runs == 1 && gram_width >= 3 * table.width) {
       groups = static_cast<int32_t>((columns + gram_width - 1) / gram_width);
@@ -87,27 +86,20 @@ struct Order {
   }
 };
 
-// The rows that count in a block's segment: those with a weight other than 0 in one of the directions.
-template <int K>
+// The rows that count in a block's segment: those with a weight other than 0.
 struct Terms {
-  double weight[K][GS_MAX_TASKS];
-  int32_t of_warp[kWarps];  // a vector of its own: what others write meanwhile is not to be read along with it
+  double weight[GS_MAX_TASKS];
+  int32_t of_warp[kWarps];  // apart from what other warps write while this is read
   int32_t row[GS_MAX_TASKS];
   int32_t count;
 };
 
-// weights: [K][stride], of which a segment's begin at `own`.
-template <int K>
-GS_DEVICE void find_terms(const double* own, int64_t stride, int num_tasks, Terms<K>& terms) {
+// own: the segment's weights.
+GS_DEVICE void find_terms(const double* own, int num_tasks, Terms& terms) {
   static_assert(kThreads >= GS_MAX_TASKS);
   const int t = thread(), warp = t / kWarp;
-  bool counts = false;
-  double weight[K];
-#pragma unroll
-  for (int k = 0; k < K; k++) {
-    weight[k] = t < num_tasks ? own[k * stride + t] : 0;
-    counts = counts || weight[k] != 0;
-  }
+  const double weight = t < num_tasks ? own[t] : 0;
+  const bool counts = weight != 0;
   const uint32_t lanes = ballot_of_warp(counts);
   if (t % kWarp == 0) terms.of_warp[warp] = count_bits(lanes);
   sync_block();
@@ -119,41 +111,30 @@ GS_DEVICE void find_terms(const double* own, int64_t stride, int num_tasks, Term
   }
   if (counts) {
     terms.row[before] = t;
-#pragma unroll
-    for (int k = 0; k < K; k++) terms.weight[k][before] = weight[k];
+    terms.weight[before] = weight;
   }
   if (t == 0) terms.count = all;
 }
 
-// sum += the k-th weight of a term times x, unless the weight is 0: x may be anything then.
-template <int K>
-GS_DEVICE void add_term(const Terms<K>& terms, int term, double x, double (&sum)[K]) {
-#pragma unroll
-  for (int k = 0; k < K; k++) {
-    const double weight = terms.weight[k][term];
-    if (K == 1 || weight != 0) sum[k] += weight * x;
-  }
-}
-
 // With more than one step, kRows holds all tasks, so that the sums of a step do not wait for those of the others.
-template <class In, int K, int kSteps, int kRows, int kBlocks>
-GS_KERNEL GS_BLOCKS(kThreads, kBlocks) combine_kernel(GS_ARGUMENT(Table) table, Order order, int num_tasks,
-                                                      const double* weights, int64_t stride, bool accumulate) {
+template <class In, int kSteps, int kRows, int kBlocks>
+GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
+    combine_kernel(GS_ARGUMENT(Table) table, SlotOrder order, int num_tasks, const double* weights, bool accumulate) {
   wait_for_table(table);
-  auto& terms = shared<Terms<K>>();
+  auto& terms = shared<Terms>();
   const int64_t slot = order.slot(block());
   if (slot < 0) return wait_for_previous_kernel();
   const int lane = thread() % kWarp;
   const double* own = weights + table.run_of(slot).segment * num_tasks;
   Turns<In, kWarp, kSteps> turns(table, slot, thread() / kWarp, kWarps);
   wait_for_previous_kernel();
-  find_terms(own, stride, num_tasks, terms);
+  find_terms(own, num_tasks, terms);
   sync_block();
   let_next_kernel_start();
   for (; !turns.done(); turns.next()) {
     Unit unit[kSteps] = {};
     turns.get_units(lane, unit);
-    double sum[kSteps][kVector<In>][K] = {};
+    double sum[kSteps][kVector<In>] = {};
     for (int first = 0; first < (kSteps > 1 ? 1 : terms.count); first += kRows) {
       int task[kRows];
 #pragma unroll
@@ -169,122 +150,89 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks) combine_kernel(GS_ARGUMENT(Table) table, 
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
 #pragma unroll
-          for (int e = 0; e < kVector<In>; e++) add_term(terms, first + u, to_double(x[s][u].get(e)), sum[s][e]);
+          for (int e = 0; e < kVector<In>; e++) sum[s][e] += terms.weight[first + u] * to_double(x[s][u].get(e));
         }
       }
     }
-    int output[K];
-#pragma unroll
-    for (int k = 0; k < K; k++) output[k] = num_tasks + k;
-    In* out[K];
+    const int output[1] = {num_tasks};
+    In* out[1];
     turns.get_rows(output, out);
-#pragma unroll
-    for (int k = 0; k < K; k++) {
-      if (!out[k]) continue;
-      if (accumulate) {
-        const In* const before[1] = {out[k]};
-        Vector<In> x[kSteps][1];
-        turns.load(before, lane, unit, load_last<Vector<In>>, x);
-#pragma unroll
-        for (int s = 0; s < kSteps; s++) {
-#pragma unroll
-          for (int e = 0; e < kVector<In>; e++) sum[s][e][k] += to_double(x[s][0].get(e));
-        }
-      }
+    if (accumulate) {
+      const In* const before[1] = {out[0]};
+      Vector<In> x[kSteps][1];
+      turns.load(before, lane, unit, load_last<Vector<In>>, x);
 #pragma unroll
       for (int s = 0; s < kSteps; s++) {
-        Vector<In> result = {};
 #pragma unroll
-        for (int e = 0; e < kVector<In>; e++) result.set(e, from_double<In>(sum[s][e][k]));
-        turns.store(out[k], lane, s, unit[s], result);
+        for (int e = 0; e < kVector<In>; e++) sum[s][e] += to_double(x[s][0].get(e));
       }
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; s++) {
+      Vector<In> result = {};
+#pragma unroll
+      for (int e = 0; e < kVector<In>; e++) result.set(e, from_double<In>(sum[s][e]));
+      turns.store(out[0], lane, s, unit[s], result);
     }
   }
 }
 
 // In the shape for so many tasks.
-template <class In, int K, int64_t kTasks, Layout kLayout>
-gs_status launch_combine(const Table& table, const Order& order, const gs_gradients& grads, const double* weights,
+template <class In, int64_t kTasks, Layout kLayout>
+gs_status launch_combine(const Table& table, const SlotOrder& order, const gs_gradients& grads, const double* weights,
                          bool accumulate, gs_stream stream) {
-  constexpr Shape kShape = K == 1 ? shape_of(sizeof(In), kTasks, kLayout) : Shape{1, 8, 1};
+  constexpr Shape kShape = shape_of(sizeof(In), kTasks, kLayout);
   static_assert(kShape.steps == 1 || kTasks <= kShape.rows);
-  return launch(&combine_kernel<In, K, kShape.steps, kShape.rows, kShape.blocks>, order.blocks(), kThreads,
-                sizeof(Terms<K>), stream, table, order, static_cast<int>(grads.num_tasks), weights,
-                grads.num_segments * grads.num_tasks, accumulate);
-}
-
-// Directions that one pass over the gradients yields.
-constexpr int kMaxDirections = 4;
-
-// K: as many as there are, from the first one on.
-template <int K>
-gs_status launch_pass(const gs_gradients& grads, const double* weights, int64_t directions, void* const* out,
-                      bool accumulate, void* space, gs_stream stream) {
-  if constexpr (K < kMaxDirections) {
-    if (directions > K) return launch_pass<K + 1>(grads, weights, directions, out, accumulate, space, stream);
-  }
-  Traits traits;
-  if (const gs_status status = get_traits(traits)) return status;
-  const SlotWidth gram_width{grads.num_tasks, traits.fast_double, traits.overlaps};
-  int64_t columns = 0;  // of the table that comes next
-  const auto width = [&](int64_t all_columns, int32_t dtype) {
-    columns = all_columns;
-    return width_of(columns, gs::element_bytes(dtype), grads.num_tasks, traits.processors);
-  };
-  Tables tables(grads, out, K, width);
-  Table table;
-  while (tables.next(table)) {
-    gs_status status = tables.fill(table, space, stream);
-    if (status != GS_OK) return status;
-    const Order order(table, columns, aligned_width(gram_width(columns, table.dtype)));
-    const bool many = are_many(columns, gs::element_bytes(table.dtype), grads.num_tasks, traits.processors);
-    status = with_dtype(table.dtype, [&](auto in) {
-      using In = decltype(in);
-      const auto run = [&](auto tasks) {
-        constexpr int64_t kTasks = decltype(tasks)::value;
-        const auto run_in = table.shifted ? &launch_combine<In, K, kTasks, Layout::kShifted>
-                            : many        ? &launch_combine<In, K, kTasks, Layout::kMany>
-                                          : &launch_combine<In, K, kTasks, Layout::kFew>;
-        return run_in(table, order, grads, weights, accumulate, stream);
-      };
-      if constexpr (K == 1) {
-        if (grads.num_tasks <= 2) return run(std::integral_constant<int64_t, 2>());
-        if (grads.num_tasks <= 4) return run(std::integral_constant<int64_t, 4>());
-        if (grads.num_tasks <= 8) return run(std::integral_constant<int64_t, 8>());
-        if (grads.num_tasks <= 12) return run(std::integral_constant<int64_t, 12>());
-        if (grads.num_tasks <= 16) return run(std::integral_constant<int64_t, 16>());
-      }
-      return run(std::integral_constant<int64_t, GS_MAX_TASKS>());
-    });
-    if (status != GS_OK) return status;
-  }
-  return GS_OK;
+  return launch(&combine_kernel<In, kShape.steps, kShape.rows, kShape.blocks>, order.blocks(), kThreads, sizeof(Terms),
+                stream, table, order, static_cast<int>(grads.num_tasks), weights, accumulate);
 }
 
 }  // namespace
 }  // namespace gs::gpu
 
-int64_t gs_combine_cuda_workspace_bytes(const gs_gradients* grads, int64_t num_directions) {
-  using namespace gs::gpu;
-  if (!grads || num_directions < 1 || gs::check(*grads) != GS_OK) return -1;
-  // As if every parameter had a segment and outputs of its own.
-  const int64_t pointers = grads->num_tasks + std::min<int64_t>(kMaxDirections, num_directions);
-  return table_workspace_bytes(grads->num_params, pointers);
+int64_t gs_combine_cuda_workspace_bytes(const gs_gradients* grads) {
+  if (!grads || gs::check(*grads) != GS_OK) return -1;
+  return gs::gpu::table_workspace_bytes(grads->num_params, grads->num_tasks + 1);
 }
 
-gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, int64_t num_directions, void* const* out,
-                          int accumulate, void* workspace, int64_t workspace_bytes, gs_stream stream) {
+gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
+                          void* workspace, int64_t workspace_bytes, gs_stream stream) {
   using namespace gs::gpu;
   GS_REQUIRE(grads && weights && (out || grads->num_params == 0), "grads, weights and out must not be NULL");
-  GS_REQUIRE(num_directions >= 1, "num_directions must be at least 1, got %lld", (long long)num_directions);
   if (const gs_status status = gs::check(*grads)) return status;
-  if (const gs_status status =
-          gs::check_workspace(workspace, workspace_bytes, gs_combine_cuda_workspace_bytes(grads, num_directions)))
+  if (const gs_status status = gs::check_workspace(workspace, workspace_bytes, gs_combine_cuda_workspace_bytes(grads)))
     return status;
-  for (int64_t first = 0; first < num_directions; first += kMaxDirections) {
-    const int64_t count = std::min<int64_t>(kMaxDirections, num_directions - first);
-    const gs_status status = launch_pass<1>(*grads, weights + first * grads->num_segments * grads->num_tasks, count,
-                                            out + first * grads->num_params, accumulate != 0, workspace, stream);
+  Traits traits;
+  if (const gs_status status = get_traits(traits)) return status;
+  const SlotWidth gram_width{grads->num_tasks, traits.fast_double, traits.overlaps};
+  int64_t columns = 0;  // of the table that comes next
+  const auto width = [&](int64_t all_columns, int32_t dtype) {
+    columns = all_columns;
+    return width_of(columns, gs::element_bytes(dtype), grads->num_tasks, traits.processors);
+  };
+  Tables tables(*grads, out, width);
+  Table table;
+  while (tables.next(table)) {
+    gs_status status = tables.fill(table, workspace, stream);
+    if (status != GS_OK) return status;
+    const SlotOrder order(table, columns, aligned_width(gram_width(columns, table.dtype)));
+    const bool many = are_many(columns, gs::element_bytes(table.dtype), grads->num_tasks, traits.processors);
+    status = with_dtype(table.dtype, [&](auto in) {
+      using In = decltype(in);
+      const auto run = [&](auto tasks) {
+        constexpr int64_t kTasks = decltype(tasks)::value;
+        const auto run_in = table.shifted ? &launch_combine<In, kTasks, Layout::kShifted>
+                            : many        ? &launch_combine<In, kTasks, Layout::kMany>
+                                          : &launch_combine<In, kTasks, Layout::kFew>;
+        return run_in(table, order, *grads, weights, accumulate != 0, stream);
+      };
+      if (grads->num_tasks <= 2) return run(std::integral_constant<int64_t, 2>());
+      if (grads->num_tasks <= 4) return run(std::integral_constant<int64_t, 4>());
+      if (grads->num_tasks <= 8) return run(std::integral_constant<int64_t, 8>());
+      if (grads->num_tasks <= 12) return run(std::integral_constant<int64_t, 12>());
+      if (grads->num_tasks <= 16) return run(std::integral_constant<int64_t, 16>());
+      return run(std::integral_constant<int64_t, GS_MAX_TASKS>());
+    });
     if (status != GS_OK) return status;
   }
   return GS_OK;

@@ -16,7 +16,7 @@ int64_t width_of(int64_t columns, int32_t dtype, int64_t processors) {
 }  // namespace gs::gpu
 
 int64_t gs_combine_by_rule_cuda_workspace_bytes(const gs_gradients* grads) {
-  return gs_combine_cuda_workspace_bytes(grads, 1);
+  return gs_combine_cuda_workspace_bytes(grads);
 }
 
 gs_status gs_combine_by_rule_cuda(const gs_gradients* grads, const gs_rule* rule, void* const* out, int accumulate,
@@ -34,7 +34,7 @@ gs_status gs_combine_by_rule_cuda(const gs_gradients* grads, const gs_rule* rule
   whole.segment = nullptr;
   whole.num_segments = 1;
   const auto width = [&](int64_t columns, int32_t dtype) { return width_of(columns, dtype, traits.processors); };
-  Tables tables(whole, out, 1, width);
+  Tables tables(whole, out, width);
   Table table;
   const auto launch_rule = rule->kind == GS_GRADDROP ? launch_graddrop : launch_trimmed_mean;
   while (tables.next(table)) {

@@ -15,15 +15,15 @@ constexpr int64_t aligned_width(int64_t columns) { return (columns + 63) / 64 * 
 template <class WidthOf>
 class Tables {
  public:
-  // out: [outputs][P] of combine's directions; gram has none.
-  Tables(const gs_gradients& grads, void* const* out, int64_t outputs, const WidthOf& width_of)
-      : grads_(grads), out_(out), outputs_(outputs), width_of_(width_of) {}
+  // out: the P parts of combine's direction; NULL for gram.
+  Tables(const gs_gradients& grads, void* const* out, const WidthOf& width_of)
+      : grads_(grads), out_(out), width_of_(width_of) {}
 
   // Turns to the next dtype and describes its table, without its contents; false when there is none left. Parameters
   // without elements, gradients or (for combine) an output are left out.
   bool next(Table& table) {
     table.elsewhere = nullptr;
-    table.pointers = static_cast<int32_t>(grads_.num_tasks + outputs_);
+    table.pointers = static_cast<int32_t>(grads_.num_tasks + (out_ != nullptr));
     for (table.params = 0; table.params == 0;) {
       if (++dtype_ > GS_FLOAT16) return false;
       table.runs = table.segments = table.slots = table.most_slots = 0;
@@ -88,20 +88,14 @@ class Tables {
   template <class Visit>
   void each_pointer(int64_t p, const Visit& visit) const {
     for (int64_t t = 0; t < grads_.num_tasks; t++) visit(grads_.data[p * grads_.num_tasks + t]);
-    for (int64_t k = 0; k < outputs_; k++) visit(static_cast<const void*>(out_[k * grads_.num_params + p]));
+    if (out_) visit(static_cast<const void*>(out_[p]));
   }
 
   bool counts(int64_t p) const {
     if (grads_.dtype[p] != dtype_ || grads_.numel[p] == 0) return false;
-    const auto exists = [](const void* pointer) { return pointer != nullptr; };
-    if (outputs_ == 0) {
-      const void* const* rows = grads_.data + p * grads_.num_tasks;
-      return std::any_of(rows, rows + grads_.num_tasks, exists);
-    }
-    for (int64_t k = 0; k < outputs_; k++) {
-      if (exists(out_[k * grads_.num_params + p])) return true;
-    }
-    return false;
+    if (out_) return out_[p] != nullptr;
+    const void* const* rows = grads_.data + p * grads_.num_tasks;
+    return std::any_of(rows, rows + grads_.num_tasks, [](const void* row) { return row != nullptr; });
   }
   template <class Visit>
   void each_param(const Visit& visit) const {
@@ -174,7 +168,6 @@ class Tables {
 
   const gs_gradients& grads_;
   void* const* out_;
-  const int64_t outputs_;
   const WidthOf& width_of_;
   int32_t dtype_ = GS_FLOAT64 - 1;
   const bool is_sorted_ = !grads_.segment || std::is_sorted(grads_.segment, grads_.segment + grads_.num_params);

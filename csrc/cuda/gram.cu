@@ -123,7 +123,7 @@ gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace,
   auto* space = static_cast<unsigned char*>(workspace);
   auto* partials = reinterpret_cast<double*>(space + table_workspace_bytes(grads->num_params, tasks));
   const SlotWidth width{tasks, traits.fast_double, traits.overlaps};
-  Tables tables(*grads, nullptr, 0, width);
+  Tables tables(*grads, nullptr, width);
   Table table;
   // Where the first table has all segments it sets G, else all tables add to 0.
   bool more = tables.next(table), accumulate = table.segments < grads->num_segments;

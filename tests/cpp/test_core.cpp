@@ -115,7 +115,7 @@ void test_combine(int64_t tasks) {
     std::vector<void*> pointers;
     for (const int64_t n : problem.numel) out.emplace_back(n, accumulate ? 1.0f : NAN);
     for (auto& o : out) pointers.push_back(o.data());
-    CHECK(gs_combine_cpu(&view, weights.data(), 1, pointers.data(), accumulate, space.get(), bytes, &kTwoThreads) ==
+    CHECK(gs_combine_cpu(&view, weights.data(), pointers.data(), accumulate, space.get(), bytes, &kTwoThreads) ==
           GS_OK);
     for (size_t p = 0; p < out.size(); p++) {
       for (int64_t k = 0; k < problem.numel[p]; k++) {
@@ -127,29 +127,6 @@ void test_combine(int64_t tasks) {
       }
     }
   }
-}
-
-void test_several_directions(int64_t tasks) {
-  const Problem problem(tasks, {20001, 0, 33});
-  const gs_gradients view = problem.view();
-  const int64_t bytes = gs_combine_workspace_bytes(&view), params = 3, stride = 2 * tasks;
-  auto space = workspace(bytes);
-  std::vector<double> weights(3 * stride);
-  for (size_t i = 0; i < weights.size(); i++) weights[i] = (i % 4) - 0.5 * (i % 3);
-  std::vector<std::vector<float>> single, together;
-  std::vector<void*> one, all;
-  for (int64_t i = 0; i < 3 * params; i++) {
-    single.emplace_back(problem.numel[i % params], NAN);
-    together.emplace_back(problem.numel[i % params], NAN);
-  }
-  for (auto& o : single) one.push_back(o.data());
-  for (auto& o : together) all.push_back(o.data());
-  for (int64_t k = 0; k < 3; k++) {
-    CHECK(gs_combine_cpu(&view, &weights[k * stride], 1, &one[k * params], 0, space.get(), bytes, nullptr) == GS_OK);
-  }
-  CHECK(gs_combine_cpu(&view, weights.data(), 3, all.data(), 0, space.get(), bytes, &kTwoThreads) == GS_OK);
-  CHECK(single == together);
-  CHECK(gs_combine_cpu(&view, weights.data(), 0, all.data(), 0, space.get(), bytes, nullptr) == GS_INVALID_ARGUMENT);
 }
 
 void test_solvers() {
@@ -247,7 +224,6 @@ int main() {
   for (const int64_t tasks : {1, 2, 3, 8, 9, 17, 70}) {
     test_gram(tasks);
     test_combine(tasks);
-    test_several_directions(tasks);
   }
   for (const int64_t tasks : {1, 2, 5, 16, 64, 128, 256}) test_min_norm(tasks);
   test_solvers();

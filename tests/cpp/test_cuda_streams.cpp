@@ -45,30 +45,27 @@ void test_gram(const Model& model) {
   }
 }
 
-gs_status combine(const gs_gradients& grads, const double* weights, int64_t directions, void* const* out,
-                  bool accumulate) {
-  const int64_t bytes = gs_combine_cuda_workspace_bytes(&grads, directions);
+gs_status combine(const gs_gradients& grads, const double* weights, void* const* out, bool accumulate) {
+  const int64_t bytes = gs_combine_cuda_workspace_bytes(&grads);
   const auto space = allocate(bytes);
   std::memset(space.get(), 0xff, bytes);
-  return gs_combine_cuda(&grads, weights, directions, out, accumulate, space.get(), bytes, nullptr);
+  return gs_combine_cuda(&grads, weights, out, accumulate, space.get(), bytes, nullptr);
 }
 
-// All directions at once on the GPU, one by one on the CPU.
-void test_combine(const Model& model, int64_t directions, bool accumulate, bool alias) {
+void test_combine(const Model& model, bool accumulate, bool alias) {
   const auto params = static_cast<int64_t>(model.numel.size()), tasks = model.num_tasks;
-  const int64_t stride = model.num_segments * tasks;
   Values weights;
-  for (int64_t i = 0; i < directions * stride; i++) weights.push_back(i % 3 == 1 ? 0 : 0.5 * (i % 7) - 1);
+  for (int64_t i = 0; i < model.num_segments * tasks; i++) weights.push_back(i % 3 == 1 ? 0 : 0.5 * (i % 7) - 1);
   std::vector<std::vector<char>> results[2];
   for (const bool gpu : {false, true}) {
     Model copy = model;  // rows that the direction may overwrite
     std::vector<std::vector<char>> outs;
     std::vector<void*> pointers;
-    for (int64_t i = 0; i < directions * params; i++) {
-      const auto type = static_cast<gs_dtype>(model.dtype[i % params]);
+    for (int64_t p = 0; p < params; p++) {
+      const auto type = static_cast<gs_dtype>(model.dtype[p]);
       // One element of space before the output moves it off the rows' alignment.
-      outs.emplace_back((model.numel[i % params] + 1) * bytes_of(type), 1);
-      pointers.push_back(i == 5 ? nullptr : outs.back().data() + bytes_of(type));
+      outs.emplace_back((model.numel[p] + 1) * bytes_of(type), 1);
+      pointers.push_back(p == 5 ? nullptr : outs.back().data() + bytes_of(type));
     }
     if (alias) {
       const auto type = static_cast<gs_dtype>(model.dtype[3]);
@@ -78,24 +75,21 @@ void test_combine(const Model& model, int64_t directions, bool accumulate, bool 
     const gs_gradients own = copy.view();
     Emulator::get().order = Order::kBackward;
     const int64_t bytes = gs_combine_workspace_bytes(&own);
-    gs_status status = GS_OK;
-    if (gpu) status = combine(own, weights.data(), directions, pointers.data(), accumulate);
-    for (int64_t k = 0; k < directions && !gpu; k++) {
-      status = gs_combine_cpu(&own, &weights[k * stride], 1, &pointers[k * params], accumulate, allocate(bytes).get(),
-                              bytes, nullptr);
-    }
+    const gs_status status =
+        gpu ? combine(own, weights.data(), pointers.data(), accumulate)
+            : gs_combine_cpu(&own, weights.data(), pointers.data(), accumulate, allocate(bytes).get(), bytes, nullptr);
     CHECK(status == GS_OK, "%s", gs_last_error());
     results[gpu] = outs;
   }
-  for (int64_t i = 0; i < directions * params; i++) {
-    const auto type = static_cast<gs_dtype>(model.dtype[i % params]);
-    for (int64_t c = 0; c < model.numel[i % params]; c++) {
-      const double expected = decode(&results[0][i][(c + 1) * bytes_of(type)], type);
-      const double got = decode(&results[1][i][(c + 1) * bytes_of(type)], type);
+  for (int64_t p = 0; p < params; p++) {
+    const auto type = static_cast<gs_dtype>(model.dtype[p]);
+    for (int64_t c = 0; c < model.numel[p]; c++) {
+      const double expected = decode(&results[0][p][(c + 1) * bytes_of(type)], type);
+      const double got = decode(&results[1][p][(c + 1) * bytes_of(type)], type);
       // Contraction to fused multiply-adds may differ, so a rounding may fall the other way.
       const double ulp = type == GS_FLOAT32 ? 0x1p-23 : type == GS_FLOAT16 ? 0x1p-10 : type == GS_BFLOAT16 ? 0x1p-7 : 0;
       CHECK(std::abs(got - expected) <= ulp * std::max(std::abs(expected), 1e-4) + 1e-13,
-            "combine output %ld at %ld: %g, expected %g", static_cast<long>(i), static_cast<long>(c), got, expected);
+            "combine output %ld at %ld: %g, expected %g", static_cast<long>(p), static_cast<long>(c), got, expected);
     }
   }
 }
@@ -170,42 +164,38 @@ void test_scales() {
   test_gram(Model(20, {GS_BFLOAT16}, {100}, [](int64_t t) { return t == 1 ? NAN : 1; }));
 }
 
-// A row does not count in the directions that give it the weight 0.
+// A row with the weight 0 is not read.
 void test_hidden_row() {
   const Model model(2, {GS_FLOAT32}, {900}, [](int64_t t) { return t == 1 ? NAN : 1; });
-  const gs_gradients view = model.view();
-  const double weights[2][3][2] = {{{1, 0}, {1, 0}, {1, 0}}, {{1, 1}, {1, 1}, {1, 1}}};
-  std::vector<float> out[2] = {std::vector<float>(900, NAN), std::vector<float>(900, 0)};
-  void* pointers[2] = {out[0].data(), out[1].data()};
-  CHECK(combine(view, &weights[0][0][0], 1, pointers, false) == GS_OK, "%s", gs_last_error());
-  CHECK(std::none_of(out[0].begin(), out[0].end(), [](float x) { return std::isnan(x); }), "a weight of 0 is read");
-  CHECK(combine(view, &weights[0][0][0], 2, pointers, false) == GS_OK, "%s", gs_last_error());
-  CHECK(std::none_of(out[0].begin(), out[0].end(), [](float x) { return std::isnan(x); }), "a weight of 0 counts");
-  CHECK(std::all_of(out[1].begin(), out[1].end(), [](float x) { return std::isnan(x); }), "a weight of 1 does not");
+  const double weights[3][2] = {{1, 0}, {1, 0}, {1, 0}};
+  std::vector<float> out(900, NAN);
+  void* pointers[] = {out.data()};
+  CHECK(combine(model.view(), &weights[0][0], pointers, false) == GS_OK, "%s", gs_last_error());
+  CHECK(std::none_of(out.begin(), out.end(), [](float x) { return std::isnan(x); }), "a weight of 0 counts");
 }
 
 void test_streams() {
   for (const int64_t num_tasks : {1, 2, 5, 9, 17}) {
     for (const gs_dtype dtype : kDtypes) {
       const Model model(num_tasks, {dtype}, {1, 0, 7, 250, 64, 33, num_tasks < 9 ? 5003 : 2100});
-      for (const bool alias : {false, true}) test_combine(model, 1, alias, alias);
-      test_combine(model, 2 + num_tasks % 5, num_tasks % 2, false);
+      for (const bool alias : {false, true}) test_combine(model, alias, alias);
+      test_combine(model, true, false);
     }
   }
-  test_combine(Model(70, {GS_BFLOAT16}, {700, 3, 40}), 1, false, false);
+  test_combine(Model(70, {GS_BFLOAT16}, {700, 3, 40}), false, false);
   // More columns than all blocks take at once.
-  test_combine(Model(6, {GS_BFLOAT16}, {25000}), 1, false, false);
-  test_combine(Model(17, {GS_FLOAT32}, {6200}), 1, true, false);
+  test_combine(Model(6, {GS_BFLOAT16}, {25000}), false, false);
+  test_combine(Model(17, {GS_FLOAT32}, {6200}), true, false);
   // Three and a half slots in each of the Gram kernel's 263; added, so that none counts twice.
   Emulator::get().processors = 400;
-  test_combine(Model(9, {GS_FLOAT32}, {263 * 448}), 1, true, false);
+  test_combine(Model(9, {GS_FLOAT32}, {263 * 448}), true, false);
   Emulator::get().processors = 3;
   const Model mixed(3, {GS_FLOAT32, GS_FLOAT32, GS_BFLOAT16, GS_FLOAT64, GS_FLOAT16}, {9, 5, 9, 5, 9, 5, 9, 5});
   test_gram(mixed);
-  test_combine(mixed, 5, true, false);
+  test_combine(mixed, true, false);
   const Model many(2, {GS_FLOAT32}, std::vector<int64_t>(1100, 2));  // more parameters than arguments take
   test_gram(many);
-  test_combine(many, 1, false, false);
+  test_combine(many, false, false);
   // Slots that begin in the last of a run's parameters, with another run after it.
   std::vector<int64_t> sizes(1100, 2);
   sizes[1056] = 5000;

@@ -138,18 +138,16 @@ GS_API int64_t gs_gram_cuda_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace, int64_t workspace_bytes,
                               gs_stream stream);
 
-// K directions d_kp = sum_t weights[k, segment(p), t] g_{t,p}, summed in float64 in ascending t and rounded once to the
-// parameter's dtype. weights is [K, S, T], out [K][P]. A gradient whose weight is 0 does not count, whatever it holds;
-// one whose weights are all 0 is not read. out[k][p] may be NULL (skipped) or, with K = 1, equal one of the gradients;
-// with accumulate != 0 the direction is added to what out[k][p] holds.
+// The direction d_p = sum_t weights[segment(p), t] g_{t,p}, summed in float64 in ascending t and rounded once to the
+// parameter's dtype. weights is [S, T], out [P]. A gradient whose weight is 0 is not read. out[p] may be NULL (skipped)
+// or equal one of the gradients, but must not overlap any in part; with accumulate != 0 the direction is added to what
+// out[p] holds.
 GS_API int64_t gs_combine_workspace_bytes(const gs_gradients* grads);
-GS_API gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, int64_t num_directions,
-                                void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
-                                const gs_parallel* parallel);
-GS_API int64_t gs_combine_cuda_workspace_bytes(const gs_gradients* grads, int64_t num_directions);
-GS_API gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, int64_t num_directions,
-                                 void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
-                                 gs_stream stream);
+GS_API gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
+                                void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
+GS_API int64_t gs_combine_cuda_workspace_bytes(const gs_gradients* grads);
+GS_API gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
+                                 void* workspace, int64_t workspace_bytes, gs_stream stream);
 
 // The direction of a gs_rule, in float64 and rounded once; out [P] and accumulate are as above. A task without a
 // gradient counts as zeros, a coordinate with a value that is not finite becomes NaN, and segments do not matter.
