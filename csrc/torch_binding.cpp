@@ -178,13 +178,6 @@ void aggregate_weights(const Tensor& grads, at::IntArrayRef offsets, int64_t met
   aggregate(g, grads, weighting_solve(method, preference, parameter, limit, g.num_tasks, grads.device()), out);
 }
 
-}  // namespace
-}  // namespace gs::binding
-
-namespace {
-
-using namespace gs::binding;
-
 void gram(const Tensor& grads, at::IntArrayRef offsets, Tensor& gram) {
   run_gram(Gradients::from_matrix(grads, offsets), gram);
 }
@@ -201,7 +194,7 @@ void combine_list(const c10::List<std::optional<Tensor>>& grads, const Tensor& w
   run_combine(g, weights, accumulate, pointers);
 }
 
-// Each finds its device by the tensors.
+// The same for the CPU's and CUDA's keys: each looks where its tensors are.
 void register_operators(torch::Library& m) {
   m.impl("gram", &gram);
   m.impl("gram.list", &gram_list);
@@ -213,6 +206,7 @@ void register_operators(torch::Library& m) {
 }
 
 }  // namespace
+}  // namespace gs::binding
 
 TORCH_LIBRARY(gradsurgery, m) {
   m.def("gram(Tensor grads, int[] offsets, Tensor(a!) gram) -> ()");
@@ -226,10 +220,11 @@ TORCH_LIBRARY(gradsurgery, m) {
       "Tensor(a!) out) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(gradsurgery, CPU, m) { register_operators(m); }
-TORCH_LIBRARY_IMPL(gradsurgery, CUDA, m) { register_operators(m); }
+TORCH_LIBRARY_IMPL(gradsurgery, CPU, m) { gs::binding::register_operators(m); }
+TORCH_LIBRARY_IMPL(gradsurgery, CUDA, m) { gs::binding::register_operators(m); }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace gs::binding;
   m.doc() = "The compiled operators of gradsurgery, under torch.ops.gradsurgery, and what is not one.";
   m.def("build_info", [] {
     pybind11::dict info;

@@ -97,6 +97,8 @@ struct Gradients {
   }
 
   void add(int64_t elements, int32_t element_type, int64_t segment_id) {
+    TORCH_CHECK_VALUE(segment_id >= 0 && segment_id < num_segments,
+                      message("segments must be in 0..", num_segments - 1, ", got ", segment_id));
     numel.push_back(elements);
     dtype.push_back(element_type);
     segment.push_back(static_cast<int32_t>(segment_id));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The list form as Python holds it. A thousand tensors take longer to pass through the dispatcher than to be worked on,
-// so here they are read where they lie: by pointer, without counting references. Whatever is out of the ordinary (None
-// is not) makes a call answer that it is for the caller, who has slower ways.
+// so here they are read where they lie: by pointer, without counting references. For anything unusual (subclasses,
+// sparse tensors, several layouts; not None) a function returns nothing, and Python takes its slower path.
 #include "torch_lists.h"
 
 #include <ATen/ops/empty_like.h>
@@ -44,7 +44,7 @@ const Tensor* dense_tensor(PyObject* object) {
   return tensor && tensor->is_non_overlapping_and_dense() ? tensor : nullptr;
 }
 
-// That tensor if it may be written to without a word to autograd but that it is.
+// That tensor if kernels may write to it: it needs no grad, and is no inference tensor outside of inference mode.
 const Tensor* target_tensor(PyObject* object) {
   const Tensor* const tensor = dense_tensor(object);
   const bool free = tensor && !tensor->requires_grad() && (!tensor->is_inference() || c10::InferenceMode::is_enabled());
@@ -61,7 +61,7 @@ bool overlaps_in_part(const Tensor& target, const void* const* rows, int64_t num
   });
 }
 
-// Whether somebody wants to see each operation.
+// Whether a dispatch mode, a function transform or a tracer is to see each operation.
 bool is_watched() {
   return c10::impl::dispatch_mode_enabled() ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||

@@ -50,11 +50,8 @@ void random(const Tensor& gram, int64_t seed, Tensor& step, Tensor& weights) {
   auto* now = written<int64_t>(step);
   auto* out = written<double>(weights);
   const auto key = static_cast<uint64_t>(seed);
-  if (target.is_cuda()) {
-    return check_status(gs_random_cuda(g, batch, num_tasks, key, now, /*advance=*/1, out, target.stream()));
-  }
-  check_status(gs_random_cpu(g, batch, num_tasks, key, static_cast<uint64_t>(*now), out));
-  ++*now;
+  check_status(target.is_cuda() ? gs_random_cuda(g, batch, num_tasks, key, now, out, target.stream())
+                                : gs_random_cpu(g, batch, num_tasks, key, now, out));
 }
 
 void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed, Tensor& step, bool advance, bool mean,
@@ -204,7 +201,7 @@ void trimmed_mean_list(const EntryList& grads, int64_t num_tasks, int64_t num_tr
   run_combine_by_rule(g, trimmed_mean_rule(num_trimmed), accumulate, pointers);
 }
 
-// Each finds its device by the tensors.
+// The same for the CPU's and CUDA's keys: each looks where its tensors are.
 void register_operators(torch::Library& m) {
   m.impl("task_order", &task_order);
   m.impl("random", &random);

@@ -41,7 +41,7 @@ gs_status gs_min_norm_cuda(const double*, int64_t, int64_t, gs_solver, int64_t, 
   return unsupported();
 }
 
-gs_status gs_random_cuda(const double*, int64_t, int64_t, uint64_t, int64_t*, int, double*, gs_stream) {
+gs_status gs_random_cuda(const double*, int64_t, int64_t, uint64_t, int64_t*, double*, gs_stream) {
   return unsupported();
 }
 

@@ -45,16 +45,17 @@ gs_status gs_task_order_cpu(int64_t num_tasks, uint64_t seed, uint64_t step, int
   return GS_OK;
 }
 
-gs_status gs_random_cpu(const double* gram, int64_t batch, int64_t num_tasks, uint64_t seed, uint64_t step,
+gs_status gs_random_cpu(const double* gram, int64_t batch, int64_t num_tasks, uint64_t seed, int64_t* step,
                         double* weights) {
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
-  GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
+  GS_REQUIRE(step && (batch == 0 || (gram && weights)), "gram, step and weights must not be NULL");
   double drawn[GS_MAX_TASKS];
-  gs::random_weights(gs::SerialTeam{}, num_tasks, seed, step, drawn);
+  gs::random_weights(gs::SerialTeam{}, num_tasks, seed, static_cast<uint64_t>(*step), drawn);
   for (int64_t b = 0; b < batch; b++) {
     const bool finite = gs::all_finite(gram + b * num_tasks * num_tasks, num_tasks * num_tasks);
     for (int64_t t = 0; t < num_tasks; t++) weights[b * num_tasks + t] = finite ? drawn[t] : NAN;
   }
+  ++*step;
   return GS_OK;
 }
 
@@ -147,7 +148,8 @@ gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, g
 gs_status gs_gradvac_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
                          double* targets, double* weights, const gs_parallel* parallel) {
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
-  GS_REQUIRE(batch == 0 || (gram && order && targets && weights), "gram, order, targets and weights must not be NULL");
+  GS_REQUIRE(order && (batch == 0 || (gram && targets && weights)),
+             "gram, order, targets and weights must not be NULL");
   if (const gs_status status = gs::check_order(order, num_tasks)) return status;
   const auto solve = [&](int64_t b, const double* problem, double* w) {
     std::fill(w, w + num_tasks, 1.0);

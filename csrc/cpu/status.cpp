@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: MIT
 #include "status.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdarg>
 #include <cstdio>
 
@@ -22,7 +26,9 @@ const KernelTable& kernels() {
 #if defined(__x86_64__)
   static const KernelTable& best = [&]() -> const KernelTable& {
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned words[4] = {};  // older compilers have no name for F16C
+    const bool f16c = __get_cpuid(1, &words[0], &words[1], &words[2], &words[3]) && (words[2] & bit_F16C);
+    const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx2 && avx512 ? kAvx512Kernels : avx2 ? kAvx2Kernels : kBaselineKernels;

@@ -158,12 +158,12 @@ gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks,
 }
 
 gs_status gs_random_cuda(const double* gram, int64_t batch, int64_t num_tasks, uint64_t seed, int64_t* step,
-                         int advance, double* weights, gs_stream stream) {
+                         double* weights, gs_stream stream) {
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(step && (batch == 0 || (gram && weights)), "gram, step and weights must not be NULL");
   const gs_status status = gs::gpu::launch(gs::gpu::random_kernel, batch, gs::gpu::kWarp, 0, stream, gram, num_tasks,
-                                           seed, step, advance != 0 && batch == 1, weights);
-  if (status != GS_OK || !advance || batch == 1) return status;
+                                           seed, step, batch == 1, weights);
+  if (status != GS_OK || batch == 1) return status;
   return gs::gpu::advance(step, stream);  // after every block has read the counter
 }
 

@@ -19,8 +19,8 @@ if C:
     # Overloads are resolved once: the lookup costs more than a small operator.
     _GRAM, _GRAM_LIST = _OPS.gram.default, _OPS.gram.list
     _COMBINE, _COMBINE_LIST = _OPS.combine.default, _OPS.combine.list
-    _ROWS = {"graddrop": _OPS.graddrop.default, "trimmed_mean": _OPS.trimmed_mean.default}
-    _ROWS_LIST = {"graddrop": _OPS.graddrop.list, "trimmed_mean": _OPS.trimmed_mean.list}
+    _RULE = {"graddrop": _OPS.graddrop.default, "trimmed_mean": _OPS.trimmed_mean.default}
+    _RULE_LIST = {"graddrop": _OPS.graddrop.list, "trimmed_mean": _OPS.trimmed_mean.list}
     _TASK_ORDER, _PCGRAD, _MIN_NORM = _OPS.task_order.default, _OPS.pcgrad.default, _OPS.min_norm.default
     _AGGREGATE = {
         "pcgrad": _OPS.aggregate_pcgrad.default,
@@ -75,9 +75,9 @@ class CpuBackend:
         if grads.lists is not None:
             getattr(grads.lists, f"combine_{name}")(*arguments, out, accumulate)
         elif grads.matrix is not None:
-            _ROWS[name](grads.matrix, *arguments, accumulate, out)
+            _RULE[name](grads.matrix, *arguments, accumulate, out)
         else:
-            _ROWS_LIST[name](grads.entries, grads.num_tasks, *arguments, accumulate, out)
+            _RULE_LIST[name](grads.entries, grads.num_tasks, *arguments, accumulate, out)
 
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Write the visiting orders."""

@@ -147,7 +147,9 @@ void test_solvers() {
   int64_t order[9];
   CHECK(gs_task_order_cpu(3, 1, 2, order) == GS_OK);
   for (int i = 0; i < 3; i++) CHECK(order[3 * i] + order[3 * i + 1] + order[3 * i + 2] == 3);
-  CHECK(gs_random_cpu(gram, 1, 4, 1, 2, w) == GS_OK && std::abs(w[0] + w[1] + w[2] + w[3] - 1) < 1e-15);
+  int64_t step = 2;
+  CHECK(gs_random_cpu(gram, 1, 4, 1, &step, w) == GS_OK && step == 3 &&
+        std::abs(w[0] + w[1] + w[2] + w[3] - 1) < 1e-15);
   // A w = (2, 0, 3) at w = (1, 1, 1) / 3 with w - A w / 2 = (-2, 1, -3.5) / 3, whose projection is a vertex.
   const double sides[9] = {2, 4, 0, -1, 0, 1, 3, 3, 3};
   double third[3] = {1.0 / 3, 1.0 / 3, 1.0 / 3};
@@ -216,6 +218,7 @@ void test_errors() {
   const int64_t twice[4] = {0, 1, 1, 1};
   const double square[4] = {1, 0, 0, 1};
   CHECK(gs_pcgrad_cpu(square, 1, 2, twice, 0, 0, 0, gram, nullptr) == GS_INVALID_ARGUMENT);
+  CHECK(gs_gradvac_cpu(nullptr, 0, 2, nullptr, 0.5, nullptr, nullptr, nullptr) == GS_INVALID_ARGUMENT);
 }
 
 }  // namespace

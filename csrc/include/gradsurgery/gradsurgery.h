@@ -10,7 +10,7 @@
 //   * a status comes back; gs_last_error() is the message of the last failure on this thread;
 //   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or of a GPU's
 //     multiprocessors; GPUs before and since compute capability 9.0, and inputs at other addresses modulo 16 bytes, may
-//     be summed in another order;
+//     be summed in another order, and in gs_aggregate_cuda also GPUs with other numbers of multiprocessors;
 //   * calls that may run at once, on other threads or streams, need a workspace each;
 //   * the _cuda functions only enqueue work, on a stream of the current device: gradients, outputs, T x T data and
 //     workspace are memory of that device, while gs_gradients with its arrays and the array of outputs are read on the
@@ -19,14 +19,9 @@
 #ifndef GRADSURGERY_GRADSURGERY_H_
 #define GRADSURGERY_GRADSURGERY_H_
 
-#include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define GS_API
-#else
 #define GS_API __attribute__((visibility("default")))
-#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -61,11 +56,11 @@ typedef enum gs_method {
 
 // Weights that are functions of G, of a preference, and of up to two numbers, parameter and limit.
 typedef enum gs_weighting {
-  GS_UPGRAD = 0,           // preference; parameter: ridge > 0
-  GS_DUALPROJ = 1,         // preference; parameter: ridge > 0
-  GS_CAGRAD = 2,           // parameter: c >= 0
-  GS_FAIRGRAD = 3,         // parameter: alpha > 0, 1 is Nash-MTL; limit > 0: of |d|, or INFINITY
-  GS_IMTL_G = 4,           //
+  GS_UPGRAD = 0,    // preference; parameter: ridge > 0
+  GS_DUALPROJ = 1,  // preference; parameter: ridge > 0
+  GS_CAGRAD = 2,    // parameter: c >= 0
+  GS_FAIRGRAD = 3,  // parameter: alpha > 0, 1 is Nash-MTL; limit > 0: of |d|, or INFINITY
+  GS_IMTL_G = 4,
   GS_CONFIG = 5,           // preference
   GS_ALIGNED_MTL_MIN = 6,  // preference
   GS_ALIGNED_MTL_MEDIAN = 7,
@@ -171,22 +166,25 @@ GS_API gs_status gs_task_order_cuda(int64_t num_tasks, uint64_t seed, const int6
 
 // Random weights [batch, T], the same for all problems but NaN where G is not finite: softmax(z), z_t = sqrt(-2 ln u)
 // cos(2 pi v) with u and v = (w + 1/2) / 2^32 of the words w = 2t and 2t + 1 of Philox4x32-10, key seed, counter (step
-// mod 2^32, step / 2^32, 2^32 - 1, block). On a GPU the step is read from device memory, and with advance != 0
-// incremented there afterwards.
-GS_API gs_status gs_random_cpu(const double* gram, int64_t batch, int64_t num_tasks, uint64_t seed, uint64_t step,
+// mod 2^32, step / 2^32, 2^32 - 1, block). *step, on the device of the call, grows by 1.
+GS_API gs_status gs_random_cpu(const double* gram, int64_t batch, int64_t num_tasks, uint64_t seed, int64_t* step,
                                double* weights);
 GS_API gs_status gs_random_cuda(const double* gram, int64_t batch, int64_t num_tasks, uint64_t seed, int64_t* step,
-                                int advance, double* weights, gs_stream stream);
+                                double* weights, gs_stream stream);
 
-// PCGrad weights [batch, T] from Gram matrices [batch, T, T]. order is [T, T], or NULL for gs_task_order(seed, step).
-// On a GPU the step is read from device memory (NULL: 0), and with advance != 0 incremented there afterwards.
+// PCGrad's weights [batch, T] (Yu et al., NeurIPS 2020, Algorithm 1) from Gram matrices [batch, T, T]: for each i, v
+// starts at g_i and visits all g_j, j != i, in the order of row i; where v . g_j < 0 it becomes v - (v . g_j / |g_j|^2)
+// g_j. The direction is the sum over i of the last v, or with mean != 0 their mean. order is [T, T], or NULL for
+// gs_task_order_*(seed, step). On a GPU the step is read from device memory (NULL: 0), and with advance != 0
+// incremented there afterwards.
 GS_API gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
                                uint64_t seed, uint64_t step, int mean, double* weights, const gs_parallel* parallel);
 GS_API gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
                                 uint64_t seed, int64_t* step, int advance, int mean, double* weights, gs_stream stream);
 
-// Min-norm weights [batch, T]: argmin of w^T G w over the simplex. max_iter and tol are those of Frank-Wolfe;
-// the exact solver ends by itself, in at most 8 T + 32 steps and T + 1 factorizations.
+// Min-norm weights [batch, T]: argmin of w^T G w over the simplex. max_iter >= 1 and tol >= 0 are those of Frank-Wolfe
+// (Sener & Koltun, NeurIPS 2018, Algorithm 2), which ends with a step shorter than tol; the exact solver ends by
+// itself, in at most 8 T + 32 steps and T + 1 factorizations.
 GS_API int64_t gs_min_norm_workspace_bytes(int64_t batch, int64_t num_tasks);
 GS_API gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver,
                                  int64_t max_iter, double tol, double* weights, void* workspace,
@@ -219,19 +217,20 @@ GS_API gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_
                                  const double* preference, double parameter, double limit, double* weights,
                                  void* workspace, int64_t workspace_bytes, gs_stream stream);
 
-// Gradient Vaccine's weights [batch, T]; targets [batch, T, T], the cosines wanted, move by beta towards those found,
-// but not where G is not finite. order is [T, T], as for PCGrad; every row of a problem visits by its own.
+// Gradient Vaccine's weights [batch, T] (Wang et al., ICLR 2021, Algorithm 1): PCGrad with a wanted cosine r_ij for
+// each pair in place of 0. Where cos(v, g_j) < r, v moves along g_j until it is r. targets [batch, T, T] holds r, which
+// moves by 0 <= beta <= 1 towards each cosine found, but not where G is not finite. order is [T, T], as for PCGrad;
+// every row of a problem visits by its own.
 GS_API gs_status gs_gradvac_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
                                 double* targets, double* weights, const gs_parallel* parallel);
 GS_API gs_status gs_gradvac_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
                                  double beta, double* targets, double* weights, gs_stream stream);
 
 // Stages 2 to 4 in one call: gram [S, T, T], the solver's weights [S, T], and their directions out [P], as by
-// gs_gram_*, gs_pcgrad_*, gs_min_norm_* or gs_weights_*, and gs_combine_* with K = 1. On a GPU PCGrad of up to 16 tasks
-// and exact min-norm of up to 8 take one launch, which reads the gradients once, where these fit the multiprocessors'
-// shared memory, in 16-bit formats up to 16 MB: one segment and dtype, pointers aligned to 16 bytes, and a GPU with
-// fast float64. The slots then are those of the GPU's multiprocessors, so the bits may differ between models, and parts
-// of one.
+// gs_gram_*, gs_pcgrad_*, gs_min_norm_* or gs_weights_*, and gs_combine_*. On a GPU PCGrad of up to 16 tasks and exact
+// min-norm of up to 8 take one launch, which reads the gradients once, where these fit the multiprocessors' shared
+// memory, in 16-bit formats up to 16 MB: one segment and dtype, pointers aligned to 16 bytes, and a GPU with fast
+// float64. Each multiprocessor then sums a part of its own.
 GS_API int64_t gs_aggregate_workspace_bytes(const gs_gradients* grads, const gs_solve* solve);
 GS_API gs_status gs_aggregate_cpu(const gs_gradients* grads, const gs_solve* solve, double* gram, double* weights,
                                   void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
@@ -241,7 +240,10 @@ GS_API gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* so
                                    void* const* out, int accumulate, void* workspace, int64_t workspace_bytes,
                                    gs_stream stream);
 
-// One closed-form GradNorm step on weights [batch, T]; all inputs are [batch, T].
+// One closed-form GradNorm step (Chen et al., ICML 2018, equations 1 and 2) on weights [batch, T]; all inputs are
+// [batch, T]. With G_i = w_i n_i, r_i = (L_i / L_i(0)) / mean_k (L_k / L_k(0)) and the target mean(G) r_i^alpha held
+// constant, w_i moves by -lr sign(G_i - target_i) n_i, no further than 0; then the weights are scaled to sum to T.
+// alpha >= 0, lr >= 0; norms >= 0, losses >= 0, initial losses > 0.
 GS_API gs_status gs_gradnorm_cpu(const double* weights, const double* norms, const double* losses,
                                  const double* initial_losses, int64_t batch, int64_t num_tasks, double alpha,
                                  double lr, double* new_weights);
