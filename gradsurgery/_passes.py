@@ -30,13 +30,13 @@ class Passes:
 
     def from_losses(self) -> Rows:
         """Go from each loss to the parameters."""
+        if not self.parameters or not self.starts:
+            return [[] for _ in self.starts]
         if self.batched:
             return self._batched_from_losses()
-        if not self.parameters:
-            return [[] for _ in self.starts]
         rows: Rows = [
             [*torch.autograd.grad([root], self.parameters, [factor], retain_graph=keep, allow_unused=True)]
-            for (root, factor), keep in self._last_frees(self.starts)
+            for (root, factor), keep in self._with_keep(self.starts)
         ]
         check_memory(rows)
         return rows
@@ -54,7 +54,7 @@ class Passes:
         before = [p.grad for p in parameters]
         rows: Rows = []
         try:
-            for (root, factor), keep in self._last_frees(self.starts):
+            for (root, factor), keep in self._with_keep(self.starts):
                 for p in parameters:
                     p.grad = None
                 torch.autograd.backward([root], [factor], retain_graph=keep)
@@ -109,7 +109,7 @@ class Passes:
             raise ValueError(f"parameters {both} are used above and below the features, which must part the two")
         rows: Rows = [[None] * len(self.parameters) for _ in self.starts]
         cotangents: Rows = []
-        for t, ((root, factor), keep) in enumerate(self._last_frees(self.starts)):
+        for t, ((root, factor), keep) in enumerate(self._with_keep(self.starts)):
             own = [p for p, owner in enumerate(self.parameters) if above.get(id(owner), 0) >> t & 1]
             inputs = [*features, *(self.parameters[p] for p in own)]
             found = torch.autograd.grad([root], inputs, [factor], retain_graph=keep, allow_unused=True)
@@ -132,7 +132,7 @@ class Passes:
             self._fill_batched(rows, trunk, mask, features, stacks)
             return rows
         inputs = [self.parameters[p] for p in trunk]
-        for t, (row, keep) in enumerate(self._last_frees(cotangents)):
+        for t, (row, keep) in enumerate(self._with_keep(cotangents)):
             given = [(f, g) for f, g in zip(features, row, strict=True) if g is not None]
             if given and inputs:
                 outputs, grads = zip(*given, strict=True)
@@ -142,7 +142,7 @@ class Passes:
         check_memory(rows)
         return rows
 
-    def _last_frees(self, items: Sequence[Any]) -> list[tuple[Any, bool]]:
+    def _with_keep(self, items: Sequence[Any]) -> list[tuple[Any, bool]]:
         """Pair each with whether its pass must keep the graph."""
         return [(item, self.retain_graph or i + 1 < len(items)) for i, item in enumerate(items)]
 
@@ -154,7 +154,7 @@ class Passes:
             return
         inputs = [self.parameters[p] for p in params]
         step = self.chunk_size or len(rows)
-        for begin, keep in self._last_frees(range(0, len(rows), step)):
+        for begin, keep in self._with_keep(range(0, len(rows), step)):
             part = [c[begin : begin + step] for c in cotangents]
             found = _vmapped(outputs, inputs, part, keep)
             for p, stack in zip(params, found, strict=True):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._checks import check_count
 from ._gradients import is_sharded
 from ._graph import Root, joins, recomputes, root_of
 from ._passes import Passes, check_memory
@@ -23,12 +24,12 @@ Losses = Sequence[Tensor | None] | Tensor | Mapping[str, Tensor | None]
 
 @dataclass(slots=True)
 class Survey:
-    """What the autograd graph says about the passes: looked at once, at the first step that asks."""
+    """What the graph of the first step tells: how passes must run, and whether shared parameters can be inferred."""
 
     infers_shared: bool
-    """Whether it matters which parameters a loss reaches, and has not been looked at."""
+    """Whether shared parameters are inferred, until a step with one pass per loss has checked that they can be."""
     through_grad: bool | None = None
-    """Whether passes must go by way of ``.grad``; None: it has not been looked at."""
+    """Whether passes must go by way of ``.grad``; None before the first step."""
 
     def take(self, roots: list[Root], one_pass: bool) -> bool:
         """Return ``through_grad``, and warn where gradients will not tell which parameters a loss reaches."""
@@ -41,7 +42,7 @@ class Survey:
                     "losses depend on different outputs of one compiled function, or of one sharded module's inputs, "
                     "whose backward pass gives zeros to what a loss does not depend on: heads in it count as shared. "
                     "Name the shared parameters by shared=, or compile the trunk and the heads apart",
-                    stacklevel=8,
+                    stacklevel=7,
                 )
         return self.through_grad
 
@@ -167,8 +168,10 @@ def collect(
     through_grad = survey is not None and survey.take([root for root in roots if root is not None], weigh is not None)
     if mode not in ("sequential", "batched"):
         raise ValueError(f'mode must be "sequential" or "batched", got {mode!r}')
-    if chunk_size is not None and (mode != "batched" or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f'chunk_size must be an int >= 1, with mode="batched", got {chunk_size!r} with mode={mode!r}')
+    if chunk_size is not None and mode != "batched":
+        raise ValueError(f'chunk_size is for mode="batched", got {chunk_size!r} with mode={mode!r}')
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     if shards is not None:
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
@@ -232,6 +235,8 @@ def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor
         tasks, scalars = [str(t) for t in range(len(losses))], list(losses)
     else:
         raise TypeError(f"losses must be a sequence, a 1-D tensor or a dict of losses, got {type(losses).__name__}")
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"losses must have names that differ as strings, got {tasks}")
     if all(loss is None for loss in scalars):
         raise ValueError("losses must hold at least one loss, got none")
     for task, loss in zip(tasks, scalars, strict=True):

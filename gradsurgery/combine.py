@@ -189,21 +189,19 @@ def _check_target(target: Tensor, gradients: list[Tensor], name: str) -> None:
         raise ValueError(f"{name} must have memory for each element, got an expanded tensor")
     if target.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad, for a direction is a constant to autograd")
-    if target.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(f"{name} is an inference tensor, which can be written to in inference mode only")
-    if not torch.compiler.is_compiling() and target.is_neg():
-        raise TypeError(f"{name} must not be a negated view, got one: give its resolve_neg()")
     if target.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype} like the gradients, got {target.dtype}")
     if target.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the gradients, got {target.device}")
-    # Traced tensors have no memory; what is not dense is written by way of a temporary.
-    if type(target) is Tensor and not torch.compiler.is_compiling() and is_dense(target):
-        for gradient in gradients:
-            if _overlaps_in_part(target, gradient):
-                raise ValueError(
-                    f"{name} must be one of the gradients or apart from all, got one that overlaps in part"
-                )
+    if torch.compiler.is_compiling():
+        return  # of traced tensors the rest cannot be asked
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name} is an inference tensor, which can be written to in inference mode only")
+    if target.is_neg():
+        raise TypeError(f"{name} must not be a negated view, got one: give its resolve_neg()")
+    # Tensors of subclasses may have no memory; what is not dense is written by way of a temporary.
+    if type(target) is Tensor and is_dense(target) and any(_overlaps_in_part(target, g) for g in gradients):
+        raise ValueError(f"{name} must be one of the gradients or apart from all, got one that overlaps in part")
 
 
 def _overlaps_in_part(a: Tensor, b: Tensor) -> bool:

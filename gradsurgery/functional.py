@@ -192,7 +192,7 @@ def random_step(gram: Tensor, step: Tensor, seed: int, backend: str | None) -> T
     """Return random weights [..., T], and add 1 to the step counter, an int64 tensor [] on G's device."""
     problems, out = new_problems(gram)
     choose(backend, gram.device, gram.shape[-1]).random(problems, seed, step, out)
-    return out
+    return constant("random weights", out, [gram])
 
 
 def simplex_steps(
@@ -269,7 +269,7 @@ def check_solver(solver: str, max_iter: int, tol: float) -> None:
 
 def check_seed(seed: int) -> int:
     """Return the seed; ValueError if it is out of its range."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an int in 0..2^63-1, got {seed!r}")
     return seed
 

@@ -131,22 +131,21 @@ class SurgeryOptimizer(OptimizerWrapper):
             RuntimeError: the batched pass failed, for example because vmap does not support an operator. Gradients and
                 state are then unchanged.
         """
-        before = self._pending
-        passes = {"scaler": scaler, "retain_graph": retain_graph, "mode": mode, "chunk_size": chunk_size}
+        before, takes_absent = self._pending, self.method.takes_absent
+        passes: dict[str, Any] = {
+            "scaler": scaler,
+            "retain_graph": retain_graph,
+            "mode": mode,
+            "chunk_size": chunk_size,
+            "features": features,
+        }
         once = self.method.weights_losses and not self.method.needs_gram
-        if once and before is None and holds_weights(losses, self.method.takes_absent):
-            parameters = self._trainable()
+        if once and before is None and holds_weights(losses, takes_absent):
+            parameters, survey = self._trainable(), self._survey
             return backward_once(
-                losses,
-                parameters,
-                self._planner,
-                self._processes,
-                self.backend,
-                survey=self._survey,
-                features=features,
-                **passes,
+                losses, parameters, self._planner, self._processes, self.backend, survey=survey, **passes
             )
-        self.collect(losses, features=features, **passes)  # type: ignore[arg-type]
+        self._collect(losses, **passes)
         try:
             return self.combine()
         except BaseException:
@@ -171,20 +170,21 @@ class SurgeryOptimizer(OptimizerWrapper):
         Methods of several independent batches (``num_batches``) take each call's as one of them instead of a sum.
         Arguments and errors are those of :meth:`backward`.
         """
+        self._collect(
+            losses, scaler=scaler, retain_graph=retain_graph, mode=mode, chunk_size=chunk_size, features=features
+        )
+
+    def _collect(self, losses: Losses, **passes: Any) -> None:
         before, batches = self._pending, self.method.num_batches
         if before is not None and 1 < batches == before.batches:
             raise ValueError(f"a step of method {self.method.name!r} has at most {batches} batches: call combine() now")
         collected = collect(
             losses,
             self._trainable(),
-            scaler=scaler,
-            retain_graph=retain_graph,
-            mode=mode,
-            chunk_size=chunk_size,
-            features=features,
             partial=self.method.takes_absent,
             shards=self._processes.shards,
             survey=self._survey,
+            **passes,
         )
         if before is None:
             self._pending = collected
@@ -197,6 +197,10 @@ class SurgeryOptimizer(OptimizerWrapper):
         """Operate on what was collected, add the result to ``.grad``, and forget what was collected.
 
         Directions are written over collected gradients that nobody else holds.
+
+        Raises:
+            ValueError: nothing was collected, or another number of batches than the method takes.
+            ValueError, TypeError: as :meth:`backward` does; what was collected is kept then.
         """
         if self._pending is None:
             raise ValueError("there is nothing to combine: call collect(losses) first")
@@ -303,7 +307,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         self._pending = None
 
     def _trainable(self) -> list[Tensor]:
-        return [p for p in self._parameters() if p.requires_grad]
+        return [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]  # torch allows doubles in a group
 
 
 def _named(values: Sequence[Any] | Mapping[str, Any] | Tensor) -> tuple[list[str], list[Any]]:

@@ -61,6 +61,10 @@ def test_a_whole_model_is_warned_of_once(whole):
         optimizer.backward(losses_of(compiled(X)))
     assert [w.filename for w in caught] == [__file__]
     optimizer.backward(losses_of(compiled(X)))
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="Name the shared parameters") as caught:
+        optimizer.collect(losses_of(compiled(X)))
+    assert [w.filename for w in caught] == [__file__]
 
 
 def test_a_trunk_of_its_own_needs_no_names(whole):

@@ -139,6 +139,8 @@ GRAM = torch.eye(3)
             ValueError,
             'reduction must be "sum" or "mean", got',
         ),
+        (lambda: gradsurgery.pcgrad_weights(GRAM, seed=True), ValueError, "seed must be an int in .* got True"),
+        (lambda: gradsurgery.pcgrad_weights(GRAM, backend=""), ValueError, "backend must be one of .* got ''"),
         (lambda: gradsurgery.pcgrad_weights(GRAM, seed=-1), ValueError, r"seed must be an int in 0..2\^63-1, got -1"),
         (lambda: gradsurgery.pcgrad_weights(GRAM, step=1.5), ValueError, "step must be an int in"),
         (
@@ -302,6 +304,7 @@ class Untouched:
         (lambda a, b: [a, b.expand(2)], ValueError, r"loss '1' must be a scalar, got shape \(2,\)"),
         (lambda a, b: [a, b.detach()], ValueError, "loss '1' has no graph to go back through"),
         (lambda a, b: {"left": a, "right": 3.0}, TypeError, "loss 'right' must be a tensor, got float$"),
+        (lambda a, b: {1: a, "1": b}, ValueError, r"names that differ as strings, got \['1', '1'\]"),
         (lambda a, b: 3.0, TypeError, "a sequence, a 1-D tensor or a dict of losses, got float"),
         (lambda a, b: "ab", TypeError, "got str"),
     ],

@@ -132,7 +132,7 @@ def test_a_scaler_sees_scaled_gradients_and_the_method_unscaled_losses():
         ({"features": []}, "features must be a tensor with a graph"),
         ({"features": X}, "features must be a tensor with a graph"),
         ({"mode": "both"}, 'mode must be "sequential" or "batched", got'),
-        ({"chunk_size": 2}, "chunk_size must be an int >= 1, with"),
+        ({"chunk_size": 2}, "chunk_size is for mode="),
     ],
 )
 def test_how_passes_would_go_is_checked_all_the_same(options, message):

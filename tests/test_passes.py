@@ -202,8 +202,9 @@ def test_errors():
     detached = torch.ones(3)
     for arguments, message in [
         ({"mode": "vmap"}, 'mode must be "sequential" or "batched", got \'vmap\''),
-        ({"chunk_size": 2}, "chunk_size must be an int >= 1"),
-        ({"mode": "batched", "chunk_size": 0}, "chunk_size must be an int >= 1"),
+        ({"chunk_size": 2}, "chunk_size is for mode="),
+        ({"mode": "batched", "chunk_size": 0}, "chunk_size must be an int >= 1, got 0"),
+        ({"mode": "batched", "chunk_size": True}, "chunk_size must be an int >= 1, got True"),
         ({"features": []}, "features must be a tensor with a graph"),
         ({"features": detached}, "features must be a tensor with a graph"),
         ({"features": [left]}, r"parameters \[0, 1\] are used above and below"),

@@ -62,3 +62,11 @@ def test_a_stack_with_a_constant_and_a_leaf(mode):
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([a, leaf], lr=0.1), "mgda")
     info = optimizer.backward(torch.stack([a.sum(), torch.ones(()), leaf, (a * leaf).sum()]), mode=mode)
     assert info.gram.diagonal().tolist() == [3.0, 0.0, 1.0, 21.0]
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_a_constant_of_a_stack_alone(mode):
+    a = torch.nn.Parameter(torch.ones(3))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([a], lr=0.1), "mgda")
+    optimizer.backward([torch.stack([torch.ones(()), a.sum()])[0]], mode=mode)
+    assert a.grad is None

@@ -195,6 +195,29 @@ def test_updates_by_way_of_the_optimizer():
             optimizer.update({"a": 0.5, "b": 0.5})
     with pytest.raises(ValueError, match="'pcgrad' learns from the losses of its steps alone"):
         gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1)).update([1.0, 1.0])
+    with pytest.raises(ValueError, match="method 'cr_mogm' learns from the losses of its steps alone"):
+        gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "cr_mogm").update([1.0, 1.0])
+    averaged = gradsurgery.methods.get("cr_mogm", method="dtp")
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), averaged)
+    optimizer.backward(two_losses(net, X))
+    copy.deepcopy(optimizer).update([0.2, 0.9])
+    assert not averaged.method.state_dict()["updated"]
+    optimizer.update([0.2, 0.9])
+    assert averaged.method.state_dict()["kpis"].tolist() == [0.2, 0.9]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("method", ["sum", "mgda"])
+def test_a_parameter_that_a_group_holds_twice_counts_once(method):
+    results, start = [], two_task_net()
+    for extra in ([], ["trunk", "a"]):
+        net = copy.deepcopy(start)
+        doubles = [p for name in extra for p in net[name].parameters()]
+        optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([*net.parameters(), *doubles], lr=0.1), method)
+        for _ in range(2):  # into new gradients, then added to these
+            info = optimizer.backward(two_losses(net, X))
+        results.append([info.weights, *grads_of(net)])
+    torch.testing.assert_close(*results)
 
 
 def test_code_for_the_common_wrappers_runs():

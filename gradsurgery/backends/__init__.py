@@ -107,8 +107,8 @@ _BACKENDS: dict[str, Backend] = {
 
 def choose(name: str | None, device: torch.device, num_tasks: int) -> Backend:
     """Return the backend for a call; RuntimeError if a named one cannot serve it, ValueError if it is unknown."""
-    origin, name = ("backend", name) if name else (_VARIABLE, os.environ.get(_VARIABLE))
-    if name:
+    origin, name = ("backend", name) if name is not None else (_VARIABLE, os.environ.get(_VARIABLE) or None)
+    if name is not None:
         check_name(name, origin)
         why = _BACKENDS[name].why_not(device, num_tasks)
         if why:

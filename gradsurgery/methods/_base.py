@@ -11,12 +11,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .._compiling import cached
 from .._constant import constant
 from .._extension import SOLVER_NUMBERS, NativeSolver
 from .._gradients import describe
 from ..backends import choose
-from ..functional import check_seed, new_problems
+from ..backends.problems import is_finite
+from ..functional import check_gram, check_seed, new_problems
 from ._state import PerTask, making_state
 
 
@@ -55,6 +55,9 @@ class Method:
     state_by_problem: ClassVar[bool] = False
     """Whether the state has a row for each of several problems, which then must be the same at each step."""
 
+    _takes_backend: ClassVar[bool] = True
+    """Whether ``weights`` has the option; that of a user's own method need not."""
+
     gram_parameters: Sequence[Tensor] | None = None
     """The shared parameters whose G the weights come from; None: all."""
 
@@ -69,8 +72,8 @@ class Method:
             backend: a name of :func:`gradsurgery.backends`; None chooses.
 
         Returns:
-            float64 [..., T]; NaN for the problems whose G, or losses, are not finite, as far as this step's weights
-            depend on them.
+            float64 [..., T], a constant to autograd; NaN for the problems whose G, or losses, are not finite, as far
+            as this step's weights depend on them.
 
         Raises:
             ValueError, TypeError: G or the losses are not what they must be, or of another number of tasks than the
@@ -78,6 +81,12 @@ class Method:
             RuntimeError: the named backend cannot serve the call.
         """
         raise NotImplementedError
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Here, for torch.compile cannot trace it.
+        if "weights" in vars(cls):
+            cls._takes_backend = _has_backend(cls.weights)
 
     def __repr__(self) -> str:
         options = inspect.signature(type(self)).parameters
@@ -125,8 +134,9 @@ class Method:
 
 def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | None) -> Tensor:
     """Return the method's weights; ValueError or TypeError where a method of the user's own returns something else."""
-    function = getattr(method.weights, "__func__", method.weights)
-    named = {"backend": backend} if backend is not None and _takes_backend(function) else {}
+    own = vars(method).get("weights")
+    takes_backend = method._takes_backend if own is None else _has_backend(own)
+    named = {"backend": backend} if backend is not None and takes_backend else {}
     weights = method.weights(gram, losses=losses, **named)
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         raise TypeError(f"method {method.name!r} must return a floating-point tensor, got {describe(weights)}")
@@ -143,11 +153,29 @@ def _brief(option: Any) -> str:
     return f"<{len(option)} tensors>" if is_parameters else repr(option)
 
 
-@cached
-def _takes_backend(weights: Callable[..., Tensor]) -> bool:
-    """Whether the function has the option; that of a user's own method need not."""
+def _has_backend(weights: Callable[..., Tensor]) -> bool:
+    """Whether the function takes ``backend=``."""
     kinds = {name: parameter.kind for name, parameter in inspect.signature(weights).parameters.items()}
     return "backend" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values()
+
+
+class FixedMethod(Method):
+    """A method whose weights depend on nothing but the number of tasks."""
+
+    needs_gram = False
+    weights_losses = True
+    needs = "nothing"
+    linear = True
+
+    def _fixed(self, gram: Tensor) -> Tensor:
+        """Return the weights [T] or [..., T] for float64 G [..., T, T]."""
+        raise NotImplementedError
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Return the weights; NaN where G is not finite."""
+        problems = check_gram(gram)
+        weights = torch.where(is_finite(problems), self._fixed(problems), torch.nan)
+        return constant(f"{self.name} weights", weights, [gram])
 
 
 class Solver(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_not_negative
+from .._constant import constant
 from .._gradients import describe
 from ..backends.problems import are_finite, is_finite
 from ..functional import check_gram
@@ -51,10 +52,11 @@ class LossMethod(Method):
             ValueError: the losses, the state or an option are for another number of tasks, or losses are missing.
             RuntimeError: the first call is captured in a CUDA graph.
         """
-        gram = check_gram(gram)
+        problems = check_gram(gram)
         values = read_losses(self.name, losses, gram.shape[:-1], gram.device)
-        counts = self._counts(values) & is_finite(gram)
-        return torch.where(counts, self._weigh(values, counts), torch.nan)
+        counts = self._counts(values) & is_finite(problems)
+        weights = torch.where(counts, self._weigh(values, counts), torch.nan)
+        return constant(f"{self.name} weights", weights, [gram])
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
         """Return the weights for float64 losses [..., T]; keep the new state of those problems that count, [..., 1]."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._constant import constant
 from .._gradients import describe
 from ..backends.problems import are_finite
 from ..functional import check_gram
@@ -27,14 +28,14 @@ class SimplexMethod(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [..., T] for [..., T, T], and take the step."""
-        gram = check_gram(gram)
+        problems = check_gram(gram)
         w = state_on(self.name, self._w, gram.shape[:-1], 1 / gram.shape[-1], gram.device)
-        moved = self._step(gram, w, backend)
+        moved = self._step(problems, w, backend)
         finite = are_finite(moved)
         weights = torch.where(finite, self._direction(moved), torch.nan)
         w.copy_(torch.where(finite, moved, w))
         self._w = w  # last: a step that raised has not begun
-        return weights
+        return constant(f"{self.name} weights", weights, [gram])
 
     def _step(self, gram: Tensor, w: Tensor, backend: str | None) -> Tensor:
         """Return the new w, not finite where G is not."""

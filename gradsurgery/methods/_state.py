@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .._gradients import describe
-from ..backends.problems import is_finite
 
 
 @contextmanager
@@ -64,11 +63,6 @@ def keep_state(state: dict[str, Tensor], new: Mapping[str, Tensor], counts: Tens
         torch.where(written, value, state[name], out=state[name])
 
 
-def nan_unless_finite(weights: Tensor, gram: Tensor) -> Tensor:
-    """Return a copy of weights [..., T] that is NaN for the problems whose G [..., T, T] is not finite."""
-    return torch.where(is_finite(gram), weights, torch.nan)
-
-
 class PerTask:
     """Numbers that a user gives, one per task. They move to G's device once, because such a copy synchronises."""
 
@@ -83,7 +77,9 @@ class PerTask:
         # Not on torch's default device, where the check would synchronise, or on "meta" find no values.
         device = None if isinstance(values, Tensor) else "cpu"
         self.values = torch.as_tensor(values, dtype=torch.float64, device=device).detach().clone()
-        if self.values.dim() != 1 or not (self.values.isfinite() & valid(self.values)).all():
+        # Traced values cannot be looked at.
+        looked_at = not torch.compiler.is_compiling()
+        if self.values.dim() != 1 or (looked_at and not (self.values.isfinite() & valid(self.values)).all()):
             raise ValueError(f"{name} must be T {wanted}, got {values!r}")
 
     def __repr__(self) -> str:

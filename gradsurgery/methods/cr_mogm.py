@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_fraction
+from .._constant import constant
 from ..backends.problems import are_finite
 from ..functional import check_gram
 from ._base import Method, weigh
@@ -54,13 +55,18 @@ class CRMOGM(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the average [..., T], after it has taken in the other method's weights."""
-        gram = check_gram(gram)
+        problems = check_gram(gram)
         w = state_on(self.name, self._w, gram.shape[:-1], torch.nan, gram.device)
-        new = weigh(self.method, gram, losses, backend)
+        new = weigh(self.method, problems, losses, backend)
         averaged = torch.where(w.isnan(), new, self.alpha * w + (1 - self.alpha) * new)
         finite = are_finite(new)
         self._w = w.copy_(torch.where(finite, averaged, w))
-        return averaged
+        return constant(f"{self.name} weights", averaged, [gram])
+
+    @property
+    def update(self) -> Any:
+        """The other method's ``update``; AttributeError if it has none."""
+        return self.method.update  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average (None before the first step), and the other method's state."""
