@@ -135,6 +135,24 @@ def test_cagrad_of_gradients_that_sum_to_rounding(backend):
     torch.testing.assert_close(w, torch.full_like(w, 1 / 3))
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[-2, 2], [0, 3], [2, -3]],
+        [[0, 3], [5, 0], [-2, -4]],
+        [[-4, -1], [4, 2], [-5, -4], [-5, -2]],
+        [[4, -5, -3], [3, -5, 3], [2, -5, 5], [-1, 3, -2], [-3, -2, -2]],
+    ],
+)
+def test_cagrad_of_stationary_gradients_and_a_ball_that_just_holds_zero(backend, rows):
+    rows = torch.tensor(rows, dtype=torch.float64)
+    mean = rows.mean(0)
+    for radius in (1.0, 1.0001):
+        d = weigh("cagrad", gradsurgery.gram(rows), backend, c=radius) @ rows
+        assert ((rows @ d) / rows.norm(dim=1)).min() > -1e-8
+        assert (d - mean).norm() <= (1 + 1e-8) * radius * mean.norm()
+
+
 def test_cagrad_whose_multiplier_is_hard_to_bracket(backend):
     """As it grows a task leaves, and what it is sought by bends the other way."""
     rows = [[1.35, -0.155, -1.27], [-0.459, -0.115, 0.0672], [-1.04, -0.196, 0.24], [0.88, -0.993, -0.863]]

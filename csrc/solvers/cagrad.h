@@ -43,7 +43,7 @@ class CAGrad {
     team_.sync();
     // Where the mean gradient is 0 but for rounding, so is d.
     if (!(c > 0) || !(mean_squared_ > 1e-15 * trace_)) return;
-    double length = find_root(kappa) ? std::sqrt(length_squared()) : 0;
+    double length = !(c >= 1 && is_stationary()) && find_root(kappa) ? std::sqrt(length_squared()) : 0;
     if (length == 0) {
       // Pareto-stationary gradients, g_x = 0: of the directions that solve the problem the one nearest to g_0.
       DualCone cone(team_, gram_, tasks_, 1e-12, inner_);
@@ -61,10 +61,11 @@ class CAGrad {
   }
 
  private:
-  // x for one lambda; returns |lambda g_x|^2.
-  GS_HOST_DEVICE_CALL double minimize(double lambda) {
+  // x for one lambda, or without share of g_0 that of the shortest convex combination; returns |lambda g_x|^2.
+  GS_HOST_DEVICE_CALL double minimize(double lambda, double share = 1) {
     each_entry(team_, tasks_, [&](int64_t i, int64_t j) {
-      const double product = lambda * lambda * gram_[i * tasks_ + j] + lambda * (mean_[i] + mean_[j]) + mean_squared_;
+      const double shift = share * (lambda * (mean_[i] + mean_[j]) + mean_squared_);
+      const double product = lambda * lambda * gram_[i * tasks_ + j] + shift;
       shifted_[i * tasks_ + j] = i == j ? std::fmax(product, 0.0) : product;  // a square, but for rounding
     });
     MinNorm(team_, shifted_, tasks_, x_, inner_).solve(/*warm=*/known_);
@@ -75,6 +76,10 @@ class CAGrad {
   }
 
   GS_HOST_DEVICE double length_squared() const { return std::fmax(team_dot(team_, x_, gx_, tasks_), 0.0); }
+
+  // Whether g_x = 0 for some x, but for what rounding leaves. Then no lambda solves the problem if c >= 1; were it
+  // sought, rounding of so large ones would hide that.
+  GS_HOST_DEVICE bool is_stationary() { return minimize(1, 0) <= 4e-14 * trace_; }
 
   GS_HOST_DEVICE bool is_indefinite() {
     const int64_t stride = padded(tasks_);

@@ -134,6 +134,9 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
         far = definite & (high_value < 0)
         high, high_value = torch.where(far, 1e7 * low, high), torch.where(far, far_value, high_value)
     stationary = high_value < 0
+    if c >= 1:
+        # No lambda solves the problem then, which rounding of large ones may hide.
+        stationary = stationary | (_square(gram, wolfe(gram)) <= 4e-14 * trace)
     low_value = excess(low)
     found = low.clone()
     settled = ~wanted | stationary | (low_value >= 0)

@@ -61,7 +61,8 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
     vectors lambda g_t + g_0. The lambda with |lambda g_x| = kappa is found by a bracketed secant on squares: first the
     bracket's ends, the upper one first, at 2^11.5 and if that is too low at 1e7, unless G is indefinite, where it would
     be but rounding. If that is too low as well, the gradients are Pareto-stationary, and the projection of g_0 on the
-    dual cone is next and last.
+    dual cone is next and last. For c >= 1 the shortest combination of the gradients alone, which tells that, comes first
+    of all.
     """
     problem = tl.program_id(0).to(tl.int64)
     gram += problem * num_tasks * num_tasks
@@ -85,15 +86,15 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
     cone_scale, cone_inverse, cone_b, cone_noise = terms(gram, even, 1e-12, num_tasks, TASKS)
     low = tl.sqrt(target / tl.where(trace > 0, trace, 1.0))
     high = 2896.309375740099 * low
-    at = high
-    ends = 0  # of the bracket that have been seen, counting the second upper one
+    at = tl.where(c >= 1, 1.0, high)
+    ends = tl.where(c >= 1, -1, 0)  # of the bracket that have been seen, counting the second upper one
     low_value = -target
     high_value = target
     side = 0
     stationary = target < 0
-    for _ in range(44):
+    for _ in range(45):
         if running > 0:
-            shift = at * mean + 0.5 * mean_squared
+            shift = tl.where(ends < 0, 0.0, at * mean + 0.5 * mean_squared)
             square = tl.maximum(at * at * diagonal + 2 * shift, 0.0)
             norm = tl.where(inside, tl.sqrt(square), float("inf"))
             least = tl.min(norm, 0)
@@ -121,7 +122,10 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
                 factor = tl.sqrt(target / tl.where(squared > 0, squared, 1.0))
                 weights = tl.where(squared > 0, even + factor * x, weights)
                 settled = (ends > 2) & (tl.abs(value) <= 1e-12 * target)
-                if ends < 2:
+                if ends < 0:
+                    stationary = squared <= 4e-14 * trace
+                    ends = 0
+                elif ends < 2:
                     high_value = value
                     stationary = value < 0
                     if (ends == 0) & stationary:
@@ -154,5 +158,5 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
                 secant = tl.sqrt(a - low_value * (z - a) / (high_value - low_value))
                 at = tl.where(z > 1e6 * a, tl.sqrt(low * high), secant)
                 at = tl.minimum(tl.maximum(at, low), high)
-                at = tl.where(ends == 1, high, tl.where(ends == 2, low, at))
+                at = tl.where(ends < 2, high, tl.where(ends == 2, low, at))
     tl.store(out + problem * num_tasks + task, weights, mask=inside)
