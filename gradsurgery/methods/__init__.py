@@ -149,14 +149,28 @@ def available() -> list[str]:
 
 
 def get(name: str, **options: Any) -> Method:
-    """Return a new method by name, in its initial state; ValueError if there is none such."""
+    """Return a new method by name, in its initial state.
+
+    Args:
+        name: one of :func:`available`.
+        options: those of the method's class.
+
+    Raises:
+        ValueError: there is no such method, or an option is out of its range.
+        TypeError: the method does not have an option.
+    """
     if name not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(available())}, got {name!r}")
     return _METHODS[name](**options)
 
 
 def resolve(method: str | Method, options: dict[str, Any]) -> Method:
-    """Return ``method`` itself, or the one that it names with these options."""
+    """Return ``method`` itself, or the one that it names with these options.
+
+    Raises:
+        ValueError, TypeError: as :func:`get` does; ValueError for options beside a ``Method``, TypeError for what is
+            neither a name nor a ``Method``.
+    """
     if isinstance(method, str):
         return get(method, **options)
     if not isinstance(method, Method):
