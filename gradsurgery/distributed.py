@@ -52,6 +52,7 @@ class Replicas:
         self.method = method
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
+        # A process group cannot be copied.
         return Replicas(self.group, deepcopy(self.method, memo))
 
     @property

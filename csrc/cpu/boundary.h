@@ -59,21 +59,22 @@ inline gs_status check_order(const int64_t* order, int64_t num_tasks) {
   return GS_OK;
 }
 
-inline gs_status check_method(gs_weighting method) {
-  GS_REQUIRE(method >= GS_UPGRAD && method <= GS_KRUM, "method is %d, which no gs_weighting is", (int)method);
+inline gs_status check_known(gs_weighting weighting) {
+  GS_REQUIRE(weighting >= GS_UPGRAD && weighting <= GS_KRUM, "weighting is %d, which no gs_weighting is",
+             (int)weighting);
   return GS_OK;
 }
 
-inline gs_status check_weighting(gs_weighting method, int64_t num_tasks, double parameter, double limit) {
-  if (const gs_status status = check_method(method)) return status;
-  const bool ridge = method == GS_UPGRAD || method == GS_DUALPROJ;
+inline gs_status check_weighting(gs_weighting weighting, int64_t num_tasks, double parameter, double limit) {
+  if (const gs_status status = check_known(weighting)) return status;
+  const bool ridge = weighting == GS_UPGRAD || weighting == GS_DUALPROJ;
   GS_REQUIRE(!ridge || (parameter > 0 && parameter < INFINITY), "ridge must be positive and finite, got %g", parameter);
-  GS_REQUIRE(method != GS_CAGRAD || (parameter >= 0 && parameter < INFINITY), "c must be >= 0 and finite, got %g",
+  GS_REQUIRE(weighting != GS_CAGRAD || (parameter >= 0 && parameter < INFINITY), "c must be >= 0 and finite, got %g",
              parameter);
-  GS_REQUIRE(method != GS_FAIRGRAD || (parameter > 0 && parameter < INFINITY && limit > 0),
+  GS_REQUIRE(weighting != GS_FAIRGRAD || (parameter > 0 && parameter < INFINITY && limit > 0),
              "alpha and limit must be positive and alpha finite, got %g and %g", parameter, limit);
   const auto tasks = static_cast<double>(num_tasks);
-  GS_REQUIRE(method != GS_KRUM || (parameter >= 0 && parameter <= tasks && limit >= 1 && limit <= tasks),
+  GS_REQUIRE(weighting != GS_KRUM || (parameter >= 0 && parameter <= tasks && limit >= 1 && limit <= tasks),
              "Krum's parameter must be in 0..%lld and its limit in 1..%lld, got %g and %g", (long long)num_tasks,
              (long long)num_tasks, parameter, limit);
   return GS_OK;

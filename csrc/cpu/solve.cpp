@@ -31,8 +31,8 @@ double* scratch_at(void* workspace, int64_t b, int64_t bytes) {
   return reinterpret_cast<double*>(static_cast<char*>(workspace) + b * bytes);
 }
 
-int64_t weighting_scratch_bytes(gs_weighting method, int64_t num_tasks) {
-  return (weighting_scratch(method, num_tasks) * 8 + 63) / 64 * 64;
+int64_t weighting_scratch_bytes(gs_weighting weighting, int64_t num_tasks) {
+  return (weighting_scratch(weighting, num_tasks) * 8 + 63) / 64 * 64;
 }
 
 }  // namespace
@@ -123,23 +123,23 @@ gs_status gs_simplex_steps_cpu(const double* matrix, int64_t batch, int64_t num_
   return GS_OK;
 }
 
-int64_t gs_weights_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks) {
-  const bool valid = gs::check_problems(batch, num_tasks) == GS_OK && gs::check_method(method) == GS_OK;
-  return valid ? batch * gs::weighting_scratch_bytes(method, num_tasks) : -1;
+int64_t gs_weights_workspace_bytes(gs_weighting weighting, int64_t batch, int64_t num_tasks) {
+  const bool valid = gs::check_problems(batch, num_tasks) == GS_OK && gs::check_known(weighting) == GS_OK;
+  return valid ? batch * gs::weighting_scratch_bytes(weighting, num_tasks) : -1;
 }
 
-gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
+gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting weighting,
                          const double* preference, double parameter, double limit, double* weights, void* workspace,
                          int64_t workspace_bytes, const gs_parallel* parallel) {
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
-  if (const gs_status status = gs::check_weighting(method, num_tasks, parameter, limit)) return status;
+  if (const gs_status status = gs::check_weighting(weighting, num_tasks, parameter, limit)) return status;
   if (const gs_status status =
-          gs::check_workspace(workspace, workspace_bytes, gs_weights_workspace_bytes(method, batch, num_tasks)))
+          gs::check_workspace(workspace, workspace_bytes, gs_weights_workspace_bytes(weighting, batch, num_tasks)))
     return status;
   const auto solve = [&](int64_t b, const double* problem, double* w) {
-    gs::solve_weighting(gs::SerialTeam{}, method, problem, num_tasks, preference, parameter, limit, 0, 1, w,
-                        gs::scratch_at(workspace, b, gs::weighting_scratch_bytes(method, num_tasks)));
+    gs::solve_weighting(gs::SerialTeam{}, weighting, problem, num_tasks, preference, parameter, limit, 0, 1, w,
+                        gs::scratch_at(workspace, b, gs::weighting_scratch_bytes(weighting, num_tasks)));
   };
   gs::each_problem(parallel, gram, batch, num_tasks, 128 * num_tasks, weights, solve);
   return GS_OK;

@@ -9,10 +9,10 @@ namespace gs::gpu {
 namespace {
 
 // A slot below this is not worth a block.
-constexpr int64_t kLeastColumns = 256;
-constexpr int kMostSlots = 256;
+constexpr int64_t kMinColumns = 256;
+constexpr int kMaxSlots = 256;
 // Of 16-bit formats, whose products from shared memory cost twice as much a byte; more take the stages.
-constexpr int64_t kMostShortBytes = 16 << 20;
+constexpr int64_t kMaxShortBytes = 16 << 20;
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -45,15 +45,15 @@ bool plan_fused(const gs_gradients& g, const gs_solve& solve, void* const* out, 
     for (int64_t t = 0; t < tasks; t++) *pointer++ = reinterpret_cast<int64_t>(g.data[p * tasks + t]);
     *pointer++ = reinterpret_cast<int64_t>(out[p]);
   }
-  const int64_t most = std::min(kMostSlots, traits.processors);
-  const int64_t share = std::max(kLeastColumns, (table.columns + most - 1) / most);
+  const int64_t most = std::min(kMaxSlots, traits.processors);
+  const int64_t share = std::max(kMinColumns, (table.columns + most - 1) / most);
   table.width = (share + kFusedUnit - 1) / kFusedUnit * kFusedUnit;
   table.slots = static_cast<int>((table.columns + table.width - 1) / table.width);
-  if (element_bytes(dtype) == 2 && table.columns * tasks * 2 > kMostShortBytes) return false;
+  if (element_bytes(dtype) == 2 && table.columns * tasks * 2 > kMaxShortBytes) return false;
   return table.width <= fused_width_at_most(dtype, tasks, traits.shared_bytes);
 }
 
-int64_t partial_bytes(int64_t num_tasks) { return kMostSlots * pairs_of(std::min(num_tasks, kFusedTasks)) * 8; }
+int64_t partial_bytes(int64_t num_tasks) { return kMaxSlots * pairs_of(std::min(num_tasks, kFusedTasks)) * 8; }
 
 int64_t solver_bytes(const gs_solve& solve, int64_t batch, int64_t num_tasks) {
   switch (solve.method) {

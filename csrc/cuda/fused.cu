@@ -14,7 +14,7 @@ namespace {
 
 // Parts of a slot, whose products are summed while the next one is on its way.
 constexpr int kParts = 8;
-constexpr int kLeastPart = 8192;  // bytes: smaller ones wait for memory one after the other
+constexpr int kMinPart = 8192;  // bytes: smaller ones wait for memory one after the other
 constexpr int kPairs = kFusedTasks * (kFusedTasks + 1) / 2;
 static_assert(kFusedTasks * kFusedTasks <= kFusedThreads);  // a thread for each entry of G
 
@@ -180,7 +180,7 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
 
   const auto units = [](int64_t columns) { return (columns + kFusedUnit - 1) / kFusedUnit * kFusedUnit; };
   const int64_t share = units((end - begin + kParts - 1) / kParts);
-  const int64_t least = units(kLeastPart / (num_tasks * static_cast<int>(sizeof(In))));
+  const int64_t least = units(kMinPart / (num_tasks * static_cast<int>(sizeof(In))));
   const int64_t part = share > least ? share : least;
   int64_t copied = begin;
   const auto copy_part = [&] {

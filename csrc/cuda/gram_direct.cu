@@ -123,10 +123,10 @@ gs_status launch_one(const Table& table, int64_t num_tasks, double* partials, gs
   return launch(&direct_kernel<In, T>, table.slots, kWarps * kWarp, kWarps * pairs_of(T) * 8, stream, table, partials);
 }
 
-template <class In, int T, int kMost>
+template <class In, int T, int kMax>
 gs_status launch_lanes_of(const Table& table, int64_t num_tasks, double* partials, gs_stream stream) {
-  if constexpr (T < kMost) {
-    if (num_tasks > T) return launch_lanes_of<In, T + 1, kMost>(table, num_tasks, partials, stream);
+  if constexpr (T < kMax) {
+    if (num_tasks > T) return launch_lanes_of<In, T + 1, kMax>(table, num_tasks, partials, stream);
   }
   const auto run = [&](auto kernel, auto layout) {
     return launch(kernel, table.slots, kWarps * kWarp, kWarps * layout.kStages * layout.kVectors * 16, stream, table,
@@ -146,9 +146,9 @@ gs_status launch_direct(const Table& table, int64_t num_tasks, double* partials,
 gs_status launch_lanes(const Table& table, int64_t num_tasks, double* partials, gs_stream stream) {
   return with_dtype(table.dtype, [&](auto in) {
     using In = decltype(in);
-    constexpr int kMost = lanes_tasks(sizeof(In));
-    if constexpr (kMost > kDirectTasks) {
-      return launch_lanes_of<In, kDirectTasks + 1, kMost>(table, num_tasks, partials, stream);
+    constexpr int kMax = lanes_tasks(sizeof(In));
+    if constexpr (kMax > kDirectTasks) {
+      return launch_lanes_of<In, kDirectTasks + 1, kMax>(table, num_tasks, partials, stream);
     }
     return GS_OK;
   });

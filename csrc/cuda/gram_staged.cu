@@ -19,7 +19,7 @@ constexpr int kStageSlices = kMany                                  ? 1
 template <int kSlices, int kTiles>
 constexpr int kStages = kSlices == 4 && kTiles > 3 ? 3 : 4;
 GS_HOST_DEVICE constexpr int most_warps(bool many) { return many ? 12 : 16; }
-constexpr int kMostTiles = 5;  // of 16 x 8 products, of a warp: what fits its registers
+constexpr int kMaxTiles = 5;  // of 16 x 8 products, of a warp: what fits its registers
 constexpr int kRows = 16;
 // With so many tasks a block holds all pairs.
 constexpr int kMaxTasks = 128;
@@ -36,7 +36,7 @@ struct Split {
     circle = (num_tasks + kRows - 1) / kRows;
     row_parts = num_tasks <= kMaxTasks ? 1 : 2;
     shares = (circle + row_parts - 1) / row_parts;
-    const int all_groups = (tiles_of(0) + kMostTiles - 1) / kMostTiles;
+    const int all_groups = (tiles_of(0) + kMaxTiles - 1) / kMaxTiles;
     tiles = (tiles_of(0) + all_groups - 1) / all_groups;
     const int fitting = most_warps(num_tasks > kMaxTasks) / shares;
     groups = all_groups < fitting ? all_groups : fitting;
@@ -158,7 +158,7 @@ GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& spl
   const Owner owner(split, part, own);
   const bool last_tiles = owner.tiles > kTiles - 2;
   // The slices of a stage that are the warp's, a bit each. With the most tiles there is no warp left to split them.
-  const bool all_slices = (kTiles == kMostTiles && !kMany) || split.splits == 1;
+  const bool all_slices = (kTiles == kMaxTiles && !kMany) || split.splits == 1;
   constexpr int kAll = (1 << kSlices) - 1;
   const int slices = kMany && owner.tiles <= 0 ? 0 : all_slices ? kAll : kAll / 3 << own_split;
   const int slice_vectors = split.slice_vectors(), left = lane_offset(tiles) + 2 * owner.strip * kBlockVectors;
@@ -225,7 +225,7 @@ GS_KERNEL GS_BLOCKS(most_warps(kMany) * kWarp, 1)
 template <class In, bool kDouble, bool kMany, bool kShifts, int kTiles = kMany ? 4 : 3>
 gs_status launch_one(const Table& table, int num_tasks, double* partials, gs_stream stream) {
   const Split split(num_tasks);
-  if constexpr (kTiles < kMostTiles) {
+  if constexpr (kTiles < kMaxTiles) {
     if (split.tiles > kTiles) {
       return launch_one<In, kDouble, kMany, kShifts, kTiles + 1>(table, num_tasks, partials, stream);
     }

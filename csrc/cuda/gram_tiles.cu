@@ -128,8 +128,8 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, kTiles <= (kDouble ? 4 : 3) ? 2 : 1)
 // kTiles: row blocks of 8 tasks, as many as there are.
 template <class In, bool kDouble, bool kShifts, int kTiles = 1>
 gs_status launch_one(const Table& table, int64_t num_tasks, double* partials, gs_stream stream) {
-  constexpr int64_t kMost = kDouble ? kDoubleTileTasks : kFloatTileTasks;
-  if constexpr (kTiles * 8 < kMost) {
+  constexpr int64_t kMax = kDouble ? kDoubleTileTasks : kFloatTileTasks;
+  if constexpr (kTiles * 8 < kMax) {
     if (num_tasks > kTiles * 8) return launch_one<In, kDouble, kShifts, kTiles + 1>(table, num_tasks, partials, stream);
   }
   return launch(&tiles_kernel<In, kTiles, kDouble, kShifts>, table.slots, kWarps * kWarp,

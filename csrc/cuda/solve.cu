@@ -120,14 +120,6 @@ GS_KERNEL gradnorm_step_kernel(const double* gram, const double* losses, int64_t
   }
 }
 
-// Scratch beyond this lies in the workspace: every GPU has so much shared memory.
-constexpr int64_t kSharedBytes = 48 * 1024;
-
-// For so many problems' scratch.
-int64_t workspace_bytes(int64_t batch, int64_t scratch_bytes) {
-  return scratch_bytes <= kSharedBytes ? 0 : batch * scratch_bytes;
-}
-
 }  // namespace
 }  // namespace gs::gpu
 

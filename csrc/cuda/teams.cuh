@@ -6,6 +6,14 @@
 
 namespace gs::gpu {
 
+// Scratch beyond this lies in the workspace: every GPU has so much shared memory.
+constexpr int64_t kSharedBytes = 48 * 1024;
+
+// For so many problems' scratch.
+inline int64_t workspace_bytes(int64_t batch, int64_t scratch_bytes) {
+  return scratch_bytes <= kSharedBytes ? 0 : batch * scratch_bytes;
+}
+
 struct WarpTeam {
   static constexpr int kColumns = 2;
   static constexpr int kSmall = 8;

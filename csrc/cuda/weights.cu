@@ -10,16 +10,15 @@
 namespace gs::gpu {
 namespace {
 
-constexpr int64_t kMostWarps = 8;            // of a block; UPGrad has a part for each task, the other solvers one
-constexpr int64_t kSharedBytes = 48 * 1024;  // every GPU has so much; what needs more works in the workspace
+constexpr int64_t kMaxWarps = 8;  // of a block; UPGrad has a part for each task, the other solvers one
 
-int64_t warps_of(gs_weighting method, int64_t num_tasks) {
-  return method == GS_UPGRAD ? std::min(num_tasks, kMostWarps) : 1;
+int64_t warps_of(gs_weighting weighting, int64_t num_tasks) {
+  return weighting == GS_UPGRAD ? std::min(num_tasks, kMaxWarps) : 1;
 }
 
 // Of a problem, in values: each warp's scratch and weights.
-int64_t scratch_of(gs_weighting method, int64_t num_tasks) {
-  return (warps_of(method, num_tasks) * (weighting_scratch(method, num_tasks) + num_tasks) + 7) / 8 * 8;
+int64_t scratch_of(gs_weighting weighting, int64_t num_tasks) {
+  return (warps_of(weighting, num_tasks) * (weighting_scratch(weighting, num_tasks) + num_tasks) + 7) / 8 * 8;
 }
 
 // The same answer for every thread.
@@ -31,8 +30,8 @@ GS_DEVICE bool block_finite(const double* values, int64_t count) {
 }
 
 // scratch_values is 0 where the scratch lies in shared memory. One kernel for all solvers: they share much.
-GS_KERNEL GS_BLOCKS(kMostWarps* kWarp, 1)
-    weights_kernel(const double* gram, int64_t num_tasks, gs_weighting method, const double* preference,
+GS_KERNEL GS_BLOCKS(kMaxWarps* kWarp, 1)
+    weights_kernel(const double* gram, int64_t num_tasks, gs_weighting weighting, const double* preference,
                    double parameter, double limit, double* weights, double* workspace, int64_t scratch_values,
                    int64_t warp_values) {
   wait_for_previous_kernel();
@@ -48,7 +47,7 @@ GS_KERNEL GS_BLOCKS(kMostWarps* kWarp, 1)
   }
   const int64_t warp = thread() / kWarp, warps = threads() / kWarp;
   double* part = scratch + warp * num_tasks;
-  solve_weighting(team, method, problem, num_tasks, preference, parameter, limit, warp, warps, part,
+  solve_weighting(team, weighting, problem, num_tasks, preference, parameter, limit, warp, warps, part,
                   scratch + warps * num_tasks + warp * warp_values);
   sync_block();
   for (int64_t i = thread(); i < num_tasks; i += threads()) {
@@ -62,7 +61,7 @@ GS_KERNEL GS_BLOCKS(kMostWarps* kWarp, 1)
 constexpr int64_t kSpectralTasks = 17, kSpectralThreads = 512;
 
 GS_KERNEL GS_BLOCKS(kSpectralThreads, 1)
-    spectral_kernel(const double* gram, int64_t num_tasks, gs_weighting method, const double* preference,
+    spectral_kernel(const double* gram, int64_t num_tasks, gs_weighting weighting, const double* preference,
                     double* weights, double* workspace, int64_t scratch_values) {
   wait_for_previous_kernel();
   const BlockTeam team(&shared<double>());
@@ -72,19 +71,19 @@ GS_KERNEL GS_BLOCKS(kSpectralThreads, 1)
   const bool finite = block_finite(problem, num_tasks * num_tasks);
   let_next_kernel_start();
   if (finite) {
-    solve_spectral(team, method, problem, num_tasks, preference, result, scratch);
+    solve_spectral(team, weighting, problem, num_tasks, preference, result, scratch);
   } else {
     fill_nan(team, result, num_tasks);
   }
 }
 
-gs_status launch_spectral(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
+gs_status launch_spectral(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting weighting,
                           const double* preference, double* weights, double* workspace, gs_stream stream) {
-  const int64_t values = scratch_of(method, num_tasks), lanes = (num_tasks + 1) / 2 * BlockTeam::kPairMembers;
+  const int64_t values = scratch_of(weighting, num_tasks), lanes = (num_tasks + 1) / 2 * BlockTeam::kPairMembers;
   const int64_t threads = std::min((lanes + kWarp - 1) / kWarp * kWarp, kSpectralThreads);
   const bool fits = values * 8 <= kSharedBytes;
   return launch(spectral_kernel, batch, static_cast<int>(threads), (BlockTeam::kValues + (fits ? values : 0)) * 8,
-                stream, gram, num_tasks, method, preference, weights, workspace, fits ? 0 : values);
+                stream, gram, num_tasks, weighting, preference, weights, workspace, fits ? 0 : values);
 }
 
 // Warps take the rows in turn; their parts are added in the order of the warps.
@@ -114,38 +113,37 @@ GS_KERNEL gradvac_kernel(const double* gram, int64_t num_tasks, const int64_t* o
 }  // namespace
 }  // namespace gs::gpu
 
-int64_t gs_weights_cuda_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks) {
-  if (gs::check_problems(batch, num_tasks) != GS_OK || gs::check_method(method) != GS_OK) return -1;
-  const int64_t bytes = gs::gpu::scratch_of(method, num_tasks) * 8;
-  return bytes <= gs::gpu::kSharedBytes ? 0 : batch * bytes;
+int64_t gs_weights_cuda_workspace_bytes(gs_weighting weighting, int64_t batch, int64_t num_tasks) {
+  if (gs::check_problems(batch, num_tasks) != GS_OK || gs::check_known(weighting) != GS_OK) return -1;
+  return gs::gpu::workspace_bytes(batch, gs::gpu::scratch_of(weighting, num_tasks) * 8);
 }
 
-gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
+gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting weighting,
                           const double* preference, double parameter, double limit, double* weights, void* workspace,
                           int64_t workspace_bytes, gs_stream stream) {
   using namespace gs::gpu;
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
-  if (const gs_status status = gs::check_weighting(method, num_tasks, parameter, limit)) return status;
+  if (const gs_status status = gs::check_weighting(weighting, num_tasks, parameter, limit)) return status;
   if (const gs_status status =
-          gs::check_workspace(workspace, workspace_bytes, gs_weights_cuda_workspace_bytes(method, batch, num_tasks)))
+          gs::check_workspace(workspace, workspace_bytes, gs_weights_cuda_workspace_bytes(weighting, batch, num_tasks)))
     return status;
-  if (num_tasks <= kFaceTasks && method == GS_CAGRAD) {
+  if (num_tasks <= kFaceTasks && weighting == GS_CAGRAD) {
     return launch_cagrad_faces(gram, batch, static_cast<int>(num_tasks), parameter, weights, stream);
   }
-  if (num_tasks <= kFaceTasks && (method == GS_UPGRAD || method == GS_DUALPROJ)) {
-    return launch_projection_faces(gram, batch, static_cast<int>(num_tasks), method == GS_UPGRAD, preference, parameter,
-                                   weights, stream);
+  if (num_tasks <= kFaceTasks && (weighting == GS_UPGRAD || weighting == GS_DUALPROJ)) {
+    return launch_projection_faces(gram, batch, static_cast<int>(num_tasks), weighting == GS_UPGRAD, preference,
+                                   parameter, weights, stream);
   }
-  if (gs::is_spectral(method) && num_tasks >= kSpectralTasks) {
-    return launch_spectral(gram, batch, num_tasks, method, preference, weights, static_cast<double*>(workspace),
+  if (gs::is_spectral(weighting) && num_tasks >= kSpectralTasks) {
+    return launch_spectral(gram, batch, num_tasks, weighting, preference, weights, static_cast<double*>(workspace),
                            stream);
   }
-  const int64_t values = scratch_of(method, num_tasks), threads = warps_of(method, num_tasks) * kWarp;
+  const int64_t values = scratch_of(weighting, num_tasks), threads = warps_of(weighting, num_tasks) * kWarp;
   const bool fits = values * 8 <= kSharedBytes;
   return launch(weights_kernel, batch, static_cast<int>(threads), fits ? values * 8 : 0, stream, gram, num_tasks,
-                method, preference, parameter, limit, weights, static_cast<double*>(workspace), fits ? 0 : values,
-                gs::weighting_scratch(method, num_tasks));
+                weighting, preference, parameter, limit, weights, static_cast<double*>(workspace), fits ? 0 : values,
+                gs::weighting_scratch(weighting, num_tasks));
 }
 
 gs_status gs_gradvac_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
@@ -153,7 +151,7 @@ gs_status gs_gradvac_cuda(const double* gram, int64_t batch, int64_t num_tasks, 
   using namespace gs::gpu;
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && order && targets && weights), "gram, order, targets and weights must not be NULL");
-  const int64_t warps = std::min(num_tasks, kMostWarps);
+  const int64_t warps = std::min(num_tasks, kMaxWarps);
   return launch(gradvac_kernel, batch, static_cast<int>(warps * kWarp), 2 * warps * num_tasks * 8, stream, gram,
                 num_tasks, order, beta, targets, weights);
 }

@@ -32,7 +32,7 @@ GS_HOST_DEVICE void fill_lower(const Team& team, Row row, int64_t size, const En
 
 // What a pivot counts as at least, relative to its diagonal entry, so that a matrix that is singular to working
 // precision has an answer too.
-constexpr double kLeastPivot = 1e-14;
+constexpr double kMinPivot = 1e-14;
 
 // Solves A x = b by Cholesky's method, A = L L^T. row(i) holds row i of A's lower triangle, row(size) holds b, which
 // becomes x; L takes A's place, but for 1 / L_jj on the diagonal. False, with the work left undone, where a pivot is
@@ -42,7 +42,7 @@ bool factor_and_solve(const SerialTeam&, Row row, int64_t size, double least = -
   for (int64_t j = 0; j < size; j++) {
     // Columns 0..j-1 are those of the factor by now, b's those of the forward substitution.
     double* const pivot_row = row(j);
-    const double entry = pivot_row[j], floor = kLeastPivot * entry, pivot = entry - dot(pivot_row, pivot_row, j);
+    const double entry = pivot_row[j], floor = kMinPivot * entry, pivot = entry - dot(pivot_row, pivot_row, j);
     if (!(pivot > least * entry)) return false;
     const double inverse = inverse_root(pivot > floor ? pivot : floor);
     pivot_row[j] = inverse;
@@ -127,7 +127,7 @@ GS_HOST_DEVICE_CALL bool factor_and_solve(const Team& team, Row row, int64_t siz
         panel.lower[c][b] *= panel.inverse[b];
         panel.lower[c][c] -= panel.lower[c][b] * panel.lower[c][b];
       }
-      const double pivot = panel.lower[c][c], floor = kLeastPivot * entry[c];
+      const double pivot = panel.lower[c][c], floor = kMinPivot * entry[c];
       if (!(pivot > least * entry[c])) return false;
       panel.inverse[c] = inverse_root(pivot > floor ? pivot : floor);
     }
@@ -186,10 +186,10 @@ struct SmallFactor {
 
   // entry(i, j) is that of row i and column j <= i.
   template <class Entry>
-  GS_HOST_DEVICE explicit SmallFactor(const Entry& entry, double least = kLeastPivot) {
+  GS_HOST_DEVICE explicit SmallFactor(const Entry& entry, double least = kMinPivot) {
     GS_UNROLL for (int i = 0; i < kSize; i++) { GS_UNROLL for (int j = 0; j <= i; j++) lower[i][j] = entry(i, j); }
     GS_UNROLL for (int k = 0; k < kSize; k++) {
-      const double floor = kLeastPivot * entry(k, k);
+      const double floor = kMinPivot * entry(k, k);
       definite = definite && lower[k][k] > least * entry(k, k);
       inverse[k] = 1 / (lower[k][k] > floor ? lower[k][k] : floor);
       GS_UNROLL for (int i = kSize - 1; i > k; i--) {

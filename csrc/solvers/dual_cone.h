@@ -212,7 +212,7 @@ class DualCone {
     const auto of_free = [&](int64_t r, int64_t c) {
       return entry(static_cast<int64_t>(index_[r]), static_cast<int64_t>(index_[c]));
     };
-    if (!solve_positive(team_, of_free, rows_, stride, size, kLeastPivot)) {
+    if (!solve_positive(team_, of_free, rows_, stride, size, kMinPivot)) {
       indefinite_ = true;
       return;
     }

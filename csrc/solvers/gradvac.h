@@ -6,7 +6,7 @@
 namespace gs {
 
 // A target above this counts as this: at 1 the coefficient has no bound.
-constexpr double kMostTarget = 1 - 1e-8;
+constexpr double kMaxTarget = 1 - 1e-8;
 
 // A vector whose square is less than this of the squares of its terms is 0 but for rounding.
 constexpr double kCancelled = 1e-12;
@@ -26,7 +26,7 @@ GS_HOST_DEVICE void gradvac_row(const Team& team, const double* gram, int64_t nu
     const double norm = std::sqrt(squared), other = std::sqrt(gram[j * num_tasks + j]), product = v[j];
     if (j == i || !(norm > 0 && other > 0)) continue;
     const double cosine = product / norm / other, rho = cosine < -1 ? -1 : cosine > 1 ? 1 : cosine;
-    const double wanted = target[j] < kMostTarget ? target[j] : kMostTarget;
+    const double wanted = target[j] < kMaxTarget ? target[j] : kMaxTarget;
     team.sync();
     if (rho < wanted) {
       const double sine = std::sqrt(1 - wanted * wanted);

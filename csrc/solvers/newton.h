@@ -93,7 +93,7 @@ class Newton {
       if (ends || !(residual > 1e-15) || steps_-- == 0) return true;
       team_.sync();
       const auto entry = [&](int64_t i, int64_t j) { return cosines_[i * tasks_ + j] + (i == j ? bend_[i] : 0); };
-      if (!solve_positive(team_, entry, rows_, stride, tasks_, kLeastPivot)) return false;
+      if (!solve_positive(team_, entry, rows_, stride, tasks_, kMinPivot)) return false;
       double lowest = 0;
       GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
         lowest = std::fmin(lowest, direction[i] * inverse_[i]);
@@ -104,7 +104,7 @@ class Newton {
         const double part = direction[i] * inverse_[i];
         if (lowest < -0.9 && part < 0) {
           const double base = 1 - power_ * part;
-          tried_[i] = std::fmax(power_ == 1 ? y_[i] / base : y_[i] * std::pow(base, -1 / power_), kLeastY);
+          tried_[i] = std::fmax(power_ == 1 ? y_[i] / base : y_[i] * std::pow(base, -1 / power_), kMinY);
         } else {
           tried_[i] = y_[i] + direction[i];
         }
@@ -121,7 +121,7 @@ class Newton {
       const double y = tried_[i], ky = missing_[i], inverse = 1 / y;
       const double pull = power_ == 1 ? inverse : c_[i] * std::pow(y, -power_);
       const double error = power_ == 1 ? 1 - ky * y : (pull - ky) / pull;  // NaN where the pull is too large
-      squares += y > kLeastY || error > 0 ? error * error : 0;
+      squares += y > kMinY || error > 0 ? error * error : 0;
       missing_[i] = pull - ky;
       bend_[i] = power_ * pull * inverse;
       inverse_[i] = inverse;
@@ -129,7 +129,7 @@ class Newton {
     return std::sqrt(team_.sum(squares) / static_cast<double>(tasks_));
   }
 
-  static constexpr double kLeastY = 1e-290;
+  static constexpr double kMinY = 1e-290;
 
   const Team team_;
   const int64_t tasks_;

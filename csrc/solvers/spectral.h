@@ -250,7 +250,7 @@ GS_HOST_DEVICE void config(const Team& team, const double* gram, int64_t num_tas
 // eigenvalues above T 2^-23 of the largest one. preference NULL: 1 / T each.
 template <class Team>
 GS_HOST_DEVICE void aligned_mtl(const Team& team, const double* gram, int64_t num_tasks, const double* preference,
-                                gs_weighting method, double* weights, double* scratch) {
+                                gs_weighting weighting, double* weights, double* scratch) {
   const int64_t stride = padded(num_tasks);
   double *values = scratch, *factor = values + num_tasks, *rows = factor + num_tasks;
   const double even = 1 / static_cast<double>(num_tasks);
@@ -268,8 +268,8 @@ GS_HOST_DEVICE void aligned_mtl(const Team& team, const double* gram, int64_t nu
     sum += values[k];
     smallest = values[k] < smallest ? values[k] : smallest;
   }
-  double scale = method == GS_ALIGNED_MTL_MIN ? smallest : sum / static_cast<double>(rank);
-  if (method == GS_ALIGNED_MTL_MEDIAN) {
+  double scale = weighting == GS_ALIGNED_MTL_MIN ? smallest : sum / static_cast<double>(rank);
+  if (weighting == GS_ALIGNED_MTL_MEDIAN) {
     // The lower median: as many kept values are below it as above, or one less.
     for (int64_t k = 0; k < num_tasks; k++) {
       int64_t before = 0;

@@ -9,8 +9,8 @@
 
 namespace gs {
 
-constexpr int64_t weighting_scratch(gs_weighting method, int64_t num_tasks) {
-  switch (method) {
+constexpr int64_t weighting_scratch(gs_weighting weighting, int64_t num_tasks) {
+  switch (weighting) {
     case GS_UPGRAD:
     case GS_DUALPROJ:
       return dual_cone_scratch(num_tasks);
@@ -26,30 +26,30 @@ constexpr int64_t weighting_scratch(gs_weighting method, int64_t num_tasks) {
 }
 
 // The methods that need G's eigenvalues.
-constexpr bool is_spectral(gs_weighting method) {
-  return method == GS_IMTL_G || method == GS_CONFIG || method == GS_ALIGNED_MTL_MIN ||
-         method == GS_ALIGNED_MTL_MEDIAN || method == GS_ALIGNED_MTL_RMSE;
+constexpr bool is_spectral(gs_weighting weighting) {
+  return weighting == GS_IMTL_G || weighting == GS_CONFIG || weighting == GS_ALIGNED_MTL_MIN ||
+         weighting == GS_ALIGNED_MTL_MEDIAN || weighting == GS_ALIGNED_MTL_RMSE;
 }
 
 template <class Team>
-GS_HOST_DEVICE void solve_spectral(const Team& team, gs_weighting method, const double* gram, int64_t num_tasks,
+GS_HOST_DEVICE void solve_spectral(const Team& team, gs_weighting weighting, const double* gram, int64_t num_tasks,
                                    const double* preference, double* weights, double* scratch) {
-  switch (method) {
+  switch (weighting) {
     case GS_IMTL_G:
       return imtl_g(team, gram, num_tasks, weights, scratch);
     case GS_CONFIG:
       return config(team, gram, num_tasks, preference, weights, scratch);
     default:
-      return aligned_mtl(team, gram, num_tasks, preference, method, weights, scratch);
+      return aligned_mtl(team, gram, num_tasks, preference, weighting, weights, scratch);
   }
 }
 
 // The weights of one problem with finite G. UPGrad's are a sum over tasks, here of every step-th one from the first on.
 template <class Team>
-GS_HOST_DEVICE void solve_weighting(const Team& team, gs_weighting method, const double* gram, int64_t num_tasks,
+GS_HOST_DEVICE void solve_weighting(const Team& team, gs_weighting weighting, const double* gram, int64_t num_tasks,
                                     const double* preference, double parameter, double limit, int64_t first,
                                     int64_t step, double* weights, double* scratch) {
-  switch (method) {
+  switch (weighting) {
     case GS_UPGRAD:
       return upgrad(team, gram, num_tasks, preference, parameter, first, step, weights, scratch);
     case GS_DUALPROJ:
@@ -62,7 +62,7 @@ GS_HOST_DEVICE void solve_weighting(const Team& team, gs_weighting method, const
       return krum(team, gram, num_tasks, static_cast<int64_t>(parameter), static_cast<int64_t>(limit), weights,
                   scratch);
     default:
-      return solve_spectral(team, method, gram, num_tasks, preference, weights, scratch);
+      return solve_spectral(team, weighting, gram, num_tasks, preference, weights, scratch);
   }
 }
 

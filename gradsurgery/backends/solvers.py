@@ -194,7 +194,7 @@ def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
     settled = torch.zeros_like(largest, dtype=torch.bool)
 
     def measure(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the pulls, what of them is missing, and how much, but for what cannot get smaller."""
+        """Return the pulls c y^-p, what K y lacks of them, and its relative norm without what cannot get smaller."""
         pull = c * y**-power
         missing = pull - (matrix @ y[..., None]).squeeze(-1)
         error = missing / pull

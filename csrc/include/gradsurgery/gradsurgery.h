@@ -207,13 +207,13 @@ GS_API gs_status gs_simplex_steps_cuda(const double* matrix, int64_t batch, int6
                                        int64_t workspace_bytes, gs_stream stream);
 
 // The weights [batch, T] of a gs_weighting. preference is [T], or NULL for 1 / T each (ConFIG: 1 each); options
-// that a method does not have are ignored. Every solver ends, with its best iterate; a G that is not finite yields NaN.
-GS_API int64_t gs_weights_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks);
-GS_API gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
+// that it does not have are ignored. Every solver ends, with its best iterate; a G that is not finite yields NaN.
+GS_API int64_t gs_weights_workspace_bytes(gs_weighting weighting, int64_t batch, int64_t num_tasks);
+GS_API gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting weighting,
                                 const double* preference, double parameter, double limit, double* weights,
                                 void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
-GS_API int64_t gs_weights_cuda_workspace_bytes(gs_weighting method, int64_t batch, int64_t num_tasks);
-GS_API gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting method,
+GS_API int64_t gs_weights_cuda_workspace_bytes(gs_weighting weighting, int64_t batch, int64_t num_tasks);
+GS_API gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting weighting,
                                  const double* preference, double parameter, double limit, double* weights,
                                  void* workspace, int64_t workspace_bytes, gs_stream stream);
 

@@ -61,8 +61,7 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
     vectors lambda g_t + g_0. The lambda with |lambda g_x| = kappa is found by a bracketed secant on squares: first the
     bracket's ends, the upper one first, at 2^11.5 and if that is too low at 1e7, unless G is indefinite, where it would
     be but rounding. If that is too low as well, the gradients are Pareto-stationary, and the projection of g_0 on the
-    dual cone is next and last. For c >= 1 the shortest combination of the gradients alone, which tells that, comes first
-    of all.
+    dual cone is next and last. For c >= 1 the shortest combination of the gradients, which tells that, comes first.
     """
     problem = tl.program_id(0).to(tl.int64)
     gram += problem * num_tasks * num_tasks
