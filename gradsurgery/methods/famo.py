@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_not_negative
-from ..collect import Losses
 from ._losses import LossMethod
 from ._state import read_losses
 
@@ -46,7 +46,7 @@ class FAMO(LossMethod):
         self.lr = check_not_negative("lr", lr)
         self.gamma = check_not_negative("gamma", gamma)
 
-    def update(self, losses: Losses) -> None:
+    def update(self, losses: Sequence[Any] | Mapping[str, Any] | Tensor) -> None:
         """Update the logits by the losses on the same batch after the optimizer's step.
 
         A second call before the next step changes nothing, and neither do losses that are negative or not finite. In

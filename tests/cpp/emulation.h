@@ -54,7 +54,7 @@ inline Values grams_of(int64_t num_tasks) {
     for (int64_t i = 0; i < num_tasks * columns; i++) {
       rows[i] = std::normal_distribution<double>(i % 3 == 0 ? -0.5 : 0.2)(random);
       if (kind == 1) rows[i] *= std::pow(10, i / columns % 7 - 3);
-      if (kind == 3 && i / columns % 4 == 1) rows[i] = 0;
+      if (kind == 3 && i / columns % 4 == num_tasks / 2 % 4) rows[i] = 0;
     }
     for (int64_t i = 0; i < num_tasks; i++) {
       for (int64_t j = 0; j < num_tasks; j++) {
