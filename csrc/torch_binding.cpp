@@ -255,7 +255,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("device", &Lists::device)
       .def_property_readonly("counts", [](const Lists& lists) { return pybind11::bytes(lists.counts()); })
       .def("select", &Lists::select)
-      .def("fits", &Lists::fits)
+      .def("fits", &Lists::fits, pybind11::arg("out"), pybind11::arg("apart") = false)
       .def("new_out", &Lists::new_out)
       .def("gram", &Lists::gram)
       .def("combine", &Lists::combine)

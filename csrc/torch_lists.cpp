@@ -205,11 +205,12 @@ Lists Lists::select(const std::vector<int64_t>& params, const std::vector<int64_
   return lists;
 }
 
-bool Lists::fits(pybind11::handle out) const {
+bool Lists::fits(pybind11::handle out, bool apart) const {
   if (flat_) {
     const Tensor *const target = target_tensor(out.ptr()), &matrix = THPVariable_Unpack(first_[0]);
     return target && target->dim() == 1 && target->size(0) == matrix.size(1) && target->dtype() == matrix.dtype() &&
-           target->device() == matrix.device() && !overlaps_in_part(*target, grads_.data.data(), grads_.num_tasks);
+           target->device() == matrix.device() &&
+           !(apart && overlaps_in_part(*target, grads_.data.data(), grads_.num_tasks));
   }
   const Items targets(out.ptr());
   if (targets.size != num_params()) return false;
@@ -217,7 +218,7 @@ bool Lists::fits(pybind11::handle out) const {
     if (!first_[p]) return false;
     const Tensor* const target = target_tensor(targets.data[p]);
     if (!target || !alike(*target, THPVariable_Unpack(first_[p]))) return false;
-    if (overlaps_in_part(*target, &grads_.data[p * grads_.num_tasks], grads_.num_tasks)) return false;
+    if (apart && overlaps_in_part(*target, &grads_.data[p * grads_.num_tasks], grads_.num_tasks)) return false;
   }
   return true;
 }
@@ -265,7 +266,7 @@ std::optional<std::pair<Tensor, Tensor>> Lists::aggregate(const gs_solve& solve,
 }
 
 std::vector<void*> Lists::pointers_of(pybind11::handle out) const {
-  TORCH_CHECK_VALUE(fits(out), "out must be a list of tensors like the gradients, one per parameter");
+  TORCH_CHECK_VALUE(fits(out, /*apart=*/false), "out must be a list of tensors like the gradients, one per parameter");
   if (flat_) return {written(THPVariable_Unpack(out.ptr()))};
   const Items targets(out.ptr());
   std::vector<void*> pointers;

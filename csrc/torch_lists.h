@@ -28,8 +28,9 @@ class Lists {
 
   // Some of the parameters, in this order, with a segment for each (empty: one for all).
   Lists select(const std::vector<int64_t>& params, const std::vector<int64_t>& segments, int64_t num_segments) const;
-  // Whether out is a list with a tensor like the gradients for each parameter; of a matrix, such a tensor.
-  bool fits(pybind11::handle out) const;
+  // Whether out is a list with a tensor like the gradients for each parameter; of a matrix, such a tensor. If apart,
+  // none may overlap one of its gradients in part.
+  bool fits(pybind11::handle out, bool apart) const;
   // Such a list, uninitialised, with None for a parameter without gradients; of a matrix, such a tensor.
   pybind11::object new_out() const;
   void gram(Tensor& out) const;

@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ._constant import constant
 from ._extension import Rule
@@ -62,8 +63,8 @@ def combine(
         weights: [T], or [S, T] with ``segments``; any real floating dtype, on the gradients' device.
         segments: as in :func:`gradsurgery.gram`.
         out: where to write: a contiguous tensor [N] for the flat form, a list of P tensors like the gradients (None
-            only where no task has a gradient) for the list form. It may be one task's gradients, but must not overlap
-            any in part. None allocates.
+            only where no task has a gradient) for the list form. It may be one task's gradients, but must not share
+            memory with any others. None allocates.
         accumulate: add to what ``out`` holds instead of overwriting it.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
@@ -72,8 +73,8 @@ def combine(
         gradients' dtype. A constant to autograd.
 
     Raises:
-        ValueError: shapes, devices or segments do not fit together; ``out`` overlaps a gradient in part;
-            ``accumulate`` without ``out``.
+        ValueError: shapes, devices or segments do not fit together; ``out`` overlaps a gradient of the
+            same parameter in part; ``accumulate`` without ``out``.
         TypeError: a dtype does not fit.
         RuntimeError: the named backend cannot serve the call.
 
@@ -162,12 +163,13 @@ def _check_weights(weights: Tensor, grads: TaskGradients) -> None:
 
 def check_out(out: Direction, grads: TaskGradients) -> None:
     """Raise ValueError or TypeError unless the direction can be written there."""
-    if grads.lists is not None and grads.lists.fits(out):
+    if grads.lists is not None and grads.lists.fits(out, apart=True):
         return
     if grads.matrix is not None:
         if not isinstance(out, Tensor) or out.shape != grads.matrix.shape[1:] or not out.is_contiguous():
             raise ValueError(f"out must be a contiguous tensor [{grads.matrix.shape[1]}], got {describe(out)}")
-        _check_target(out, list(grads.matrix.unbind()), "out")
+        _check_target(out, grads.matrix, "out")
+        _check_apart(out, grads.matrix, "out")
         return
     likes, entries = grads.like, grads.entries
     if not isinstance(out, (list, tuple)) or len(out) != len(likes):
@@ -177,12 +179,11 @@ def check_out(out: Direction, grads: TaskGradients) -> None:
             continue
         if not isinstance(target, Tensor) or target.shape != like.shape:
             raise ValueError(f"out[{p}] must be a tensor of shape {tuple(like.shape)}, got {describe(target)}")
-        _check_target(target, [g for g in entries[p :: len(likes)] if g is not None], f"out[{p}]")
+        _check_target(target, like, f"out[{p}]")
+        _check_apart(target, [g for g in entries[p :: len(likes)] if g is not None], f"out[{p}]")
 
 
-def _check_target(target: Tensor, gradients: list[Tensor], name: str) -> None:
-    """Raise ValueError or TypeError unless the direction of these gradients of one shape can be written there."""
-    like = gradients[0]
+def _check_target(target: Tensor, like: Tensor, name: str) -> None:
     if target.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got {target.layout}")
     if any(stride == 0 and size > 1 for stride, size in zip(target.stride(), target.shape, strict=True)):
@@ -199,12 +200,18 @@ def _check_target(target: Tensor, gradients: list[Tensor], name: str) -> None:
         raise ValueError(f"{name} is an inference tensor, which can be written to in inference mode only")
     if target.is_neg():
         raise TypeError(f"{name} must not be a negated view, got one: give its resolve_neg()")
-    # Tensors of subclasses may have no memory; what is not dense is written by way of a temporary.
-    if type(target) is Tensor and is_dense(target) and any(_overlaps_in_part(target, g) for g in gradients):
-        raise ValueError(f"{name} must be one of the gradients or apart from all, got one that overlaps in part")
 
 
-def _overlaps_in_part(a: Tensor, b: Tensor) -> bool:
-    """Whether two dense tensors share some memory and do not begin at the same place."""
-    begin, other = a.data_ptr(), b.data_ptr()
-    return begin != other and begin < other + b.nbytes and other < begin + a.nbytes
+def _check_apart(target: Tensor, gradients: Tensor | list[Tensor], name: str) -> None:
+    """Raise ValueError if the target overlaps one of the gradients, rows of a matrix or a list, in part."""
+    # Traced tensors have no memory, those of subclasses may have none; what is not dense is written by a temporary.
+    if torch.compiler.is_compiling() or type(target) not in (Tensor, Parameter) or not is_dense(target):
+        return
+    if isinstance(gradients, Tensor):
+        step = gradients.stride(0) * gradients.itemsize
+        places = [gradients.data_ptr() + t * step for t in range(len(gradients))]
+    else:
+        places = [gradient.data_ptr() for gradient in gradients]
+    begin, size = target.data_ptr(), target.nbytes
+    if any(place != begin and place < begin + size and begin < place + size for place in places):
+        raise ValueError(f"{name} must be one of its gradients or apart from them, got one that overlaps in part")

@@ -43,9 +43,9 @@ def other_tasks():
         assert optimizer._pending is None
 
 
-def other_seeds(make=Net):
+def other_seeds(make=Net, name="pcgrad", **options):
     net, rank = make(), distributed.get_rank()
-    wrap(net, gradsurgery.methods.get("pcgrad", seed=rank)).backward(net(BATCHES[0][rank]))
+    wrap(net, gradsurgery.methods.get(name, seed=rank, **options)).backward(net(BATCHES[0][rank]))
 
 
 def other_losses():
@@ -142,6 +142,7 @@ ERRORS = {
     "of another group": of_another_group,
     "other tasks": other_tasks,
     "other seeds": other_seeds,
+    "other seeds within": partial(other_seeds, name="cr_mogm", method="pcgrad"),
     "other losses": other_losses,
     "other shapes": other_shapes,
     "sparse": sparse,

@@ -106,9 +106,9 @@ def test_out_that_overlaps_a_gradient_in_part(backend):
     before = flat.clone()
     for begin in (1, 7, 9, 15, 25, 31):
         for grads, out in ((rows, flat[begin : begin + 8]), (lists, [flat[begin : begin + 8]])):
-            with pytest.raises(ValueError, match="must be one of the gradients or apart from all"):
+            with pytest.raises(ValueError, match="must be one of its gradients or apart from them"):
                 gradsurgery.combine(grads, weights, out=out, backend=backend)
-            with pytest.raises(ValueError, match="must be one of the gradients or apart from all"):
+            with pytest.raises(ValueError, match="must be one of its gradients or apart from them"):
                 gradsurgery.aggregate(grads, method, out=out, backend=backend)
     assert torch.equal(flat, before)
     assert method.state_dict()["step"] == 0

@@ -22,6 +22,7 @@ MESSAGES = dict(
             ],
         ),
         ("other seeds", ["'2'] with seed 0 on process 0", "'2'] with seed 1 on process 1"]),
+        ("other seeds within", ["'2'] with seed 0 on process 0", "'2'] with seed 1 on process 1"]),
         ("other losses", ["got others than losses of ['0', '1'] on process 0", "losses of ['0', '1', '2'] on"]),
         ("other shapes", ["ValueError: parameters must have the same shapes, dtypes and memory layouts"] * 2),
         (

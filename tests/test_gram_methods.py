@@ -153,6 +153,15 @@ def test_cagrad_of_stationary_gradients_and_a_ball_that_just_holds_zero(backend,
         assert (d - mean).norm() <= (1 + 1e-8) * radius * mean.norm()
 
 
+def test_cagrad_does_not_take_a_short_gradient_for_zero(backend):
+    for ratio in (10.0, 1e3, 5e6):
+        for radius in (1.0, 2.0):
+            gram = torch.tensor([[1.0, 0.0], [0.0, ratio**2]], dtype=torch.float64)
+            w = weigh("cagrad", gram, backend, c=radius)
+            # |d - g_0| = c |g_0|, nearly all of it along the short one.
+            assert 0.4 * radius * ratio < w[0] < 0.6 * (1 + radius * ratio)
+
+
 def test_cagrad_whose_multiplier_is_hard_to_bracket(backend):
     """As it grows a task leaves, and what it is sought by bends the other way."""
     rows = [[1.35, -0.155, -1.27], [-0.459, -0.115, 0.0672], [-1.04, -0.196, 0.24], [0.88, -0.993, -0.863]]

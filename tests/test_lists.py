@@ -186,7 +186,7 @@ def test_direct_calls_are_safe():
         lists.select([0, 5], [], 1)
     with pytest.raises(ValueError, match="name one per parameter"):
         lists.select([0, 1], [0], 1)
-    with pytest.raises(ValueError, match=r"segment\[1\] must be in 0..0, got 1"):
+    with pytest.raises(ValueError, match=r"segments must be in 0..0, got 1"):
         lists.select([0, 1], [0, 1], 1).gram(torch.empty(4, 4, dtype=torch.float64, device=lists.device))
     with pytest.raises(ValueError, match="gram must be contiguous"):
         lists.gram(torch.empty(3, 3, dtype=torch.float64, device=lists.device))

@@ -126,6 +126,26 @@ def test_weights_of_kept_gradients_keep_the_contract_of_weights(name):
         assert each.weights(torch.eye(3)).isfinite().all()
 
 
+class WithoutBackend:
+    def weights(self, gram, *, losses=None):
+        return gram.diagonal(dim1=-2, dim2=-1)
+
+
+def test_weights_of_a_users_own_need_no_backend_option():
+    class Inherits(WithoutBackend, methods.Method):
+        pass
+
+    class Patched(methods.Method):
+        pass
+
+    Patched.weights = torch.no_grad()(WithoutBackend.weights)
+    own = methods.Method()
+    own.weights = WithoutBackend().weights
+    for method in (Inherits(), Patched(), own):
+        d = gradsurgery.aggregate(EYE, method, backend="reference")
+        assert d.tolist() == [1.0, 1.0, 1.0]
+
+
 def tensors(value):
     """All tensors that an object holds."""
     if isinstance(value, torch.Tensor):

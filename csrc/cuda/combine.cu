@@ -157,7 +157,7 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
     const int output[1] = {num_tasks};
     In* out[1];
     turns.get_rows(output, out);
-    if (!out[0]) continue;  // never, and load and store need no tests of their own
+    if (!out[0]) continue;  // tables have no such parameters, but load and store would test for them
     if (accumulate) {
       const In* const before[1] = {out[0]};
       Vector<In> x[kSteps][1];

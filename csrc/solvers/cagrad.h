@@ -61,6 +61,8 @@ class CAGrad {
   }
 
  private:
+  static constexpr double kCancelled = 4e-14;
+
   // x for one lambda, or without share of g_0 that of the shortest convex combination; returns |lambda g_x|^2.
   GS_HOST_DEVICE_CALL double minimize(double lambda, double share = 1) {
     each_entry(team_, tasks_, [&](int64_t i, int64_t j) {
@@ -77,9 +79,17 @@ class CAGrad {
 
   GS_HOST_DEVICE double length_squared() const { return std::fmax(team_dot(team_, x_, gx_, tasks_), 0.0); }
 
-  // Whether g_x = 0 for some x, but for what rounding leaves. Then no lambda solves the problem if c >= 1; were it
-  // sought, rounding of so large ones would hide that.
-  GS_HOST_DEVICE bool is_stationary() { return minimize(1, 0) <= 4e-14 * trace_; }
+  // Whether g_x = 0 for some x, but for what rounding leaves of its terms. Then no lambda solves the problem if c >= 1;
+  // were it sought, rounding of so large ones would hide that.
+  GS_HOST_DEVICE bool is_stationary() {
+    const double squared = minimize(1, 0);
+    double terms = 0;
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      terms += x_[i] * std::sqrt(gram_[i * (tasks_ + 1)]);
+    }
+    terms = team_.sum(terms);
+    return squared <= kCancelled * terms * terms;
+  }
 
   GS_HOST_DEVICE bool is_indefinite() {
     const int64_t stride = padded(tasks_);

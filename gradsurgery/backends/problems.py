@@ -22,8 +22,8 @@ def are_finite(values: Tensor) -> Tensor:
 
 
 def all_done(done: Tensor) -> bool:
-    """Whether an iteration may end early. On a GPU, where to ask would synchronise, it never does, nor when traced."""
-    return done.device.type == "cpu" and not torch.compiler.is_compiling() and bool(done.all())
+    """Whether an iteration may end early. On a GPU it never does: to ask would synchronise."""
+    return done.device.type == "cpu" and bool(done.all())
 
 
 def equal_preference(gram: Tensor, method: str) -> Tensor:

@@ -136,7 +136,9 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
     stationary = high_value < 0
     if c >= 1:
         # No lambda solves the problem then, which rounding of large ones may hide.
-        stationary = stationary | (_square(gram, wolfe(gram)) <= 4e-14 * trace)
+        shortest = wolfe(gram)
+        terms = (shortest * gram.diagonal(dim1=-2, dim2=-1).sqrt()).sum(-1, keepdim=True)
+        stationary = stationary | (_square(gram, shortest) <= 4e-14 * terms.square())
     low_value = excess(low)
     found = low.clone()
     settled = ~wanted | stationary | (low_value >= 0)

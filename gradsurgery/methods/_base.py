@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .._compiling import cached
 from .._constant import constant
 from .._extension import SOLVER_NUMBERS, NativeSolver
 from .._gradients import describe
@@ -56,7 +57,7 @@ class Method:
     """Whether the state has a row for each of several problems, which then must be the same at each step."""
 
     _takes_backend: ClassVar[bool] = True
-    """Whether ``weights`` has the option; that of a user's own method need not."""
+    """Whether the class's ``weights`` has the option; that of a user's own method need not."""
 
     gram_parameters: Sequence[Tensor] | None = None
     """The shared parameters whose G the weights come from; None: all."""
@@ -84,9 +85,7 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Here, for torch.compile cannot trace it.
-        if "weights" in vars(cls):
-            cls._takes_backend = _has_backend(cls.weights)
+        cls._takes_backend = _has_backend(cls.weights)
 
     def __repr__(self) -> str:
         options = inspect.signature(type(self)).parameters
@@ -134,8 +133,9 @@ class Method:
 
 def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | None) -> Tensor:
     """Return the method's weights; ValueError or TypeError where a method of the user's own returns something else."""
-    own = vars(method).get("weights")
-    takes_backend = method._takes_backend if own is None else _has_backend(own)
+    function = getattr(method.weights, "__func__", method.weights)
+    # torch.compile cannot trace what looks at signatures.
+    takes_backend = method._takes_backend if torch.compiler.is_compiling() else _has_backend(function)
     named = {"backend": backend} if backend is not None and takes_backend else {}
     weights = method.weights(gram, losses=losses, **named)
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
@@ -153,6 +153,7 @@ def _brief(option: Any) -> str:
     return f"<{len(option)} tensors>" if is_parameters else repr(option)
 
 
+@cached
 def _has_backend(weights: Callable[..., Tensor]) -> bool:
     """Whether the function takes ``backend=``."""
     kinds = {name: parameter.kind for name, parameter in inspect.signature(weights).parameters.items()}

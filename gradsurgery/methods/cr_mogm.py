@@ -64,6 +64,11 @@ class CRMOGM(Method):
         return constant(f"{self.name} weights", averaged, [gram])
 
     @property
+    def seed(self) -> int:
+        """The other method's ``seed``; AttributeError if it has none."""
+        return self.method.seed  # type: ignore[attr-defined,no-any-return]
+
+    @property
     def update(self) -> Any:
         """The other method's ``update``; AttributeError if it has none."""
         return self.method.update  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from .._checks import check_positive
 from ..combine import combine
 from ._buffered import BufferedMethod, Given, Rows
+
+_CHUNK_BYTES = 16 << 20
 
 
 class ExcessMTL(BufferedMethod):
@@ -65,18 +68,21 @@ class ExcessMTL(BufferedMethod):
 
     def _excess(self, row: Sequence[Tensor | None], roots: list[Tensor], scale: Tensor | None) -> Tensor:
         """Return e of one task, float64 [], and add its squares to S, whose root does not overflow."""
-        pairs = [(g, root) for g, root in zip(row, roots, strict=True) if g is not None]
-        if not pairs:
-            return torch.zeros((), dtype=torch.float64, device=roots[0].device)
-        # All parameters in one tensor: a few operations per task, not per parameter.
-        gradients, kept = (list(tensors) for tensors in zip(*pairs, strict=True))
-        root = _flatten_dense_tensors(kept)
-        size = torch.where(self._finite, _flatten_dense_tensors(gradients), 0).to(root.dtype)
-        if scale is not None:
-            size = size / scale.to(root.dtype)
-        root = torch.hypot(root, size)
-        torch._foreach_copy_(kept, _unflatten_dense_tensors(root, kept))
-        return (size * (size / root.clamp(min=torch.finfo(root.dtype).tiny))).sum(dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=roots[0].device)
+        pairs = [(g, root) for g, root in zip(row, roots, strict=True) if g is not None and g.numel() > 0]
+        ends = accumulate(root.nbytes for _, root in pairs)
+        # Many small parameters at a time: a few operations for all of them, and little memory.
+        for _, chunk in groupby(zip(pairs, ends, strict=True), lambda item: item[1] // _CHUNK_BYTES):
+            gradients, kept = (list(tensors) for tensors in zip(*(pair for pair, _ in chunk), strict=True))
+            before = _flatten_dense_tensors(kept)
+            size = torch.where(self._finite, _flatten_dense_tensors(gradients), 0).to(before.dtype)
+            if scale is not None:
+                size /= scale.to(size.dtype)
+            root = torch.hypot(before, size)
+            torch._foreach_copy_(kept, _unflatten_dense_tensors(root, kept))
+            root.clamp_(min=torch.finfo(root.dtype).tiny)  # 0 / 0 is 0 here
+            total += torch.div(size, root, out=root).mul_(size).sum(dtype=torch.float64)
+        return total
 
     def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
         return state["w"]

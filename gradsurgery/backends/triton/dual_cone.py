@@ -122,7 +122,8 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
                 weights = tl.where(squared > 0, even + factor * x, weights)
                 settled = (ends > 2) & (tl.abs(value) <= 1e-12 * target)
                 if ends < 0:
-                    stationary = squared <= 4e-14 * trace
+                    size = tl.sum(x * tl.sqrt(diagonal), 0)
+                    stationary = squared <= 4e-14 * size * size
                     ends = 0
                 elif ends < 2:
                     high_value = value
