@@ -135,8 +135,8 @@ GS_API gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* wor
 
 // The direction d_p = sum_t weights[segment(p), t] g_{t,p}, summed in float64 in ascending t and rounded once to the
 // parameter's dtype. weights is [S, T], out [P]. A gradient whose weight is 0 is not read. out[p] may be NULL (skipped)
-// or equal one of g_{t,p}, but must not share memory with other gradients; with accumulate != 0 the direction is added to what
-// out[p] holds.
+// or equal one of g_{t,p}, but must not share memory with other gradients; with accumulate != 0 the direction is added
+// to what out[p] holds.
 GS_API int64_t gs_combine_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
                                 void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
