@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
 """What a method keeps when a call fails, when parameters change, and when values are out of the usual range."""
 
+import math
+
 import pytest
 import torch
 
 import gradsurgery
 from gradsurgery.backends.simplex import project_on_simplex
+from gradsurgery.methods import excess_mtl
 from inputs import normal
 
 methods = gradsurgery.methods
@@ -103,6 +106,21 @@ def test_excess_risks_of_many_16_bit_gradients():
         roots = method.state_dict()["buffers"]
         expected = torch.tensor([[size], [1.0]], dtype=dtype).float() * steps**0.5
         torch.testing.assert_close(roots[0][0].view(2, 1), expected, rtol=1e-5, atol=0)
+
+
+def test_excess_risks_in_several_chunks(monkeypatch):
+    shapes = [(3,), (0, 5), (4, 2), (7,), (5,)]
+    results = []
+    for size in (excess_mtl._CHUNK_BYTES, 50):
+        monkeypatch.setattr(excess_mtl, "_CHUNK_BYTES", size)
+        method = methods.get("excess_mtl", eta=0.3)
+        for step in range(3):
+            rows = [[normal(1, 8, seed=4 * step + t)[0][: math.prod(s)].reshape(s) for s in shapes] for t in range(2)]
+            rows[1][3] = None
+            d = gradsurgery.aggregate(rows, method)
+        results.append([*d, method.state_dict()["w"]])
+    torch.testing.assert_close(*results, rtol=1e-13, atol=0)
+    assert (results[0][-1] != 1).all()
 
 
 @pytest.mark.parametrize("name", ["db_mtl", "excess_mtl", "moco", "m_config"])
