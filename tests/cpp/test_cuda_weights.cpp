@@ -131,6 +131,36 @@ void test_projection_faces(int num_tasks) {
   }
 }
 
+// Three vectors, some convex combination of which is 0, as often as there are tasks, and a ball around their mean that
+// just holds 0: CAGrad's direction conflicts with none of them, and stays in the ball.
+void test_stationary(int64_t num_tasks) {
+  const double plane[3][2] = {{-2, 2}, {0, 3}, {2, -3}};
+  Values rows, gram(num_tasks * num_tasks);
+  for (int64_t i = 0; i < num_tasks; i++) rows.insert(rows.end(), plane[i % 3], plane[i % 3] + 2);
+  for (int64_t e = 0; e < num_tasks * num_tasks; e++) {
+    const double *const a = &rows[e / num_tasks * 2], *const b = &rows[e % num_tasks * 2];
+    gram[e] = a[0] * b[0] + a[1] * b[1];
+  }
+  const int64_t bytes = gs_weights_cuda_workspace_bytes(GS_CAGRAD, 1, num_tasks);
+  const double radius = 1.0001, even = 1 / static_cast<double>(num_tasks);
+  const Values w = in_every_order(num_tasks, [&](double* out) {
+    return gs_weights_cuda(gram.data(), 1, num_tasks, GS_CAGRAD, nullptr, radius, 1, out, allocate(bytes).get(), bytes,
+                           nullptr);
+  });
+  double mean[2] = {}, d[2] = {};
+  for (int64_t i = 0; i < num_tasks * 2; i++) {
+    mean[i % 2] += even * rows[i];
+    d[i % 2] += w[i / 2] * rows[i];
+  }
+  for (int64_t i = 0; i < num_tasks; i++) {
+    const double product = rows[2 * i] * d[0] + rows[2 * i + 1] * d[1];
+    CHECK(product >= -1e-8, "T %ld: product %g with task %ld", static_cast<long>(num_tasks), product,
+          static_cast<long>(i));
+  }
+  const double away = std::hypot(d[0] - mean[0], d[1] - mean[1]), most = radius * std::hypot(mean[0], mean[1]);
+  CHECK(away <= (1 + 1e-8) * most, "T %ld: %g from the mean, %g are allowed", static_cast<long>(num_tasks), away, most);
+}
+
 // Nor is a problem of theirs left to a warp, whose members would have to wait for each other.
 void test_faces_suffice(int64_t num_tasks, gs_weighting method, double parameter) {
   const Values grams = grams_of(num_tasks);
@@ -319,6 +349,7 @@ int main() {
     test_faces_suffice(num_tasks, GS_DUALPROJ, 1e-4);
     test_faces_suffice(num_tasks, GS_CAGRAD, 0.4);
   }
+  for (const int64_t num_tasks : {3, 6, 9, 21, 39}) test_stationary(num_tasks);
   test_left_to_a_warp();
   test_faces_of_near_copies();
   test_clustered_eigenvalues();
