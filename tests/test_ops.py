@@ -176,6 +176,14 @@ def test_krum_of_more_than_all_ends_at_once(num_byzantine, num_selected):
         OPS.weights(arguments[0], krum, None, num_byzantine, num_selected, arguments[-1])
 
 
+class Diagonal(gradsurgery.methods.Method):
+    def weights(self, gram, *, losses=None):
+        return gram.diagonal()
+
+
+OWN = Diagonal()
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -187,6 +195,7 @@ def test_krum_of_more_than_all_ends_at_once(num_byzantine, num_selected):
         gradsurgery.aggregate,
         lambda rows: gradsurgery.aggregate(rows, "pcgrad", out=torch.empty(40)),
         lambda rows: gradsurgery.aggregate(rows, "pcgrad", backend="reference"),
+        lambda rows: gradsurgery.aggregate(rows, OWN, backend="reference"),
         lambda rows: gradsurgery.aggregate(rows, "upgrad", pref=[1.0, 2.0, 3.0]),
         lambda rows: gradsurgery.aggregate(rows, "db_mtl", losses=torch.ones(3)),
         lambda rows: gradsurgery.min_norm_weights(gradsurgery.gram(rows)),

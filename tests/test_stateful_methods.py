@@ -210,12 +210,12 @@ def test_a_scaler_changes_nothing_but_the_scale(name):
         torch.manual_seed(2)
         net = two_task_net(torch.float64)
         optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), name)
-        for _ in range(3):
+        for step in range(3):
             optimizer.zero_grad()
             info = optimizer.backward(two_losses(net, X.double()), scaler=scaler)
             if scaler is not None:
                 scaler.unscale_(optimizer)
-                scaler.update(1024.0)
+                scaler.update(16.0 * 4**step)
             optimizer.step()
         results.append([*grads_of(net), info.gram, info.weights])
     torch.testing.assert_close(results[0], results[1])
