@@ -76,8 +76,8 @@ def aggregate(
         TypeError: an option that the method does not have; as the stages do.
         RuntimeError: as the stages do.
 
-    Cost: two reads of the gradients, one write of the direction, and a T x T problem; on a GPU one read where they fit
-    its shared memory. Host synchronisations: none.
+    Cost: two reads of the gradients, one write of the direction, and a T x T problem; coordinate-wise methods read them
+    once, and those that keep gradients more often. Host synchronisations: none.
     """
     chosen = resolve(method, method_options)
     parsed = parse(grads, segments)

@@ -168,9 +168,9 @@ def collect(
     through_grad = survey is not None and survey.take([root for root in roots if root is not None], weigh is not None)
     if mode not in ("sequential", "batched"):
         raise ValueError(f'mode must be "sequential" or "batched", got {mode!r}')
-    if chunk_size is not None and mode != "batched":
-        raise ValueError(f'chunk_size is for mode="batched", got {chunk_size!r} with mode={mode!r}')
     if chunk_size is not None:
+        if mode != "batched":
+            raise ValueError(f'chunk_size is for mode="batched", got {chunk_size!r} with mode={mode!r}')
         check_count("chunk_size", chunk_size)
     if shards is not None:
         if mode != "sequential" or features is not None:

@@ -99,7 +99,7 @@ class Replicas:
         averages are, to rounding, the same.
 
         Raises:
-            ValueError, on every process: they have not collected the same tasks of the same parameters, for one seed.
+            ValueError, on every process: they have other tasks, parameters or seeds.
             TypeError, on every process: some gradient is sparse or complex.
         """
         if self.count == 1:
