@@ -106,7 +106,7 @@ def test_nothing_is_read_on_the_host(name):
     method = methods.get(name)
     losses = torch.ones(2, dtype=torch.float64, device="meta")
     grads = [[torch.ones(7, device="meta")] for _ in range(2)]
-    for _ in range(2):
+    for _ in range(2 if method.state_dict() else 1):
         gradsurgery.aggregate(grads, method, losses=losses)
     assert all(value.is_meta for value in method.state_dict().values() if isinstance(value, torch.Tensor))
 

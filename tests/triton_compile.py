@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Compile the Triton kernels ahead of time, without a GPU, exactly as the backend would launch them.
 
-``python -m triton_compile cuda 90`` in this folder prints one JSON line for each kernel: what it is, its registers,
-local memory and instructions. A driver that only knows the target stands in for the GPU's, and launches only compile.
+``python -m triton_compile cuda 90`` in this folder prints one JSON line for each kernel: what it is, its registers and
+local memory, and the instructions of those that read rows. A driver that only knows the target stands in for the GPU's,
+and launches only compile.
 """
 
 import json
@@ -24,6 +25,7 @@ from gradsurgery._gradients import parse
 from gradsurgery.backends.triton import launch, version, weights
 
 WARP = {"cuda": 32, "hip": 64}
+READS_ROWS = ("slot_sums", "weighted_sums")
 
 
 class Driver:
@@ -108,8 +110,11 @@ def recompiled() -> int:
     return counts[-1] - counts[0]
 
 
-def describe(kernel, target: GPUTarget) -> dict[str, object]:
-    """Return a kernel's registers, spills and instructions; NVIDIA's hot loops are those that read 16 bytes of rows."""
+def describe(kernel, target: GPUTarget, listed: bool) -> dict[str, object]:
+    """Return a kernel's registers, spills and, where ``listed``, instructions.
+
+    NVIDIA's hot loops are those that read 16 bytes of rows; to list its instructions takes half a second.
+    """
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
         instructions = re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)
@@ -121,14 +126,16 @@ def describe(kernel, target: GPUTarget) -> dict[str, object]:
         file.flush()
         options = {"capture_output": True, "text": True, "check": True}
         usage = subprocess.run([tool, "-res-usage", file.name], **options).stdout
+        registers, local = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        if not listed:
+            return {"registers": registers, "local": local}
         (listing,) = kernels_of(file.name, tool)
-    registers, local = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     names = [re.sub(r"^@\S+ ", "", text).split()[0] for _, text in listing.code]
     hot = [loop for loop in listing.inner_loops() if any(re.search(READ, text) for text in loop)]
     spills = sum(bool(re.search(SPILL, text)) for loop in hot for text in loop)
     return {
-        "registers": int(registers),
-        "local": int(local),
+        "registers": registers,
+        "local": local,
         "hot loops": len(hot),
         "spills in hot loops": spills,
         "instructions": Counter(names),
@@ -143,7 +150,7 @@ def main() -> None:
     print(json.dumps({"recompiled": recompiled()}))
     for (kernel, constants), compiled in compiler.kernels.items():
         row = {"kernel": kernel, "constants": json.loads(constants), "shared": compiled.metadata.shared}
-        print(json.dumps(row | describe(compiled, target)))
+        print(json.dumps(row | describe(compiled, target, kernel in READS_ROWS)))
 
 
 if __name__ == "__main__":
