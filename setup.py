@@ -59,6 +59,16 @@ def why_not_cpu() -> str:
     return "" if has_compiler else "neither $CXX nor c++ was found"
 
 
+def openmp_flags() -> list[str]:
+    """-fopenmp where the compiler has OpenMP: at::parallel_for is of it, in a header, and else runs on one thread."""
+    command = [*os.environ.get("CXX", "c++").split(), "-fopenmp", "-fsyntax-only", "-x", "c++", "-"]
+    found = subprocess.run(command, input="#include <omp.h>", text=True, capture_output=True)
+    if found.returncode == 0:
+        return ["-fopenmp"]
+    print(f"gradsurgery: kernels for the CPU will run on one thread:\n{found.stderr}", file=sys.stderr)
+    return []
+
+
 def why_not_cuda() -> str:
     import torch
 
@@ -100,8 +110,7 @@ def extension_arguments(build: str) -> dict:
         sys.exit(f"gradsurgery: there is nothing to compile in {ROOT / 'csrc'}")
     patterns = ("*.h", "*.inl", "*.cuh")
     headers = [str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(f"csrc/**/{pattern}")]
-    # at::parallel_for is OpenMP in a header: without the flag it runs on one thread. Apple's compiler has none.
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    openmp = openmp_flags()
     flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0", *openmp]
     if build == "cuda":
         choose_architectures()

@@ -231,6 +231,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["version"] = gs_version();
     info["isa"] = gs_cpu_isa();
     info["cuda"] = gs_has_cuda() != 0;
+#if defined(INTRA_OP_PARALLEL)
+    info["parallel"] = true;
+#else
+    info["parallel"] = false;
+#endif
     info["max_tasks"] = GS_MAX_TASKS;
     return info;
   });

@@ -11,10 +11,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch.utils.cpp_extension
 
 import gradsurgery
-from conftest import on_cpu
+from conftest import USABLE, on_cpu
+from gradsurgery.backends import native
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,6 +133,30 @@ def test_what_gets_compiled(machine, choice, expected, compiled, monkeypatch, tm
     assert compiled(choice) == expected
     # For what nvcc knows.
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == ("8.0;9.0a+PTX" if expected == "cuda" else "")
+
+
+@pytest.mark.parametrize("has_openmp", [True, False])
+def test_compilers_without_openmp(has_openmp, monkeypatch, capfd, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >&2\nexit {1 - has_openmp}')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.chdir(ROOT)
+    extensions = []
+    monkeypatch.setattr(setuptools, "setup", lambda ext_modules, cmdclass: extensions.extend(ext_modules))
+    run("cpu", "--version", monkeypatch)
+    assert ("will run on one thread:\n-fopenmp " in capfd.readouterr().err) == (not has_openmp)
+    (extension,) = extensions
+    assert ("-fopenmp" in extension.extra_compile_args["cxx"]) == has_openmp
+    assert extension.extra_link_args == ["-fopenmp"] * has_openmp
+
+
+@pytest.mark.skipif("cpu" not in USABLE, reason="needs the compiled extension")
+def test_kernels_without_openmp_say_so(monkeypatch):
+    described = gradsurgery.backends()["cpu"]
+    assert described.endswith(f" {torch.get_num_threads()} threads")
+    monkeypatch.setitem(native._INFO, "parallel", False)
+    assert gradsurgery.backends()["cpu"].endswith(" 1 thread: compiled without OpenMP")
 
 
 @pytest.mark.parametrize(("wanted", "served"), [("7.5 8.6;9.0+PTX", "8.6;9.0+PTX"), ("Hopper", "Hopper")])

@@ -49,7 +49,10 @@ class CpuBackend:
 
     def describe(self) -> str:
         """Return one line on the extension."""
-        return WHY_NOT or f"available: C++ kernels, {_INFO['isa']}, {torch.get_num_threads()} threads"
+        if WHY_NOT:
+            return WHY_NOT
+        threads = f"{torch.get_num_threads()} threads" if _INFO["parallel"] else "1 thread: compiled without OpenMP"
+        return f"available: C++ kernels, {_INFO['isa']}, {threads}"
 
     def gram(self, grads: TaskGradients, out: Tensor) -> None:
         """Write the Gram matrices."""
