@@ -272,6 +272,15 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "device_mesh")
 
 
+def part_of(grad: Any, parameter: Any) -> Tensor:
+    """Return this process's part of a parameter's gradient, which may still be summands of the processes."""
+    if not is_sharded(grad):
+        return grad  # type: ignore[no-any-return]
+    if grad.placements != parameter.placements:
+        grad = grad.redistribute(placements=parameter.placements)
+    return grad.to_local()  # type: ignore[no-any-return]
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory without overlap."""
     if tensor.is_contiguous():

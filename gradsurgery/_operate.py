@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -83,9 +84,10 @@ class Operation:
         backend = choose(self.backend_name, grads.device, method.num_terms * grads.num_tasks)
         rows = [[row[p] for p in self.plan.shared] for row in self.collected.grads]
         losses = self.collected.losses if method.needs_losses else None
-        kept = method.replace(rows, losses, scale, self.backend_name, self.processes.total)
+        counted, total = self._counted(), self.processes.total
+        kept = method.replace(rows, losses, scale, self.backend_name, counted, total)
         before()
-        gram = self.processes.total(gram_of(parse(kept, None), self.backend)[None])
+        gram = total(gram_of(parse(kept, [0 if here else 1 for here in counted]), self.backend)[:1])
         weights = self._weigh(gram)
         terms, factors = method.terms(rows, kept, weights[0], scale)
         combine_of(parse(terms, None), factors, out, accumulate, backend)
@@ -94,13 +96,21 @@ class Operation:
     def _gram(self) -> tuple[Tensor, Tensor]:
         """Return G of all shared parameters, and the G that the weights come from."""
         plan, tasks = self.plan, len(self.collected.tasks)
-        gram = gram_of(self.grads.select(plan.shared, plan.read_segments, plan.num_read_segments), self.backend)
+        params, segments = plan.shared, plan.read_segments
+        if self.processes.shards is not None:
+            counted = self._counted()
+            params, segments = ([*compress(places, counted)] for places in (params, segments))
+        gram = gram_of(self.grads.select(params, segments, plan.num_read_segments), self.backend)
         measured = gram = self._unscaled(self.processes.total(gram))
         if self.method.gram_parameters is not None:
             measured, gram = gram[1:], gram.sum(0, keepdim=True)
         if self.collected.batches > 1:
             measured = gram[..., :tasks, tasks : 2 * tasks]
         return gram, measured
+
+    def _counted(self) -> list[bool]:
+        """Return of each shared parameter whether its gradients count in this process's G."""
+        return self.processes.counted([self.collected.parameters[p] for p in self.plan.shared])
 
     def _weigh(self, measured: Tensor) -> Tensor:
         losses, name = self.collected.losses, self.backend_name

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._gradients import part_of
 from ._graph import Root, reach
 
 Rows = list[list[Tensor | None]]
@@ -45,7 +46,7 @@ class Passes:
         """Go from each loss to all leaves, by way of ``.grad``, where passes to named inputs do not work.
 
         Reentrant checkpoints hide what is inside them. ``fully_shard`` keeps other tensors in the graph than the
-        parameters, and its hooks wait for whole passes; the gradients then are this process's shards.
+        parameters, and its hooks wait for whole passes; of spread parameters the gradients are this process's parts.
 
         Raises:
             RuntimeError: a pass left no shard, as where ``set_requires_gradient_sync`` holds them back.
@@ -58,7 +59,7 @@ class Passes:
                 for p in parameters:
                     p.grad = None
                 torch.autograd.backward([root], [factor], retain_graph=keep)
-                rows.append([p.grad.to_local() if sharded and p.grad is not None else p.grad for p in parameters])
+                rows.append([part_of(p.grad, p) if sharded and p.grad is not None else p.grad for p in parameters])
                 if sharded and all(entry is None for entry in rows[-1]):
                     raise RuntimeError(
                         f"loss {len(rows) - 1} left no gradient in the sharded parameters: set_requires_gradient_sync "

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Surgery on parameters that ``torch.distributed.fsdp.fully_shard`` has spread over processes.
+"""Surgery on parameters that are spread over processes: by ``fully_shard``, tensor parallelism or both.
 
-Its hooks average each task's gradient and leave this process its shard. So G is the sum over the processes of their
-shards' products, T x T numbers, and each combines its own shard; no process ever has a whole average.
+Each process has its part of a task's gradient, which ``fully_shard``'s hooks have averaged. So G is the sum over the
+processes of their parts' products, T x T numbers, and each combines its own part; no process ever has a whole gradient.
+What several processes have the same copy of, one of them counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
+from itertools import combinations
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from ._gradients import is_sharded
+from ._gradients import is_sharded, part_of
 from .collect import Collected
 from .distributed import Replicas, check_same
 from .methods import Method
@@ -27,68 +30,98 @@ def processes_of(group: Any, parameters: list[Tensor], method: Method) -> Replic
         TypeError, ValueError: as :class:`Replicas` and :meth:`Shards.check` do; a group beside sharded parameters;
             parameters of FullyShardedDataParallel, which keeps their gradients elsewhere.
     """
-    sharded = [p for p in parameters if is_sharded(p)]
     if any(hasattr(p, "_fsdp_flattened") for p in parameters):
         raise TypeError("parameters must not be those of FullyShardedDataParallel, got some: use fully_shard")
-    if not sharded:
+    if not any(map(is_sharded, parameters)):
         return Replicas(group, method)
     if group is not None:
         raise ValueError("process_group must be None for sharded parameters, which name their processes")
-    shards = Shards(sharded[0], method)
-    shards.check(parameters)
-    return shards
+    return Shards(parameters, method)
 
 
 class Shards:
-    """The processes that sharded parameters are spread over.
+    """The processes that parameters are spread over.
 
     Args:
-        like: one of the parameters.
+        parameters: DTensors; and others that every process has the same copy and gradient of.
         method: the method, whose random numbers must be the same everywhere.
+
+    Raises:
+        TypeError: as :meth:`check` does.
     """
 
-    def __init__(self, like: Any, method: Method) -> None:
-        self.mesh = like.device_mesh
-        self.dims = _sharded_dims(like)
+    def __init__(self, parameters: list[Any], method: Method) -> None:
         self.shards = self
         self.method = method
+        # The dimensions of the meshes by their processes, for each mesh makes groups of its own.
+        self._dims: dict[tuple[int, ...], tuple[Any, int]] = {}
+        self._cut: set[tuple[int, ...]] = set()
+        self.check(parameters)
 
     def check(self, parameters: Iterable[Any]) -> None:
-        """Raise TypeError for a parameter that is not sharded over the same processes, as ``fully_shard`` does it."""
-        for p in parameters:
-            if not is_sharded(p):
+        """Take note of the processes of more parameters; TypeError unless they are the dimensions of one grid."""
+        dims, cut = dict(self._dims), set(self._cut)
+        for p in filter(is_sharded, parameters):
+            if any(placement.is_partial() for placement in p.placements):
+                raise TypeError(f"parameters must be sharded or replicated, got placements {p.placements}")
+            for dim in range(p.device_mesh.ndim):
+                dims.setdefault(_ranks(p.device_mesh, dim), (p.device_mesh, dim))
+            cut |= _cut_by(p)
+        for these, those in combinations(dims, 2):
+            if len(set(these) & set(those)) > 1:
                 raise TypeError(
-                    f"all parameters must be sharded or none, got one of shape {tuple(p.shape)} that is not: "
-                    "fully_shard the module that holds it, and wrap the optimizer before the model first runs"
+                    f"parameters must be spread over the dimensions of one mesh, got processes {these} and {those}"
                 )
-            if p.device_mesh != self.mesh or _sharded_dims(p) != self.dims:
-                raise TypeError(
-                    "all parameters must be sharded over the same processes, as fully_shard does it, got placements "
-                    f"{p.placements} of {p.device_mesh} beside shards over dimensions {self.dims} of {self.mesh}"
-                )
+        self._dims, self._cut, self.settled = dims, cut, False
+
+    def settle(self, parameters: Sequence[Any], grads: Sequence[Sequence[Any]], leaves: Container[int]) -> None:
+        """Raise TypeError if ``fully_shard`` averages the gradients of some parameters and not those of others.
+
+        Args:
+            parameters, grads: P parameters, and T lists of P gradients.
+            leaves: the ids of the leaves of the losses' graph, among which are no parameters of ``fully_shard``.
+        """
+        reached = [
+            p
+            for p, column in zip(parameters, zip(*grads, strict=True), strict=True)
+            if column.count(None) < len(column)
+        ]
+        others = [p for p in reached if id(p) in leaves]
+        if 0 < len(others) < len(reached):
+            raise TypeError(
+                f"all parameters must be those of fully_shard or none, got one of shape {tuple(others[0].shape)} that "
+                "is not: fully_shard the module that holds it, and wrap the optimizer before the model first runs"
+            )
+        self.settled = True
+
+    def counted(self, parameters: Iterable[Any]) -> list[bool]:
+        """Return whether this process's part of each counts in G: of several copies that of the first process does."""
+        first = {ranks for ranks in self._cut if ranks[0] == distributed.get_rank()}
+        return [self._cut - _cut_by(p) <= first for p in parameters]
 
     def total(self, gram: Tensor) -> Tensor:
-        """Return G of whole gradients from that of their shards, which it is written over."""
-        for dim in self.dims:
-            distributed.all_reduce(gram, group=self.mesh.get_group(dim))
+        """Return G of whole gradients from that of the parts that count, which it is written over."""
+        for ranks in self._dims:
+            if ranks in self._cut:
+                distributed.all_reduce(gram, group=self._group(ranks))
         return gram
 
     def local(self, parameters: list[Any]) -> list[Tensor]:
-        """Return this process's shards, with the shards of ``.grad`` as theirs."""
-        shards = []
+        """Return this process's parts, with those of ``.grad`` as theirs."""
+        parts = []
         for p in parameters:
-            shard = p.to_local().detach()
-            shard.grad = None if p.grad is None else p.grad.to_local()
-            shards.append(shard)
-        return shards
+            part = (p.to_local() if is_sharded(p) else p).detach()
+            part.grad = None if p.grad is None else part_of(p.grad, p)
+            parts.append(part)
+        return parts
 
     def assign(self, parameters: list[Any], local: list[Tensor], grads: list[Tensor]) -> None:
-        """Make each gradient the shard of its parameter's ``.grad``."""
+        """Make each gradient the part of its parameter's ``.grad``."""
         for p, grad in zip(parameters, grads, strict=True):
             p.grad = _spread(grad, p)
 
     def spread(self, surgery: dict[str, Any], parameters: list[Any]) -> dict[str, Any]:
-        """Return a method's state with the shards of the gradients that it keeps, of these parameters, as DTensors."""
+        """Return a method's state with the parts of the gradients that it keeps, of these parameters, as DTensors."""
         kept = [[_spread(b, p) for b, p in zip(row, parameters, strict=True)] for row in surgery["buffers"]]
         return {**surgery, "buffers": kept}
 
@@ -109,24 +142,27 @@ class Shards:
 
     def average_losses(self, tasks: list[str], losses: Tensor) -> Tensor:
         """Return the averages of losses [T], whose tasks are known to be the same on every process."""
-        losses = losses / self.mesh.size()
-        for group in self._groups():
-            distributed.all_reduce(losses, group=group)
+        losses = losses / prod(map(len, self._dims))
+        for ranks in self._dims:
+            distributed.all_reduce(losses, group=self._group(ranks))
         return losses
 
     def check_same(self, tasks: list[str], device: torch.device) -> None:
         """Raise ValueError, on every process, unless all have losses of these tasks and the method's seed."""
-        check_same(tasks, self.method, self._groups(), device)
+        check_same(tasks, self.method, [self._group(ranks) for ranks in self._dims], device)
 
-    def _groups(self) -> list[Any]:
-        return [self.mesh.get_group(dim) for dim in range(self.mesh.ndim)]
+    def _group(self, ranks: tuple[int, ...]) -> Any:
+        mesh, dim = self._dims[ranks]
+        return mesh.get_group(dim)
 
 
-def _spread(shard: Tensor, parameter: Any) -> Tensor:
+def _spread(part: Tensor, parameter: Any) -> Tensor:
+    if not is_sharded(parameter):
+        return part
     from torch.distributed.tensor import DTensor  # which takes a second, and whoever has shards has it
 
     return DTensor.from_local(
-        shard,
+        part,
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
@@ -135,5 +171,14 @@ def _spread(shard: Tensor, parameter: Any) -> Tensor:
     )
 
 
-def _sharded_dims(parameter: Any) -> list[int]:
-    return [dim for dim, placement in enumerate(parameter.placements) if placement.is_shard()]
+def _cut_by(parameter: Any) -> set[tuple[int, ...]]:
+    """Return the groups of processes that have different parts of a parameter."""
+    if not is_sharded(parameter):
+        return set()
+    mesh = parameter.device_mesh
+    cut = [dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+    return {_ranks(mesh, dim) for dim in cut}
+
+
+def _ranks(mesh: Any, dim: int) -> tuple[int, ...]:
+    return tuple(distributed.get_process_group_ranks(mesh.get_group(dim)))

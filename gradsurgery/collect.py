@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._checks import check_count
 from ._gradients import is_sharded
-from ._graph import Root, joins, recomputes, root_of
+from ._graph import Root, joins, reach, recomputes, root_of
 from ._passes import Passes, check_memory
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def collect(
         weigh: maps task names and losses [T] to weights [T]. If given, there is one pass, from the weighted sum, and
             one row of gradients; ``mode``, ``chunk_size`` and ``features`` are only checked.
         partial: accept None for an absent loss; its row is of None.
-        shards: those of the parameters, if ``fully_shard`` made them; the gradients are then this process's shards.
+        shards: where the parameters are spread over processes; the gradients are then this process's parts.
         survey: what the first step's graph tells about the passes; None: they go to named inputs.
 
     Raises:
@@ -201,8 +201,14 @@ def collect(
         if root is not None
     ]
     passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts)
-    if shards is not None or through_grad:
-        grads = passes.through_grad(sharded=shards is not None)
+    if shards is not None:
+        # A reentrant checkpoint hides leaves.
+        leaves = None if shards.settled or through_grad else reach([root for root, _ in starts])[0]
+        grads = passes.through_grad(sharded=True)
+        if leaves is not None:
+            shards.settle(parameters, grads, leaves)
+    elif through_grad:
+        grads = passes.through_grad(sharded=False)
     elif features is None:
         grads = passes.from_losses()
     else:
@@ -245,6 +251,8 @@ def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor
         if not isinstance(loss, Tensor):
             absent = ", which is for methods that take absent losses: leave it out" if loss is None else ""
             raise TypeError(f"loss {task!r} must be a tensor, got {type(loss).__name__}{absent}")
+        if is_sharded(loss):
+            raise TypeError(f"loss {task!r} must not be a DTensor: give its full_tensor()")
         if loss.is_complex():
             raise TypeError(f"loss {task!r} must be real, got {loss.dtype}")
         if loss.numel() != 1:

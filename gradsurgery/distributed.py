@@ -68,6 +68,10 @@ class Replicas:
             if is_sharded(p):
                 raise TypeError(f"all parameters must be sharded or none, got a sharded one of shape {tuple(p.shape)}")
 
+    def counted(self, parameters: list[Tensor]) -> list[bool]:
+        """Return whether this process's gradient of each counts in G: all do."""
+        return [True] * len(parameters)
+
     def total(self, gram: Tensor) -> Tensor:
         """Return G of what lies on this process, which is all of it."""
         return gram

@@ -53,8 +53,9 @@ class SurgeryOptimizer(OptimizerWrapper):
             losses are averaged over them before surgery, as if one process had all batches. None: the default group if
             ``torch.distributed`` is initialised. A group of this process alone averages nothing. Every process must
             call ``backward`` and ``combine``; if one raises, the others wait until the group's timeout. Leave it None
-            for parameters of ``fully_shard``, whose processes combine their own shards: by one pass per loss, which
-            also adds to ``.grad`` of parameters outside the optimizer, and not with GradDrop.
+            for parameters that ``fully_shard`` or tensor parallelism spreads over processes, which combine their own
+            parts: by one pass per loss, which also adds to ``.grad`` of parameters outside the optimizer, and not with
+            GradDrop.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Raises:

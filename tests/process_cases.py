@@ -13,7 +13,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
@@ -55,9 +61,9 @@ def alone():
     return not distributed.is_initialized()
 
 
-def on_each(losses):
-    """Return the losses of this process; where it is alone, the averages of both."""
-    if not alone():
+def on_each(net, losses):
+    """Return the losses of this process's batch; where it is alone or all have the same one, the averages of both."""
+    if not alone() and not getattr(net, "sees_both", False):
         return losses(distributed.get_rank())
     columns = zip(*(losses(rank) for rank in range(WORLD)), strict=True)
     present = [[loss for loss in column if loss is not None] for column in columns]
@@ -95,7 +101,7 @@ def train(method="pcgrad", make=Net, model=lambda net: net, scaler=None, **how):
     scaler = scaler and torch.amp.GradScaler(DEVICE, init_scale=4.0)
     for x in BATCHES:
         optimizer.zero_grad()
-        info = optimizer.backward(on_each(lambda rank, x=x: call(x[rank])), scaler=scaler, **how)
+        info = optimizer.backward(on_each(net, lambda rank, x=x: call(x[rank])), scaler=scaler, **how)
         if scaler:
             scaler.step(optimizer)
             scaler.update()
@@ -112,6 +118,21 @@ def sharded(mesh=None):
         mesh = mesh or init_device_mesh("cpu", (WORLD,))
         for module in (net.first, net.second, net.heads[0], net):
             fully_shard(module, mesh=mesh)
+    return net
+
+
+def parallel(mesh=None):
+    """Return a net whose trunk is cut between processes and whose heads each has; with a mesh, sharded besides."""
+    net = Net()
+    if alone():
+        return net
+    grid = init_device_mesh("cpu", mesh or (1, WORLD), mesh_dim_names=("shards", "parts"))
+    net.sees_both = grid.size(1) > 1
+    parallelize_module(net.first, grid["parts"], ColwiseParallel(output_layouts=Replicate()))
+    parallelize_module(net.second, grid["parts"], RowwiseParallel(input_layouts=Replicate()))
+    if mesh is not None:
+        for module in (net.first, net.second, net.heads[0], net):
+            fully_shard(module, mesh=grid["shards"])
     return net
 
 
@@ -150,7 +171,7 @@ def resumed(make=Net):
             set_optimizer_state_dict(net, optimizer, stored, options=StateDictOptions(strict=False))
             optimizer.method.load_state_dict(surgery)
         optimizer.zero_grad()
-        info = optimizer.backward(on_each(lambda rank, x=x: net(x[rank])))
+        info = optimizer.backward(on_each(net, lambda rank, x=x: net(x[rank])))
         optimizer.step()
     return result(net, info)
 
@@ -164,12 +185,13 @@ def kept_and_resumed(method, make=Net):
             stored = copy.deepcopy(optimizer.state_dict())
             if not alone():
                 buffers = stored["surgery"]["buffers"]
-                assert all(isinstance(b, DTensor) == (make is sharded) for row in buffers for b in row)
+                like = [isinstance(p, DTensor) for p in optimizer._planner.kept]
+                assert all([isinstance(b, DTensor) for b in row] == like for row in buffers)
                 assert make is Net or [whole(b).shape for b in buffers[0]] == [p.shape for p in optimizer._planner.kept]
             optimizer = wrap(net, method)
             optimizer.load_state_dict(stored)
         optimizer.zero_grad()
-        losses = on_each(lambda rank, x=x: net(x[rank]))
+        losses = on_each(net, lambda rank, x=x: net(x[rank]))
         info = optimizer.backward([None, None, losses[2]] if t == 2 and method == "m_config" else losses)
         optimizer.step()
     return result(net, info)
@@ -181,7 +203,7 @@ def updated(method, make=Net):
     optimizer = wrap(net, method)
     for x in BATCHES:
         optimizer.zero_grad()
-        losses = on_each(lambda rank, x=x: net(x[rank]))
+        losses = on_each(net, lambda rank, x=x: net(x[rank]))
         optimizer.collect(losses)
         info = optimizer.combine()
         optimizer.step()
@@ -193,7 +215,7 @@ def by_segments(granularity, make=Net):
     net = make()
     groups = [{"params": [*net.first.parameters()]}, {"params": [*net.second.parameters(), *net.heads.parameters()]}]
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(groups, lr=0.1), "mgda", granularity=granularity)
-    info = optimizer.backward(on_each(lambda rank: net(BATCHES[0][rank])))
+    info = optimizer.backward(on_each(net, lambda rank: net(BATCHES[0][rank])))
     optimizer.step()
     return result(net, info)
 
@@ -203,9 +225,9 @@ def accumulated(make=Net):
     net = make()
     scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
     optimizer = wrap(net, "cagrad")
-    optimizer.backward(on_each(lambda rank: net(BATCHES[0][rank])), scaler=scaler)
+    optimizer.backward(on_each(net, lambda rank: net(BATCHES[0][rank])), scaler=scaler)
     for x in BATCHES[1:]:
-        optimizer.collect(on_each(lambda rank, x=x: net(x[rank])), scaler=scaler)
+        optimizer.collect(on_each(net, lambda rank, x=x: net(x[rank])), scaler=scaler)
     info = optimizer.combine()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
@@ -217,14 +239,14 @@ def double_sampled(make=Net):
     net = make()
     optimizer = wrap(net, "modo")
     for x in BATCHES:
-        optimizer.collect(on_each(lambda rank, x=x: net(x[rank])))
+        optimizer.collect(on_each(net, lambda rank, x=x: net(x[rank])))
     return [*result(net, optimizer.combine()), *gradients(net)]
 
 
 def by_features(mode):
     net = Net()
     if alone():
-        info = wrap(net).backward(on_each(lambda rank: net(BATCHES[0][rank])[:2]))
+        info = wrap(net).backward(on_each(net, lambda rank: net(BATCHES[0][rank])[:2]))
     else:
         low, high = net.features(BATCHES[0][distributed.get_rank()])
         info = wrap(net).backward(net.losses(low, high)[:2], features=high, mode=mode)
@@ -242,7 +264,7 @@ def different_reach():
         return [low.square().mean(), net.heads[1](low).mean(), net.heads[2](low).mean()]
 
     optimizer = wrap(net)
-    info = optimizer.backward(on_each(losses))
+    info = optimizer.backward(on_each(net, losses))
     optimizer.step()
     return result(net, info)
 
@@ -256,7 +278,7 @@ def absent_losses():
         def losses(rank, x=x, absent=absent):
             return [None if t == absent[rank] else loss for t, loss in enumerate(net(x[rank]))]
 
-        optimizer.backward(on_each(losses))
+        optimizer.backward(on_each(net, losses))
         optimizer.step()
     return result(net)
 
@@ -284,14 +306,30 @@ def mixed():
         y = net["b"](z.bfloat16().detach())
         return [z.sum(), (2 * z - y).sum(), (2 * y).sum() - z.sum()]
 
-    info = wrap(net).backward(on_each(losses))
+    info = wrap(net).backward(on_each(net, losses))
     return [info.gram, *gradients(net), torch.tensor(net["a"].weight.grad.stride())]
+
+
+def summands():
+    """Gradients of a parameter that each process has are sums over parts of a sequence, on top of such a sum."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 6), nn.Linear(6, 4)).double()
+    if not alone():
+        plan = {"0": SequenceParallel(), "1": ColwiseParallel(input_layouts=Shard(1)), "2": RowwiseParallel()}
+        parallelize_module(net, init_device_mesh("cpu", (WORLD,)), plan)
+    x = normal(8, 4).reshape(2, 4, 4)
+    y = net(x if alone() else x.chunk(WORLD, 1)[distributed.get_rank()])
+    losses = [y.square().mean(), (y - 1).square().mean(), y.sum()]
+    losses[0].backward(retain_graph=True)
+    assert alone() or net[0].weight.grad.placements[0].is_partial()
+    info = wrap(net).backward(losses)
+    return [info.gram, *gradients(net)]
 
 
 def not_finite(make=Net):
     net = make()
     poison = torch.tensor([1.0, torch.inf], dtype=torch.float64)
-    info = wrap(net).backward(on_each(lambda rank: [loss * poison[rank] for loss in net(BATCHES[0][rank])]))
+    info = wrap(net).backward(on_each(net, lambda rank: [loss * poison[rank] for loss in net(BATCHES[0][rank])]))
     return [info.gram.isfinite(), *(g.isfinite() for g in gradients(net))]
 
 
@@ -303,15 +341,19 @@ CASES = {name: partial(train, name) for name in methods.available()}
 # Two processes on one GPU average its tensors by gloo, which shards none.
 if DEVICE == "cpu":
     CASES |= {f"shards {name}": partial(train, name, sharded) for name in OF_SHARDS}
+    CASES |= {f"parts {name}": partial(train, name, parallel) for name in OF_SHARDS}
     CASES |= {
+        "shards accumulated": partial(accumulated, sharded),
         "shards of copies": partial(train, "uw", partial(sharded, (WORLD, 1)), scaler=True),
         "shards accumulated of copies": partial(accumulated, partial(sharded, (WORLD, 1))),
         "shards of one copy": partial(train, make=partial(sharded, (1, WORLD)), scaler=True),
+        "parts with summands": summands,
+        "shards of parts": partial(train, "excess_mtl", partial(parallel, (WORLD, 1))),
+        "parts of shards": partial(train, "excess_mtl", partial(parallel, (1, WORLD))),
     }
-for kind, make in {"": Net, **({"shards ": sharded} if DEVICE == "cpu" else {})}.items():
+for kind, make in {"": Net, **({"shards ": sharded, "parts ": parallel} if DEVICE == "cpu" else {})}.items():
     CASES |= {
         f"{kind}gradnorm of first": partial(train, gradnorm_of_first, make),
-        f"{kind}accumulated": partial(accumulated, make),
         f"{kind}double sampled": partial(double_sampled, make),
         f"{kind}not finite": partial(not_finite, make),
         f"{kind}per group": partial(by_segments, "per_group", make),
@@ -322,6 +364,7 @@ for kind, make in {"": Net, **({"shards ": sharded} if DEVICE == "cpu" else {})}
         f"{kind}per tensor": partial(by_segments, "per_tensor", make),
     }
 CASES |= {
+    "accumulated": accumulated,
     "scaler": partial(train, scaler=True),
     "DistributedDataParallel": partial(train, model=replicated),
     "recomputing": partial(train, model=recomputing),

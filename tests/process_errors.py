@@ -80,11 +80,15 @@ def sharded_group():
 
 
 def whole_among_shards():
-    optimizer = wrap(sharded())
+    net, rank, bias = sharded(), distributed.get_rank(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = wrap(net)
+    optimizer.backward(net(BATCHES[0][rank]))
+    optimizer.zero_grad()
+    optimizer.add_param_group({"params": iter([bias])})
     try:
-        optimizer.add_param_group({"params": iter([nn.Parameter(torch.ones(3))])})
+        optimizer.backward([loss * bias.sum() for loss in net(BATCHES[0][rank])])
     finally:
-        assert len(optimizer.param_groups) == 1
+        assert all(p.grad is None for p in [*net.parameters(), bias])
 
 
 def shard_among_whole():
@@ -93,12 +97,6 @@ def shard_among_whole():
         optimizer.add_param_group({"params": sharded().first.weight})
     finally:
         assert len(optimizer.param_groups) == 1
-
-
-def other_shards():
-    net = sharded()
-    net.first = sharded((WORLD, 1)).first
-    wrap(net)
 
 
 def sharded_tasks(names):
@@ -133,6 +131,12 @@ def sharded_batched():
     wrap(net).backward(net(BATCHES[0][distributed.get_rank()]), mode="batched")
 
 
+def spread_loss():
+    y = sharded().first.weight.square().sum()
+    net = nn.Linear(2, 2)
+    wrap(net).backward([net.weight.sum(), y])
+
+
 GROUPS = {
     "of one process": of_one_process,
     "of a named group": lambda: of_a_group(distributed.group.WORLD),
@@ -154,7 +158,6 @@ if DEVICE == "cpu":
         "sharded in a group": sharded_group,
         "whole among shards": whole_among_shards,
         "shard among whole": shard_among_whole,
-        "other shards": other_shards,
         "absent losses of shards": absent_of_shards,
         "seeds of shards": partial(other_seeds, sharded),
         "tasks of shards": partial(sharded_tasks, ("ab", "ba")),
@@ -163,4 +166,5 @@ if DEVICE == "cpu":
         "flat shards": flat_shards,
         "products of shards": products_of_shards,
         "sharded batched": sharded_batched,
+        "spread loss": spread_loss,
     }

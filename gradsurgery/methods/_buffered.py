@@ -31,6 +31,7 @@ class Given:
     losses: Tensor | None
     scale: Tensor | None
     backend: str | None
+    counted: Sequence[bool]
     total: Callable[[Tensor], Tensor]
 
 
@@ -59,6 +60,7 @@ class BufferedMethod(Method):
         losses: Tensor | None,
         scale: Tensor | None,
         backend: str | None,
+        counted: Sequence[bool] | None = None,
         total: Callable[[Tensor], Tensor] = lambda numbers: numbers,
     ) -> Rows:
         """Return the T lists of P gradients to take G and d of, and update the buffers.
@@ -68,10 +70,14 @@ class BufferedMethod(Method):
             losses: [T] float64, where ``needs_losses``.
             scale: the gradient scaler's factor on ``rows``, []; None: 1. The result is without it.
             backend: a name of :func:`gradsurgery.backends`; None chooses.
-            total: from sums over what lies on this process to sums over all, where gradients are sharded.
+            counted: of each parameter, whether it is part of this process's sums; None: all are.
+            total: from this process's sums to those over all processes, where gradients are sharded.
         """
         self._begin(rows)
-        products = total(gram(rows, backend=backend))  # raises unless each task has like gradients of a parameter
+        counted = [True for _ in rows[0]] if counted is None else counted
+        segments = [0 if here else 1 for here in counted]
+        # It raises unless each task has like gradients of a parameter.
+        products = total(gram(rows, segments=segments, backend=backend)[0])
         first = [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
         dtypes = [self._kept_in(g.dtype) for g in first]
         if self._buffers is not None:
@@ -96,7 +102,7 @@ class BufferedMethod(Method):
             with making_state(self.name, products.device):
                 self._buffers = [[b.to(products.device) for b in row] for row in self._buffers]
                 self._state = {name: value.to(products.device) for name, value in self._state.items()}
-        return self._replace(Given(rows, products, losses, scale, backend, total))
+        return self._replace(Given(rows, products, losses, scale, backend, counted, total))
 
     def _begin(self, rows: Rows) -> None:
         """Check the rows before anything changes."""

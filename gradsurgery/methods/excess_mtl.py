@@ -49,7 +49,7 @@ class ExcessMTL(BufferedMethod):
         assert self._buffers is not None
         assert self._state is not None
         rows, scale = given.rows, given.scale
-        of_each = [self._excess(row, r, scale) for row, r in zip(rows, self._buffers, strict=True)]
+        of_each = [self._excess(row, r, given.counted, scale) for row, r in zip(rows, self._buffers, strict=True)]
         excess = given.total(torch.stack(of_each))
         first = torch.where(self._state["first"] > 0, self._state["first"], excess)
         started = self._state["first"] > 0
@@ -66,14 +66,17 @@ class ExcessMTL(BufferedMethod):
         # Sums of 16-bit squares would stop to grow, or overflow.
         return torch.promote_types(dtype, torch.float32)
 
-    def _excess(self, row: Sequence[Tensor | None], roots: list[Tensor], scale: Tensor | None) -> Tensor:
+    def _excess(
+        self, row: Sequence[Tensor | None], roots: list[Tensor], counted: Sequence[bool], scale: Tensor | None
+    ) -> Tensor:
         """Return e of one task, float64 [], and add its squares to S, whose root does not overflow."""
         total = torch.zeros((), dtype=torch.float64, device=roots[0].device)
-        pairs = [(g, root) for g, root in zip(row, roots, strict=True) if g is not None and g.numel() > 0]
-        ends = accumulate(root.nbytes for _, root in pairs)
+        items = [item for item in zip(row, roots, counted, strict=True) if item[0] is not None and item[0].numel() > 0]
+        ends = accumulate(root.nbytes for _, root, _ in items)
         # Many small parameters at a time: a few operations for all of them, and little memory.
-        for _, chunk in groupby(zip(pairs, ends, strict=True), lambda item: item[1] // _CHUNK_BYTES):
-            gradients, kept = (list(tensors) for tensors in zip(*(pair for pair, _ in chunk), strict=True))
+        keys = ((end // _CHUNK_BYTES, here) for end, (_, _, here) in zip(ends, items, strict=True))
+        for (_, here), chunk in groupby(zip(keys, items, strict=True), lambda item: item[0]):
+            gradients, kept, _ = (list(values) for values in zip(*(item for _, item in chunk), strict=True))
             before = _flatten_dense_tensors(kept)
             size = torch.where(self._finite, _flatten_dense_tensors(gradients), 0).to(before.dtype)
             if scale is not None:
@@ -81,7 +84,8 @@ class ExcessMTL(BufferedMethod):
             root = torch.hypot(before, size)
             torch._foreach_copy_(kept, _unflatten_dense_tensors(root, kept))
             root.clamp_(min=torch.finfo(root.dtype).tiny)  # 0 / 0 is 0 here
-            total += torch.div(size, root, out=root).mul_(size).sum(dtype=torch.float64)
+            if here:
+                total += torch.div(size, root, out=root).mul_(size).sum(dtype=torch.float64)
         return total
 
     def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
