@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .products import rounded
+from .products import mask_of, rounded
 
 # Rows whose loads are in flight together.
 UNROLL = tl.constexpr(4)
@@ -127,10 +127,7 @@ def write_block(
             pointer = address.to(tl.pointer_type(DTYPE))
             if ALIGNED:
                 pointer = tl.multiple_of(pointer, 16)
-            # An integer on the way: the interpreter cannot broadcast what comes of comparing floats.
-            mask = (w != 0).to(tl.int32) > 0
-            if TAIL:
-                mask = mask & inside
+            mask = mask_of(w != 0, offsets, columns, TAIL)
             acc += w * tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float64)
     mask = inside if TAIL else None
     if ACCUMULATE:

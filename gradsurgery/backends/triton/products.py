@@ -22,6 +22,17 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
+def mask_of(exists, offsets, columns, TAIL: tl.constexpr):
+    """Return which columns of a row to read: those that there are, if it ``exists``."""
+    if INTERPRETED:  # which cannot broadcast a truth value
+        return offsets < tl.where(exists, columns, 0)
+    mask = exists
+    if TAIL:
+        mask = mask & (offsets < columns)
+    return mask
+
+
+@triton.jit
 def add_rows(
     sums,
     rows,
@@ -43,9 +54,7 @@ def add_rows(
         offsets = begin + tl.arange(0, LANES)[:, None] + tl.arange(0, VECTOR)[None, :] * LANES
     x = ()
     for t in tl.static_range(TASKS):
-        mask = rows[t] != 0
-        if TAIL:
-            mask = mask & (offsets < columns)
+        mask = mask_of(rows[t] != 0, offsets, columns, TAIL)
         pointer = rows[t].to(tl.pointer_type(DTYPE))
         if ALIGNED:
             pointer = tl.multiple_of(pointer, 16)

@@ -55,7 +55,7 @@ def solve_cosines(gram, preference, norms, num_tasks, TASKS: tl.constexpr):
     inverse = tl.where(norms > 0, 1.0 / tl.where(norms > 0, norms, 1.0), 0.0)
     cosines = load_gram(gram, num_tasks, TASKS) * inverse[:, None] * inverse[None, :]
     p = tl.where(norms > 0, preference, 0.0)
-    rounding = ROUNDING * num_tasks.to(tl.float64)
+    rounding = num_tasks.to(tl.float64) * ROUNDING
     table = tl.where(is_diagonal, tl.where(norms > 0, cosines, 1.0), cosines)
     independent = 1
     for t in range(num_tasks):
@@ -113,7 +113,7 @@ def aligned_mtl(out, gram, preference, num_tasks, MODE: tl.constexpr, TASKS: tl.
         trace = tl.sum(tl.load(gram + task * (num_tasks + 1), mask=inside, other=0.0), 0)
         rows = load_gram(gram, num_tasks, TASKS) * tl.where(trace > 0, 1.0 / tl.where(trace > 0, trace, 1.0), 0.0)
         values, vectors = diagonalize(rows, TASKS)
-        kept = values > ROUNDING * num_tasks * tl.max(values, 0)
+        kept = values > num_tasks.to(tl.float64) * ROUNDING * tl.max(values, 0)
         rank = tl.sum(kept.to(tl.int32), 0)
         if MODE == "min":
             scale = tl.min(tl.where(kept, values, float("inf")), 0)
