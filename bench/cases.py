@@ -15,7 +15,7 @@ import gradsurgery as gs
 
 from .exact import direction_error, exact_gram
 from .others import conflict_projection
-from .timing import FLOOR, OURS, Case
+from .timing import ALLOCATING, FLOOR, OURS, Case
 
 
 def task_gradients(tasks: int, size: int) -> Tensor:
@@ -72,6 +72,7 @@ def pcgrad_case(gradients: Tensor) -> Case:
         gradients,
         {
             OURS: lambda: gs.aggregate(gradients, "pcgrad", out=out, backend="cpu"),
+            ALLOCATING: lambda: gs.aggregate(gradients, "pcgrad", backend="cpu"),
             "torchjd": lambda: aggregator(gradients),
             "pytorch_optimizer": conflict_projection(rows),
             "plain loop": lambda: plain_pcgrad(rows),

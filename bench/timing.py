@@ -15,6 +15,7 @@ from torch import Tensor
 from .turns import Foresight, take_turns
 
 OURS = "gradsurgery"
+ALLOCATING = "gradsurgery, no out="
 FLOOR = "J.sum()"
 """The time of one read of the gradients. It computes nothing of a stage, so it has no error."""
 

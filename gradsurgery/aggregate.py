@@ -92,8 +92,9 @@ def aggregate(
         if isinstance(chosen, CoordinateMethod):
             result = combine_by_rule_of(parsed, chosen.rule(parsed.device, parsed.num_tasks), out, False, stages)
         else:
-            once = isinstance(method, str)
-            solver = chosen.native_solver(parsed.device, parsed.num_tasks, once=once) if stages.aggregate else None
+            solver = None
+            if stages.aggregate is not None:
+                solver = chosen.native_solver(parsed.device, parsed.num_tasks, once=isinstance(method, str))
             result = _aggregate_sum(chosen, solver, parsed, losses, out, stages, backend)
     return result if out is not None else constant("aggregate", result, parsed.differentiable)
 
