@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, compress
 from math import prod
 from typing import Any
 
@@ -66,7 +66,7 @@ class Shards:
                 raise TypeError(f"parameters must be sharded or replicated, got placements {p.placements}")
             for dim in range(p.device_mesh.ndim):
                 dims.setdefault(_ranks(p.device_mesh, dim), (p.device_mesh, dim))
-            cut |= _cut_by(p)
+            cut |= _cut_by((p.device_mesh, p.placements))
         for these, those in combinations(dims, 2):
             if len(set(these) & set(those)) > 1:
                 raise TypeError(
@@ -81,11 +81,9 @@ class Shards:
             parameters, grads: P parameters, and T lists of P gradients.
             leaves: the ids of the leaves of the losses' graph, among which are no parameters of ``fully_shard``.
         """
-        reached = [
-            p
-            for p, column in zip(parameters, zip(*grads, strict=True), strict=True)
-            if column.count(None) < len(column)
-        ]
+        columns = zip(*grads, strict=True)
+        there = [any(grad is not None for grad in column) for column in columns]
+        reached = list(compress(parameters, there))
         others = [p for p in reached if id(p) in leaves]
         if 0 < len(others) < len(reached):
             raise TypeError(
@@ -97,7 +95,9 @@ class Shards:
     def counted(self, parameters: Iterable[Any]) -> list[bool]:
         """Return whether this process's part of each counts in G: of several copies that of the first process does."""
         first = {ranks for ranks in self._cut if ranks[0] == distributed.get_rank()}
-        return [self._cut - _cut_by(p) <= first for p in parameters]
+        kinds = [(p.device_mesh, p.placements) if is_sharded(p) else None for p in parameters]
+        count = {kind: self._cut - _cut_by(kind) <= first for kind in set(kinds)}
+        return [count[kind] for kind in kinds]
 
     def total(self, gram: Tensor) -> Tensor:
         """Return G of whole gradients from that of the parts that count, which it is written over."""
@@ -171,13 +171,12 @@ def _spread(part: Tensor, parameter: Any) -> Tensor:
     )
 
 
-def _cut_by(parameter: Any) -> set[tuple[int, ...]]:
-    """Return the groups of processes that have different parts of a parameter."""
-    if not is_sharded(parameter):
+def _cut_by(kind: tuple[Any, Any] | None) -> set[tuple[int, ...]]:
+    """Return the groups of processes that have different parts of parameters with such a mesh and placements."""
+    if kind is None:
         return set()
-    mesh = parameter.device_mesh
-    cut = [dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate()]
-    return {_ranks(mesh, dim) for dim in cut}
+    mesh, placements = kind
+    return {_ranks(mesh, dim) for dim, placement in enumerate(placements) if not placement.is_replicate()}
 
 
 def _ranks(mesh: Any, dim: int) -> tuple[int, ...]:
