@@ -276,6 +276,8 @@ def part_of(grad: Any, parameter: Any) -> Tensor:
     """Return this process's part of a parameter's gradient, which may still be summands of the processes."""
     if not is_sharded(grad):
         return grad  # type: ignore[no-any-return]
+    if not is_sharded(parameter):
+        return grad.full_tensor()  # type: ignore[no-any-return]
     if grad.placements != parameter.placements:
         grad = grad.redistribute(placements=parameter.placements)
     return grad.to_local()  # type: ignore[no-any-return]

@@ -158,7 +158,7 @@ def operate(
             there = {i - begin for i in done} if collected.batches == 1 else set()
         add_plain(grads, plain, of_losses, out[begin:], accumulate, there, backend)
         for p in foreign:
-            add_foreign(collected.parameters[p], [row[p] for row in collected.grads], of_losses)
+            add_foreign(collected.parameters[p], [row[p] for row in collected.grads], of_losses, processes)
     processes.assign(parameters, local, out)
     if whole:
         gram, weights = (None if value is None else value[0] for value in (gram, weights))

@@ -62,8 +62,8 @@ class Passes:
                 rows.append([part_of(p.grad, p) if sharded and p.grad is not None else p.grad for p in parameters])
                 if sharded and all(entry is None for entry in rows[-1]):
                     raise RuntimeError(
-                        f"loss {len(rows) - 1} left no gradient in the sharded parameters: set_requires_gradient_sync "
-                        "must stay True, also between micro-batches, for which collect() is"
+                        f"loss {len(rows) - 1} left no gradient in the sharded parameters: it must depend on one, and "
+                        "set_requires_gradient_sync must stay True, also between micro-batches, for which collect() is"
                     )
         finally:
             for p, grad in zip(parameters, before, strict=True):

@@ -8,9 +8,9 @@ What several processes have the same copy of, one of them counts.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import combinations, compress
+from itertools import combinations
 from math import prod
 from typing import Any
 
@@ -27,70 +27,76 @@ def processes_of(group: Any, parameters: list[Tensor], method: Method) -> Replic
     """Return the processes that train the parameters together by a method.
 
     Raises:
-        TypeError, ValueError: as :class:`Replicas` and :meth:`Shards.check` do; a group beside sharded parameters;
-            parameters of FullyShardedDataParallel, which keeps their gradients elsewhere.
+        TypeError, ValueError: as :class:`Replicas` and :meth:`Shards.check` do; parameters of
+            FullyShardedDataParallel, which keeps their gradients elsewhere.
     """
     if any(hasattr(p, "_fsdp_flattened") for p in parameters):
         raise TypeError("parameters must not be those of FullyShardedDataParallel, got some: use fully_shard")
     if not any(map(is_sharded, parameters)):
         return Replicas(group, method)
-    if group is not None:
-        raise ValueError("process_group must be None for sharded parameters, which name their processes")
-    return Shards(parameters, method)
+    return Shards(parameters, group, method)
 
 
 class Shards:
     """The processes that parameters are spread over.
 
     Args:
-        parameters: DTensors; and others that every process has the same copy and gradient of.
+        parameters: DTensors; with a group also others, which every process has a copy of.
+        group: the processes with the same parts and batches of their own. Gradients are averaged over them. None:
+            nothing but ``fully_shard``'s hooks averages any.
         method: the method, whose random numbers must be the same everywhere.
 
     Raises:
-        TypeError: as :meth:`check` does.
+        TypeError, ValueError: as :meth:`check` and :class:`Replicas` do.
     """
 
-    def __init__(self, parameters: list[Any], method: Method) -> None:
+    def __init__(self, parameters: list[Any], group: Any, method: Method) -> None:
         self.shards = self
         self.method = method
+        self._replicas = None if group is None else Replicas(group, method)
         # The dimensions of the meshes by their processes, for each mesh makes groups of its own.
         self._dims: dict[tuple[int, ...], tuple[Any, int]] = {}
         self._cut: set[tuple[int, ...]] = set()
         self.check(parameters)
 
     def check(self, parameters: Iterable[Any]) -> None:
-        """Take note of the processes of more parameters; TypeError unless they are the dimensions of one grid."""
+        """Take note of the processes of more parameters.
+
+        Raises:
+            TypeError: a parameter is not spread, and no group says whether its gradients are to be averaged; or the
+                processes are not the dimensions of one grid, as those of ``fully_shard`` and tensor parallelism are.
+            ValueError: the group has processes with other parts.
+        """
         dims, cut = dict(self._dims), set(self._cut)
-        for p in filter(is_sharded, parameters):
+        for p in parameters:
+            if not is_sharded(p):
+                if self._replicas is None:
+                    raise TypeError(
+                        f"all parameters must be spread over processes or none, got one of shape {tuple(p.shape)} that "
+                        "is not: fully_shard the module that holds it, and wrap the optimizer before the model first "
+                        "runs; or, if tensor parallelism leaves it whole, give as process_group= those with the same "
+                        "parts and batches of their own, which may be this process alone"
+                    )
+                continue
             if any(placement.is_partial() for placement in p.placements):
                 raise TypeError(f"parameters must be sharded or replicated, got placements {p.placements}")
             for dim in range(p.device_mesh.ndim):
-                dims.setdefault(_ranks(p.device_mesh, dim), (p.device_mesh, dim))
+                dims.setdefault(_ranks(p.device_mesh.get_group(dim)), (p.device_mesh, dim))
             cut |= _cut_by((p.device_mesh, p.placements))
         for these, those in combinations(dims, 2):
             if len(set(these) & set(those)) > 1:
                 raise TypeError(
                     f"parameters must be spread over the dimensions of one mesh, got processes {these} and {those}"
                 )
-        self._dims, self._cut, self.settled = dims, cut, False
-
-    def settle(self, parameters: Sequence[Any], grads: Sequence[Sequence[Any]], leaves: Container[int]) -> None:
-        """Raise TypeError if ``fully_shard`` averages the gradients of some parameters and not those of others.
-
-        Args:
-            parameters, grads: P parameters, and T lists of P gradients.
-            leaves: the ids of the leaves of the losses' graph, among which are no parameters of ``fully_shard``.
-        """
-        columns = zip(*grads, strict=True)
-        there = [any(grad is not None for grad in column) for column in columns]
-        reached = list(compress(parameters, there))
-        others = [p for p in reached if id(p) in leaves]
-        if 0 < len(others) < len(reached):
-            raise TypeError(
-                f"all parameters must be those of fully_shard or none, got one of shape {tuple(others[0].shape)} that "
-                "is not: fully_shard the module that holds it, and wrap the optimizer before the model first runs"
-            )
-        self.settled = True
+        if self._replicas is not None:
+            replicas = _ranks(self._replicas.group)
+            for ranks in dims:
+                if len(set(ranks) & set(replicas)) > 1:
+                    raise ValueError(
+                        f"process_group must hold processes with the same parts, got {replicas}, where parameters are "
+                        f"spread over {ranks}: leave it None if fully_shard did that"
+                    )
+        self._dims, self._cut = dims, cut
 
     def counted(self, parameters: Iterable[Any]) -> list[bool]:
         """Return whether this process's part of each counts in G: of several copies that of the first process does."""
@@ -110,7 +116,7 @@ class Shards:
         """Return this process's parts, with those of ``.grad`` as theirs."""
         parts = []
         for p in parameters:
-            part = (p.to_local() if is_sharded(p) else p).detach()
+            part = _part(p)
             part.grad = None if p.grad is None else part_of(p.grad, p)
             parts.append(part)
         return parts
@@ -133,15 +139,27 @@ class Shards:
         return {**surgery, "buffers": [[b.to_local() if is_sharded(b) else b for b in row] for row in kept]}
 
     def average(self, collected: Collected) -> Collected:
-        """Return the same with the losses' averages, for the gradients are averages already."""
-        return replace(collected, losses=self.average_losses(collected.tasks, collected.losses))
+        """Return the averages of gradients, by the group if there is one, and of losses."""
+        if self._replicas is not None:
+            collected = self._of_parts(self._replicas.average, collected)
+        return replace(collected, losses=self._average_over_dims(collected.losses))
 
     def average_gradients(self, collected: Collected) -> Collected:
-        """Return the same, for the gradients are averages already."""
-        return collected
+        """Return the averages of gradients, by the group if there is one."""
+        return collected if self._replicas is None else self._of_parts(self._replicas.average_gradients, collected)
 
     def average_losses(self, tasks: list[str], losses: Tensor) -> Tensor:
-        """Return the averages of losses [T], whose tasks are known to be the same on every process."""
+        """Return the averages of losses [T], whose tasks are known to be the same where parts differ."""
+        return self._average_over_dims(
+            losses if self._replicas is None else self._replicas.average_losses(tasks, losses)
+        )
+
+    def _of_parts(self, average: Callable[[Collected], Collected], collected: Collected) -> Collected:
+        parts = [_part(p) for p in collected.parameters]
+        averages = average(replace(collected, parameters=parts))
+        return replace(averages, parameters=collected.parameters)
+
+    def _average_over_dims(self, losses: Tensor) -> Tensor:
         losses = losses / prod(map(len, self._dims))
         for ranks in self._dims:
             distributed.all_reduce(losses, group=self._group(ranks))
@@ -154,6 +172,10 @@ class Shards:
     def _group(self, ranks: tuple[int, ...]) -> Any:
         mesh, dim = self._dims[ranks]
         return mesh.get_group(dim)
+
+
+def _part(parameter: Any) -> Tensor:
+    return (parameter.to_local() if is_sharded(parameter) else parameter).detach()  # type: ignore[no-any-return]
 
 
 def _spread(part: Tensor, parameter: Any) -> Tensor:
@@ -176,8 +198,8 @@ def _cut_by(kind: tuple[Any, Any] | None) -> set[tuple[int, ...]]:
     if kind is None:
         return set()
     mesh, placements = kind
-    return {_ranks(mesh, dim) for dim, placement in enumerate(placements) if not placement.is_replicate()}
+    return {_ranks(mesh.get_group(dim)) for dim, placement in enumerate(placements) if not placement.is_replicate()}
 
 
-def _ranks(mesh: Any, dim: int) -> tuple[int, ...]:
-    return tuple(distributed.get_process_group_ranks(mesh.get_group(dim)))
+def _ranks(group: Any) -> tuple[int, ...]:
+    return tuple(distributed.get_process_group_ranks(group))

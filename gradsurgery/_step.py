@@ -91,7 +91,7 @@ def add_all(collected: Collected, processes: Replicas | Shards, backend: str | N
     add_plain(grads, params, ones, out, accumulate, done, choose(backend, grads.device, grads.num_tasks))
     processes.assign(parameters, local, out)
     for p in foreign:
-        add_foreign(collected.parameters[p], [row[p] for row in collected.grads], ones)
+        add_foreign(collected.parameters[p], [row[p] for row in collected.grads], ones, processes)
 
 
 def is_foreign(grad: Tensor | None) -> bool:
@@ -103,11 +103,12 @@ def _kind(grad: Tensor) -> str:
     return str(grad.dtype) if grad.layout is torch.strided else f"sparse {grad.dtype}"
 
 
-def add_foreign(parameter: Tensor, grads: list[Tensor | None], weights: Tensor) -> None:
+def add_foreign(parameter: Tensor, grads: list[Tensor | None], weights: Tensor, processes: Replicas | Shards) -> None:
     """Add the weighted sum of gradients, sparse or complex ones among them, to a parameter outside the surgery."""
+    (local,) = processes.local([parameter])
     terms = [g * weight.to(g.dtype) for g, weight in zip(grads, weights.unbind(), strict=True) if g is not None]
-    if parameter.grad is not None:
-        terms.append(parameter.grad)
+    if local.grad is not None:
+        terms.append(local.grad)
     # Dense ones first: a sparse tensor takes no dense one.
     first, *rest = sorted(terms, key=lambda term: term.layout is not torch.strided)
-    parameter.grad = sum(rest, first)
+    processes.assign([parameter], [local], [sum(rest, first)])

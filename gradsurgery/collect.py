@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._checks import check_count
 from ._gradients import is_sharded
-from ._graph import Root, joins, reach, recomputes, root_of
+from ._graph import Root, joins, recomputes, root_of
 from ._passes import Passes, check_memory
 
 if TYPE_CHECKING:
@@ -201,14 +201,8 @@ def collect(
         if root is not None
     ]
     passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts)
-    if shards is not None:
-        # A reentrant checkpoint hides leaves.
-        leaves = None if shards.settled or through_grad else reach([root for root, _ in starts])[0]
-        grads = passes.through_grad(sharded=True)
-        if leaves is not None:
-            shards.settle(parameters, grads, leaves)
-    elif through_grad:
-        grads = passes.through_grad(sharded=False)
+    if shards is not None or through_grad:
+        grads = passes.through_grad(sharded=shards is not None)
     elif features is None:
         grads = passes.from_losses()
     else:

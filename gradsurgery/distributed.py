@@ -66,7 +66,10 @@ class Replicas:
         """Raise TypeError for a parameter that does not lie on this process."""
         for p in parameters:
             if is_sharded(p):
-                raise TypeError(f"all parameters must be sharded or none, got a sharded one of shape {tuple(p.shape)}")
+                raise TypeError(
+                    "all parameters must be spread over processes or none when the optimizer is wrapped, got one of "
+                    f"shape {tuple(p.shape)} that is, later"
+                )
 
     def counted(self, parameters: list[Tensor]) -> list[bool]:
         """Return whether this process's gradient of each counts in G: all do."""

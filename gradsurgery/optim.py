@@ -40,7 +40,8 @@ class SurgeryOptimizer(OptimizerWrapper):
       a zero gradient there. Only shared parameters enter G.
 
     In a step of one loss all that it reaches is shared. Parameters that are not the wrapped optimizer's get no
-    ``.grad``. Hooks of parameters run once for each loss, those after the accumulation of gradients not at all. Where
+    ``.grad``. Hooks of parameters run once for each loss, those after the accumulation of gradients not at all (with
+    reentrant checkpoints and parameters that are spread over processes once for each loss, too). Where
     the method keeps something of each task, every step must have the same tasks in the same order.
 
     Args:
@@ -52,10 +53,11 @@ class SurgeryOptimizer(OptimizerWrapper):
         process_group: the processes that train the model together, each with a batch of its own. Task gradients and
             losses are averaged over them before surgery, as if one process had all batches. None: the default group if
             ``torch.distributed`` is initialised. A group of this process alone averages nothing. Every process must
-            call ``backward`` and ``combine``; if one raises, the others wait until the group's timeout. Leave it None
-            for parameters that ``fully_shard`` or tensor parallelism spreads over processes, which combine their own
-            parts: by one pass per loss, which also adds to ``.grad`` of parameters outside the optimizer, and not with
-            GradDrop.
+            call ``backward`` and ``combine``; if one raises, the others wait until the group's timeout. Where
+            parameters are spread over processes, each combines its own parts: by one pass per loss, which also adds
+            to ``.grad`` of parameters outside the optimizer, and not with GradDrop. Leave it None if ``fully_shard``
+            spreads them, whose hooks average; with tensor parallelism alone it is the processes with the same parts,
+            and None averages nothing.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Raises:

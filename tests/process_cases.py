@@ -3,7 +3,7 @@
 
 import copy
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import distributed, nn
@@ -80,6 +80,8 @@ def gradients(net):
 
 
 def wrap(net, method="pcgrad", **options):
+    if hasattr(net, "group"):
+        options["process_group"] = net.group
     if isinstance(method, str):
         method = methods.get(method, **OPTIONS.get(method, {}))
     return gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), method, **options)
@@ -121,18 +123,25 @@ def sharded(mesh=None):
     return net
 
 
-def parallel(mesh=None):
-    """Return a net whose trunk is cut between processes and whose heads each has; with a mesh, sharded besides."""
+@cache
+def group_alone():
+    return distributed.new_subgroups(1)[0]
+
+
+def parallel(mesh=(1, WORLD), shard=False):
+    """Return a net whose trunk is cut between processes and whose heads each has; or all is sharded besides."""
     net = Net()
     if alone():
         return net
-    grid = init_device_mesh("cpu", mesh or (1, WORLD), mesh_dim_names=("shards", "parts"))
+    grid = init_device_mesh("cpu", mesh, mesh_dim_names=("shards", "parts"))
     net.sees_both = grid.size(1) > 1
     parallelize_module(net.first, grid["parts"], ColwiseParallel(output_layouts=Replicate()))
     parallelize_module(net.second, grid["parts"], RowwiseParallel(input_layouts=Replicate()))
-    if mesh is not None:
+    if shard:
         for module in (net.first, net.second, net.heads[0], net):
             fully_shard(module, mesh=grid["shards"])
+    else:
+        net.group = group_alone() if net.sees_both else distributed.group.WORLD
     return net
 
 
@@ -214,7 +223,9 @@ def updated(method, make=Net):
 def by_segments(granularity, make=Net):
     net = make()
     groups = [{"params": [*net.first.parameters()]}, {"params": [*net.second.parameters(), *net.heads.parameters()]}]
-    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(groups, lr=0.1), "mgda", granularity=granularity)
+    group = getattr(net, "group", None)
+    sgd = torch.optim.SGD(groups, lr=0.1)
+    optimizer = gradsurgery.SurgeryOptimizer(sgd, "mgda", granularity=granularity, process_group=group)
     info = optimizer.backward(on_each(net, lambda rank: net(BATCHES[0][rank])))
     optimizer.step()
     return result(net, info)
@@ -326,6 +337,19 @@ def summands():
     return [info.gram, *gradients(net)]
 
 
+def complex_parts():
+    """A complex head, which no kernel reads, and whose gradients are added twice."""
+    torch.manual_seed(3)
+    net = nn.ModuleDict({"trunk": nn.Linear(4, 4).double(), "head": nn.Linear(4, 2, dtype=torch.complex128)})
+    if not alone():
+        mesh, plan = init_device_mesh("cpu", (WORLD,)), ColwiseParallel(output_layouts=Replicate())
+        parallelize_module(net, mesh, {"trunk": plan, "head": plan})
+    for _ in range(2):
+        y = net["trunk"](normal(3, 4))
+        wrap(net).backward([y.square().mean(), net["head"](y.to(torch.complex128)).abs().square().mean()])
+    return gradients(net)
+
+
 def not_finite(make=Net):
     net = make()
     poison = torch.tensor([1.0, torch.inf], dtype=torch.float64)
@@ -348,8 +372,11 @@ if DEVICE == "cpu":
         "shards accumulated of copies": partial(accumulated, partial(sharded, (WORLD, 1))),
         "shards of one copy": partial(train, make=partial(sharded, (1, WORLD)), scaler=True),
         "parts with summands": summands,
-        "shards of parts": partial(train, "excess_mtl", partial(parallel, (WORLD, 1))),
-        "parts of shards": partial(train, "excess_mtl", partial(parallel, (1, WORLD))),
+        "shards of parts": partial(train, "excess_mtl", partial(parallel, (WORLD, 1), shard=True)),
+        "parts of shards": partial(train, "excess_mtl", partial(parallel, (1, WORLD), shard=True)),
+        "copies of parts": partial(train, "excess_mtl", partial(parallel, (WORLD, 1))),
+        "copies of parts, one pass": partial(train, "uw", partial(parallel, (WORLD, 1))),
+        "complex parts": complex_parts,
     }
 for kind, make in {"": Net, **({"shards ": sharded, "parts ": parallel} if DEVICE == "cpu" else {})}.items():
     CASES |= {

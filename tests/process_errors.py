@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gradsurgery
 from inputs import DEVICE
-from process_cases import BATCHES, WORLD, Net, gradients, sharded, wrap
+from process_cases import BATCHES, WORLD, Net, gradients, parallel, sharded, wrap
 
 
 def of_one_process():
@@ -75,20 +75,22 @@ def sharded_with(**options):
     wrap(sharded(), **options)
 
 
+def whole_beside_parts():
+    net = parallel()
+    del net.group
+    wrap(net)
+
+
 def sharded_group():
     wrap(sharded(), process_group=distributed.group.WORLD)
 
 
 def whole_among_shards():
-    net, rank, bias = sharded(), distributed.get_rank(), nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer = wrap(net)
-    optimizer.backward(net(BATCHES[0][rank]))
-    optimizer.zero_grad()
-    optimizer.add_param_group({"params": iter([bias])})
+    optimizer = wrap(sharded())
     try:
-        optimizer.backward([loss * bias.sum() for loss in net(BATCHES[0][rank])])
+        optimizer.add_param_group({"params": iter([nn.Parameter(torch.ones(3))])})
     finally:
-        assert all(p.grad is None for p in [*net.parameters(), bias])
+        assert len(optimizer.param_groups) == 1
 
 
 def shard_among_whole():
@@ -156,6 +158,7 @@ if DEVICE == "cpu":
     ERRORS |= {
         "sharded graddrop": partial(sharded_with, method="graddrop"),
         "sharded in a group": sharded_group,
+        "whole beside parts": whole_beside_parts,
         "whole among shards": whole_among_shards,
         "shard among whole": shard_among_whole,
         "absent losses of shards": absent_of_shards,

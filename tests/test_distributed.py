@@ -34,12 +34,16 @@ MESSAGES = dict(
         ),
         ("fewer parameters", ["gradients of 12 parameters", "gradients of 11 parameters"]),
         ("sharded graddrop", ["ValueError: method 'graddrop' numbers all coordinates, which needs whole"] * 2),
-        ("sharded in a group", ["ValueError: process_group must be None for sharded parameters"] * 2),
+        ("sharded in a group", ["ValueError: process_group must hold processes with the same parts, got (0, 1)"] * 2),
         (
             "whole among shards",
-            ["TypeError: all parameters must be those of fully_shard or none, got one of"] * 2,
+            ["TypeError: all parameters must be spread over processes or none, got one of shape (3,)"] * 2,
         ),
-        ("shard among whole", ["TypeError: all parameters must be sharded or none, got a sharded one of shape"] * 2),
+        ("whole beside parts", ["TypeError: all parameters must be spread over processes or none, got one of"] * 2),
+        (
+            "shard among whole",
+            ["TypeError: all parameters must be spread over processes or none when"] * 2,
+        ),
         ("absent losses of shards", ["than losses of ['1', '2'] on process 0", "than losses of ['0', '1', '2'] on"]),
         ("seeds of shards", ["'2'] with seed 0 on process 0", "'2'] with seed 1 on process 1"]),
         (
@@ -50,7 +54,7 @@ MESSAGES = dict(
             ],
         ),
         ("losses of shards", ["than losses of ['a', 'b', 'c'] on process 0", "losses of ['a', 'b'] on process 1"]),
-        ("shards held back", ["RuntimeError: loss 0 left no gradient in the sharded parameters: set_requires_"] * 2),
+        ("shards held back", ["RuntimeError: loss 0 left no gradient in the sharded parameters: it must depend"] * 2),
         ("flat shards", ["TypeError: parameters must not be those of FullyShardedDataParallel"] * 2),
         ("products of shards", ["TypeError: grads[0][0] is a DTensor, spread over processes: give its to_local()"] * 2),
         ("spread loss", ["TypeError: loss '1' must not be a DTensor: give its full_tensor()"] * 2),

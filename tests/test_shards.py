@@ -39,10 +39,11 @@ def test_one_of_several_copies_counts(grid):
         (whole, False),
     ]
     parameters = [p for p, _ in counts]
-    assert Shards(parameters, methods.get("pcgrad")).counted(parameters) == [count for _, count in counts]
+    shards = Shards(parameters, distributed.new_subgroups(1)[0], methods.get("pcgrad"))
+    assert shards.counted(parameters) == [count for _, count in counts]
     # Rows with the same parts add nothing up between them.
-    copies = [spread(grid, Replicate(), Shard(1)), spread(grid["parts"], Replicate()), whole]
-    assert Shards(copies, methods.get("pcgrad")).counted(copies) == [True, True, True]
+    copies = [spread(grid, Replicate(), Shard(1)), spread(grid["parts"], Replicate())]
+    assert Shards(copies, None, methods.get("pcgrad")).counted(copies) == [True, True]
 
 
 def test_parts_along_both_dimensions_are_summed_over_all(grid, monkeypatch):
@@ -51,13 +52,13 @@ def test_parts_along_both_dimensions_are_summed_over_all(grid, monkeypatch):
         distributed, "all_reduce", lambda _, group: summed.append(distributed.get_process_group_ranks(group))
     )
     both = spread(grid, _StridedShard(0, split_factor=2), Shard(0))
-    Shards([both], methods.get("pcgrad")).total(torch.ones(2, 2))
+    Shards([both], None, methods.get("pcgrad")).total(torch.ones(2, 2))
     assert summed == [[0, 2], [2, 3]]
 
 
 def test_meshes_that_are_not_of_one_grid(grid):
     line = init_device_mesh("cpu", (4,))
-    shards = Shards([spread(grid, Shard(0), Replicate())], methods.get("pcgrad"))
+    shards = Shards([spread(grid, Shard(0), Replicate())], None, methods.get("pcgrad"))
     with pytest.raises(TypeError, match="must be spread over the dimensions of one mesh, got processes"):
         shards.check([spread(line, Shard(0))])
     with pytest.raises(TypeError, match="must be sharded or replicated, got placements"):
