@@ -13,11 +13,21 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 Root = Tensor | GradientEdge
 """What a backward pass begins at."""
 
-_JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward")
-"""torch.compile's functions, and fully_shard's of a module's inputs."""
-
 _REENTRANT = "CheckpointFunctionBackward"
 """torch.utils.checkpoint's function with use_reentrant=True, and the like of other packages."""
+
+_JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward", _REENTRANT)
+"""torch.compile's functions, fully_shard's of a module's inputs, and checkpoints."""
+
+_PARTS = ("UnbindBackward0", "SelectBackward0")
+_WHOLES = ("StackBackward0", "CatBackward0")
+_KEEPING = (
+    *("AbsBackward0", "AddBackward0", "CloneBackward0", "DivBackward0", "ExpBackward0", "L1LossBackward0"),
+    *("LogBackward0", "MeanBackward0", "MeanBackward1", "MseLossBackward0", "MulBackward0", "NegBackward0"),
+    *("PowBackward0", "SliceBackward0", "SmoothL1LossBackward0", "SqueezeBackward1", "SubBackward0", "SumBackward0"),
+    *("SumBackward1", "ToCopyBackward0"),
+)
+"""What may lie between losses and a stack that they are parts of, and mixes no columns."""
 
 
 def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int, int], list[int]]:
@@ -50,7 +60,39 @@ def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int
 
 
 def joins(losses: Sequence[Root]) -> bool:
-    """Whether two losses depend on different outputs of one function that gives zeros, not None, for the others."""
+    """Whether a function's backward pass gives zeros, not None, to what a loss does not depend on.
+
+    That is so where two losses depend on different outputs of one function, or are parts of what became of a stack.
+    """
+    return _depend_on_outputs(losses) or _are_parts_of_stack(losses)
+
+
+def _are_parts_of_stack(losses: Sequence[Root]) -> bool:
+    """Whether losses are parts of a tensor whose columns were stacked from tensors with leaves of their own."""
+    if len(losses) < 2:
+        return False
+    parts = [_before([_edge(loss)[0]], _PARTS) for loss in losses]
+    common = set.intersection(*({node.next_functions[0][0] for node in nodes} for nodes in parts))
+    for whole in _before(list(common), _WHOLES):
+        edges = [GradientEdge(*edge) for edge in whole.next_functions if edge[0] is not None]
+        if len(set(reach(edges)[0].values())) > 1:
+            return True
+    return False
+
+
+def _before(nodes: list[Any], names: Sequence[str]) -> list[Any]:
+    """Return the first nodes with one of the names on the way from these through what mixes no columns."""
+    found, stack = [], list(nodes)
+    while stack:
+        node = stack.pop()
+        if type(node).__name__ in names:
+            found.append(node)
+        elif type(node).__name__ in _KEEPING:
+            stack += [edge[0] for edge in node.next_functions if edge[0] is not None]
+    return found
+
+
+def _depend_on_outputs(losses: Sequence[Root]) -> bool:
     entries: dict[Any, set[frozenset[int]]] = defaultdict(set)
     for loss in losses:
         outputs: dict[Any, set[int]] = defaultdict(set)
@@ -80,7 +122,7 @@ def root_of(loss: Tensor) -> Root | None:
     """
     node = loss.grad_fn
     name = type(node).__name__
-    if name not in ("UnbindBackward0", "SelectBackward0"):
+    if name not in _PARTS:
         return loss
     whole: Any = node.next_functions[0][0]  # type: ignore[union-attr]
     if type(whole).__name__ != "StackBackward0" or whole._saved_dim != node._saved_dim:  # type: ignore[union-attr]

@@ -177,8 +177,8 @@ def check_memory(rows: Rows) -> None:
 
 
 def _has_memory(grad: Tensor) -> bool:
-    """Whether the address tells tensors apart: subclasses and sparse tensors hold others inside."""
-    return type(grad) is Tensor and grad.layout is torch.strided and grad.numel() > 0
+    """Whether the address tells tensors apart: subclasses and sparse tensors hold others inside, some are nowhere."""
+    return type(grad) is Tensor and grad.layout is torch.strided and grad.numel() > 0 and not grad.is_meta
 
 
 def _vmapped(

@@ -123,6 +123,8 @@ class Planner:
         self.named = None if named is None else list_of(named, "shared")
         self.granularity = granularity
         self._plan: Plan | None = None
+        self.lost = False
+        """Whether the last step's losses reached fewer parameters than those of the step before."""
         self._blocks: list[Any] | None = None
         self.kept: list[Tensor] = []  # whose gradients the method keeps
         self._tasks: list[str] | None = None  # of a method that tells them apart
@@ -179,6 +181,7 @@ class Planner:
         """
         plan, measured = self._plan, self.method.gram_parameters
         enough = min(2, len(collected.tasks))
+        self.lost = False
         if plan is None or not plan.holds(collected.parameters, reach, enough, measured):
             group_of = None
             if self.granularity == "per_group":
@@ -193,6 +196,8 @@ class Planner:
                 measured=measured,
             )
             self._check_same(plan)
+            before = self._plan
+            self.lost = before is not None and any(a and not b for a, b in zip(before.reach, reach, strict=False))
             self._plan = plan
         self.check_tasks(collected.tasks)
         return plan
@@ -220,6 +225,13 @@ class Planner:
                 f"method {self.method.name!r} keeps gradients of the shared parameters, which must be the same at each "
                 f"step: name them by shared=, and leave requires_grad as it is; had {len(self.kept)}, got {len(shared)}"
             )
+        if self.kept and self.named is None and self._plan is not None:
+            old = {id(p) for p in self._plan.parameters}
+            if any(plan.reach[p] >= plan.enough > 1 and id(plan.parameters[p]) not in old for p in plan.plain):
+                raise ValueError(
+                    f"method {self.method.name!r} keeps gradients of the parameters that the first step's losses "
+                    "shared, and now they share more: name them by shared=, and leave requires_grad as it is"
+                )
         if self._blocks is not None and not _are_same(self._blocks, plan.blocks):
             raise ValueError(
                 f"method {self.method.name!r} has a state for each group or tensor of the shared parameters, which "

@@ -97,6 +97,13 @@ class OptimizerWrapper(torch.optim.Optimizer):
         """Register a hook of the wrapped optimizer's step; it is called with this optimizer in the other's place."""
         return self.optimizer.register_step_post_hook(lambda inner, args, kwargs: hook(self, (self, *args[1:]), kwargs))
 
+    def __getattr__(self, name: str) -> Any:
+        # What some optimizers have besides, such as train() and eval(). GradScaler asks for private ones, to set others
+        # here that the wrapped one would need.
+        if name.startswith("_") or "optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler leaves a bound step behind, which belongs to this object alone, as hooks do.
         return {name: value for name, value in self.__dict__.items() if name not in ("step", *_OWN_HOOKS)}

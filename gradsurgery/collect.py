@@ -29,19 +29,32 @@ class Survey:
     infers_shared: bool
     """Whether shared parameters are inferred, until a step with one pass per loss has checked that they can be."""
     through_grad: bool | None = None
-    """Whether passes must go by way of ``.grad``; None before the first step."""
+    """Whether passes must go by way of ``.grad``; None before the first step, and where it is to be looked at again."""
+    began: bool = False
+
+    def look_again(self) -> None:
+        """Look at the next step's graph, for this step's losses reached fewer parameters than those before."""
+        self.through_grad = self.through_grad or None
 
     def take(self, roots: list[Root], one_pass: bool) -> bool:
         """Return ``through_grad``, and warn where gradients will not tell which parameters a loss reaches."""
         if self.through_grad is None:
             self.through_grad = recomputes(roots)
+            if self.through_grad and self.began:
+                warnings.warn(
+                    "losses depend on checkpoints with use_reentrant=True, which were not there at first, and whose "
+                    "parameters the last step may have missed",
+                    stacklevel=7,
+                )
+            self.began = True
         if self.infers_shared and not one_pass:
             self.infers_shared = False
             if joins(roots):
                 warnings.warn(
-                    "losses depend on different outputs of one compiled function, or of one sharded module's inputs, "
-                    "whose backward pass gives zeros to what a loss does not depend on: heads in it count as shared. "
-                    "Name the shared parameters by shared=, or compile the trunk and the heads apart",
+                    "losses depend on different outputs of one compiled function, checkpoint or sharded module, or are "
+                    "computed from one stacked tensor, whose backward pass gives zeros to what a loss does not depend "
+                    "on: heads in it count as shared. Name the shared parameters by shared=, or keep trunk and heads "
+                    "apart there",
                     stacklevel=7,
                 )
         return self.through_grad
@@ -189,6 +202,7 @@ def collect(
     there = [loss is not None for loss in each]
     absent = torch.zeros((), dtype=torch.float64, device=given[0].device)
     values = torch.stack([absent if loss is None else loss.detach().to(absent).reshape(()) for loss in each])
+    values = values.as_subclass(Tensor)  # whatever class the losses are of
     if weigh is not None:
         weights = weigh(tasks, values)
         terms = [(loss * weight.to(loss)).reshape(()) for weight, loss in zip(weights.unbind(), given, strict=True)]

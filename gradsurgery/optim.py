@@ -25,11 +25,11 @@ from .diagnostics import SurgeryInfo
 class SurgeryOptimizer(OptimizerWrapper):
     """Wraps a torch optimizer; ``backward(losses)`` takes the place of ``sum(losses).backward()``.
 
-    Parameter groups, state and defaults are those of the wrapped optimizer, so schedulers, gradient scalers and
-    checkpoints work as without it. ``state_dict`` adds the method's state under "surgery"; for methods that keep
-    gradients, the places of their parameters under "shared"; and for those that keep something of each task, the
-    places of the tasks under "tasks". ``load_state_dict`` also takes a plain optimizer's, and leaves the method as it
-    is.
+    Parameter groups, state, defaults and other public attributes are those of the wrapped optimizer, so schedulers,
+    gradient scalers and checkpoints work as without it. ``state_dict`` adds the method's state under "surgery"; for
+    methods that keep gradients, the places of their parameters under "shared"; and for those that keep something of
+    each task, the places of the tasks under "tasks". ``load_state_dict`` also takes a plain optimizer's, and leaves the
+    method as it is.
 
     What ``backward`` does with a parameter depends on which losses reach it:
 
@@ -64,8 +64,9 @@ class SurgeryOptimizer(OptimizerWrapper):
         TypeError, ValueError: an argument is not what it must be.
 
     Warns:
-        UserWarning, at the first step: shared parameters cannot be inferred, because one compiled function yields the
-            inputs of several losses; pass ``shared``.
+        UserWarning, at the first step: shared parameters cannot be inferred, because one compiled function, re-entrant
+            checkpoint or stack yields what several losses are computed from; pass ``shared``. Later: re-entrant
+            checkpoints were not there at first, so the step before missed what is inside them.
     """
 
     def __init__(
@@ -214,7 +215,10 @@ class SurgeryOptimizer(OptimizerWrapper):
                 f"{collected.batches}"
             )
         planner, processes = self._planner, self._processes
-        return operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
+        info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
+        if planner.lost:
+            self._survey.look_again()
+        return info
 
     def update(self, values: Sequence[Any] | Mapping[str, Any] | Tensor) -> None:
         """Pass to the method's ``update`` what it learns from besides the losses of its steps.

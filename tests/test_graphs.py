@@ -37,6 +37,45 @@ def test_reentrant_checkpoints(method, trained):
         optimizer.backward(losses(True), mode="batched")
 
 
+def test_checkpoints_that_come_later_are_found_after_a_step_that_missed_them():
+    net = two_task_net()
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    x = X.clone().requires_grad_()
+
+    def losses(checkpointed):
+        z = checkpoint(net["trunk"], x, use_reentrant=True) if checkpointed else net["trunk"](x)
+        return [net["a"](z).square().mean(), net["b"](z).abs().mean()]
+
+    optimizer.backward(losses(False))
+    expected = grads_of(net)
+    net.zero_grad()
+    optimizer.backward(losses(True))
+    assert net["trunk"][0].weight.grad is None
+    net.zero_grad()
+    with pytest.warns(UserWarning, match="which were not there at first"):
+        optimizer.backward(losses(True))
+    torch.testing.assert_close([g is None for g in grads_of(net)], [g is None for g in expected])
+    optimizer.backward(losses(True))
+
+
+def test_losses_and_parameters_of_other_classes():
+    class Other(torch.Tensor):
+        pass
+
+    net = two_task_net()
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), "dwa")
+    for _ in range(2):
+        info = optimizer.backward([loss.as_subclass(Other) for loss in two_losses(net, X)])
+    assert type(info.weights) is torch.Tensor
+    assert all(type(v) is torch.Tensor for v in optimizer.method.state_dict().values() if isinstance(v, torch.Tensor))
+
+
+def test_parameters_without_memory():
+    net = two_task_net().to("meta")
+    gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1)).backward(two_losses(net, X.to("meta")))
+    assert all(p.grad.is_meta for p in net.parameters() if p.grad is not None)
+
+
 def test_a_complex_head_outside_the_surgery():
     net, head = two_task_net(), torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
     optimizer = gradsurgery.PCGrad(torch.optim.Adam([*net.parameters(), head], lr=0.1))

@@ -155,3 +155,25 @@ def test_lightning(plain, tmp_path):
         resumed, loader(), ckpt_path=tmp_path / "last.ckpt"
     )
     check(resumed.net, resumed.optimizers().optimizer, plain)
+
+
+class WithModes(torch.optim.SGD):
+    """As schedule-free optimizers are."""
+
+    mode = "none"
+    _private = True
+
+    def train(self):
+        self.mode = "train"
+
+
+def test_what_else_an_optimizer_has():
+    optimizer = gradsurgery.PCGrad(WithModes([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    optimizer.train()
+    assert optimizer.mode == optimizer.optimizer.mode == "train"
+    copied = copy.deepcopy(optimizer)
+    copied.train()
+    assert copied.optimizer.mode == "train"
+    assert not hasattr(optimizer, "eval")
+    # GradScaler takes such an attribute for leave to set others, here in place of there.
+    assert not hasattr(optimizer, "_private")

@@ -323,3 +323,15 @@ def test_a_named_parameter_that_begins_to_be_trained():
     with pytest.raises(ValueError, match="leave requires_grad as it is; had 2, got 4"):
         optimizer.backward(two_losses(net, X.double()))
     torch.testing.assert_close(grads_of(net), before, rtol=0, atol=0)
+
+
+def test_layers_that_are_unfrozen_are_refused():
+    net = two_task_net()
+    net["trunk"][0].requires_grad_(False)
+    optimizer = gradsurgery.MConFIG(torch.optim.SGD(net.parameters(), lr=0.1))
+    optimizer.backward(two_losses(net, X))
+    before = grads_of(net)
+    net["trunk"][0].requires_grad_(True)
+    with pytest.raises(ValueError, match="the first step's losses shared, and now they share more"):
+        optimizer.backward(two_losses(net, X))
+    torch.testing.assert_close(grads_of(net), before)

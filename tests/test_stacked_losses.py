@@ -3,10 +3,11 @@
 
 import pytest
 import torch
+from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
-from conftest import grads_of, two_task_net
+from conftest import grads_of, two_losses, two_task_net
 from inputs import DEVICE
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -70,3 +71,52 @@ def test_a_constant_of_a_stack_alone(mode):
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([a], lr=0.1), "mgda")
     optimizer.backward([torch.stack([torch.ones(()), a.sum()])[0]], mode=mode)
     assert a.grad is None
+
+
+def of_columns(outputs):
+    return list((outputs - 1).square().mean(0))
+
+
+def both(net, z):
+    return torch.cat([net["a"](z), net["b"](z)], 1)
+
+
+JOINED = {
+    "quotient of a stack": lambda net, z: torch.stack([net["a"](z).mean(), net["b"](z).mean()]) / 2,
+    "hstack": lambda net, z: torch.hstack([net["a"](z).mean(), net["b"](z).mean()]),
+    "columns": lambda net, z: of_columns(both(net, z)),
+    "no reduction": lambda net, z: mse_loss(both(net, z), X[:, :2], reduction="none").mean(0),
+    "column by column": lambda net, z: [c.square().mean() for c in both(net, z).unbind(1)],
+}
+
+
+@pytest.mark.parametrize("join", JOINED.values(), ids=JOINED)
+def test_what_becomes_of_a_stack_is_warned_of(join):
+    net = two_task_net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="computed from one stacked tensor"):
+        optimizer.backward(join(net, net["trunk"](X)))
+    optimizer.backward(join(net, net["trunk"](X)))  # once
+    named = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), shared=net["trunk"].parameters())
+    named.backward(join(net, net["trunk"](X)))
+
+
+def test_checkpoints_around_the_heads_are_warned_of():
+    net = two_task_net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    losses = checkpoint(lambda x: tuple(two_losses(net, x)), X.clone().requires_grad_(), use_reentrant=True)
+    with pytest.warns(UserWarning, match="different outputs of one compiled function, checkpoint or"):
+        optimizer.backward(list(losses))
+
+
+def test_stacked_features_are_not():
+    net = two_task_net()
+    left, right = (torch.nn.Linear(6, 3) for _ in range(2))
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([*left.parameters(), *right.parameters(), *net.parameters()], lr=0.1))
+    z = net["trunk"](torch.cat([left(X), right(X)], 1))
+    optimizer.backward([net["a"](z).mean(), net["b"](z).mean()])
+    both = torch.nn.Linear(6, 2)
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([*left.parameters(), *right.parameters(), *both.parameters()], lr=0.1))
+    optimizer.backward(of_columns(both(torch.cat([left(X), right(X)], 1))))
+    outputs = torch.stack([both(X)[:, 0], both(X)[:, 1]], 1)  # of the same parameters
+    gradsurgery.MGDA(torch.optim.SGD(both.parameters(), lr=0.1)).backward(of_columns(outputs))
