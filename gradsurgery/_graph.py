@@ -81,14 +81,16 @@ def _are_parts_of_stack(losses: Sequence[Root]) -> bool:
 
 
 def _before(nodes: list[Any], names: Sequence[str]) -> list[Any]:
-    """Return the first nodes with one of the names on the way from these through what mixes no columns."""
-    found, stack = [], list(nodes)
+    """Return the first nodes with one of the names on the ways from these through what mixes no columns."""
+    found, stack, seen = [], list(nodes), set(nodes)
     while stack:
         node = stack.pop()
         if type(node).__name__ in names:
             found.append(node)
         elif type(node).__name__ in _KEEPING:
-            stack += [edge[0] for edge in node.next_functions if edge[0] is not None]
+            following = {edge[0] for edge in node.next_functions if edge[0] is not None} - seen
+            seen |= following
+            stack += following
     return found
 
 

@@ -31,6 +31,7 @@ class Survey:
     through_grad: bool | None = None
     """Whether passes must go by way of ``.grad``; None before the first step, and where it is to be looked at again."""
     began: bool = False
+    """Whether a step's graph was looked at."""
 
     def look_again(self) -> None:
         """Look at the next step's graph, for this step's losses reached fewer parameters than those before."""

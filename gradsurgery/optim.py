@@ -268,7 +268,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         self.optimizer.add_param_group(param_group)
         try:
             self._processes.check(self.param_groups[-1]["params"])
-        except TypeError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -70,9 +71,12 @@ def on_each(net, losses):
     return [sum(column) / len(column) if column else None for column in present]
 
 
+def whole_of(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor):
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    return whole_of(tensor.detach()).clone()
 
 
 def gradients(net):
@@ -350,6 +354,22 @@ def complex_parts():
     return gradients(net)
 
 
+def whole_amid_parts():
+    """A parameter that each process has, and takes for a DTensor in the forward pass, as its gradient is then."""
+    torch.manual_seed(3)
+    net = nn.ModuleDict({"trunk": nn.Linear(4, 4).double(), "head": nn.Linear(4, 1).double()})
+    bias = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    if not alone():
+        plan = ColwiseParallel(output_layouts=Replicate(), use_local_output=False)
+        parallelize_module(net["trunk"], init_device_mesh("cpu", (WORLD,)), plan)
+        net.group = group_alone()
+    net.register_parameter("bias", bias)
+    with nullcontext() if alone() else implicit_replication():
+        y = whole_of(net["trunk"](normal(3, 4)) * bias)
+        info = wrap(net).backward([y.square().mean(), net["head"](y).square().mean(), -y.sum()])
+    return [info.gram, *gradients(net)]
+
+
 def not_finite(make=Net):
     net = make()
     poison = torch.tensor([1.0, torch.inf], dtype=torch.float64)
@@ -377,6 +397,7 @@ if DEVICE == "cpu":
         "copies of parts": partial(train, "excess_mtl", partial(parallel, (WORLD, 1))),
         "copies of parts, one pass": partial(train, "uw", partial(parallel, (WORLD, 1))),
         "complex parts": complex_parts,
+        "whole amid parts": whole_amid_parts,
     }
 for kind, make in {"": Net, **({"shards ": sharded, "parts ": parallel} if DEVICE == "cpu" else {})}.items():
     CASES |= {

@@ -101,6 +101,15 @@ def shard_among_whole():
         assert len(optimizer.param_groups) == 1
 
 
+def shard_among_copies():
+    """One whose parts are spread over the processes that are to have the same parts."""
+    optimizer = wrap(parallel((WORLD, 1)))
+    try:
+        optimizer.add_param_group({"params": sharded().first.weight})
+    finally:
+        assert len(optimizer.param_groups) == 1
+
+
 def sharded_tasks(names):
     net, rank = sharded(), distributed.get_rank()
     optimizer = wrap(net, "uw" if len(names[0]) == 3 else "pcgrad")
@@ -161,6 +170,7 @@ if DEVICE == "cpu":
         "whole beside parts": whole_beside_parts,
         "whole among shards": whole_among_shards,
         "shard among whole": shard_among_whole,
+        "shard among copies": shard_among_copies,
         "absent losses of shards": absent_of_shards,
         "seeds of shards": partial(other_seeds, sharded),
         "tasks of shards": partial(sharded_tasks, ("ab", "ba")),

@@ -45,6 +45,7 @@ MESSAGES = dict(
             "shard among whole",
             ["TypeError: all parameters must be spread over processes or none when"] * 2,
         ),
+        ("shard among copies", ["ValueError: process_group must hold processes with the same parts, got (0, 1)"] * 2),
         ("absent losses of shards", ["than losses of ['1', '2'] on process 0", "than losses of ['0', '1', '2'] on"]),
         ("seeds of shards", ["'2'] with seed 0 on process 0", "'2'] with seed 1 on process 1"]),
         (

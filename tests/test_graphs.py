@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What a step goes back through, and whose gradients come of it: checkpoints, other dtypes, hooks, other parameters."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +58,29 @@ def test_checkpoints_that_come_later_are_found_after_a_step_that_missed_them():
         optimizer.backward(losses(True))
     torch.testing.assert_close([g is None for g in grads_of(net)], [g is None for g in expected])
     optimizer.backward(losses(True))
+
+
+class Keeping(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kept):
+        y = x.clone()
+        ctx.save_for_backward(y)
+        kept.append(weakref.ref(y))
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def test_what_the_last_loss_does_not_depend_on_goes_with_the_losses():
+    net, kept = two_task_net(), []
+    z = net["trunk"](X)
+    losses = [Keeping.apply(net[name](z), kept).mean() for name in "ab"]
+    gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1)).backward(losses)
+    assert [y() is None for y in kept] == [False, True]
+    del losses
+    assert [y() is None for y in kept] == [True, True]
 
 
 def test_losses_and_parameters_of_other_classes():

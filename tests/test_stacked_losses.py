@@ -118,5 +118,9 @@ def test_stacked_features_are_not():
     both = torch.nn.Linear(6, 2)
     optimizer = gradsurgery.MGDA(torch.optim.SGD([*left.parameters(), *right.parameters(), *both.parameters()], lr=0.1))
     optimizer.backward(of_columns(both(torch.cat([left(X), right(X)], 1))))
+    doubled = both(X)
+    for _ in range(64):  # each way through it once
+        doubled = (doubled + doubled) / 2
+    gradsurgery.MGDA(torch.optim.SGD(both.parameters(), lr=0.1)).backward(of_columns(doubled))
     outputs = torch.stack([both(X)[:, 0], both(X)[:, 1]], 1)  # of the same parameters
     gradsurgery.MGDA(torch.optim.SGD(both.parameters(), lr=0.1)).backward(of_columns(outputs))
