@@ -3,7 +3,7 @@
 
 import copy
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import distributed, nn
@@ -12,7 +12,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import (
@@ -21,74 +20,29 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from gradsurgery import methods
 from inputs import DEVICE, normal
+from process_nets import (
+    BATCHES,
+    WORLD,
+    Net,
+    alone,
+    gradients,
+    group_alone,
+    on_each,
+    parallel,
+    recomputing,
+    replicated,
+    sharded,
+    whole,
+    whole_of,
+    wrap,
+)
 
-WORLD = 2
-BATCHES = normal(WORLD * 12, 5).reshape(3, WORLD, 4, 5)
 # One of each kind of method.
 OF_SHARDS = ("cr_mogm", "db_mtl", "gradvac", "krum", "mgda", "moco", "pcgrad", "sdmgrad", "sum", "trimmed_mean", "uw")
-OPTIONS = {"constant": {"task_weights": [0.5, 1.0, 2.0]}, "uw": {"lr": 0.5}, "gradnorm": {"lr": 0.1}}
-
-
-class Net(nn.Module):
-    """A trunk and three heads, of which the last skips a layer; and a head that nothing reaches."""
-
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng(devices=[0] if DEVICE == "cuda" else []):
-            torch.manual_seed(1)
-            self.first = nn.Linear(5, 7)
-            self.second = nn.Linear(7, 7)
-            self.heads = nn.ModuleList(nn.Linear(7, 1) for _ in range(4))
-        self.double()
-
-    def forward(self, x):
-        return self.losses(*self.features(x))
-
-    def features(self, x):
-        low = self.first(x).tanh()
-        return low, self.second(low).tanh()
-
-    def losses(self, low, high):
-        outputs = [self.heads[0](high), self.heads[1](high), self.heads[2](low)]
-        return [(out - t).square().mean() + 0.1 for t, out in enumerate(outputs)]
-
-
-def alone():
-    return not distributed.is_initialized()
-
-
-def on_each(net, losses):
-    """Return the losses of this process's batch; where it is alone or all have the same one, the averages of both."""
-    if not alone() and not getattr(net, "sees_both", False):
-        return losses(distributed.get_rank())
-    columns = zip(*(losses(rank) for rank in range(WORLD)), strict=True)
-    present = [[loss for loss in column if loss is not None] for column in columns]
-    return [sum(column) / len(column) if column else None for column in present]
-
-
-def whole_of(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor):
-    return whole_of(tensor.detach()).clone()
-
-
-def gradients(net):
-    return [whole(p.grad) for p in net.parameters() if p.grad is not None]
-
-
-def wrap(net, method="pcgrad", **options):
-    if hasattr(net, "group"):
-        options["process_group"] = net.group
-    if isinstance(method, str):
-        method = methods.get(method, **OPTIONS.get(method, {}))
-    return gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), method, **options)
 
 
 def result(net, info=None):
@@ -114,63 +68,6 @@ def train(method="pcgrad", make=Net, model=lambda net: net, scaler=None, **how):
         else:
             optimizer.step()
     return result(net, info)
-
-
-def sharded(mesh=None):
-    """Return a net whose parameters are spread over the processes."""
-    net = Net()
-    if not alone():
-        mesh = None if mesh is None else init_device_mesh("cpu", mesh, mesh_dim_names=("copies", "shards"))
-        mesh = mesh or init_device_mesh("cpu", (WORLD,))
-        for module in (net.first, net.second, net.heads[0], net):
-            fully_shard(module, mesh=mesh)
-    return net
-
-
-@cache
-def group_alone():
-    return distributed.new_subgroups(1)[0]
-
-
-def parallel(mesh=(1, WORLD), shard=False):
-    """Return a net whose trunk is cut between processes and whose heads each has; or all is sharded besides."""
-    net = Net()
-    if alone():
-        return net
-    grid = init_device_mesh("cpu", mesh, mesh_dim_names=("shards", "parts"))
-    net.sees_both = grid.size(1) > 1
-    parallelize_module(net.first, grid["parts"], ColwiseParallel(output_layouts=Replicate()))
-    parallelize_module(net.second, grid["parts"], RowwiseParallel(input_layouts=Replicate()))
-    if shard:
-        for module in (net.first, net.second, net.heads[0], net):
-            fully_shard(module, mesh=grid["shards"])
-    else:
-        net.group = group_alone() if net.sees_both else distributed.group.WORLD
-    return net
-
-
-def replicated(net):
-    return net if alone() else nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
-
-
-class Recomputing(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net.losses(*checkpoint(self.net.features, x.clone().requires_grad_(), use_reentrant=True))
-
-
-def recomputing(net):
-    """Return a call with a reentrant checkpoint, whose passes DistributedDataParallel's hooks would not take."""
-    model = replicated(Recomputing(net))
-
-    def call(x):
-        with nullcontext() if alone() else model.no_sync():
-            return model(x)
-
-    return call
 
 
 def resumed(make=Net):
@@ -360,7 +257,7 @@ def whole_amid_parts():
     net = nn.ModuleDict({"trunk": nn.Linear(4, 4).double(), "head": nn.Linear(4, 1).double()})
     bias = nn.Parameter(torch.ones(4, dtype=torch.float64))
     if not alone():
-        plan = ColwiseParallel(output_layouts=Replicate(), use_local_output=False)
+        plan = ColwiseParallel(use_local_output=False)
         parallelize_module(net["trunk"], init_device_mesh("cpu", (WORLD,)), plan)
         net.group = group_alone()
     net.register_parameter("bias", bias)

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gradsurgery
 from inputs import DEVICE
-from process_cases import BATCHES, WORLD, Net, gradients, parallel, sharded, wrap
+from process_nets import BATCHES, WORLD, Net, gradients, parallel, sharded, wrap
 
 
 def of_one_process():

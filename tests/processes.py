@@ -6,8 +6,9 @@ import sys
 import torch
 from torch import distributed
 
-from process_cases import CASES, WORLD
+from process_cases import CASES
 from process_errors import ERRORS, GROUPS
+from process_nets import WORLD
 
 
 def main(rank, store, path):

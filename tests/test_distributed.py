@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import processes
-from process_cases import BATCHES, CASES, WORLD, Net, gradients, wrap
+from process_cases import CASES
 from process_errors import ERRORS
+from process_nets import BATCHES, WORLD, Net, gradients, wrap
 
 MESSAGES = dict(
     [
