@@ -12,6 +12,9 @@ namespace {
 constexpr int64_t kMaxSlots = 64;         // per segment
 constexpr int64_t kSlotElements = 65536;  // a slot smaller than this is not worth a thread
 constexpr int64_t kSlotAlignment = 64;    // columns
+// What is summed in one go: longer chains of additions could miss the bound of float64, if all round to the same side.
+constexpr int64_t kPartColumns = 57344;  // whole blocks of most kernels
+constexpr int64_t kPartTerms = 1024;     // each the sum of at least 64 columns, or of a parameter's
 
 int64_t slots_of(int64_t columns, int64_t num_tasks) {
   const int64_t limit = std::max<int64_t>(1, kMaxSlots * 64 / num_tasks);  // bounds the partial sums' bytes
@@ -24,7 +27,7 @@ struct Plan {
   int64_t* first_slot;   // [S + 1]
   int64_t* columns;      // [S]
   int64_t* params;       // [P] parameter indices, in order within a segment
-  double* partials;      // [slots][T][T]
+  double* partials;      // [slots][2][T][T]: a slot's sum, and that of its earlier parts
   int64_t bytes;
 
   Plan(const gs_gradients& g, void* workspace) {
@@ -34,13 +37,12 @@ struct Plan {
     first_slot = space.take<int64_t>(segments + 1);
     columns = space.take<int64_t>(segments);
     params = space.take<int64_t>(g.num_params);
-    partials = space.take<double>(0);
     int64_t total = 0;
     for (int64_t p = 0; p < g.num_params; p++) total += g.numel[p];
     // No split of the columns into segments needs more slots than this.
     const int64_t most =
         segments + std::min(segments * kMaxSlots, total / std::max<int64_t>(1, kSlotElements / g.num_tasks));
-    space.take<double>(most * g.num_tasks * g.num_tasks);
+    partials = space.take<double>(most * 2 * g.num_tasks * g.num_tasks);
     bytes = space.bytes();
     if (workspace) fill(g);
   }
@@ -64,15 +66,30 @@ struct Plan {
   }
 };
 
-// Adds the products of columns begin..end of a segment to the upper triangle of gram.
-void sum_columns(const gs_gradients& g, const Plan& plan, int64_t segment, int64_t begin, int64_t end, double* gram) {
+// Sums the products of columns begin..end of a segment in the upper triangle of sum; `earlier` is scratch.
+void sum_columns(const gs_gradients& g, const Plan& plan, int64_t segment, int64_t begin, int64_t end, double* sum,
+                 double* earlier) {
+  const int64_t square = g.num_tasks * g.num_tasks;
   const void* rows[GS_MAX_TASKS];
   int32_t index[GS_MAX_TASKS];
-  int64_t start = 0;
+  int64_t start = 0, terms = 0;
+  bool has_earlier = false;
+  const auto add_earlier = [&] {
+    for (int64_t i = 0; i < square; i++) sum[i] += earlier[i];
+  };
+  std::fill(sum, sum + square, 0.0);
   for (int64_t i = plan.first_param[segment]; i < plan.first_param[segment + 1] && start < end; i++) {
-    const int64_t p = plan.params[i], stop = start + g.numel[p];
-    const int64_t from = std::max(begin, start), to = std::min(end, stop);
-    if (from < to) {
+    const int64_t p = plan.params[i], stop = start + g.numel[p], to = std::min(end, stop);
+    for (int64_t from = std::max(begin, start); from < to; from += kPartColumns) {
+      const int64_t columns = std::min(kPartColumns, to - from);
+      if (terms >= kPartTerms) {
+        if (has_earlier) add_earlier();
+        std::copy(sum, sum + square, earlier);
+        std::fill(sum, sum + square, 0.0);
+        has_earlier = true;
+        terms = 0;
+      }
+      terms += 1 + columns / 64;
       int64_t present = 0;
       for (int64_t t = 0; t < g.num_tasks; t++) {
         const void* data = g.data[p * g.num_tasks + t];
@@ -81,11 +98,12 @@ void sum_columns(const gs_gradients& g, const Plan& plan, int64_t segment, int64
         index[present++] = static_cast<int32_t>(t);
       }
       if (present) {
-        kernels().gram(rows, index, present, static_cast<gs_dtype>(g.dtype[p]), to - from, gram, g.num_tasks);
+        kernels().gram(rows, index, present, static_cast<gs_dtype>(g.dtype[p]), columns, sum, g.num_tasks);
       }
     }
     start = stop;
   }
+  if (has_earlier) add_earlier();
 }
 
 }  // namespace
@@ -111,9 +129,8 @@ gs_status gs_gram_cpu(const gs_gradients* grads, double* gram, void* workspace, 
     const int64_t step = (plan.columns[s] + count - 1) / count;
     const int64_t width = (step + kSlotAlignment - 1) / kSlotAlignment * kSlotAlignment;
     const int64_t begin = std::min(k * width, plan.columns[s]), end = std::min(begin + width, plan.columns[s]);
-    double* partial = plan.partials + slot * square;
-    std::fill(partial, partial + square, 0.0);
-    sum_columns(g, plan, s, begin, end, partial);
+    double* const sum = plan.partials + slot * 2 * square;
+    sum_columns(g, plan, s, begin, end, sum, sum + square);
   };
   parallel_for(parallel, plan.first_slot[segments], sum_slot);
 
@@ -121,7 +138,7 @@ gs_status gs_gram_cpu(const gs_gradients* grads, double* gram, void* workspace, 
     double* out = gram + s * square;
     std::fill(out, out + square, 0.0);
     for (int64_t slot = plan.first_slot[s]; slot < plan.first_slot[s + 1]; slot++) {
-      for (int64_t i = 0; i < square; i++) out[i] += plan.partials[slot * square + i];
+      for (int64_t i = 0; i < square; i++) out[i] += plan.partials[slot * 2 * square + i];
     }
     for (int64_t i = 0; i < tasks; i++) {
       for (int64_t j = 0; j < i; j++) out[i * tasks + j] = out[j * tasks + i];

@@ -2,7 +2,7 @@
 // The Gram kernel, block of columns by block of columns. Two kinds of operands, by the number of rows:
 //   * few rows are read in place;
 //   * many rows are packed into cache in the order in which the tiles read them, so that no stride of the rows can
-//     collide in the cache.
+//     collide in the cache. The diagonal tiles, which come first and have the fewest products, do so as they read.
 // And two kinds of arithmetic: float64 for float64 inputs and where it costs nothing (kDoubleRows), else float, where
 // at most 16 roundings follow each other before the sum goes on in float64, so that the error is at most
 // 16 * 2^-24 < 1e-6 of |g_i| |g_j|. A block whose squared norms leave the range where that holds is done again in
@@ -29,11 +29,12 @@ struct BlockRows {
   int64_t k, n;
   int64_t next_block;  // its distance in elements
   int64_t fetched = 0;
+  int64_t panels = (k + kPanel - 1) / kPanel, tiles = panels * (panels + 1) / 2;
+  int64_t rows_per_tile = (k + tiles - 1) / tiles;
 
   Fetch<In> fetch_rows() {
-    const int64_t panels = (k + kPanel - 1) / kPanel, tiles = panels * (panels + 1) / 2;
     Fetch<In> fetch = {};
-    for (; fetch.count < (k + tiles - 1) / tiles && fetched < k; fetched++) {
+    for (; fetch.count < rows_per_tile && fetched < k; fetched++) {
       fetch.row[fetch.count++] = rows[fetched] + next_block;
     }
     return fetch;
@@ -81,28 +82,36 @@ struct DirectBlock : BlockRows<In> {
   }
 };
 
-// Rows that were packed, zero-padded to whole steps.
+// Rows that the diagonal tiles pack; n is a multiple of kStep. What stands in for the missing rows of the last panel is
+// not read off the tiles.
 template <class V, class In>
 struct PackedBlock : BlockRows<In> {
-  const V* packed;
-  int64_t steps;
+  V* packed;
 
-  template <bool Diagonal>
-  __attribute__((noinline)) void run(int64_t i, int64_t j, double (&sums)[kPanel][4]) {
-    const int64_t vectors = steps * (kStep / kWidth<V>);
-    tile<Diagonal, kPanel, kPanel>(Panel<V>{packed + i * vectors}, Panel<V>{packed + j * vectors}, steps,
-                                   this->fetch_rows(), sums, V{});
+  V* panel(int64_t i) { return packed + i * (this->n / kWidth<V>); }
+  __attribute__((noinline)) void diagonal(int64_t i, double (&sums)[kPanel][4]) {
+    PackingRows<V, In> rows;
+    for (int r = 0; r < kPanel; r++) rows.row[r] = this->rows[std::min(i + r, this->k - 1)];
+    rows.panel = panel(i);
+    tile<true, kPanel, kPanel>(rows, rows, this->n / kStep, this->fetch_rows(), sums, V{});
   }
-  void diagonal(int64_t i, double (&sums)[kPanel][4]) { run<true>(i, i, sums); }
-  void products(int64_t i, int64_t j, double (&sums)[kPanel][4]) { run<false>(i, j, sums); }
+  __attribute__((noinline)) void products(int64_t i, int64_t j, double (&sums)[kPanel][4]) {
+    tile<false, kPanel, kPanel>(Panel<V>{panel(i)}, Panel<V>{panel(j)}, this->n / kStep, this->fetch_rows(), sums, V{});
+  }
 };
 
 // Adds a tile's sums to gram. Below the diagonal nothing is written.
 template <bool Diagonal>
 GS_INLINE void scatter(const double (&sums)[kPanel][4], const int32_t* row, int64_t rows, const int32_t* column,
                        int64_t columns, double* gram, int64_t ld) {
+  const bool adjacent = !Diagonal && columns == 4 && column[3] - column[0] == 3;
   for (int64_t r = 0; r < rows; r++) {
-    for (int64_t c = Diagonal ? r : 0; c < columns; c++) gram[row[r] * ld + column[c]] += sums[r][c];
+    double* const to = gram + row[r] * ld;
+    if (adjacent) {
+      store_as(to + column[0], load_as<vquad>(to + column[0]) + load_as<vquad>(sums[r]));
+    } else {
+      for (int64_t c = Diagonal ? r : 0; c < columns; c++) to[column[c]] += sums[r][c];
+    }
   }
 }
 
@@ -129,89 +138,57 @@ bool add_block(Block block, const int32_t* index, int64_t k, double* gram, int64
   return true;
 }
 
-template <class In>
-void add_direct(const BlockRows<In>& rows, const int32_t* index, double* gram, int64_t ld) {
-  if constexpr (!std::is_same<In, double>::value) {
-    if (rows.k > kDoubleRows<In> && add_block<vfloat>(DirectBlock<vfloat, In>{rows}, index, rows.k, gram, ld)) return;
-  }
-  add_block<vdouble>(DirectBlock<vdouble, In>{rows}, index, rows.k, gram, ld);
-}
-
-template <class In>
-void add_direct_columns(const void* const* rows, const int32_t* index, int64_t k, int64_t n, double* gram, int64_t ld) {
-  const In* block[kDirectRows<In>];
+// Calls add(block) for the columns of the rows, block after block; the last ones come in buffers of a whole step.
+template <class In, class Row, class Add>
+GS_INLINE void each_block_of_rows(const Row* rows, int64_t k, int64_t n, int64_t columns, int64_t next_block,
+                                  const Add& add) {
+  const In* block[GS_MAX_TASKS];
   const int64_t whole = n / kStep * kStep;
-  // A single tile reads each value once; several read it from the level-1 cache.
-  const int64_t columns = k <= kPanel ? 4 * kDirectColumns : std::min<int64_t>(4, 37 / k) * kFold * kStep;
   for (int64_t start = 0; start < whole; start += columns) {
     for (int64_t r = 0; r < k; r++) block[r] = static_cast<const In*>(rows[r]) + start;
-    add_direct(BlockRows<In>{block, k, std::min(columns, whole - start), std::min(columns, kDirectColumns)}, index,
-               gram, ld);
+    add(BlockRows<In>{block, k, std::min(columns, whole - start), next_block});
   }
   if (whole < n) {
-    In tail[kDirectRows<In>][kStep];
-    std::memset(tail, 0, sizeof(tail));
+    In tails[GS_MAX_TASKS][kStep];
     for (int64_t r = 0; r < k; r++) {
-      std::memcpy(tail[r], static_cast<const In*>(rows[r]) + whole, (n - whole) * sizeof(In));
-      block[r] = tail[r];
+      std::memset(tails[r], 0, sizeof(tails[r]));
+      std::memcpy(tails[r], static_cast<const In*>(rows[r]) + whole, (n - whole) * sizeof(In));
+      block[r] = tails[r];
     }
-    add_direct(BlockRows<In>{block, k, kStep, 0}, index, gram, ld);
-  }
-}
-
-// Packs n columns of k rows into whole panels, zero-padded to whole vectors. What stands in for the missing rows of the
-// last panel is not read off the tiles.
-template <class V, class In>
-void pack(const In* const* rows, int64_t k, int64_t n, int64_t vectors, V* packed) {
-  constexpr int64_t kColumns = kWidth<V>;
-  const auto load = [](const In* x) {
-    if constexpr (std::is_same<V, vfloat>::value) return load_wide(x);
-    if constexpr (std::is_same<V, vdouble>::value) return load_doubles(x);
-  };
-  const int64_t whole = n / kColumns;
-  for (int64_t i = 0; i < k; i += kPanel, packed += vectors * kPanel) {
-    const In* row[kPanel];
-    for (int r = 0; r < kPanel; r++) row[r] = rows[std::min(i + r, k - 1)];
-    for (int64_t v = 0; v < whole; v++) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kPanel; r++) packed[v * kPanel + r] = load(row[r] + v * kColumns);
-    }
-    for (int64_t v = whole; v < vectors; v++) {
-      for (int r = 0; r < kPanel; r++) {
-        In tail[kColumns] = {};
-        if (v == whole) std::memcpy(tail, row[r] + v * kColumns, (n - v * kColumns) * sizeof(In));
-        packed[v * kPanel + r] = load(tail);
-      }
-    }
+    add(BlockRows<In>{block, k, kStep, 0});
   }
 }
 
 template <class V, class In>
-void add_packed(const In* const* rows, const int32_t* index, int64_t k, int64_t n, void* space, double* gram,
-                int64_t ld) {
+void add_direct(const void* const* rows, const int32_t* index, int64_t k, int64_t n, double* gram, int64_t ld) {
+  // A single tile reads each value once; several read it from the level-1 cache.
+  const int64_t columns = k <= kPanel ? 4 * kDirectColumns : std::min<int64_t>(4, 37 / k) * kFold * kStep;
+  each_block_of_rows<In>(rows, k, n, columns, std::min(columns, kDirectColumns), [&](const BlockRows<In>& block) {
+    if (k > kDoubleRows<In> && add_block<V>(DirectBlock<V, In>{block}, index, k, gram, ld)) return;
+    add_block<vdouble>(DirectBlock<vdouble, In>{block}, index, k, gram, ld);
+  });
+}
+
+template <class V, class In, class Row>
+void add_packed(const Row* rows, const int32_t* index, int64_t k, int64_t n, void* space, double* gram, int64_t ld) {
   constexpr int64_t kWhole = kFold * kStep;
   const int64_t fitting = kPackedBytes / static_cast<int64_t>(sizeof(V) / kWidth<V>) / k;
   const int64_t columns = std::min(kMaxPackedColumns, fitting - fitting % (fitting < kWhole ? kStep : kWhole));
-  const In* block[GS_MAX_TASKS];
-  for (int64_t start = 0; start < n; start += columns) {
-    const int64_t width = std::min(columns, n - start), steps = (width + kStep - 1) / kStep;
-    for (int64_t r = 0; r < k; r++) block[r] = rows[r] + start;
-    V* packed = static_cast<V*>(space);
-    pack(block, k, width, steps * (kStep / kWidth<V>), packed);
-    if (!add_block<V>(PackedBlock<V, In>{{block, k, width, columns}, packed, steps}, index, k, gram, ld)) {
-      add_packed<vdouble>(block, index, k, width, space, gram, ld);
+  each_block_of_rows<In>(rows, k, n, columns, columns, [&](const BlockRows<In>& block) {
+    if (add_block<V>(PackedBlock<V, In>{block, static_cast<V*>(space)}, index, k, gram, ld)) return;
+    if constexpr (std::is_same<V, vfloat>::value) {
+      add_packed<vdouble, In>(block.rows, index, k, block.n, space, gram, ld);
     }
-  }
+  });
 }
 
 template <class In>
 void gram_of(const void* const* rows, const int32_t* index, int64_t k, int64_t n, double* gram, int64_t ld) {
-  if (k <= kDirectRows<In>) return add_direct_columns<In>(rows, index, k, n, gram, ld);
+  using V = std::conditional_t<std::is_same<In, double>::value, vdouble, vfloat>;
+  if (k <= kDirectRows<In>) return add_direct<V, In>(rows, index, k, n, gram, ld);
   constexpr int64_t kPadding = kMaxPackedColumns * kPanel * sizeof(double);  // the last panel may be part-empty
   alignas(64) char space[kPackedBytes + kPadding];
-  const In* typed[GS_MAX_TASKS];
-  for (int64_t r = 0; r < k; r++) typed[r] = static_cast<const In*>(rows[r]);
-  add_packed<std::conditional_t<std::is_same<In, double>::value, vdouble, vfloat>>(typed, index, k, n, space, gram, ld);
+  add_packed<V, In>(rows, index, k, n, space, gram, ld);
 }
 
 void gram(const void* const* rows, const int32_t* index, int64_t k, gs_dtype dtype, int64_t n, double* gram,

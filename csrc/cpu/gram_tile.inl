@@ -26,6 +26,18 @@ struct Panel {
   GS_INLINE V operator()(int r, int64_t k) const { return base[k * kPanel + r]; }
 };
 
+// Rows that are packed as they are read.
+template <class V, class In>
+struct PackingRows {
+  const In* row[kPanel];
+  V* panel;
+  GS_INLINE V operator()(int r, int64_t k) const {
+    const V x = Rows<V, In>{row}(r, k);
+    panel[k * kPanel + r] = x;
+    return x;
+  }
+};
+
 // Rows of the next block that a tile fetches, so that memory works while the registers do. Into the level-2 cache: the
 // level-1 cache has too few outstanding misses.
 template <class In>
@@ -102,6 +114,7 @@ GS_INLINE void tile(const A& a, const B& b, int64_t steps, const F& fetch, doubl
   vdouble acc[R][C];
   sum_products<Diagonal>(a, b, 0, steps, fetch, acc);
   const auto column = [&](int r, int c) { return c < C ? acc[r][c < C ? c : 0] : zero; };
+#pragma GCC unroll 4
   for (int r = 0; r < R; r++) lane_sums(column(r, 0), column(r, 1), column(r, 2), column(r, 3), sums[r]);
 }
 
@@ -116,6 +129,7 @@ GS_INLINE void tile(const A& a, const B& b, int64_t steps, const F& fetch, doubl
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) total[r].add(quad_sums(column(r, 0), column(r, 1), column(r, 2), column(r, 3)));
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; r++) total[r].store(sums[r]);
 }
 

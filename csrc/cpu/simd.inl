@@ -11,6 +11,7 @@ typedef double vdouble __attribute__((vector_size(8 * GS_LANES)));
 typedef int64_t vint64 __attribute__((vector_size(8 * GS_LANES)));
 typedef float vfloat __attribute__((vector_size(8 * GS_LANES)));  // kStep floats
 typedef float vhalf __attribute__((vector_size(4 * GS_LANES)));   // kLanes floats: converts to one vdouble
+typedef double vquad __attribute__((vector_size(32)));            // four sums of a tile's row
 typedef uint32_t vuint32 __attribute__((vector_size(4 * GS_LANES)));
 typedef uint16_t vuint16 __attribute__((vector_size(2 * GS_LANES)));
 
@@ -226,7 +227,9 @@ class QuadSums {
   }
   GS_INLINE void store(double* sums) const {
 #if GS_LANES == 8
-    for (int i = 0; i < 4; i++) sums[i] = sum_[i] + sum_[i + 4];
+    vquad halves[2];
+    __builtin_memcpy(halves, &sum_, sizeof(halves));
+    store_as(sums, halves[0] + halves[1]);
 #else
     store_as(sums, sum_);
 #if GS_LANES == 2
