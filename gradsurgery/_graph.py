@@ -127,12 +127,19 @@ def root_of(loss: Tensor) -> Root | None:
     if name not in _PARTS:
         return loss
     whole: Any = node.next_functions[0][0]  # type: ignore[union-attr]
-    if type(whole).__name__ != "StackBackward0" or whole._saved_dim != node._saved_dim:  # type: ignore[union-attr]
+    if type(whole).__name__ != "StackBackward0":
         return loss
-    place = loss.output_nr if name == "UnbindBackward0" else node._saved_index  # type: ignore[union-attr]
-    # A negative index comes back as an unsigned number of 64 bits.
-    edge = whole.next_functions[place if place < 2**63 else place - 2**64]
+    num_dims = loss.dim() + 1
+    if _signed(whole._saved_dim) % num_dims != _signed(node._saved_dim) % num_dims:  # type: ignore[union-attr]
+        return loss
+    place = loss.output_nr if name == "UnbindBackward0" else _signed(node._saved_index)  # type: ignore[union-attr]
+    edge = whole.next_functions[place]
     return None if edge[0] is None else GradientEdge(*edge)
+
+
+def _signed(number: int) -> int:
+    """Return a number that autograd saved, whose negative ones come back as unsigned ones of 64 bits."""
+    return number if number < 2**63 else number - 2**64
 
 
 def _edge(root: Root) -> tuple[Any, int]:

@@ -135,12 +135,12 @@ def operate(
     collected = planner.cover(processes.average(collected))
     grads, reach, foreign = read(collected)
     plan = planner.plan_for(collected, reach, groups)
-    for p in plan.shared if foreign else ():
+    for p in set(foreign) & set(plan.shared):
         for t, row in enumerate(collected.grads):
             if row[p] is not None:
                 check_gradient(row[p], f"grads[{t}][{p}]")
     backend = choose(backend_name, grads.device, grads.num_tasks)
-    plain = [p for p in plan.plain if p not in foreign] if foreign else plan.plain
+    plain = [p for p in plan.plain if p not in foreign]
     parameters = [collected.parameters[p] for p in plan.shared + plain]
     local = processes.local(parameters)
     out, accumulate, done = targets(local, grads, plan.shared + plain)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ._gradients import list_of
 from ._shards import Shards
 from .collect import Collected
-from .methods import GradDrop, Method
+from .methods import Method
 from .methods._buffered import BufferedMethod
 
 _GRANULARITIES = ("global", "per_group", "per_tensor")
@@ -214,7 +214,9 @@ class Planner:
 
     def _named(self) -> list[Tensor] | None:
         """Return the shared parameters, where steps before this one or the user have settled them."""
-        return self.kept or None if self.method.takes_absent and self.named is None else self.named
+        if self.named is None and self.method.takes_absent:
+            return self.kept or None
+        return self.named
 
     def _check_same(self, plan: Plan) -> None:
         if not plan.shared:
@@ -247,8 +249,10 @@ def check_method(method: Method, granularity: str, sharded: bool) -> None:
     if granularity != "global" and (method.weights_losses or keeps):
         why = "weights losses" if method.weights_losses else "keeps gradients"
         raise ValueError(f"method {method.name!r} {why}, which needs granularity 'global', got {granularity!r}")
-    if sharded and isinstance(method, GradDrop):
-        raise ValueError("method 'graddrop' numbers all coordinates, which needs whole parameters, got sharded ones")
+    if sharded and not method.takes_shards:
+        raise ValueError(
+            f"method {method.name!r} numbers all coordinates, which needs whole parameters, got sharded ones"
+        )
 
 
 def _are_same(these: list[Any], those: list[Any]) -> bool:

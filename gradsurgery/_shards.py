@@ -51,13 +51,17 @@ class Shards:
     """
 
     def __init__(self, parameters: list[Any], group: Any, method: Method) -> None:
-        self.shards = self
         self.method = method
         self._replicas = None if group is None else Replicas(group, method)
         # The dimensions of the meshes by their processes, for each mesh makes groups of its own.
         self._dims: dict[tuple[int, ...], tuple[Any, int]] = {}
         self._cut: set[tuple[int, ...]] = set()
         self.check(parameters)
+
+    @property
+    def shards(self) -> Shards:
+        """These, where :class:`Replicas` has None."""
+        return self
 
     def check(self, parameters: Iterable[Any]) -> None:
         """Take note of the processes of more parameters.

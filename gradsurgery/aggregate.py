@@ -125,24 +125,21 @@ def _aggregate_buffers(
     """Return the direction of what the method keeps in place of the gradients, which every step updates."""
     if grads.segmented:
         raise ValueError(f"method {method.name!r} keeps gradients of one segment, got segments")
-    flat = grads.matrix is not None
-    rows = [[row] for row in grads.matrix.unbind()] if grads.matrix is not None else grads.rows
+    rows = grads.rows if grads.matrix is None else [[row] for row in grads.matrix.unbind()]
     assert rows is not None
+    outs: Any = out if grads.matrix is None else [out]
     touched = [p for p, column in enumerate(zip(*rows, strict=True)) if any(g is not None for g in column)]
     kept = [[row[p] for p in touched] for row in rows]
     if not touched:
         return [None] * len(rows[0]) if out is None else out
     choose(backend, grads.device, method.num_terms * len(rows))  # raises before anything changes
-    replaced = method.replace(kept, losses, None, backend)
+    replaced = method.replace(kept, losses if method.needs_losses else None, None, backend)
     weights = weigh(method, gram(replaced, backend=backend), losses, backend)
     terms, factors = method.terms(kept, replaced, weights, None)
-    targets = [out] if flat else None if out is None else [out[p] for p in touched]
-    found = combine(terms, factors, out=None if out is None else targets, backend=backend)
+    found = combine(terms, factors, out=None if out is None else [outs[p] for p in touched], backend=backend)
     if out is not None:
         return out
-    if flat:
-        return found[0]  # type: ignore[no-any-return]
     each: list[Any] = [None] * len(rows[0])
     for p, direction in zip(touched, found, strict=True):
         each[p] = direction
-    return each
+    return each if grads.matrix is None else each[0]

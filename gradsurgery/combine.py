@@ -154,7 +154,9 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
 def _check_weights(weights: Tensor, grads: TaskGradients) -> None:
     shape = (grads.num_segments, grads.num_tasks) if grads.segmented else (grads.num_tasks,)
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        raise TypeError(f"weights must be a real floating-point tensor, got {getattr(weights, 'dtype', type(weights))}")
+        raise TypeError(
+            f"weights must be a real floating-point tensor, got {getattr(weights, 'dtype', type(weights).__name__)}"
+        )
     if weights.shape != shape:
         raise ValueError(f"weights must have shape {shape}, got {tuple(weights.shape)}")
     if weights.device != grads.device:

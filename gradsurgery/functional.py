@@ -180,21 +180,6 @@ def gradnorm_update(
     return constant("gradnorm_update", out, list(values.values()))
 
 
-def pcgrad_step(gram: Tensor, step: Tensor, seed: int, reduction: str, backend: str | None) -> Tensor:
-    """Return PCGrad's weights and add 1 to the step counter, an int64 tensor [] on G's device."""
-    problems, out = new_problems(gram)
-    chosen = choose(backend, gram.device, gram.shape[-1])
-    chosen.pcgrad(problems, None, seed, step, True, reduction == "mean", out)
-    return constant("pcgrad weights", out, [gram])
-
-
-def random_step(gram: Tensor, step: Tensor, seed: int, backend: str | None) -> Tensor:
-    """Return random weights [..., T], and add 1 to the step counter, an int64 tensor [] on G's device."""
-    problems, out = new_problems(gram)
-    choose(backend, gram.device, gram.shape[-1]).random(problems, seed, step, out)
-    return constant("random weights", out, [gram])
-
-
 def simplex_steps(
     matrix: Tensor, weights: Tensor, lr: float, momentum: float, num_iter: int, backend: str | None
 ) -> Tensor:
@@ -206,27 +191,6 @@ def simplex_steps(
     matrix, moved = as_float64(matrix), weights.clone(memory_format=torch.contiguous_format)
     choose(backend, matrix.device, matrix.shape[-1]).simplex_steps(matrix, lr, momentum, num_iter, moved)
     return moved
-
-
-def gradvac_step(gram: Tensor, step: Tensor, seed: int, beta: float, targets: Tensor, backend: str | None) -> Tensor:
-    """Return Gradient Vaccine's weights, move its targets [..., T, T], and add 1 to the step counter."""
-    problems, out = new_problems(gram)
-    num_tasks = gram.shape[-1]
-    chosen = choose(backend, gram.device, num_tasks)
-    order = torch.empty(num_tasks, num_tasks, dtype=torch.int64, device=gram.device)
-    chosen.task_order(seed, step, order)
-    chosen.gradvac(problems, order, beta, targets, out)
-    step += 1
-    return constant("gradvac weights", out, [gram])
-
-
-def gradnorm_step(
-    gram: Tensor, losses: Tensor, state: tuple[Tensor, Tensor], alpha: float, lr: float, backend: str | None
-) -> Tensor:
-    """Return the weights [..., T] of the state, (weights, initial losses), and update it in place; all are float64."""
-    problems, out = new_problems(gram)
-    choose(backend, gram.device, gram.shape[-1]).gradnorm_step(problems, losses, alpha, lr, state, out)
-    return constant("gradnorm weights", out, [gram])
 
 
 def new_problems(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ def test_segments(grads, segments, error, message):
         ({"weights": torch.ones(1, 3)}, ValueError, r"weights must have shape \(3,\), got \(1, 3\)"),
         ({"weights": torch.ones(3), "segments": [0, 4, 8]}, ValueError, r"weights must have shape \(2, 3\)"),
         ({"weights": torch.ones(3).int()}, TypeError, "real floating-point tensor, got torch.int32"),
-        ({"weights": [1.0, 1.0, 1.0]}, TypeError, "real floating-point tensor, got <class 'list'>"),
+        ({"weights": [1.0, 1.0, 1.0]}, TypeError, "real floating-point tensor, got list"),
         (
             {"weights": torch.ones(3, device="meta")},
             ValueError,

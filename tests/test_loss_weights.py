@@ -9,7 +9,6 @@ import torch
 import gradsurgery
 from conftest import grads_of, two_losses, two_task_net
 from gradsurgery._philox import philox_words
-from gradsurgery.functional import random_step
 from inputs import DEVICE
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -87,9 +86,12 @@ def test_random_weights_are_the_same_everywhere(backend, tasks):
     seed, step = 2**62 + 3, torch.tensor(2**33 + 5, device=DEVICE)
     gram = torch.eye(tasks, dtype=torch.float64, device=DEVICE).repeat(3, 1, 1)
     gram[1, 0, -1] = torch.inf
-    got = random_step(gram, step, seed, backend)
-    assert step == 2**33 + 6
-    expected = random_step(gram.cpu(), step.cpu() - 1, seed, "reference")
+    method = gradsurgery.methods.get("random", seed=seed)
+    method.load_state_dict({"seed": seed, "step": step})
+    got = method.weights(gram, backend=backend)
+    assert method.state_dict()["step"] == 2**33 + 6
+    method.load_state_dict({"seed": seed, "step": step})
+    expected = method.weights(gram.cpu(), backend="reference")
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-13, atol=0, equal_nan=True)
     assert expected.isnan().any(-1).tolist() == [False, True, False]
 

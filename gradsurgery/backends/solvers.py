@@ -61,7 +61,7 @@ def solve(
         weights = _cagrad(gram, parameter)
     elif method == "fairgrad":
         weights = _fairgrad(gram, parameter)
-        norm = (weights * (gram @ weights[..., None]).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0).sqrt()
+        norm = _square(gram, weights).sqrt()
         weights = weights * torch.where(norm > limit, limit / norm, 1)
     elif method == "krum":
         weights = _krum(gram, int(parameter), int(limit))

@@ -29,17 +29,20 @@ class Method:
 
     name: ClassVar[str] = "custom"
     """Lower snake case of the paper's name; what messages call it."""
-    needs_losses: ClassVar[bool] = False
-    needs_gram: ClassVar[bool] = True
+    needs_losses: bool = False
+    needs_gram: bool = True
     """Whether the weights depend on G. If not, only its shape, its device and whether it is finite are used, and the
     optimizers make one backward pass, from the weighted sum of the losses."""
-    num_batches: ClassVar[int] = 1
+    num_batches: int = 1
     """How many independent batches a step may have; ``weights`` takes J_1 J_2^T then, and the last batch makes d."""
-    weights_losses: ClassVar[bool] = False
+    weights_losses: bool = False
     """Whether the weights belong to the losses, and so also multiply the gradients of parameters that one task owns."""
 
     takes_absent: ClassVar[bool] = False
     """Whether a step may lack some of the losses."""
+
+    takes_shards: ClassVar[bool] = True
+    """Whether each of several processes can work on its own parts of the parameters."""
 
     needs: ClassVar[str] = "G"
     """What the weights come from."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._constant import constant
 from .._gradients import describe
 from ..backends.problems import are_finite, is_finite
 from ..combine import combine
@@ -113,13 +114,15 @@ class BufferedMethod(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [T] for the G [T, T] of what ``replace`` returned."""
-        gram = check_gram(gram)
+        problem = check_gram(gram)
         state = self._started()
         assert self._buffers is not None
         num_tasks = len(self._buffers)
         if gram.shape != (num_tasks, num_tasks):
             raise ValueError(f"gram must be [{num_tasks}, {num_tasks}], got shape {tuple(gram.shape)}")
-        return torch.where(self._finite & is_finite(gram), self._weigh(gram, state, backend), torch.nan)
+        weights = self._weigh(problem, state, backend)
+        weights = torch.where(self._finite & is_finite(problem), weights, torch.nan)
+        return constant(f"{self.name} weights", weights, [gram])
 
     def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
         """Return the weights from a G and the tensors besides the buffers; anything for a G that is not finite."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import check_fraction
 from .._constant import constant
+from .._gradients import describe
 from ..backends.problems import are_finite
 from ..functional import check_gram
 from ._base import Method, weigh
@@ -46,10 +47,10 @@ class CRMOGM(Method):
         if isinstance(self.method, (BufferedMethod, CoordinateMethod)):
             raise ValueError(f"method must have weights from G or losses alone, got {self.method.name!r}")
         self.alpha = check_fraction("alpha", alpha)
-        self.needs_losses = self.method.needs_losses  # type: ignore[misc]
-        self.needs_gram = self.method.needs_gram  # type: ignore[misc]
-        self.weights_losses = self.method.weights_losses  # type: ignore[misc]
-        self.num_batches = self.method.num_batches  # type: ignore[misc]
+        self.needs_losses = self.method.needs_losses
+        self.needs_gram = self.method.needs_gram
+        self.weights_losses = self.method.weights_losses
+        self.num_batches = self.method.num_batches
         self.gram_parameters = self.method.gram_parameters
         self._w: Tensor | None = None
 
@@ -79,7 +80,7 @@ class CRMOGM(Method):
 
     def _restore(self, state: dict[str, Any]) -> None:
         weights = state["weights"]
-        if weights is not None and not isinstance(weights, Tensor):
-            raise ValueError(f"weights must be a tensor [..., T] or None, got {type(weights).__name__}")
+        if weights is not None and (not isinstance(weights, Tensor) or weights.dim() == 0):
+            raise ValueError(f"weights must be a tensor [..., T] or None, got {describe(weights)}")
         self.method.load_state_dict(state["method"])
         self._w = None if weights is None else taken_over(self._w, weights)

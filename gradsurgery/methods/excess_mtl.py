@@ -51,8 +51,8 @@ class ExcessMTL(BufferedMethod):
         rows, scale = given.rows, given.scale
         of_each = [self._excess(row, r, given.counted, scale) for row, r in zip(rows, self._buffers, strict=True)]
         excess = given.total(torch.stack(of_each))
-        first = torch.where(self._state["first"] > 0, self._state["first"], excess)
         started = self._state["first"] > 0
+        first = torch.where(started, self._state["first"], excess)
         growth = torch.where(started, self.eta * excess / first, 0)
         w = len(rows) * (self._state["w"].log() + growth).softmax(0)
         self._keep(w=w, first=first)

@@ -36,6 +36,7 @@ class GradDrop(SteppedMethod, CoordinateMethod):
     """
 
     name = "graddrop"
+    takes_shards = False
     scale = "sum"
     cost = "T per coordinate"
 

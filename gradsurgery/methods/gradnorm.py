@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_not_negative
+from .._constant import constant
 from .._gradients import describe, list_of
-from ..functional import check_gram, gradnorm_step
+from ..backends import choose
+from ..functional import new_problems
 from ._base import Method
 from ._state import read_losses, state_on, taken_over
 
@@ -47,7 +49,7 @@ class GradNorm(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the current weights [..., T] and update them."""
-        check_gram(gram)
+        problems, out = new_problems(gram)
         shape = gram.shape[:-1]
         losses = read_losses(self.name, losses, shape, gram.device)
         own, initial = (None, None) if self._state is None else self._state
@@ -56,9 +58,9 @@ class GradNorm(Method):
             # An initial loss that is not finite gives way to the first one that is.
             state_on(self.name, initial, shape, torch.nan, gram.device),
         )
-        weights = gradnorm_step(gram, losses, state, self.alpha, self.lr, backend)
+        choose(backend, gram.device, shape[-1]).gradnorm_step(problems, losses, self.alpha, self.lr, state, out)
         self._state = state  # last: a step that raised has not begun
-        return weights
+        return constant(f"{self.name} weights", out, [gram])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights and the initial losses; None before the first step."""
@@ -71,7 +73,7 @@ class GradNorm(Method):
             self._state = None
             return
         for name, value in state.items():
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape != weights.shape:
+            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape != getattr(weights, "shape", None):
                 raise ValueError(f"{name} must be a tensor [..., T] like the other one, got {describe(value)}")
         own_weights, own_losses = self._state or (None, None)
         self._state = (taken_over(own_weights, weights), taken_over(own_losses, initial_losses))

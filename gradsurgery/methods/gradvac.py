@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import check_fraction
+from .._constant import constant
 from .._gradients import describe
-from ..functional import check_gram, gradvac_step
+from ..backends import choose
+from ..functional import new_problems, task_order
 from ._base import SteppedMethod
 from ._state import state_on, taken_over
 
@@ -45,11 +47,14 @@ class GradVac(SteppedMethod):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights, move the targets, and advance the step counter."""
-        check_gram(gram)
+        problems, out = new_problems(gram)
         targets = state_on(self.name, self._targets, gram.shape, 0.0, gram.device)
-        weights = gradvac_step(gram, self._step_on(gram.device), self.seed, self.beta, targets, backend)
+        step = self._step_on(gram.device)
+        order = task_order(gram.shape[-1], seed=self.seed, step=step, backend=backend)
+        choose(backend, gram.device, gram.shape[-1]).gradvac(problems, order, self.beta, targets, out)
+        step += 1
         self._targets = targets  # last: a step that raised has not begun
-        return weights
+        return constant(f"{self.name} weights", out, [gram])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the targets (None before the first step), the seed and the step counter."""

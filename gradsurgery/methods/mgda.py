@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._constant import constant
 from .._extension import NativeSolver
 from ..functional import check_gram, check_solver, min_norm_weights
 from ._base import Method
@@ -49,25 +50,22 @@ class MGDA(Method):
         if combine not in ("original", "normalized"):
             raise ValueError(f'combine must be "original" or "normalized", got {combine!r}')
         self.normalization = normalization
+        self.needs_losses = normalization in ("loss", "loss+")
         self.combine = combine
         self.solver = solver
         self.max_iter = max_iter
         self.tol = tol
         check_solver(solver, max_iter, tol)
 
-    @property
-    def needs_losses(self) -> bool:  # type: ignore[override]
-        """Whether the normalisation divides by losses."""
-        return self.normalization in ("loss", "loss+")
-
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights."""
         if self.normalization == "none":
             return self._shortest(gram, backend)
-        gram = check_gram(gram)
-        scale = self._scale(gram, losses)
-        weights = self._shortest(gram / scale[..., :, None] / scale[..., None, :], backend)
-        return weights / scale if self.combine == "normalized" else weights
+        problems = check_gram(gram)
+        scale = self._scale(problems, losses)
+        weights = self._shortest(problems / scale[..., :, None] / scale[..., None, :], backend)
+        weights = weights / scale if self.combine == "normalized" else weights
+        return constant(f"{self.name} weights", weights, [gram])
 
     def _shortest(self, gram: Tensor, backend: str | None) -> Tensor:
         return min_norm_weights(gram, solver=self.solver, max_iter=self.max_iter, tol=self.tol, backend=backend)

@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._constant import constant
 from .._extension import NativeSolver
-from ..functional import check_gram, pcgrad_step
+from ..backends import choose
+from ..functional import new_problems
 from ._base import SteppedMethod
 
 
@@ -37,8 +39,10 @@ class PCGrad(SteppedMethod):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights and advance the step counter."""
-        check_gram(gram)
-        return pcgrad_step(gram, self._step_on(gram.device), self.seed, self.reduction, backend)
+        problems, out = new_problems(gram)
+        step, mean = self._step_on(gram.device), self.reduction == "mean"
+        choose(backend, gram.device, gram.shape[-1]).pcgrad(problems, None, self.seed, step, True, mean, out)
+        return constant(f"{self.name} weights", out, [gram])
 
     def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
         """Return the seed, the step counter (None: step 0) and whether to average."""

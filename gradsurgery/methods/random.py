@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..functional import check_gram, random_step
+from .._constant import constant
+from ..backends import choose
+from ..functional import new_problems
 from ._base import SteppedMethod
 
 
@@ -33,5 +35,6 @@ class Random(SteppedMethod):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the step's weights, NaN where G is not finite, and advance the step counter."""
-        check_gram(gram)
-        return random_step(gram, self._step_on(gram.device), self.seed, backend)
+        problems, out = new_problems(gram)
+        choose(backend, gram.device, gram.shape[-1]).random(problems, self.seed, self._step_on(gram.device), out)
+        return constant(f"{self.name} weights", out, [gram])
