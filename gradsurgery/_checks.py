@@ -1,34 +1,101 @@
 # SPDX-License-Identifier: MIT
-"""Ranges of options."""
+"""Checks of arguments."""
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
 
 
-def check_positive(name: str, value: float) -> float:
-    """Return the value; ValueError unless it is positive and finite."""
-    if not 0 < value < math.inf:
+def check_number(name: str, value: Any) -> float:
+    """Return the value as a float; TypeError unless it is a real number."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    return float(value)
+
+
+def check_positive(name: str, value: Any) -> float:
+    """Return the number; ValueError unless it is positive and finite."""
+    number = check_number(name, value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
-    return value
+    return number
 
 
-def check_not_negative(name: str, value: float) -> float:
-    """Return the value; ValueError unless it is >= 0 and finite."""
-    if not 0 <= value < math.inf:
+def check_not_negative(name: str, value: Any) -> float:
+    """Return the number; ValueError unless it is >= 0 and finite."""
+    number = check_number(name, value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be >= 0 and finite, got {value}")
-    return value
+    return number
 
 
-def check_fraction(name: str, value: float, *, zero: bool = True, one: bool = True) -> float:
-    """Return the value; ValueError unless it is in [0, 1], where 0 and 1 may be excluded."""
-    if not 0 <= value <= 1 or (value == 0 and not zero) or (value == 1 and not one):
+def check_fraction(name: str, value: Any, *, zero: bool = True, one: bool = True) -> float:
+    """Return the number; ValueError unless it is in [0, 1], where 0 and 1 may be excluded."""
+    number = check_number(name, value)
+    if not 0 <= number <= 1 or (number == 0 and not zero) or (number == 1 and not one):
         raise ValueError(f"{name} must be {'>=' if zero else '>'} 0 and {'<=' if one else '<'} 1, got {value}")
-    return value
+    return number
 
 
-def check_count(name: str, value: int, least: int = 1) -> int:
-    """Return the value; ValueError unless it is an int that is large enough."""
-    if type(value) is not int or value < least:
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return the value as an int; ValueError unless it is an integer that is large enough."""
+    number = _integer(value)
+    if number is None or number < least:
         raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+    return number
+
+
+def check_seed(seed: Any) -> int:
+    """Return the seed as an int; ValueError if it is out of its range."""
+    number = _integer(seed)
+    if number is None or not 0 <= number < 2**63:
+        raise ValueError(f"seed must be an int in 0..2^63-1, got {seed!r}")
+    return number
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """Return the value; ValueError unless it is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
     return value
+
+
+def list_of(parameters: Iterable[Tensor], name: str) -> list[Tensor]:
+    """Return the parameters in a list, which is not empty.
+
+    Raises:
+        TypeError: it is a module, or one parameter, whose rows are tensors too.
+        ValueError: there are none, as in a generator that was used before.
+    """
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"{name} must be an iterable of parameters, as module.parameters() is one, got {describe(parameters)}"
+        )
+    found = list(parameters)
+    if not found:
+        raise ValueError(f"{name} must hold a parameter, got none (a generator yields its parameters only once)")
+    return found
+
+
+def describe(value: Any) -> str:
+    """Return what a value is, for error messages."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
+
+
+def describe_dtype(value: Any) -> str:
+    """Return a tensor's dtype, or what something else is."""
+    return str(value.dtype) if isinstance(value, Tensor) else describe(value)
+
+
+def _integer(value: Any) -> int | None:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._checks import describe
 from ._extension import C
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -125,7 +126,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
     if not isinstance(grads, Sequence) or not grads:
         raise TypeError(
             "grads must be a [T, N] tensor or a non-empty list of T lists of gradients (one list per task, None where "
-            f"a task has no gradient), got {describe(grads)}"
+            f"a task has no gradient), got {'an empty list' if grads == [] else describe(grads)}"
         )
     entries: list[Tensor | None] = []
     like: list[Tensor | None] = []
@@ -203,16 +204,8 @@ def _segment_ids(segments: Sequence[int] | None, num_params: int) -> list[int]:
     return ids
 
 
-def list_of(parameters: Iterable[Tensor], name: str) -> list[Tensor]:
-    """Return the parameters in a list; TypeError for a module, or for one parameter, whose rows are tensors too."""
-    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
-        raise TypeError(
-            f"{name} must be an iterable of parameters, as module.parameters() is one, got {describe(parameters)}"
-        )
-    return list(parameters)
-
-
 def check_gradient(value: Any, name: str) -> None:
+    """Raise TypeError unless it is a dense, real tensor of this process, of one of DTYPES; ``name`` is for messages."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(value)}")
     if is_sharded(value):
@@ -247,15 +240,6 @@ def _unify_layout(entries: list[Tensor | None], like: list[Tensor | None], p: in
     for t in present:
         entries[t] = entries[t].contiguous()  # type: ignore[union-attr]
     like[p] = entries[present[0]]
-
-
-def assign_grads(parameters: list[Tensor], grads: list[Tensor]) -> None:
-    """Make each gradient the ``.grad`` of its parameter."""
-    if C is not None:
-        C.assign_grads(parameters, grads)
-    else:
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
 
 
 def as_float64(values: Tensor) -> Tensor:
@@ -302,9 +286,3 @@ def _integers(values: Sequence[int], wanted: str) -> list[int]:
         if type(value) is not int:
             raise TypeError(f"segments must be a list of int, {wanted}, got {describe(value)} in it")
     return list(values)
-
-
-def describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__

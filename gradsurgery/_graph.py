@@ -22,12 +22,14 @@ _JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward", 
 _PARTS = ("UnbindBackward0", "SelectBackward0")
 _WHOLES = ("StackBackward0", "CatBackward0")
 _KEEPING = (
-    *("AbsBackward0", "AddBackward0", "CloneBackward0", "DivBackward0", "ExpBackward0", "L1LossBackward0"),
-    *("LogBackward0", "MeanBackward0", "MeanBackward1", "MseLossBackward0", "MulBackward0", "NegBackward0"),
-    *("PowBackward0", "SliceBackward0", "SmoothL1LossBackward0", "SqueezeBackward1", "SubBackward0", "SumBackward0"),
-    *("SumBackward1", "ToCopyBackward0"),
+    *("AbsBackward0", "AddBackward0", "ClampBackward0", "ClampBackward1", "ClampMinBackward0", "CloneBackward0"),
+    *("DivBackward0", "ExpBackward0", "L1LossBackward0", "Log1PBackward0", "LogBackward0", "MeanBackward0"),
+    *("MeanBackward1", "MseLossBackward0", "MulBackward0", "NanToNumBackward0", "NegBackward0", "PowBackward0"),
+    *("ReluBackward0", "ReshapeAliasBackward0", "SliceBackward0", "SmoothL1LossBackward0", "SoftplusBackward0"),
+    *("SplitBackward0", "SqrtBackward0", "SqueezeBackward0", "SqueezeBackward1", "SubBackward0", "SumBackward0"),
+    *("SumBackward1", "ToCopyBackward0", "UnsqueezeBackward0", "ViewBackward0", "WhereBackward0"),
 )
-"""What may lie between losses and a stack that they are parts of, and mixes no columns."""
+"""Operators that keep losses apart. They are walked through, from a loss back to a stack that it is part of."""
 
 
 def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int, int], list[int]]:

@@ -136,9 +136,11 @@ def operate(
     grads, reach, foreign = read(collected)
     plan = planner.plan_for(collected, reach, groups)
     for p in set(foreign) & set(plan.shared):
-        for t, row in enumerate(collected.grads):
+        places = {id(q): place for place, q in enumerate(q for group in groups for q in group["params"])}
+        for task, row in zip(collected.tasks * collected.batches, collected.grads, strict=True):
             if row[p] is not None:
-                check_gradient(row[p], f"grads[{t}][{p}]")
+                place = places[id(collected.parameters[p])]
+                check_gradient(row[p], f"the gradient of loss {task!r} for the optimizer's parameter {place}")
     backend = choose(backend_name, grads.device, grads.num_tasks)
     plain = [p for p in plan.plain if p not in foreign]
     parameters = [collected.parameters[p] for p in plan.shared + plain]

@@ -10,13 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ._gradients import list_of
+from ._checks import check_choice, list_of
 from ._shards import Shards
 from .collect import Collected
 from .methods import Method
 from .methods._buffered import BufferedMethod
-
-_GRANULARITIES = ("global", "per_group", "per_tensor")
 
 
 @dataclass(slots=True)
@@ -130,20 +128,40 @@ class Planner:
         self._tasks: list[str] | None = None  # of a method that tells them apart
 
     def state_dict(self, parameters: list[Tensor], shards: Shards | None) -> dict[str, Any]:
-        """Return the method's state and, of the parameters whose gradients it keeps, the places among all."""
+        """Return the method's state and, as far as it keeps something of each, parameters, blocks and tasks.
+
+        Parameters are given by their places among all, blocks by those or their groups' numbers.
+        """
         state: dict[str, Any] = {"surgery": self.method.state_dict()}
+        places = {id(p): place for place, p in enumerate(parameters)}
         if self.kept:
-            places = {id(p): place for place, p in enumerate(parameters)}
             state["shared"] = [places[id(p)] for p in self.kept]
             if shards is not None:
                 state["surgery"] = shards.spread(state["surgery"], self.kept)
+        if self._blocks is not None:
+            state["blocks"] = [block if isinstance(block, int) else places[id(block)] for block in self._blocks]
         if self._tasks is not None:
             state["tasks"] = {task: place for place, task in enumerate(self._tasks)}
         return state
 
-    def restore(self, kept: list[Tensor], tasks: list[str] | None) -> None:
-        """Begin anew, with a method that keeps the gradients of these parameters, and something of these tasks."""
-        self.kept, self._tasks, self._plan, self._blocks = kept, tasks, None, None
+    def check_state(self, state: dict[str, Any], num_parameters: int) -> None:
+        """Raise ValueError unless what ``state_dict`` returned, but for the method's own state, can be restored."""
+        by_place = ["shared", "blocks"] if self.granularity == "per_tensor" else ["shared"]
+        for name in by_place:
+            if not set(state.get(name, [])) <= set(range(num_parameters)):
+                raise ValueError(f"{name} must hold places of {num_parameters} parameters, got {state[name]}")
+        tasks = state.get("tasks", {})
+        if not isinstance(tasks, dict) or set(tasks.values()) != set(range(len(tasks))):
+            raise ValueError(f"tasks must hold a place for each name, got {tasks!r}")
+
+    def restore(self, state: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Begin anew with what ``state_dict`` returned, but for the method's own state."""
+        self._plan = None
+        self.kept = [parameters[place] for place in state.get("shared", [])]
+        self._tasks = sorted(state["tasks"], key=state["tasks"].__getitem__) if "tasks" in state else None
+        self._blocks = state.get("blocks")
+        if self._blocks is not None and self.granularity == "per_tensor":
+            self._blocks = [parameters[place] for place in self._blocks]
 
     def check_tasks(self, tasks: list[str]) -> None:
         """Raise ValueError if the method tells tasks apart, and had other tasks before, or another order."""
@@ -243,11 +261,10 @@ class Planner:
 
 def check_method(method: Method, granularity: str, sharded: bool) -> None:
     """Raise ValueError for an unknown granularity, or if the method does not support it, or shards."""
-    if granularity not in _GRANULARITIES:
-        raise ValueError(f"granularity must be one of {', '.join(_GRANULARITIES)}, got {granularity!r}")
+    check_choice("granularity", granularity, ("global", "per_group", "per_tensor"))
     keeps = isinstance(method, BufferedMethod)
-    if granularity != "global" and (method.weights_losses or keeps):
-        why = "weights losses" if method.weights_losses else "keeps gradients"
+    if granularity != "global" and (method.weights_losses or keeps or method.gram_parameters is not None):
+        why = "weights losses" if method.weights_losses else "keeps gradients" if keeps else "reads a G of its own"
         raise ValueError(f"method {method.name!r} {why}, which needs granularity 'global', got {granularity!r}")
     if sharded and not method.takes_shards:
         raise ValueError(

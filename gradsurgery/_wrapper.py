@@ -102,7 +102,10 @@ class OptimizerWrapper(torch.optim.Optimizer):
         # here that the wrapped one would need.
         if name.startswith("_") or "optimizer" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.optimizer, name)
+        try:
+            return getattr(self.optimizer, name)
+        except AttributeError as error:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}; nor: {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler leaves a bound step behind, which belongs to this object alone, as hooks do.

@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._checks import check_count
+from ._checks import check_choice, check_count, describe
 from ._gradients import is_sharded
 from ._graph import Root, joins, recomputes, root_of
 from ._passes import Passes, check_memory
 
 if TYPE_CHECKING:
     from ._shards import Shards
+
+_ABSENT = (
+    "a task that this batch lacks is left out, unless the method keeps something of each task; collect() takes None "
+    "for a task that another call has, and so does backward() for methods that take absent losses"
+)
 
 Losses = Sequence[Tensor | None] | Tensor | Mapping[str, Tensor | None]
 
@@ -48,7 +53,7 @@ class Survey:
                     stacklevel=7,
                 )
             self.began = True
-        if self.infers_shared and not one_pass:
+        if self.infers_shared and not one_pass and len(roots) > 1:
             self.infers_shared = False
             if joins(roots):
                 warnings.warn(
@@ -73,6 +78,7 @@ class Collected:
             batches those of the last; 0 for an absent one.
         present: of each task, whether a micro-batch had its loss.
         scale: the gradient scaler's factor that ``grads`` still carry, [], or None.
+        batches: how many independent batches ``grads`` holds, one after the other; 1 for sums of micro-batches.
     """
 
     tasks: list[str]
@@ -176,12 +182,13 @@ def collect(
         TypeError: a loss is not a tensor.
         RuntimeError: the batched pass failed, or passes returned gradients in the same memory.
     """
+    if scaler is not None and not hasattr(scaler, "scale"):
+        raise TypeError(f"scaler must be a gradient scaler, got {describe(scaler)}")
     tasks, each = _check_losses(losses, partial)
     given = [loss for loss in each if loss is not None]
     roots = [None if loss is None else root_of(loss) for loss in each]
     through_grad = survey is not None and survey.take([root for root in roots if root is not None], weigh is not None)
-    if mode not in ("sequential", "batched"):
-        raise ValueError(f'mode must be "sequential" or "batched", got {mode!r}')
+    check_choice("mode", mode, ("sequential", "batched"))
     if chunk_size is not None:
         if mode != "batched":
             raise ValueError(f'chunk_size is for mode="batched", got {chunk_size!r} with mode={mode!r}')
@@ -258,8 +265,7 @@ def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor
         if loss is None and partial:
             continue
         if not isinstance(loss, Tensor):
-            absent = ", which is for methods that take absent losses: leave it out" if loss is None else ""
-            raise TypeError(f"loss {task!r} must be a tensor, got {type(loss).__name__}{absent}")
+            raise TypeError(f"loss {task!r} must be a tensor, got {describe(loss)} ({_ABSENT})")
         if is_sharded(loss):
             raise TypeError(f"loss {task!r} must not be a DTensor: give its full_tensor()")
         if loss.is_complex():
@@ -269,6 +275,6 @@ def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor
         if not loss.requires_grad:
             raise ValueError(
                 f"loss {task!r} has no graph to go back through: it must depend on a parameter, and not be detached or "
-                "computed under no_grad (leave out the loss of a task that this batch lacks)"
+                f"computed under no_grad ({_ABSENT})"
             )
     return tasks, scalars

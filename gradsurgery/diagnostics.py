@@ -27,6 +27,10 @@ class SurgeryInfo:
         self._gram = gram
         self._weights = weights
 
+    def __repr__(self) -> str:
+        there = [name for name, value in (("gram", self._gram), ("weights", self._weights)) if value is not None]
+        return f"SurgeryInfo(tasks={self.tasks}, with {' and '.join(there) or 'neither gram nor weights'})"
+
     @property
     def gram(self) -> Tensor:
         """Inner products of the task gradients over the shared parameters, float64 [T, T].

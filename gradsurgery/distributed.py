@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ._gradients import DTYPES, assign_grads, is_dense, is_sharded
+from ._extension import C
+from ._gradients import DTYPES, is_dense, is_sharded
 from .collect import Collected
 from .methods import Method
 
@@ -249,6 +250,15 @@ def _buckets(parameters: list[Tensor], there: bytearray) -> Iterator[list[int]]:
         sizes = accumulate(parameters[p].nbytes for p in places)
         for _, bucket in groupby(zip(places, sizes, strict=True), lambda item: item[1] // _BUCKET_BYTES):
             yield [p for p, _ in bucket]
+
+
+def assign_grads(parameters: list[Tensor], grads: list[Tensor]) -> None:
+    """Make each gradient the ``.grad`` of its parameter."""
+    if C is not None:
+        C.assign_grads(parameters, grads)
+    else:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
 
 
 def _padded(parameter: Tensor) -> int:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_not_negative
+from ._checks import check_choice, check_count, check_not_negative, check_seed, describe, describe_dtype
 from ._constant import constant
-from ._gradients import as_float64, describe
+from ._gradients import as_float64
 from .backends import choose
+
+REDUCTIONS = ("sum", "mean")
 
 
 def task_order(
@@ -84,8 +86,7 @@ def pcgrad_weights(
 
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, Algorithm 1. Cost: O(T^3).
     """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}')
+    check_choice("reduction", reduction, REDUCTIONS)
     problems, out = new_problems(gram)
     if order is not None:
         order = _check_order(order, gram.shape[-1], gram.device)
@@ -108,7 +109,7 @@ def min_norm_weights(
         gram: [..., T, T].
         solver: "exact" or "frank_wolfe".
         max_iter: >= 1, iterations of Frank-Wolfe.
-        tol: >= 0, step of Frank-Wolfe below which it ends.
+        tol: >= 0 and finite, step of Frank-Wolfe below which it ends.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Returns:
@@ -123,7 +124,7 @@ def min_norm_weights(
     Source: P. Wolfe, "Finding the nearest point in a polytope", 1976; Sener & Koltun, "Multi-Task Learning as
     Multi-Objective Optimization", NeurIPS 2018, equation 4 and Algorithm 2. Cost: O(T^3) typically.
     """
-    check_solver(solver, max_iter, tol)
+    max_iter, tol = check_solver(solver, max_iter, tol)
     problems, out = new_problems(gram)
     choose(backend, gram.device, gram.shape[-1]).min_norm(problems, solver == "exact", max_iter, tol, out)
     return constant("min_norm_weights", out, [gram])
@@ -172,8 +173,7 @@ def gradnorm_update(
             raise ValueError(f"{name} must be on {weights.device} like weights, got {value.device}")
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a real floating-point tensor, got {value.dtype}")
-    check_not_negative("alpha", alpha)
-    check_not_negative("lr", lr)
+    alpha, lr = check_not_negative("alpha", alpha), check_not_negative("lr", lr)
     inputs = [as_float64(value) for value in values.values()]
     out = torch.empty_like(inputs[0])
     choose(backend, weights.device, weights.shape[-1]).gradnorm(inputs, alpha, lr, out)
@@ -202,7 +202,7 @@ def new_problems(gram: Tensor) -> tuple[Tensor, Tensor]:
 def check_gram(gram: Tensor) -> Tensor:
     """Return G as contiguous float64, detached; TypeError or ValueError unless it is [..., T, T]."""
     if not isinstance(gram, Tensor) or not gram.is_floating_point():
-        raise TypeError(f"gram must be a real floating-point tensor, got {getattr(gram, 'dtype', type(gram).__name__)}")
+        raise TypeError(f"gram must be a real floating-point tensor, got {describe_dtype(gram)}")
     shape = gram.shape
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
         raise ValueError(f"gram must be [..., T, T] with T >= 1, got shape {tuple(shape)}")
@@ -211,7 +211,7 @@ def check_gram(gram: Tensor) -> Tensor:
 
 def _check_order(order: Tensor, num_tasks: int, device: torch.device) -> Tensor:
     if not isinstance(order, Tensor) or order.dtype != torch.int64:
-        raise TypeError(f"order must be an int64 tensor, got {getattr(order, 'dtype', type(order).__name__)}")
+        raise TypeError(f"order must be an int64 tensor, got {describe_dtype(order)}")
     if order.shape != (num_tasks, num_tasks):
         raise ValueError(f"order must be [T, T] = [{num_tasks}, {num_tasks}], got shape {tuple(order.shape)}")
     if order.device != device:
@@ -223,19 +223,10 @@ def _check_order(order: Tensor, num_tasks: int, device: torch.device) -> Tensor:
     return order.contiguous()
 
 
-def check_solver(solver: str, max_iter: int, tol: float) -> None:
-    """Raise ValueError unless these are options of :func:`min_norm_weights`."""
-    if solver not in ("exact", "frank_wolfe"):
-        raise ValueError(f'solver must be "exact" or "frank_wolfe", got {solver!r}')
-    if not isinstance(max_iter, int) or max_iter < 1 or not tol >= 0:
-        raise ValueError(f"max_iter must be an int >= 1 and tol >= 0, got {max_iter} and {tol}")
-
-
-def check_seed(seed: int) -> int:
-    """Return the seed; ValueError if it is out of its range."""
-    if type(seed) is not int or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an int in 0..2^63-1, got {seed!r}")
-    return seed
+def check_solver(solver: str, max_iter: int, tol: float) -> tuple[int, float]:
+    """Return the numbers; ValueError unless these are options of :func:`min_norm_weights`."""
+    check_choice("solver", solver, ("exact", "frank_wolfe"))
+    return check_count("max_iter", max_iter), check_not_negative("tol", tol)
 
 
 def _step_tensor(step: int | Tensor, device: torch.device) -> Tensor:

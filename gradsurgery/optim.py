@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, distributed
 
 from . import methods
+from ._checks import describe
 from ._compiling import untraced
-from ._gradients import describe
 from ._operate import backward_once, operate
 from ._plan import Planner, check_method
 from ._shards import processes_of
@@ -28,8 +28,8 @@ class SurgeryOptimizer(OptimizerWrapper):
     Parameter groups, state, defaults and other public attributes are those of the wrapped optimizer, so schedulers,
     gradient scalers and checkpoints work as without it. ``state_dict`` adds the method's state under "surgery"; for
     methods that keep gradients, the places of their parameters under "shared"; and for those that keep something of
-    each task, the places of the tasks under "tasks". ``load_state_dict`` also takes a plain optimizer's, and leaves the
-    method as it is.
+    each segment or task, these under "blocks" and "tasks". ``load_state_dict`` also takes a plain optimizer's, and
+    leaves the method as it is.
 
     What ``backward`` does with a parameter depends on which losses reach it:
 
@@ -41,8 +41,8 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     In a step of one loss all that it reaches is shared. Parameters that are not the wrapped optimizer's get no
     ``.grad``. Hooks of parameters run once for each loss, those after the accumulation of gradients not at all (with
-    reentrant checkpoints and parameters that are spread over processes once for each loss, too). Where
-    the method keeps something of each task, every step must have the same tasks in the same order.
+    reentrant checkpoints and parameters that are spread over processes once for each loss, too). Where the method keeps
+    something of each task, every step must have the same tasks in the same order.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -149,7 +149,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             return backward_once(
                 losses, parameters, self._planner, self._processes, self.backend, survey=survey, **passes
             )
-        self._collect(losses, **passes)
+        self._collect(losses, takes_absent, **passes)
         try:
             return self.combine()
         except BaseException:
@@ -172,20 +172,22 @@ class SurgeryOptimizer(OptimizerWrapper):
         Surgery on accumulated gradients differs from accumulating the results of surgery on each micro-batch, which
         is what several ``backward`` calls do. ``scaler.update()`` belongs after the step, not between micro-batches.
         Methods of several independent batches (``num_batches``) take each call's as one of them instead of a sum.
-        Arguments and errors are those of :meth:`backward`.
+        Arguments and errors are those of :meth:`backward`; but None stands for the loss of a task that another call
+        has, so that each task's graph can be freed before the next one's is made.
         """
-        self._collect(
-            losses, scaler=scaler, retain_graph=retain_graph, mode=mode, chunk_size=chunk_size, features=features
-        )
+        # With several batches, a call's tasks are those of its batch.
+        partial = self.method.takes_absent or self.method.num_batches == 1
+        passes = {"retain_graph": retain_graph, "mode": mode, "chunk_size": chunk_size, "features": features}
+        self._collect(losses, partial, scaler=scaler, **passes)
 
-    def _collect(self, losses: Losses, **passes: Any) -> None:
+    def _collect(self, losses: Losses, partial: bool, **passes: Any) -> None:
         before, batches = self._pending, self.method.num_batches
         if before is not None and 1 < batches == before.batches:
             raise ValueError(f"a step of method {self.method.name!r} has at most {batches} batches: call combine() now")
         collected = collect(
             losses,
             self._trainable(),
-            partial=self.method.takes_absent,
+            partial=partial,
             shards=self._processes.shards,
             survey=self._survey,
             **passes,
@@ -203,7 +205,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         Directions are written over collected gradients that nobody else holds.
 
         Raises:
-            ValueError: nothing was collected, or another number of batches than the method takes.
+            ValueError: nothing was collected, or not all tasks, or another number of batches than the method takes.
             ValueError, TypeError: as :meth:`backward` does; what was collected is kept then.
         """
         if self._pending is None:
@@ -214,6 +216,9 @@ class SurgeryOptimizer(OptimizerWrapper):
                 f"a step of method {self.method.name!r} has 1 or {self.method.num_batches} batches, got "
                 f"{collected.batches}"
             )
+        if not (self.method.takes_absent or all(collected.present)):
+            absent = [task for task, present in zip(collected.tasks, collected.present, strict=True) if not present]
+            raise ValueError(f"a step of method {self.method.name!r} needs a loss of every task, got none of {absent}")
         planner, processes = self._planner, self._processes
         info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
         if planner.lost:
@@ -248,6 +253,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         if self._processes.shards is not None:
             self._processes.shards.check_same(tasks, device)
         learn(self._processes.average_losses(tasks, torch.stack([number.reshape(()) for number in numbers])))
+        if isinstance(values, Mapping):
+            self._planner.remember_tasks(tasks)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer; warn of collected gradients that are not in ``.grad``."""
@@ -277,14 +284,11 @@ class SurgeryOptimizer(OptimizerWrapper):
         return {**self.optimizer.state_dict(), **ours}
 
     def _load(self, state: dict[str, Any]) -> None:
-        surgery, places, tasks = state.pop("surgery", None), state.pop("shared", []), state.pop("tasks", None)
+        planned: dict[str, Any] = {name: state.pop(name) for name in state.keys() & {"shared", "blocks", "tasks"}}
+        surgery = state.pop("surgery", None)
         if surgery is not None and self._processes.shards is not None:
             surgery = self._processes.shards.gathered(surgery)
-        parameters = dict(enumerate(self._parameters()))
-        if not set(places) <= set(parameters):
-            raise ValueError(f"shared must hold places of {len(parameters)} parameters, got {places}")
-        if tasks is not None and not (isinstance(tasks, dict) and set(tasks.values()) == set(range(len(tasks)))):
-            raise ValueError(f"tasks must hold a place for each name, got {tasks!r}")
+        self._planner.check_state(planned, len(self._parameters()))
         before = self.method.state_dict()
         try:
             if surgery is not None:
@@ -294,9 +298,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             self.method.load_state_dict(before)
             raise
         if surgery is not None:
-            self._planner.restore(
-                [parameters[place] for place in places], None if tasks is None else sorted(tasks, key=tasks.__getitem__)
-            )
+            self._planner.restore(planned, self._parameters())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method!r}, granularity={self.granularity!r}, {self.optimizer!r})"

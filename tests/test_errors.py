@@ -137,7 +137,7 @@ GRAM = torch.eye(3)
         (
             lambda: gradsurgery.pcgrad_weights(GRAM, reduction="max"),
             ValueError,
-            'reduction must be "sum" or "mean", got',
+            "reduction must be one of sum, mean, got",
         ),
         (lambda: gradsurgery.pcgrad_weights(GRAM, seed=True), ValueError, "seed must be an int in .* got True"),
         (lambda: gradsurgery.pcgrad_weights(GRAM, backend=""), ValueError, "backend must be one of .* got ''"),
@@ -160,9 +160,9 @@ GRAM = torch.eye(3)
             r"order must be \[T, T\]",
         ),
         (lambda: gradsurgery.pcgrad_weights(GRAM, order=torch.zeros(3, 3)), TypeError, "order must be an int64 tensor"),
-        (lambda: gradsurgery.min_norm_weights(GRAM, solver="newton"), ValueError, 'solver must be "exact" or'),
+        (lambda: gradsurgery.min_norm_weights(GRAM, solver="newton"), ValueError, "solver must be one of exact, "),
         (lambda: gradsurgery.min_norm_weights(GRAM, max_iter=0), ValueError, "max_iter must be an int >= 1"),
-        (lambda: gradsurgery.min_norm_weights(GRAM, tol=-1.0), ValueError, "tol >= 0"),
+        (lambda: gradsurgery.min_norm_weights(GRAM, tol=-1.0), ValueError, "tol must be >= 0"),
         (lambda: gradsurgery.task_order(0, seed=0, step=0), ValueError, "num_tasks must be an int >= 1, got 0"),
         (
             lambda: gradsurgery.gradnorm_update(torch.ones(3), torch.ones(2), torch.ones(3), torch.ones(3)),
@@ -186,7 +186,7 @@ GRAM = torch.eye(3)
             TypeError,
             "losses must be real, got torch.complex64",
         ),
-        (lambda: gradsurgery.aggregate(ROWS, 3), TypeError, "method must be a name or a Method, got int"),
+        (lambda: gradsurgery.aggregate(ROWS, 3), TypeError, "method must be a name or a Method object, got int"),
         (lambda: gradsurgery.aggregate(ROWS, "gradnorm"), ValueError, "method 'gradnorm' needs losses="),
         (
             lambda: gradsurgery.aggregate(ROWS, gradsurgery.methods.get("pcgrad"), seed=1),
@@ -194,7 +194,7 @@ GRAM = torch.eye(3)
             r"options \['seed'\]",
         ),
         (lambda: gradsurgery.methods.get("mgda", normalization="l1"), ValueError, "normalization must be one of none"),
-        (lambda: gradsurgery.methods.get("mgda", combine="both"), ValueError, 'combine must be "original" or'),
+        (lambda: gradsurgery.methods.get("mgda", combine="both"), ValueError, "combine must be one of original, "),
         (lambda: gradsurgery.methods.get("mgda", solver="newton"), ValueError, "solver must be"),
         (lambda: gradsurgery.methods.get("gradnorm", lr=-1.0), ValueError, "lr must be >= 0 and finite, got -1.0"),
         (
@@ -303,7 +303,7 @@ class Untouched:
         (lambda a, b: a, ValueError, r"one per task, or a 1-D tensor, got a tensor of shape \(\)"),
         (lambda a, b: [a, b.expand(2)], ValueError, r"loss '1' must be a scalar, got shape \(2,\)"),
         (lambda a, b: [a, b.detach()], ValueError, "loss '1' has no graph to go back through"),
-        (lambda a, b: {"left": a, "right": 3.0}, TypeError, "loss 'right' must be a tensor, got float$"),
+        (lambda a, b: {"left": a, "right": 3.0}, TypeError, "loss 'right' must be a tensor, got float 3.0 "),
         (lambda a, b: {1: a, "1": b}, ValueError, r"names that differ as strings, got \['1', '1'\]"),
         (lambda a, b: 3.0, TypeError, "a sequence, a 1-D tensor or a dict of losses, got float"),
         (lambda a, b: "ab", TypeError, "got str"),
@@ -329,7 +329,9 @@ def test_sparse_shared_gradient_changes_nothing():
     table = torch.nn.Embedding(5, 3, sparse=True)
     net = torch.nn.Linear(3, 2)
     optimizer = gradsurgery.PCGrad(torch.optim.SGD([*net.parameters(), *table.parameters()], lr=0.1))
-    with pytest.raises(TypeError, match=r"grads\[0\]\[2\] is a torch.sparse_coo gradient.*shared="):
+    with pytest.raises(
+        TypeError, match=r"gradient of loss '0' for the optimizer's parameter 2 is a torch.sparse_coo gradient.*shared="
+    ):
         optimizer.backward(list(net(table(torch.tensor([1, 2]))).mean(0).unbind()))
     assert all(p.grad is None for p in [*net.parameters(), *table.parameters()])
     assert optimizer.method.state_dict()["step"] == 0

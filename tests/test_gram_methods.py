@@ -379,7 +379,7 @@ def test_jacobi_is_an_eigendecomposition(tasks):
         ("dualproj", {"pref": [1.0, math.nan]}, "pref must be T finite numbers"),
         ("config", {"pref": [[1.0, 2.0]]}, "pref must be T finite numbers"),
         ("cagrad", {"c": -1.0}, "c must be >= 0 and finite, got -1.0"),
-        ("cagrad", {"rescale": 3}, "rescale must be 0, 1 or 2, got 3"),
+        ("cagrad", {"rescale": 3}, "rescale must be one of 0, 1, 2, got 3"),
         ("nash_mtl", {"max_norm": 0.0}, "max_norm must be > 0, got 0.0"),
         ("fairgrad", {"alpha": 0.0}, "alpha must be positive and finite, got 0.0"),
         ("aligned_mtl", {"scale_mode": "max"}, "scale_mode must be one of min, median, rmse, got 'max'"),

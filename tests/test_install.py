@@ -154,9 +154,9 @@ def test_compilers_without_openmp(has_openmp, monkeypatch, capfd, tmp_path):
 @pytest.mark.skipif("cpu" not in USABLE, reason="needs the compiled extension")
 def test_kernels_without_openmp_say_so(monkeypatch):
     described = gradsurgery.backends()["cpu"]
-    assert described.endswith(f" {torch.get_num_threads()} threads")
+    assert described.endswith(f" threads: {torch.get_num_threads()}")
     monkeypatch.setitem(native._INFO, "parallel", False)
-    assert gradsurgery.backends()["cpu"].endswith(" 1 thread: compiled without OpenMP")
+    assert gradsurgery.backends()["cpu"].endswith(" threads: 1, compiled without OpenMP")
 
 
 @pytest.mark.parametrize(("wanted", "served"), [("7.5 8.6;9.0+PTX", "8.6;9.0+PTX"), ("Hopper", "Hopper")])

@@ -201,7 +201,7 @@ def test_errors():
     left, right = net.features
     detached = torch.ones(3)
     for arguments, message in [
-        ({"mode": "vmap"}, 'mode must be "sequential" or "batched", got \'vmap\''),
+        ({"mode": "vmap"}, "mode must be one of sequential, batched, got 'vmap'"),
         ({"chunk_size": 2}, "chunk_size is for mode="),
         ({"mode": "batched", "chunk_size": 0}, "chunk_size must be an int >= 1, got 0"),
         ({"mode": "batched", "chunk_size": True}, "chunk_size must be an int >= 1, got True"),

@@ -51,7 +51,7 @@ class CpuBackend:
         """Return one line on the extension."""
         if WHY_NOT:
             return WHY_NOT
-        threads = f"{torch.get_num_threads()} threads" if _INFO["parallel"] else "1 thread: compiled without OpenMP"
+        threads = f"threads: {torch.get_num_threads()}" if _INFO["parallel"] else "threads: 1, compiled without OpenMP"
         return f"available: C++ kernels, {_INFO['isa']}, {threads}"
 
     def gram(self, grads: TaskGradients, out: Tensor) -> None:

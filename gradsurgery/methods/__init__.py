@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from ._base import Method
@@ -160,7 +161,9 @@ def get(name: str, **options: Any) -> Method:
         TypeError: the method does not have an option.
     """
     if name not in _METHODS:
-        raise ValueError(f"method must be one of {', '.join(available())}, got {name!r}")
+        alike = get_close_matches(name.lower(), _METHODS, n=1)
+        hint = f" (did you mean {alike[0]!r}?)" if alike else ""
+        raise ValueError(f"method must be one of {', '.join(available())}, got {name!r}{hint}")
     return _METHODS[name](**options)
 
 
@@ -174,7 +177,8 @@ def resolve(method: str | Method, options: dict[str, Any]) -> Method:
     if isinstance(method, str):
         return get(method, **options)
     if not isinstance(method, Method):
-        raise TypeError(f"method must be a name or a Method, got {type(method).__name__}")
+        given = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise TypeError(f"method must be a name or a Method object, got {given}")
     if options:
         raise ValueError(f"options {sorted(options)} go with a method's name, got a {type(method).__name__} object")
     return method

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_seed, describe
 from .._compiling import cached
 from .._constant import constant
 from .._extension import SOLVER_NUMBERS, NativeSolver
-from .._gradients import describe
 from ..backends import choose
 from ..backends.problems import is_finite
-from ..functional import check_gram, check_seed, new_problems
+from ..functional import check_gram, new_problems
 from ._state import PerTask, making_state
 
 
@@ -34,7 +34,8 @@ class Method:
     """Whether the weights depend on G. If not, only its shape, its device and whether it is finite are used, and the
     optimizers make one backward pass, from the weighted sum of the losses."""
     num_batches: int = 1
-    """How many independent batches a step may have; ``weights`` takes J_1 J_2^T then, and the last batch makes d."""
+    """How many independent batches a step may have. With several, ``weights`` is given J_1 J_2^T of the first two in
+    place of G, and d combines the gradients of the last one."""
     weights_losses: bool = False
     """Whether the weights belong to the losses, and so also multiply the gradients of parameters that one task owns."""
 
@@ -65,15 +66,15 @@ class Method:
     gram_parameters: Sequence[Tensor] | None = None
     """The shared parameters whose G the weights come from; None: all."""
 
-    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None) -> Tensor:
         """Return the weights [..., T] for Gram matrices [..., T, T], and advance the state by one step.
 
-        A function of the arguments and the state alone: each of several processes computes them for itself.
+        A function of the arguments and the state alone: each of several processes computes them for itself. The methods
+        of this package also take ``backend=``, a name of :func:`gradsurgery.backends`.
 
         Args:
             gram: [..., T, T], of any floating dtype.
             losses: [T] loss values, where ``needs_losses``.
-            backend: a name of :func:`gradsurgery.backends`; None chooses.
 
         Returns:
             float64 [..., T], a constant to autograd; NaN for the problems whose G, or losses, are not finite, as far
@@ -84,7 +85,7 @@ class Method:
                 state or an option; the state is as before then.
             RuntimeError: the named backend cannot serve the call.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define weights(gram, *, losses=None)")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -98,8 +99,8 @@ class Method:
     def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
         """Return what ``weights`` would run for T tasks there, for backends with all stages in one call.
 
-        None: only ``weights`` itself can compute them. The backend advances the state, which a method that is in its
-        initial state and will not be called again (``once``) need not have.
+        None: only ``weights`` itself can compute them. The backend advances the state. ``once``: the method is new and
+        is used for this call only, so that no state need be made.
 
         Raises:
             ValueError: as ``weights`` does.
@@ -122,7 +123,7 @@ class Method:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; ValueError if it is another method's."""
+        """Restore what ``state_dict`` returned; ValueError if keys or shapes are others."""
         if set(state) != set(self.state_dict()):
             raise ValueError(
                 f"state of method {self.name!r} must have the keys {sorted(self.state_dict())}, got {sorted(state)}"
@@ -148,7 +149,7 @@ def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | No
             f"method {method.name!r} must return weights of shape {tuple(gram.shape[:-1])} on {gram.device}, got shape "
             f"{tuple(weights.shape)} on {weights.device}"
         )
-    return weights.double()
+    return weights.detach().double()
 
 
 def _brief(option: Any) -> str:
@@ -207,11 +208,12 @@ class SolverMethod(Method):
         """Return the weights; NaN where G is not finite."""
         problems, out = new_problems(gram)
         device, num_tasks = gram.device, gram.shape[-1]
-        name, parameter, limit, pref, divisor, _ = self._solver(num_tasks)
-        preference = None if pref is None else pref.on(device, num_tasks, self.name)
-        choose(backend, device, num_tasks).weights(problems, name, preference, parameter, limit, out)
-        if divisor != 1:
-            out /= divisor
+        solver = self._solver(num_tasks)
+        preference = self._preference(solver, device, num_tasks)
+        chosen = choose(backend, device, num_tasks)
+        chosen.weights(problems, solver.name, preference, solver.parameter, solver.limit, out)
+        if solver.divisor != 1:
+            out /= solver.divisor
         return constant(f"{self.name} weights", out, [gram])
 
     def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
@@ -221,9 +223,12 @@ class SolverMethod(Method):
         solver = self._solver(num_tasks)
         if solver.divisor != 1:
             return None
-        preference = None if solver.pref is None else solver.pref.on(device, num_tasks, self.name)
+        preference = self._preference(solver, device, num_tasks)
         arguments = (SOLVER_NUMBERS[solver.name], preference, solver.parameter, solver.limit)
         return NativeSolver("weights", arguments, solver.depends_on_scale)
+
+    def _preference(self, solver: Solver, device: torch.device, num_tasks: int) -> Tensor | None:
+        return None if solver.pref is None else solver.pref.on(device, num_tasks, self.name)
 
 
 class SteppedMethod(Method):
@@ -249,7 +254,7 @@ class SteppedMethod(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed and the step counter."""
-        step = torch.zeros((), dtype=torch.int64) if self._step is None else self._step.clone()
+        step = torch.zeros((), dtype=torch.int64, device="cpu") if self._step is None else self._step.clone()
         return {"seed": self.seed, "step": step}
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._checks import describe
 from .._constant import constant
-from .._gradients import describe
 from ..backends.problems import are_finite, is_finite
 from ..combine import combine
 from ..functional import check_gram
@@ -37,7 +37,7 @@ class Given:
 
 
 class BufferedMethod(Method):
-    """A method that replaces the task gradients by what G and d are then taken of.
+    """A method that keeps tensors as large as the gradients; G and d are taken of what ``replace`` returns.
 
     ``replace`` comes first in a step, ``weights`` second, ``terms`` third. Buffers are T lists of P tensors; a task
     without a gradient counts as a zero one. A step with a gradient that is not finite leaves the state as it was, and
@@ -195,10 +195,12 @@ class BufferedMethod(Method):
             raise ValueError("buffers must be of the same shapes and dtypes for each task, got others")
         wanted = self._initial(torch.empty(len(kept), len(kept), dtype=torch.float64, device="cpu"))
         for name, like in wanted.items():
-            if not isinstance(state[name], Tensor) or state[name].shape != like.shape:
-                raise ValueError(f"{name} must be {describe(like)}, got {describe(state[name])}")
-        if self._buffers is not None and self._state is not None:
+            value = state[name]
+            if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+                raise ValueError(f"{name} must be {describe(like)} in {like.dtype}, got {describe(value)}")
+        if self._buffers is not None:
             _check_alike(self._buffers, len(kept), kept[0], self.name)
+        if self._buffers and self._state and [b.dtype for b in self._buffers[0]] == [b.dtype for b in kept[0]]:
             # In place: a captured graph goes on from there.
             for mine, theirs in zip(self._buffers, kept, strict=True):
                 torch._foreach_copy_(mine, list(theirs))

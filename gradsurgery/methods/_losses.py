@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import check_not_negative
+from .._checks import check_not_negative, check_number, describe
 from .._constant import constant
-from .._gradients import describe
 from ..backends.problems import are_finite, is_finite
 from ..functional import check_gram
 from ._base import Method
@@ -132,9 +131,10 @@ class TrainedScales(LossMethod):
 
     def __init__(self, lr: float = 0.025, initial: float | Sequence[float] | Tensor = 0.0) -> None:
         self.lr = check_not_negative("lr", lr)
-        if isinstance(initial, (int, float)) and not math.isfinite(initial):
+        one = not isinstance(initial, Sequence) and getattr(initial, "ndim", 0) == 0
+        self.initial = check_number("initial", initial) if one else PerTask("initial", initial)  # type: ignore[arg-type]
+        if isinstance(self.initial, float) and not math.isfinite(self.initial):
             raise ValueError(f"initial must be finite, got {initial}")
-        self.initial = float(initial) if isinstance(initial, (int, float)) else PerTask("initial", initial)
 
     def _initial(self, losses: Tensor) -> dict[str, Tensor]:
         if isinstance(self.initial, float):

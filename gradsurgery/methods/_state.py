@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._gradients import describe
+from .._checks import describe
 
 
 @contextmanager
@@ -76,7 +76,12 @@ class PerTask:
         self.name = name
         # Not on torch's default device, where the check would synchronise, or on "meta" find no values.
         device = None if isinstance(values, Tensor) else "cpu"
-        self.values = torch.as_tensor(values, dtype=torch.float64, device=device).detach().clone()
+        try:
+            if isinstance(values, Tensor) and values.is_complex():
+                raise TypeError
+            self.values = torch.as_tensor(values, dtype=torch.float64, device=device).detach().clone()
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} must be T {wanted}, got {values!r}") from None
         # Traced values cannot be looked at.
         looked_at = not torch.compiler.is_compiling()
         if self.values.dim() != 1 or (looked_at and not (self.values.isfinite() & valid(self.values)).all()):

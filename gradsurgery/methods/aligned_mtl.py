@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .._checks import check_choice
 from ._base import Solver, SolverMethod
 from ._state import PerTask
-
-_SCALE_MODES = ("min", "median", "rmse")
 
 
 class AlignedMTL(SolverMethod):
@@ -33,10 +32,8 @@ class AlignedMTL(SolverMethod):
     cost = "T^3"
 
     def __init__(self, pref: Sequence[float] | Tensor | None = None, scale_mode: str = "min") -> None:
-        if scale_mode not in _SCALE_MODES:
-            raise ValueError(f"scale_mode must be one of {', '.join(_SCALE_MODES)}, got {scale_mode!r}")
         self.pref = None if pref is None else PerTask("pref", pref)
-        self.scale_mode = scale_mode
+        self.scale_mode = check_choice("scale_mode", scale_mode, ("min", "median", "rmse"))
 
     def _solver(self, num_tasks: int) -> Solver:
         return Solver(f"aligned_mtl_{self.scale_mode}", pref=self.pref)

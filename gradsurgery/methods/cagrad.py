@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .._checks import check_not_negative
+from .._checks import check_choice, check_not_negative
 from ._base import Solver, SolverMethod
 
 
@@ -32,10 +32,8 @@ class CAGrad(SolverMethod):
     cost = "T^3"
 
     def __init__(self, c: float = 0.5, rescale: int = 0) -> None:
-        if rescale not in (0, 1, 2):
-            raise ValueError(f"rescale must be 0, 1 or 2, got {rescale!r}")
         self.c = check_not_negative("c", c)
-        self.rescale = rescale
+        self.rescale = check_choice("rescale", rescale, (0, 1, 2))
 
     def _solver(self, num_tasks: int) -> Solver:
         if self.rescale == 0:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_fraction
+from .._checks import check_fraction, describe
 from .._constant import constant
-from .._gradients import describe
 from ..backends.problems import are_finite
 from ..functional import check_gram
 from ._base import Method, weigh

@@ -63,7 +63,10 @@ class FAMO(LossMethod):
         before = self._state["losses"]
         if not isinstance(losses, Tensor):
             each = losses.values() if isinstance(losses, Mapping) else losses
-            losses = torch.stack([torch.as_tensor(loss, dtype=before.dtype, device=before.device) for loss in each])
+            numbers = [torch.as_tensor(loss, dtype=before.dtype, device=before.device).detach() for loss in each]
+            if not numbers or any(number.numel() != 1 for number in numbers):
+                raise ValueError(f"losses must hold one number per task, got {losses!r}")
+            losses = torch.stack([number.reshape(()) for number in numbers])
         after = read_losses(self.name, losses, before.shape, before.device)
         counts = self._counts(after)
         self._learn(after, counts)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_not_negative
+from .._checks import check_not_negative, describe, list_of
 from .._constant import constant
-from .._gradients import describe, list_of
 from ..backends import choose
 from ..functional import new_problems
 from ._base import Method

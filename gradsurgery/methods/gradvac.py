@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._checks import check_fraction
+from .._checks import check_fraction, describe
 from .._constant import constant
-from .._gradients import describe
 from ..backends import choose
 from ..functional import new_problems, task_order
 from ._base import SteppedMethod

@@ -6,13 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import check_choice
 from .._constant import constant
 from .._extension import NativeSolver
 from ..functional import check_gram, check_solver, min_norm_weights
 from ._base import Method
 from ._state import read_losses
-
-_NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 
 
 class MGDA(Method):
@@ -45,17 +44,11 @@ class MGDA(Method):
         max_iter: int = 250,
         tol: float = 1e-6,
     ) -> None:
-        if normalization not in _NORMALIZATIONS:
-            raise ValueError(f"normalization must be one of {', '.join(_NORMALIZATIONS)}, got {normalization!r}")
-        if combine not in ("original", "normalized"):
-            raise ValueError(f'combine must be "original" or "normalized", got {combine!r}')
-        self.normalization = normalization
+        self.normalization = check_choice("normalization", normalization, ("none", "l2", "loss", "loss+"))
         self.needs_losses = normalization in ("loss", "loss+")
-        self.combine = combine
+        self.combine = check_choice("combine", combine, ("original", "normalized"))
         self.solver = solver
-        self.max_iter = max_iter
-        self.tol = tol
-        check_solver(solver, max_iter, tol)
+        self.max_iter, self.tol = check_solver(solver, max_iter, tol)
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights."""

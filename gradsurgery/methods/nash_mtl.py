@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .._checks import check_number
 from ._base import Solver, SolverMethod
 
 
@@ -30,9 +31,9 @@ class NashMTL(SolverMethod):
     cost = "T^3"
 
     def __init__(self, max_norm: float = 1.0) -> None:
-        if not max_norm > 0:
+        self.max_norm = check_number("max_norm", max_norm)
+        if not self.max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
-        self.max_norm = max_norm
 
     def _solver(self, num_tasks: int) -> Solver:
         return Solver("fairgrad", 1.0, self.max_norm, depends_on_scale=True)

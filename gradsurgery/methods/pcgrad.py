@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import check_choice
 from .._constant import constant
 from .._extension import NativeSolver
 from ..backends import choose
-from ..functional import new_problems
+from ..functional import REDUCTIONS, new_problems
 from ._base import SteppedMethod
 
 
@@ -32,10 +33,8 @@ class PCGrad(SteppedMethod):
     cost = "T^3"
 
     def __init__(self, reduction: str = "sum", seed: int = 0) -> None:
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}')
         super().__init__(seed)
-        self.reduction = reduction
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights and advance the step counter."""
