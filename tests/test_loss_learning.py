@@ -72,13 +72,15 @@ def test_famo_takes_the_second_losses_once_and_in_any_form():
     for method in (tensor, other):
         step(method, f64([1.0, 2.0]))
     tensor.update(f64([0.5, 1.9]))
-    other.update({"a": torch.tensor(0.5), "b": f64(1.9).requires_grad_()})
+    other.update({"a": torch.tensor([0.5]), "b": f64(1.9).requires_grad_()})
     torch.testing.assert_close(tensor.state_dict(), other.state_dict(), rtol=0, atol=0)
     after = tensor.state_dict()
     tensor.update([0.1, 0.1])
     torch.testing.assert_close(tensor.state_dict(), after, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"needs losses, a tensor \[2\], got a tensor of shape \(3,\)"):
         tensor.update([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"losses must hold one number per task, got \[\]"):
+        tensor.update([])
     # The task that has fallen less gains weight.
     assert after["logits"][1] > 0 > after["logits"][0]
 

@@ -59,6 +59,7 @@ def test_losses_for_other_tasks_begin_nothing(name):
         ({"buffers": []}, "buffers must be of the same shapes and dtypes"),
         ({"buffers": [[torch.ones(2)], [torch.ones(3)]]}, "buffers must be of the same shapes and dtypes"),
         ({"w": torch.ones(7)}, r"w must be a tensor of shape \(2,\) in torch.float64, got a tensor of shape \(7,\)"),
+        ({"w": torch.ones(2)}, r"w must be a tensor of shape \(2,\) in torch.float64, got a tensor of shape \(2,\)"),
     ],
 )
 def test_states_of_kept_gradients_that_cannot_be(change, message):
@@ -69,6 +70,26 @@ def test_states_of_kept_gradients_that_cannot_be(change, message):
         with pytest.raises(ValueError, match=message):
             other.load_state_dict({**state, **change})
     torch.testing.assert_close(method.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["moco", "db_mtl"])
+def test_a_state_of_another_dtype_than_the_steps_before(name):
+    rows, used, fresh = normal(2, 50), methods.get(name), methods.get(name)
+    of_float32 = methods.get(name)
+    gradsurgery.aggregate(rows, of_float32, losses=torch.ones(2))
+    gradsurgery.aggregate(rows.bfloat16(), used, losses=torch.ones(2))
+    directions = []
+    for method in (used, fresh):
+        method.load_state_dict(of_float32.state_dict())
+        directions.append(gradsurgery.aggregate(rows, method, losses=torch.ones(2)))
+    assert torch.equal(*directions)
+
+
+@pytest.mark.parametrize("name", ["excess_mtl", "m_config"])
+def test_losses_that_a_method_does_not_need_do_not_count(name):
+    expected = gradsurgery.aggregate(normal(2, 5), name)
+    for losses in (torch.tensor([math.nan, 1.0]), torch.ones(3)):
+        assert torch.equal(gradsurgery.aggregate(normal(2, 5), name, losses=losses), expected)
 
 
 def test_kept_gradients_stay_with_their_parameters():
@@ -195,7 +216,34 @@ def test_the_simplex_of_large_values():
 
 @pytest.mark.parametrize("name", sorted({*methods.available()} - WITHOUT_WEIGHTS))
 def test_weights_are_constants_to_autograd(name):
-    method, gram = methods.get(name), EYE.clone().requires_grad_()
+    expect_constants(methods.get(name))
+
+
+@pytest.mark.parametrize("normalization", ["l2", "loss", "loss+"])
+def test_weights_of_rescaled_gradients_are_constants(normalization):
+    expect_constants(methods.MGDA(normalization))
+
+
+def test_weights_of_kept_gradients_are_constants():
+    method = methods.get("moco")
+    gradsurgery.aggregate(normal(3, 5), method, losses=torch.ones(3))
+    expect_constants(method)
+
+
+def test_averages_of_weights_with_a_graph_keep_none_of_it():
+    class Trained(methods.Method):
+        scores = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def weights(self, gram, *, losses=None):
+            return self.scores.softmax(0)
+
+    method = methods.get("cr_mogm", method=Trained())
+    expect_constants(method)
+    assert method.state_dict()["weights"].grad_fn is None
+
+
+def expect_constants(method):
+    gram = EYE.clone().requires_grad_()
     for _ in range(2):
         weights = method.weights(gram, losses=torch.tensor([1.0, 2.0, 3.0]))
         with pytest.raises(gradsurgery.NotDifferentiableError, match="weights is a constant to autograd"):

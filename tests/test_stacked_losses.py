@@ -17,6 +17,7 @@ STACKS = {
     "stack": torch.stack,
     "stack's parts": lambda losses: list(torch.stack(losses)),
     "parts by index": lambda losses: [torch.stack(losses)[t] for t in range(-2, 0)],
+    "parts of the last dimension": lambda losses: torch.stack(losses, dim=-1).unbind(-1),
     "rows": lambda losses: list(torch.stack([loss.reshape(1) for loss in losses])),
 }
 
@@ -83,6 +84,8 @@ def both(net, z):
 
 JOINED = {
     "quotient of a stack": lambda net, z: torch.stack([net["a"](z).mean(), net["b"](z).mean()]) / 2,
+    "clamped stack": lambda net, z: torch.stack([net["a"](z).mean(), net["b"](z).mean()]).clamp(max=9).nan_to_num(),
+    "stack, viewed": lambda net, z: torch.stack([net["a"](z).mean(), net["b"](z).mean()]).view(2, 1).log1p().view(2),
     "hstack": lambda net, z: torch.hstack([net["a"](z).mean(), net["b"](z).mean()]),
     "columns": lambda net, z: of_columns(both(net, z)),
     "no reduction": lambda net, z: mse_loss(both(net, z), X[:, :2], reduction="none").mean(0),

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""Options of any type of number, and errors that name what is wrong and what to give."""
+
+import numpy as np
+import pytest
+import torch
+
+import gradsurgery
+from conftest import two_losses, two_task_net
+from inputs import normal
+
+methods = gradsurgery.methods
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+NUMBERS = {"numpy": np.float64, "tensor": torch.tensor}
+
+
+@pytest.mark.parametrize("kind", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("cagrad", "c", 0.25),
+        ("fairgrad", "alpha", 2.0),
+        ("gradnorm", "alpha", 1.5),
+        ("gradvac", "beta", 0.5),
+        ("mgda", "tol", 0.25),
+        ("modo", "gamma", 0.5),
+        ("nash_mtl", "max_norm", 0.5),
+        ("sdmgrad", "lam", 0.5),
+        ("upgrad", "reg_eps", 0.5),
+        ("uw", "initial", 0.5),
+    ],
+)
+def test_numbers_of_any_kind(backend, kind, name, option, value):
+    expected = methods.get(name, **{option: value})
+    method = methods.get(name, **{option: kind(value)})
+    assert repr(method) == repr(expected)
+    rows, losses = normal(3, 5), torch.tensor([1.0, 2.0, 3.0])
+    directions = [gradsurgery.aggregate(rows, m, losses=losses, backend=backend) for m in (method, expected)]
+    assert torch.equal(*directions)
+
+
+@pytest.mark.parametrize("integer", [np.int64, torch.tensor])
+def test_integers_of_any_kind(integer):
+    assert repr(methods.PCGrad(seed=integer(3))) == repr(methods.PCGrad(seed=3))
+    assert repr(methods.Krum(num_selected=integer(2))) == repr(methods.Krum(num_selected=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: methods.CAGrad(c="0.5"), TypeError, "c must be a number, got str '0.5'"),
+        (lambda: methods.NashMTL(max_norm=None), TypeError, "max_norm must be a number, got NoneType"),
+        (lambda: methods.NashMTL(max_norm=0), ValueError, "max_norm must be > 0, got 0"),
+        (lambda: methods.MGDA(tol="small"), TypeError, "tol must be a number, got str 'small'"),
+        (lambda: methods.MGDA(max_iter=2.5), ValueError, "max_iter must be an int >= 1, got 2.5"),
+        (lambda: methods.PCGrad(seed=0.5), ValueError, "seed must be an int in .*, got 0.5"),
+        (lambda: methods.UPGrad(pref="mean"), TypeError, "pref must be T .*, got 'mean'"),
+        (lambda: methods.UPGrad(pref=torch.ones(2) * 1j), TypeError, "pref must be T .*, got tensor"),
+        (lambda: methods.Constant({"a": 1.0}), TypeError, "task_weights must be T .*, got {'a': 1.0}"),
+        (lambda: methods.UW(initial=float("inf")), ValueError, "initial must be finite, got inf"),
+        (lambda: methods.get("PC_Grad"), ValueError, r"got 'PC_Grad' \(did you mean 'pcgrad'\?\)"),
+        (lambda: methods.get("x"), ValueError, "got 'x'$"),
+        (lambda: methods.resolve(methods.MGDA, {}), TypeError, "a Method object, got the class MGDA"),
+        (lambda: methods.Method().weights(torch.eye(2)), NotImplementedError, r"Method must define weights\(gram"),
+        (lambda: gradsurgery.gram([]), TypeError, "non-empty list .*, got an empty list"),
+    ],
+)
+def test_what_an_option_must_be(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_what_an_optimizer_must_be_given():
+    net = two_task_net()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    used = net["trunk"].parameters()
+    list(used)
+    with pytest.raises(ValueError, match=r"shared must hold a parameter, got none \(a generator yields"):
+        gradsurgery.PCGrad(sgd, shared=used)
+    with pytest.raises(ValueError, match="norm_parameters must hold a parameter, got none"):
+        gradsurgery.GradNorm(sgd, norm_parameters=[])
+    optimizer = gradsurgery.PCGrad(sgd)
+    with pytest.raises(TypeError, match="scaler must be a gradient scaler, got bool True"):
+        optimizer.backward(two_losses(net, X), scaler=True)
+    with pytest.raises(AttributeError, match="'PCGrad' object has no attribute 'metod'; nor: 'SGD' object has no"):
+        print(optimizer.metod)
+    info = optimizer.backward(two_losses(net, X))
+    assert repr(info) == "SurgeryInfo(tasks=['0', '1'], with gram and weights)"
+
+
+def test_a_g_of_its_own_needs_one_segment():
+    net = two_task_net()
+    method = methods.get("mgda")
+    method.gram_parameters = [net["trunk"][0].weight]
+    with pytest.raises(ValueError, match="'mgda' reads a G of its own, which needs granularity 'global'"):
+        gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method, granularity="per_tensor")

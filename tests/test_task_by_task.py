@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""Losses that come one after the other, and what belongs to tasks and segments across checkpoints."""
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import grads_of, two_losses, two_task_net
+
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+
+
+def make(method, **options):
+    torch.manual_seed(0)
+    net = two_task_net(torch.float64)
+    return net, gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method, **options)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "moco", "uw", "graddrop", "sum"])
+def test_one_call_for_each_task_is_one_for_all(method, named):
+    found = []
+    for together in (True, False):
+        net, optimizer = make(method)
+        for _ in range(2):
+            optimizer.zero_grad()
+            if together:
+                optimizer.collect(two_losses(net, X.double()))
+            else:
+                for task in range(2):
+                    # Each graph is freed before the next one is made.
+                    losses = [loss if t == task else None for t, loss in enumerate(two_losses(net, X.double()))]
+                    optimizer.collect(dict(zip("ab", losses, strict=True)) if named else losses)
+            info = optimizer.combine()
+            optimizer.step()
+        found.append(([*net.parameters()], info.weights if method != "graddrop" else None))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_every_task_must_have_come():
+    net, optimizer = make("pcgrad")
+    losses = two_losses(net, X.double())
+    optimizer.collect({"a": losses[0], "b": None})
+    with pytest.raises(ValueError, match=r"'pcgrad' needs a loss of every task, got none of \['b'\]"):
+        optimizer.combine()
+    assert all(g is None for g in grads_of(net))
+    optimizer.collect({"a": None, "b": two_losses(net, X.double())[1]})  # what came before is still there
+    optimizer.combine()
+    expected, other = make("pcgrad")
+    other.backward(two_losses(expected, X.double()))
+    assert all(map(torch.equal, grads_of(net), grads_of(expected)))
+
+
+def test_batches_are_of_all_tasks():
+    net, optimizer = make("modo")
+    with pytest.raises(TypeError, match="loss '1' must be a tensor, got NoneType"):
+        optimizer.collect([two_losses(net, X.double())[0], None])
+
+
+def test_losses_of_a_stack_one_after_the_other_are_warned_of():
+    net, optimizer = make("mgda")
+    outputs = torch.cat([net["a"](net["trunk"](X.double())), net["b"](net["trunk"](X.double()))], 1)
+    losses = list(outputs.square().mean(0))
+    optimizer.collect([losses[0], None], retain_graph=True)
+    optimizer.collect([None, losses[1]], retain_graph=True)
+    optimizer.combine()
+    with pytest.warns(UserWarning, match="computed from one stacked tensor"):
+        optimizer.backward(losses)
+
+
+def test_names_of_numbers_before_the_first_step_are_remembered():
+    net, optimizer = make("dtp")
+    optimizer.update({"b": 0.9, "a": 0.1})
+    a, b = two_losses(net, X.double())
+    with pytest.raises(ValueError, match=r"same tasks in the same order.* had \['b', 'a'\], got \['a', 'b'\]"):
+        optimizer.backward({"a": a, "b": b})
+    weights = optimizer.backward({"b": b, "a": a}).weights
+    assert weights[1] > weights[0]
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_group"])
+def test_a_state_belongs_to_its_segments_after_a_checkpoint_too(granularity):
+    def make():
+        layers = [torch.nn.Parameter(torch.full((3,), i + 1.0)) for i in range(3)]
+        groups = [{"params": [p]} for p in layers]
+        return layers, gradsurgery.SurgeryOptimizer(torch.optim.SGD(groups, lr=0.1), "modo", granularity=granularity)
+
+    def step(layers, optimizer):
+        total = sum(p.square().sum() for p in layers if p.requires_grad)
+        return optimizer.backward([total, -2 * total])
+
+    mine, optimizer = make()
+    mine[2].requires_grad_(False)
+    step(mine, optimizer)
+    state = optimizer.state_dict()
+    assert state["blocks"] == [0, 1]
+    layers, resumed = make()
+    resumed.load_state_dict(state)
+    layers[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="a state for each group or tensor of the shared parameters"):
+        step(layers, resumed)
+    layers, resumed = make()
+    layers[2].requires_grad_(False)
+    resumed.load_state_dict(state)
+    torch.testing.assert_close(step(layers, resumed).weights, step(mine, optimizer).weights)
+    if granularity == "per_tensor":
+        with pytest.raises(ValueError, match=r"blocks must hold places of 3 parameters, got \[7\]"):
+            resumed.load_state_dict({**state, "blocks": [7]})
