@@ -17,7 +17,8 @@ STACKS = {
     "stack": torch.stack,
     "stack's parts": lambda losses: list(torch.stack(losses)),
     "parts by index": lambda losses: [torch.stack(losses)[t] for t in range(-2, 0)],
-    "parts of the last dimension": lambda losses: torch.stack(losses, dim=-1).unbind(-1),
+    "stack at the end": lambda losses: torch.stack(losses, dim=-1),
+    "parts from the end": lambda losses: torch.stack(losses).unbind(-1),
     "rows": lambda losses: list(torch.stack([loss.reshape(1) for loss in losses])),
 }
 
