@@ -22,6 +22,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 CHOICES = ("auto", "cuda", "cpu", "none")
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")  # Ampere, Ada, Hopper, Blackwell
 NO_TORCH = """\
 gradsurgery: torch cannot be imported, and its compiled extension needs it at build time.
 If torch is installed, pip's build isolation hides it. Install torch first, then:
@@ -29,10 +30,6 @@ If torch is installed, pip's build isolation hides it. Install torch first, then
     pip install --no-build-isolation .
 
 To install without the extension: GRADSURGERY_BUILD=none pip install ."""
-
-
-# Ampere, Ada, Hopper, Blackwell.
-ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 
 
 def choose_build() -> str:

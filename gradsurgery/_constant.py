@@ -15,7 +15,7 @@ Result = TypeVar("Result", Tensor, list[Any], Tensor | list[Any])
 class NotDifferentiableError(RuntimeError):
     """A gradient was asked for through the result of gradient surgery.
 
-    Functions that torch.compile compiled do not raise it: there results are constants without a word.
+    Within functions that torch.compile compiled, results are constants too, but nothing is raised.
     """
 
 

@@ -56,7 +56,7 @@ class TaskGradients:
         return [next((entry for entry in entries[p::step] if entry is not None), None) for p in range(step)]
 
     def writing_to(self, out: Any) -> TaskGradients | None:
-        """Return the form of these gradients to combine into ``out``; None if that takes copies in their layout."""
+        """Return these gradients in a form whose kernels write to ``out`` itself; None if that takes copies of it."""
         if self.lists is not None and self.lists.fits(out):
             return self
         return None if self.matrix is None else replace(self, lists=None)

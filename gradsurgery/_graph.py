@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +32,45 @@ _KEEPING = (
     *("SumBackward1", "ToCopyBackward0", "UnsqueezeBackward0", "ViewBackward0", "WhereBackward0"),
 )
 """Operators that keep losses apart. They are walked through, from a loss back to a stack that it is part of."""
+
+
+@dataclass(slots=True)
+class Survey:
+    """What the graph of the first step tells: how passes must run, and whether shared parameters can be inferred."""
+
+    infers_shared: bool
+    """Whether shared parameters are inferred, until a step with one pass per loss has checked that they can be."""
+    through_grad: bool | None = None
+    """Whether passes must go by way of ``.grad``; None before the first step, and where it is to be looked at again."""
+    began: bool = False
+    """Whether a step's graph was looked at."""
+
+    def look_again(self) -> None:
+        """Look at the next step's graph, for this step's losses reached fewer parameters than those before."""
+        self.through_grad = self.through_grad or None
+
+    def take(self, roots: list[Root], one_pass: bool) -> bool:
+        """Return ``through_grad``, and warn where gradients will not tell which parameters a loss reaches."""
+        if self.through_grad is None:
+            self.through_grad = recomputes(roots)
+            if self.through_grad and self.began:
+                warnings.warn(
+                    "losses depend on checkpoints with use_reentrant=True, which were not there at first, and whose "
+                    "parameters the last step may have missed",
+                    stacklevel=7,
+                )
+            self.began = True
+        if self.infers_shared and not one_pass and len(roots) > 1:
+            self.infers_shared = False
+            if joins(roots):
+                warnings.warn(
+                    "losses depend on different outputs of one compiled function, checkpoint or sharded module, or are "
+                    "computed from one stacked tensor, whose backward pass gives zeros to what a loss does not depend "
+                    "on: heads in it count as shared. Name the shared parameters by shared=, or keep trunk and heads "
+                    "apart there",
+                    stacklevel=7,
+                )
+        return self.through_grad
 
 
 def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int, int], list[int]]:

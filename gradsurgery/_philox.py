@@ -8,9 +8,9 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _COORDINATES = 1 << 31
-"""Added to the third word of the counter, where orders have a task."""
 _WEIGHTS = 0xFFFFFFFF
-"""That word for random weights."""
+"""The counter's third word is a task's number for orders, from 2^31 on for coordinates, and the last of all for random
+weights, so that no two share words."""
 
 
 def philox_words(rows: Tensor, count: int, seed: int, step: Tensor) -> Tensor:

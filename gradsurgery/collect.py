@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ._checks import check_choice, check_count, describe
 from ._gradients import is_sharded
-from ._graph import Root, joins, recomputes, root_of
+from ._graph import Survey, root_of
 from ._passes import Passes, check_memory
 
 if TYPE_CHECKING:
@@ -25,45 +24,6 @@ _ABSENT = (
 )
 
 Losses = Sequence[Tensor | None] | Tensor | Mapping[str, Tensor | None]
-
-
-@dataclass(slots=True)
-class Survey:
-    """What the graph of the first step tells: how passes must run, and whether shared parameters can be inferred."""
-
-    infers_shared: bool
-    """Whether shared parameters are inferred, until a step with one pass per loss has checked that they can be."""
-    through_grad: bool | None = None
-    """Whether passes must go by way of ``.grad``; None before the first step, and where it is to be looked at again."""
-    began: bool = False
-    """Whether a step's graph was looked at."""
-
-    def look_again(self) -> None:
-        """Look at the next step's graph, for this step's losses reached fewer parameters than those before."""
-        self.through_grad = self.through_grad or None
-
-    def take(self, roots: list[Root], one_pass: bool) -> bool:
-        """Return ``through_grad``, and warn where gradients will not tell which parameters a loss reaches."""
-        if self.through_grad is None:
-            self.through_grad = recomputes(roots)
-            if self.through_grad and self.began:
-                warnings.warn(
-                    "losses depend on checkpoints with use_reentrant=True, which were not there at first, and whose "
-                    "parameters the last step may have missed",
-                    stacklevel=7,
-                )
-            self.began = True
-        if self.infers_shared and not one_pass and len(roots) > 1:
-            self.infers_shared = False
-            if joins(roots):
-                warnings.warn(
-                    "losses depend on different outputs of one compiled function, checkpoint or sharded module, or are "
-                    "computed from one stacked tensor, whose backward pass gives zeros to what a loss does not depend "
-                    "on: heads in it count as shared. Name the shared parameters by shared=, or keep trunk and heads "
-                    "apart there",
-                    stacklevel=7,
-                )
-        return self.through_grad
 
 
 @dataclass(slots=True)

@@ -13,12 +13,13 @@ from torch import Tensor, distributed
 from . import methods
 from ._checks import describe
 from ._compiling import untraced
+from ._graph import Survey
 from ._operate import backward_once, operate
 from ._plan import Planner, check_method
 from ._shards import processes_of
 from ._wrapper import OptimizerWrapper
 from .backends import check_name
-from .collect import Collected, Losses, Survey, collect, holds_weights
+from .collect import Collected, Losses, collect, holds_weights
 from .diagnostics import SurgeryInfo
 
 

@@ -336,6 +336,26 @@ def test_a_step_with_another_number_of_tasks():
         torch.testing.assert_close([a.grad, b.grad], [2 * a.detach(), 2 * b.detach()])
 
 
+def test_one_wrapper_for_several_optimizers():
+    """Of all parameters, around an optimizer that never steps."""
+    results = []
+    for apart in (False, True):
+        torch.manual_seed(0)
+        net = two_task_net()
+        heads = [*net["a"].parameters(), *net["b"].parameters()]
+        stepped = [torch.optim.SGD(net.parameters(), lr=0.1)]
+        wrapped = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.0) if apart else stepped[0])
+        if apart:
+            stepped = [torch.optim.SGD(net["trunk"].parameters(), lr=0.1), torch.optim.SGD(heads, lr=0.1)]
+        for _ in range(3):
+            wrapped.zero_grad()
+            wrapped.backward(two_losses(net, torch.linspace(-1, 1, 48).reshape(8, 6)))
+            for optimizer in stepped:
+                optimizer.step()
+        results.append(list(net.parameters()))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_weights_of_ones_own_count():
     class Sum(gradsurgery.methods.PCGrad):
         def weights(self, gram, **_):

@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+import torch._functorch.config as functorch_config
+
 import gradsurgery
 from bench import report
 from conftest import on_cpu
@@ -15,15 +17,17 @@ README = (ROOT / "README.md").read_text()
 
 
 @on_cpu
-def test_python_blocks_run_in_order(capsys, monkeypatch):
+def test_python_blocks_run_in_order(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     # One process of one, as torchrun starts it.
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 4
     namespace: dict[str, object] = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md block {number}", "exec"), namespace)
+    with functorch_config.patch(donated_buffer=True):  # which the README sets
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"README.md block {number}", "exec"), namespace)
     assert "tensor([" in capsys.readouterr().out
 
 

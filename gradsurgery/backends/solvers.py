@@ -33,7 +33,7 @@ SOLVERS = (
 
 _LEAST_Y = 1e-290
 _CANCELLED = 1e-12
-"""Of the squares of its terms: a sum whose square is less is 0 but for rounding."""
+"""A sum whose square is less than this share of its terms' squares is rounding, and counts as 0."""
 
 
 def solve(

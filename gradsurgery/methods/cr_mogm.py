@@ -29,7 +29,8 @@ class CRMOGM(Method):
     Scale: the other method's. State: w, and the other method's. Cost: the other method's.
 
     Args:
-        method: a name of ``methods.available()``, or a ``Method``; one with weights from G or losses.
+        method: a name of ``methods.available()``, or a ``Method``; one with weights from G or losses. Through
+            ``aggregate``, which has an argument of this name itself, give it in a ``CRMOGM``.
         alpha: 0 <= alpha <= 1.
         method_options: the named method's options. For an ``alpha`` of its own give it as a ``Method``.
     """

@@ -26,7 +26,7 @@ class STCH(LossMethod):
 
     Args:
         mu: smoothness, > 0; the smaller, the nearer to the maximum.
-        warmup: steps on the sum of logarithms, >= 1.
+        warmup: steps on the sum of logarithms, >= 1; the same after a checkpoint as before it.
     """
 
     name = "stch"

@@ -4,7 +4,8 @@
 import triton
 import triton.language as tl
 
-from .min_norm import all_finite, descend, load_gram, sweep
+from .min_norm import descend
+from .problems import all_finite, load_gram, sweep
 
 
 @triton.jit(do_not_specialize=["num_tasks", "ridge"])

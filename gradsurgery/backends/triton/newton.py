@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .min_norm import all_finite, load_gram, sweep
+from .problems import all_finite, load_gram, sweep
 
 LEAST_Y = tl.constexpr(1e-290)
 

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .min_norm import all_finite, load_gram
+from .problems import all_finite, load_gram
 
 
 @triton.jit

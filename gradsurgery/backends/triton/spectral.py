@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .min_norm import all_finite, load_gram, sweep
+from .problems import all_finite, load_gram, sweep
 
 ROUNDING = tl.constexpr(2.0**-23)
 """What an eigenvalue counts as 0 below, relative to T times the largest."""
