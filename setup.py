@@ -108,7 +108,9 @@ def extension_arguments(build: str) -> dict:
     patterns = ("*.h", "*.inl", "*.cuh")
     headers = [str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(f"csrc/**/{pattern}")]
     openmp = openmp_flags()
-    flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0", *openmp]
+    # A caller's -ffast-math would remove what handles NaN.
+    exact = ["-fno-fast-math", "-ffp-contract=fast"]
+    flags = ["-O3", "-std=c++20", *exact, "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0", *openmp]
     if build == "cuda":
         choose_architectures()
     make_extension = CUDAExtension if build == "cuda" else CppExtension
