@@ -9,17 +9,25 @@
 
 namespace gs {
 
+// Beyond these, counts of bytes and of products would overflow.
+constexpr int64_t kMaxBatch = int64_t{1} << 40;
+constexpr int64_t kMaxElements = int64_t{1} << 52;
+
 inline gs_status check(const gs_gradients& g) {
   GS_REQUIRE(g.num_tasks >= 1, "num_tasks must be at least 1, got %lld", (long long)g.num_tasks);
   if (g.num_tasks > GS_MAX_TASKS) {
     return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)g.num_tasks);
   }
-  GS_REQUIRE(g.num_params >= 0 && g.num_segments >= 1,
-             "num_params must be >= 0 and num_segments >= 1, got %lld and %lld", (long long)g.num_params,
+  GS_REQUIRE(g.num_params >= 0, "num_params must be >= 0, got %lld", (long long)g.num_params);
+  GS_REQUIRE(g.num_segments >= 1 && g.num_segments <= INT32_MAX, "num_segments must be in 1..2^31-1, got %lld",
              (long long)g.num_segments);
   GS_REQUIRE(g.num_params == 0 || (g.data && g.numel && g.dtype), "data, numel and dtype must not be NULL");
+  int64_t left = kMaxElements;
   for (int64_t p = 0; p < g.num_params; p++) {
     GS_REQUIRE(g.numel[p] >= 0, "numel[%lld] must be >= 0, got %lld", (long long)p, (long long)g.numel[p]);
+    GS_REQUIRE(g.numel[p] <= left, "numel must sum to at most 2^52, got %lld in numel[%lld], where %lld are left",
+               (long long)g.numel[p], (long long)p, (long long)left);
+    left -= g.numel[p];
     GS_REQUIRE(g.dtype[p] >= GS_FLOAT64 && g.dtype[p] <= GS_FLOAT16, "dtype[%lld] is %d, which no gs_dtype is",
                (long long)p, g.dtype[p]);
     GS_REQUIRE(!g.segment || (g.segment[p] >= 0 && g.segment[p] < g.num_segments),
@@ -28,8 +36,14 @@ inline gs_status check(const gs_gradients& g) {
   return GS_OK;
 }
 
+inline gs_status check(const gs_gradients* grads) {
+  GS_REQUIRE(grads, "grads must not be NULL");
+  return check(*grads);
+}
+
 inline gs_status check_problems(int64_t batch, int64_t num_tasks) {
-  GS_REQUIRE(batch >= 0 && num_tasks >= 1, "batch must be >= 0 and num_tasks >= 1, got %lld and %lld", (long long)batch,
+  GS_REQUIRE(batch >= 0 && batch <= kMaxBatch && num_tasks >= 1,
+             "batch must be in 0..2^40 and num_tasks at least 1, got %lld and %lld", (long long)batch,
              (long long)num_tasks);
   if (num_tasks > GS_MAX_TASKS) {
     return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)num_tasks);
@@ -59,6 +73,20 @@ inline gs_status check_order(const int64_t* order, int64_t num_tasks) {
   return GS_OK;
 }
 
+inline gs_status check_gradvac(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
+                               const double* targets, const double* weights) {
+  if (const gs_status status = check_problems(batch, num_tasks)) return status;
+  GS_REQUIRE(batch == 0 || (gram && order && targets && weights), "gram, order, targets and weights must not be NULL");
+  GS_REQUIRE(beta >= 0 && beta <= 1, "beta must be in 0..1, got %g", beta);
+  return GS_OK;
+}
+
+inline gs_status check_gradnorm(double alpha, double lr) {
+  GS_REQUIRE(alpha >= 0 && alpha < INFINITY && lr >= 0 && lr < INFINITY,
+             "alpha and lr must be >= 0 and finite, got %g and %g", alpha, lr);
+  return GS_OK;
+}
+
 inline gs_status check_known(gs_weighting weighting) {
   GS_REQUIRE(weighting >= GS_UPGRAD && weighting <= GS_KRUM, "weighting is %d, which no gs_weighting is",
              (int)weighting);
@@ -74,14 +102,19 @@ inline gs_status check_weighting(gs_weighting weighting, int64_t num_tasks, doub
   GS_REQUIRE(weighting != GS_FAIRGRAD || (parameter > 0 && parameter < INFINITY && limit > 0),
              "alpha and limit must be positive and alpha finite, got %g and %g", parameter, limit);
   const auto tasks = static_cast<double>(num_tasks);
-  GS_REQUIRE(weighting != GS_KRUM || (parameter >= 0 && parameter <= tasks && limit >= 1 && limit <= tasks),
-             "Krum's parameter must be in 0..%lld and its limit in 1..%lld, got %g and %g", (long long)num_tasks,
-             (long long)num_tasks, parameter, limit);
+  const auto is_whole = [&](double value, double least) {
+    return value >= least && value <= tasks && value == std::floor(value);
+  };
+  GS_REQUIRE(weighting != GS_KRUM || (is_whole(parameter, 0) && is_whole(limit, 1)),
+             "Krum's parameter must be in 0..%lld and its limit in 1..%lld, whole numbers, got %g and %g",
+             (long long)num_tasks, (long long)num_tasks, parameter, limit);
   return GS_OK;
 }
 
-inline gs_status check_solver(gs_solver solver) {
+inline gs_status check_solver(gs_solver solver, int64_t max_iter, double tol) {
   GS_REQUIRE(solver == GS_EXACT || solver == GS_FRANK_WOLFE, "solver is %d, which no gs_solver is", (int)solver);
+  GS_REQUIRE(solver == GS_EXACT || (max_iter >= 1 && tol >= 0),
+             "max_iter must be at least 1 and tol >= 0, got %lld and %g", (long long)max_iter, tol);
   return GS_OK;
 }
 
@@ -92,7 +125,7 @@ inline gs_status check_solve(const gs_gradients* grads, const gs_solve* solve) {
     case GS_PCGRAD:
       return GS_OK;
     case GS_MIN_NORM:
-      return check_solver(solve->solver);
+      return check_solver(solve->solver, solve->max_iter, solve->tol);
     case GS_WEIGHTING:
       return check_weighting(solve->weighting, grads->num_tasks, solve->parameter, solve->limit);
   }

@@ -28,7 +28,7 @@ void combine_chunk(const gs_gradients& g, const double* weights, void* out, bool
 }  // namespace gs
 
 int64_t gs_combine_workspace_bytes(const gs_gradients* grads) {
-  return grads && gs::check(*grads) == GS_OK ? (grads->num_params + 1) * static_cast<int64_t>(sizeof(int64_t)) : -1;
+  return gs::check(grads) == GS_OK ? (grads->num_params + 1) * static_cast<int64_t>(sizeof(int64_t)) : -1;
 }
 
 gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,

@@ -5,7 +5,7 @@
 #include "kernels.h"
 
 int64_t gs_combine_by_rule_workspace_bytes(const gs_gradients* grads) {
-  if (!grads || gs::check(*grads) != GS_OK) return -1;
+  if (gs::check(grads) != GS_OK) return -1;
   return (2 * grads->num_params + 1) * static_cast<int64_t>(sizeof(int64_t));
 }
 

@@ -110,7 +110,7 @@ void sum_columns(const gs_gradients& g, const Plan& plan, int64_t segment, int64
 }  // namespace gs
 
 int64_t gs_gram_workspace_bytes(const gs_gradients* grads) {
-  return grads && gs::check(*grads) == GS_OK ? gs::Plan(*grads, nullptr).bytes : -1;
+  return gs::check(grads) == GS_OK ? gs::Plan(*grads, nullptr).bytes : -1;
 }
 
 gs_status gs_gram_cpu(const gs_gradients* grads, double* gram, void* workspace, int64_t workspace_bytes,

@@ -88,7 +88,7 @@ gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, 
                           const gs_parallel* parallel) {
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
-  if (const gs_status status = gs::check_solver(solver)) return status;
+  if (const gs_status status = gs::check_solver(solver, max_iter, tol)) return status;
   if (const gs_status status =
           gs::check_workspace(workspace, workspace_bytes, gs_min_norm_workspace_bytes(batch, num_tasks)))
     return status;
@@ -147,10 +147,8 @@ gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, g
 
 gs_status gs_gradvac_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
                          double* targets, double* weights, const gs_parallel* parallel) {
-  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
-  GS_REQUIRE(order && (batch == 0 || (gram && targets && weights)),
-             "gram, order, targets and weights must not be NULL");
-  if (const gs_status status = gs::check_order(order, num_tasks)) return status;
+  if (const gs_status status = gs::check_gradvac(gram, batch, num_tasks, order, beta, targets, weights)) return status;
+  if (const gs_status status = order ? gs::check_order(order, num_tasks) : GS_OK) return status;
   const auto solve = [&](int64_t b, const double* problem, double* w) {
     std::fill(w, w + num_tasks, 1.0);
     for (int64_t i = 0; i < num_tasks; i++) {
@@ -169,10 +167,12 @@ gs_status gs_gradnorm_cpu(const double* weights, const double* norms, const doub
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (weights && norms && losses && initial_losses && new_weights),
              "weights, norms, losses, initial_losses and new_weights must not be NULL");
+  if (const gs_status status = gs::check_gradnorm(alpha, lr)) return status;
   for (int64_t b = 0; b < batch; b++) {
+    double updated[GS_MAX_TASKS];
     const int64_t at = b * num_tasks;
-    gs::gradnorm_update(weights + at, norms + at, losses + at, initial_losses + at, num_tasks, alpha, lr,
-                        new_weights + at);
+    gs::gradnorm_update(weights + at, norms + at, losses + at, initial_losses + at, num_tasks, alpha, lr, updated);
+    std::copy(updated, updated + num_tasks, new_weights + at);
   }
   return GS_OK;
 }
@@ -182,6 +182,7 @@ gs_status gs_gradnorm_step_cpu(const double* gram, const double* losses, int64_t
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && losses && state_weights && initial_losses && weights),
              "gram, losses, state_weights, initial_losses and weights must not be NULL");
+  if (const gs_status status = gs::check_gradnorm(alpha, lr)) return status;
   for (int64_t b = 0; b < batch; b++) {
     double norms[GS_MAX_TASKS], updated[GS_MAX_TASKS];
     const int64_t at = b * num_tasks;

@@ -192,7 +192,7 @@ gs_status launch_combine(const Table& table, const SlotOrder& order, const gs_gr
 }  // namespace gs::gpu
 
 int64_t gs_combine_cuda_workspace_bytes(const gs_gradients* grads) {
-  if (!grads || gs::check(*grads) != GS_OK) return -1;
+  if (gs::check(grads) != GS_OK) return -1;
   return gs::gpu::table_workspace_bytes(grads->num_params, grads->num_tasks + 1);
 }
 

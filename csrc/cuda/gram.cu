@@ -95,7 +95,7 @@ gs_status launch_products(const Table& table, int64_t num_tasks, bool fast_doubl
 
 int64_t gs_gram_cuda_workspace_bytes(const gs_gradients* grads) {
   using namespace gs::gpu;
-  if (!grads || gs::check(*grads) != GS_OK) return -1;
+  if (gs::check(grads) != GS_OK) return -1;
   // No table has more columns or runs than all parameters do, and a run adds at most one slot to those of its columns.
   int64_t columns = 0, runs = 0, last_segment[GS_FLOAT16 + 1] = {-1, -1, -1, -1};
   for (int64_t p = 0; p < grads->num_params; p++) {

@@ -104,8 +104,10 @@ GS_KERNEL gradnorm_kernel(const double* weights, const double* norms, const doub
                           double* new_weights) {
   wait_for_previous_kernel();
   const int64_t at = block() * num_tasks;
+  double* updated = &shared<double>();
   if (thread() == 0) {
-    gradnorm_update(weights + at, norms + at, losses + at, initial_losses + at, num_tasks, alpha, lr, new_weights + at);
+    gradnorm_update(weights + at, norms + at, losses + at, initial_losses + at, num_tasks, alpha, lr, updated);
+    for (int64_t i = 0; i < num_tasks; i++) new_weights[at + i] = updated[i];
   }
 }
 
@@ -133,7 +135,7 @@ gs_status gs_min_norm_cuda(const double* gram, int64_t batch, int64_t num_tasks,
   using namespace gs::gpu;
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
-  if (const gs_status status = gs::check_solver(solver)) return status;
+  if (const gs_status status = gs::check_solver(solver, max_iter, tol)) return status;
   if (const gs_status status =
           gs::check_workspace(workspace, workspace_bytes, gs_min_norm_cuda_workspace_bytes(batch, num_tasks)))
     return status;
@@ -184,7 +186,8 @@ gs_status gs_gradnorm_cuda(const double* weights, const double* norms, const dou
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (weights && norms && losses && initial_losses && new_weights),
              "weights, norms, losses, initial_losses and new_weights must not be NULL");
-  return gs::gpu::launch(gs::gpu::gradnorm_kernel, batch, gs::gpu::kWarp, 0, stream, weights, norms, losses,
+  if (const gs_status status = gs::check_gradnorm(alpha, lr)) return status;
+  return gs::gpu::launch(gs::gpu::gradnorm_kernel, batch, gs::gpu::kWarp, num_tasks * 8, stream, weights, norms, losses,
                          initial_losses, num_tasks, alpha, lr, new_weights);
 }
 
@@ -194,6 +197,7 @@ gs_status gs_gradnorm_step_cuda(const double* gram, const double* losses, int64_
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && losses && state_weights && initial_losses && weights),
              "gram, losses, state_weights, initial_losses and weights must not be NULL");
+  if (const gs_status status = gs::check_gradnorm(alpha, lr)) return status;
   return gs::gpu::launch(gs::gpu::gradnorm_step_kernel, batch, gs::gpu::kWarp, 2 * num_tasks * 8, stream, gram, losses,
                          num_tasks, alpha, lr, state_weights, initial_losses, weights);
 }

@@ -149,8 +149,7 @@ gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_tasks, 
 gs_status gs_gradvac_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
                           double* targets, double* weights, gs_stream stream) {
   using namespace gs::gpu;
-  if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
-  GS_REQUIRE(batch == 0 || (gram && order && targets && weights), "gram, order, targets and weights must not be NULL");
+  if (const gs_status status = gs::check_gradvac(gram, batch, num_tasks, order, beta, targets, weights)) return status;
   const int64_t warps = std::min(num_tasks, kMaxWarps);
   return launch(gradvac_kernel, batch, static_cast<int>(warps * kWarp), 2 * warps * num_tasks * 8, stream, gram,
                 num_tasks, order, beta, targets, weights);

@@ -7,7 +7,8 @@ namespace gs {
 
 // With n_i = |grad L_i|, G_i = w_i n_i, r_i = (L_i / L_i(0)) / mean_k (L_k / L_k(0)) and target_i = mean(G) r_i^alpha
 // held constant, sum_i |G_i - target_i| has the gradient sign(G_i - target_i) n_i in w_i. One step of size lr down it,
-// no further than w_i = 0, then sum w = T. If every weight reaches 0 the weights stay as they were.
+// no further than w_i = 0, then sum w = T. If every weight reaches 0 the weights stay as they were, so
+// new_weights must not be weights.
 GS_HOST_DEVICE inline void gradnorm_update(const double* weights, const double* norms, const double* losses,
                                            const double* initial_losses, int64_t num_tasks, double alpha, double lr,
                                            double* new_weights) {

@@ -161,6 +161,13 @@ void test_solvers() {
   const double one[2] = {1, 1}, norms[2] = {1, 3}, losses[2] = {1, 1};
   CHECK(gs_gradnorm_cpu(one, norms, losses, losses, 1, 2, 1.5, 0.1, w) == GS_OK);
   CHECK(std::abs(w[0] - 2 * 1.1 / 1.8) < 1e-15 && std::abs(w[1] - 2 * 0.7 / 1.8) < 1e-15);
+  // In place: a step, and one that would leave nothing.
+  double same[2] = {1, 1};
+  CHECK(gs_gradnorm_cpu(same, norms, losses, losses, 1, 2, 1.5, 0.1, same) == GS_OK);
+  CHECK(same[0] == w[0] && same[1] == w[1]);
+  const double apart[2] = {0.2, 1.8};
+  double kept[2] = {0.5, 1.5};
+  CHECK(gs_gradnorm_cpu(kept, one, apart, one, 1, 2, 0.5, 100, kept) == GS_OK && kept[0] == 0.5 && kept[1] == 1.5);
   const double squares[4] = {1, 0, 0, 9};
   double state[2] = {1, 1}, initial[2] = {NAN, NAN}, current[2];
   CHECK(gs_gradnorm_step_cpu(squares, losses, 1, 2, 1.5, 0.1, state, initial, current) == GS_OK);
@@ -218,7 +225,66 @@ void test_errors() {
   const int64_t twice[4] = {0, 1, 1, 1};
   const double square[4] = {1, 0, 0, 1};
   CHECK(gs_pcgrad_cpu(square, 1, 2, twice, 0, 0, 0, gram, nullptr) == GS_INVALID_ARGUMENT);
-  CHECK(gs_gradvac_cpu(nullptr, 0, 2, nullptr, 0.5, nullptr, nullptr, nullptr) == GS_INVALID_ARGUMENT);
+  CHECK(gs_gradvac_cpu(nullptr, 0, 2, nullptr, 0.5, nullptr, nullptr, nullptr) == GS_OK);
+  CHECK(gs_gradvac_cpu(square, 1, 2, nullptr, 0.5, gram, gram, nullptr) == GS_INVALID_ARGUMENT);
+}
+
+bool last_error_is(const std::string& message) { return gs_last_error() == message; }
+
+void test_sizes() {
+  for (const auto bytes_of :
+       {gs_gram_workspace_bytes, gs_combine_workspace_bytes, gs_combine_by_rule_workspace_bytes}) {
+    CHECK(bytes_of(nullptr) == -1 && last_error_is("grads must not be NULL"));
+    Problem problem(2, {4, 4});
+    gs_gradients view = problem.view();
+    view.num_segments = int64_t{1} << 31;
+    CHECK(bytes_of(&view) == -1 && last_error_is("num_segments must be in 1..2^31-1, got 2147483648"));
+    view.num_segments = INT32_MAX;
+    CHECK(bytes_of(&view) > 0);
+    problem.numel = {int64_t{1} << 52, 0};
+    view.numel = problem.numel.data();
+    CHECK(bytes_of(&view) > 0);
+    problem.numel[1] = 1;
+    CHECK(bytes_of(&view) == -1);
+    CHECK(last_error_is("numel must sum to at most 2^52, got 1 in numel[1], where 0 are left"));
+  }
+  const int64_t most = int64_t{1} << 40;
+  CHECK(gs_min_norm_workspace_bytes(most, GS_MAX_TASKS) > 0 &&
+        gs_simplex_steps_workspace_bytes(most, GS_MAX_TASKS) > 0);
+  for (int method = GS_UPGRAD; method <= GS_KRUM; method++) {
+    CHECK(gs_weights_workspace_bytes(static_cast<gs_weighting>(method), most, GS_MAX_TASKS) > 0);
+  }
+  CHECK(gs_min_norm_workspace_bytes(most + 1, 2) == -1);
+  CHECK(last_error_is("batch must be in 0..2^40 and num_tasks at least 1, got 1099511627777 and 2"));
+}
+
+void test_ranges() {
+  const double gram[4] = {1, 0, 0, 1}, ones[2] = {1, 1};
+  const int64_t order[4] = {0, 1, 1, 0}, bytes = gs_min_norm_workspace_bytes(1, 2);
+  const auto space = workspace(4096);
+  double w[2], targets[4] = {};
+  const auto min_norm = [&](gs_solver solver, int64_t max_iter, double tol) {
+    return gs_min_norm_cpu(gram, 1, 2, solver, max_iter, tol, w, space.get(), bytes, nullptr);
+  };
+  CHECK(min_norm(GS_FRANK_WOLFE, 0, 0) == GS_INVALID_ARGUMENT);
+  CHECK(last_error_is("max_iter must be at least 1 and tol >= 0, got 0 and 0"));
+  for (const double tol : {-1.0, double{NAN}}) CHECK(min_norm(GS_FRANK_WOLFE, 1, tol) == GS_INVALID_ARGUMENT);
+  CHECK(min_norm(GS_FRANK_WOLFE, 1, 0) == GS_OK && min_norm(GS_EXACT, 0, NAN) == GS_OK);
+  for (const double beta : {-0.1, 1.1, double{NAN}}) {
+    CHECK(gs_gradvac_cpu(gram, 1, 2, order, beta, targets, w, nullptr) == GS_INVALID_ARGUMENT);
+  }
+  CHECK(gs_gradvac_cpu(gram, 1, 2, order, 1, targets, w, nullptr) == GS_OK);
+  for (const double wrong : {-1.0, double{NAN}, double{INFINITY}}) {
+    double state[2] = {1, 1}, initial[2] = {1, 1};
+    CHECK(gs_gradnorm_cpu(ones, ones, ones, ones, 1, 2, wrong, 0, w) == GS_INVALID_ARGUMENT);
+    CHECK(gs_gradnorm_cpu(ones, ones, ones, ones, 1, 2, 0, wrong, w) == GS_INVALID_ARGUMENT);
+    CHECK(gs_gradnorm_step_cpu(gram, ones, 1, 2, wrong, 0, state, initial, w) == GS_INVALID_ARGUMENT);
+    CHECK(gs_gradnorm_step_cpu(gram, ones, 1, 2, 0, wrong, state, initial, w) == GS_INVALID_ARGUMENT);
+  }
+  const auto krum = [&](double parameter, double limit) {
+    return gs_weights_cpu(gram, 1, 2, GS_KRUM, nullptr, parameter, limit, w, space.get(), 4096, nullptr);
+  };
+  CHECK(krum(0.5, 1) == GS_INVALID_ARGUMENT && krum(0, 1.5) == GS_INVALID_ARGUMENT && krum(0, 1) == GS_OK);
 }
 
 }  // namespace
@@ -231,6 +297,8 @@ int main() {
   for (const int64_t tasks : {1, 2, 5, 16, 64, 128, 256}) test_min_norm(tasks);
   test_solvers();
   test_errors();
+  test_sizes();
+  test_ranges();
   std::printf("core: ok on %s\n", gs_cpu_isa());
   return 0;
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The CUDA solvers, compiled for the host (emulated.h), against the CPU's results, in several orders of threads and
 // blocks: the same bits in each.
+#include <string>
+
 #include "emulation.h"
 
 namespace {
@@ -227,10 +229,47 @@ void test_gradnorm(int64_t num_tasks) {
   check_close(gpu_first, first, 0, "gradnorm_step initial losses");
 }
 
+// A step that would leave nothing.
+void test_gradnorm_in_place() {
+  const double ones[2] = {1, 1}, losses[2] = {0.2, 1.8};
+  const Values got = in_every_order(2, [&](double* out) {
+    out[0] = 0.5;
+    out[1] = 1.5;
+    return gs_gradnorm_cuda(out, ones, losses, ones, 1, 2, 0.5, 100, out, nullptr);
+  });
+  check_close(got, {0.5, 1.5}, 0, "gradnorm in place");
+}
+
+void test_errors() {
+  const auto check_null = [](int64_t bytes) {
+    CHECK(bytes == -1 && std::string(gs_last_error()) == "grads must not be NULL", "%s", gs_last_error());
+  };
+  check_null(gs_gram_cuda_workspace_bytes(nullptr));
+  check_null(gs_combine_cuda_workspace_bytes(nullptr));
+  check_null(gs_combine_by_rule_cuda_workspace_bytes(nullptr));
+  const int64_t most = int64_t{1} << 40;
+  CHECK(gs_weights_cuda_workspace_bytes(GS_UPGRAD, most, GS_MAX_TASKS) > 0, "%s", gs_last_error());
+  CHECK(gs_weights_cuda_workspace_bytes(GS_UPGRAD, most + 1, GS_MAX_TASKS) == -1, "batch");
+  const double gram[4] = {1, 0, 0, 1}, ones[2] = {1, 1};
+  const int64_t order[4] = {0, 1, 1, 0};
+  double w[2], targets[4] = {}, state[2] = {1, 1}, initial[2] = {1, 1};
+  const auto check_invalid = [](gs_status status, const char* what) {
+    CHECK(status == GS_INVALID_ARGUMENT, "%s", what);
+  };
+  check_invalid(gs_min_norm_cuda(gram, 1, 2, GS_FRANK_WOLFE, 0, 0, w, nullptr, 0, nullptr), "max_iter");
+  check_invalid(gs_min_norm_cuda(gram, 1, 2, GS_FRANK_WOLFE, 1, -1, w, nullptr, 0, nullptr), "tol");
+  check_invalid(gs_gradvac_cuda(gram, 1, 2, order, 1.1, targets, w, nullptr), "beta");
+  check_invalid(gs_gradnorm_cuda(ones, ones, ones, ones, 1, 2, -1, 0, w, nullptr), "alpha");
+  check_invalid(gs_gradnorm_step_cuda(gram, ones, 1, 2, 0, INFINITY, state, initial, w, nullptr), "lr");
+  check_invalid(gs_weights_cuda(gram, 1, 2, GS_KRUM, nullptr, 0.5, 1, w, nullptr, 0, nullptr), "Krum's parameter");
+}
+
 }  // namespace
 
 int main() {
+  test_errors();
   test_odd_pcgrad();
+  test_gradnorm_in_place();
   for (const int64_t num_tasks : {1, 2, 3, 5, 8, 9, 17}) {
     test_task_order(num_tasks);
     for (const bool own_order : {false, true}) test_pcgrad(num_tasks, own_order);

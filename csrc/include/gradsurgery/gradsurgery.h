@@ -5,8 +5,10 @@
 //
 // Conventions, for every function:
 //   * sizes and offsets are int64_t, in elements; T x T data is float64, row-major and contiguous;
-//   * the library never allocates: the caller passes outputs and a workspace, aligned to 64 bytes, of at least
-//     the size that the matching gs_*_workspace_bytes names (never negative, -1 for invalid arguments);
+//   * the library never allocates: the caller passes outputs, which need no alignment but their type's, and a
+//     workspace, aligned to 64 bytes, of at least the size that the matching gs_*_workspace_bytes names (never
+//     negative, -1 for invalid arguments);
+//   * a batch is at most 2^40;
 //   * a status comes back; gs_last_error() is the message of the last failure on this thread;
 //   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or of a GPU's
 //     multiprocessors; GPUs before and since compute capability 9.0, and inputs at other addresses modulo 16 bytes, may
@@ -61,10 +63,10 @@ typedef enum gs_weighting {
   GS_CAGRAD = 2,    // parameter: c >= 0
   GS_FAIRGRAD = 3,  // parameter: alpha > 0, 1 is Nash-MTL; limit > 0: of |d|, or INFINITY
   GS_IMTL_G = 4,
-  GS_CONFIG = 5,           // preference
-  GS_ALIGNED_MTL_MIN = 6,  // preference
-  GS_ALIGNED_MTL_MEDIAN = 7,
-  GS_ALIGNED_MTL_RMSE = 8,
+  GS_CONFIG = 5,              // preference
+  GS_ALIGNED_MTL_MIN = 6,     // preference
+  GS_ALIGNED_MTL_MEDIAN = 7,  // preference
+  GS_ALIGNED_MTL_RMSE = 8,    // preference
   GS_KRUM = 9,  // parameter: how many gradients may be arbitrary, 0..T; limit: how many are selected, 1..T
 } gs_weighting;
 
@@ -103,9 +105,9 @@ typedef struct gs_solve {
 typedef struct gs_gradients {
   int64_t num_tasks;        // T, 1..GS_MAX_TASKS
   int64_t num_params;       // P
-  int64_t num_segments;     // S: blocks of parameters that get surgery separately
+  int64_t num_segments;     // S, 1..2^31-1: blocks of parameters that get surgery separately
   const void* const* data;  // [P][T] device or host pointers; NULL: the task has no gradient there
-  const int64_t* numel;     // [P] elements of each parameter; all T gradients share one dense layout
+  const int64_t* numel;     // [P] elements of each parameter, <= 2^52 in all; all T gradients share one dense layout
   const int32_t* dtype;     // [P] gs_dtype
   const int32_t* segment;   // [P] in 0..S-1; NULL: all in segment 0
 } gs_gradients;
@@ -134,9 +136,9 @@ GS_API gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* wor
                               gs_stream stream);
 
 // The direction d_p = sum_t weights[segment(p), t] g_{t,p}, summed in float64 in ascending t and rounded once to the
-// parameter's dtype. weights is [S, T], out [P]. A gradient whose weight is 0 is not read. out[p] may be NULL (skipped)
-// or equal one of g_{t,p}, but must not share memory with other gradients; with accumulate != 0 the direction is added
-// to what out[p] holds.
+// parameter's dtype, to 16-bit formats by way of float32. weights is [S, T], out [P]. A gradient whose weight is 0 is
+// not read. out[p] may be NULL (skipped) or equal one of g_{t,p}, but must not share memory with other gradients; with
+// accumulate != 0 the direction is added to what out[p] holds.
 GS_API int64_t gs_combine_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
                                 void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
@@ -144,8 +146,8 @@ GS_API int64_t gs_combine_cuda_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
                                  void* workspace, int64_t workspace_bytes, gs_stream stream);
 
-// The direction of a gs_rule, in float64 and rounded once; out [P] and accumulate are as above. A task without a
-// gradient counts as zeros, a coordinate with a value that is not finite becomes NaN, and segments do not matter.
+// The direction of a gs_rule, in float64; rounding, out [P] and accumulate are as above. A task without a gradient
+// counts as zeros, a coordinate with a value that is not finite becomes NaN, and segments do not matter.
 // GradDrop: where P = (1 + sum g / sum |g|) / 2 > u, all of the positive values of a coordinate count, where P < u all
 // of the negative ones, and of the other values leak_t g_t. u = (w + 1/2) / 2^32 with w = word i mod 4 of
 // Philox4x32-10, key seed, counter (*step mod 2^32, *step / 2^32, 2^31 + b / 2^32, b mod 2^32), b = i / 4. The
@@ -242,8 +244,9 @@ GS_API gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* so
 
 // One closed-form GradNorm step (Chen et al., ICML 2018, equations 1 and 2) on weights [batch, T]; all inputs are
 // [batch, T]. With G_i = w_i n_i, r_i = (L_i / L_i(0)) / mean_k (L_k / L_k(0)) and the target mean(G) r_i^alpha held
-// constant, w_i moves by -lr sign(G_i - target_i) n_i, no further than 0; then the weights are scaled to sum to T.
-// alpha >= 0, lr >= 0; norms >= 0, losses >= 0, initial losses > 0.
+// constant, w_i moves by -lr sign(G_i - target_i) n_i, no further than 0; then the weights are scaled to sum to T. If
+// all would reach 0 they stay as they were. alpha >= 0, lr >= 0, both finite; norms >= 0, losses >= 0, initial losses >
+// 0. new_weights may be weights.
 GS_API gs_status gs_gradnorm_cpu(const double* weights, const double* norms, const double* losses,
                                  const double* initial_losses, int64_t batch, int64_t num_tasks, double alpha,
                                  double lr, double* new_weights);
