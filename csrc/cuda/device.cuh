@@ -17,8 +17,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
-#include <vector>
 
 #define GS_KERNEL __global__ void
 #define GS_DEVICE __device__ __forceinline__
@@ -220,12 +220,13 @@ inline gs_status clear(double* values, int64_t count, gs_stream stream) {
   return error == cudaSuccess ? GS_OK : fail_cuda("clear failed", error);
 }
 
-// Lets blocks of a kernel have more than 48 KB of shared memory, once for each kernel, device and thread: the values
-// are always the same, so that threads that launch at once do not undo each other's.
+// Lets blocks of a kernel have more than 48 KB of shared memory, once for each of the kernels and devices that a thread
+// used last: the values are always the same, so that threads that launch at once do not undo each other's.
 inline gs_status allow_much_memory(const void* kernel, const Traits& traits) {
-  thread_local std::vector<std::pair<const void*, int> > allowed;
+  thread_local std::pair<const void*, int> allowed[64];
+  thread_local unsigned oldest = 0;
   const std::pair<const void*, int> mine = {kernel, traits.device};
-  if (std::find(allowed.begin(), allowed.end(), mine) != allowed.end()) return GS_OK;
+  if (std::find(std::begin(allowed), std::end(allowed), mine) != std::end(allowed)) return GS_OK;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(traits.shared_bytes));
   // So that as many blocks fit a multiprocessor as it has memory for.
@@ -234,7 +235,7 @@ inline gs_status allow_much_memory(const void* kernel, const Traits& traits) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   }
   if (error != cudaSuccess) return fail_cuda("shared memory", error);
-  allowed.push_back(mine);
+  allowed[oldest++ % std::size(allowed)] = mine;
   return GS_OK;
 }
 

@@ -41,12 +41,13 @@ class MinNorm {
     }
     team_.least(least, shortest);
     set_.set_shift(least);
-    warm = warm && least > 0;
+    const bool descends = least >= 0x1p-1000;  // or u, of the order of 1 / least, would overflow
+    warm = warm && descends;
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       w_[i] = warm ? weights_[i] : i == shortest ? 1 : 0;
     }
     team_.sync();
-    if (least > 0) descend(warm);  // a zero gradient is the shortest point itself
+    if (descends) descend(warm);  // a zero gradient is the shortest point itself
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
   }
 

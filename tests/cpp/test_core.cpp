@@ -144,6 +144,10 @@ void test_solvers() {
     CHECK(norm < (solver == GS_EXACT ? 1e-28 : 1e-2));
     CHECK(std::abs(w[0] + w[1] + w[2] + w[3] - 1) < 1e-14);
   }
+  // A square whose inverse overflows is that of the shortest point.
+  const double tiny[4] = {1, 0, 0, 1e-310};
+  CHECK(gs_min_norm_cpu(tiny, 1, 2, GS_EXACT, 250, 1e-9, w, space.get(), bytes, nullptr) == GS_OK);
+  CHECK(w[0] == 0 && w[1] == 1);
   int64_t order[9];
   CHECK(gs_task_order_cpu(3, 1, 2, order) == GS_OK);
   for (int i = 0; i < 3; i++) CHECK(order[3 * i] + order[3 * i + 1] + order[3 * i + 2] == 3);

@@ -141,6 +141,19 @@ void test_min_norm(int64_t num_tasks, gs_solver solver) {
   }
 }
 
+// A square whose inverse overflows is that of the shortest point.
+void test_tiny(int64_t num_tasks) {
+  Values gram(num_tasks * num_tasks), expected(num_tasks);
+  for (int64_t i = 0; i < num_tasks; i++) gram[i * (num_tasks + 1)] = i == 1 ? 1e-310 : 1;
+  expected[1] = 1;
+  check_close(in_every_order(num_tasks,
+                             [&](double* out) {
+                               return gs_min_norm_cuda(gram.data(), 1, num_tasks, GS_EXACT, 1, 0, out, nullptr, 0,
+                                                       nullptr);
+                             }),
+              expected, 0, "tiny");
+}
+
 // Zero, duplicate, opposite, nearly parallel and dependent rows, and rows of other scales, against the CPU's answer.
 void test_faces(int64_t num_tasks) {
   std::mt19937 random(num_tasks);
@@ -270,6 +283,7 @@ int main() {
   test_errors();
   test_odd_pcgrad();
   test_gradnorm_in_place();
+  for (const int64_t num_tasks : {2, 9}) test_tiny(num_tasks);
   for (const int64_t num_tasks : {1, 2, 3, 5, 8, 9, 17}) {
     test_task_order(num_tasks);
     for (const bool own_order : {false, true}) test_pcgrad(num_tasks, own_order);
