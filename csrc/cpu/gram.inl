@@ -19,7 +19,9 @@ template <class In>
 constexpr int64_t kDirectRows = sizeof(In) == 2 ? kPanel : 15;
 constexpr int64_t kDirectColumns = 4 * kFold * kStep;  // of up to 9 rows of float fit the level-1 cache
 constexpr int64_t kPackedBytes = 262144;
-constexpr int64_t kMaxPackedColumns = 2 * kFold * kStep;
+// 14 lines of a row: fewer make more tiles, more leave the level-1 cache.
+template <class In>
+constexpr int64_t kMaxPackedColumns = 896 / sizeof(In);
 constexpr int64_t kMaxPanels = (GS_MAX_TASKS + kPanel - 1) / kPanel;
 
 // The rows of one block of columns. The tiles take turns to fetch those of the next block.
@@ -173,7 +175,7 @@ template <class V, class In, class Row>
 void add_packed(const Row* rows, const int32_t* index, int64_t k, int64_t n, void* space, double* gram, int64_t ld) {
   constexpr int64_t kWhole = kFold * kStep;
   const int64_t fitting = kPackedBytes / static_cast<int64_t>(sizeof(V) / kWidth<V>) / k;
-  const int64_t columns = std::min(kMaxPackedColumns, fitting - fitting % (fitting < kWhole ? kStep : kWhole));
+  const int64_t columns = std::min(kMaxPackedColumns<In>, fitting - fitting % (fitting < kWhole ? kStep : kWhole));
   each_block_of_rows<In>(rows, k, n, columns, columns, [&](const BlockRows<In>& block) {
     if (add_block<V>(PackedBlock<V, In>{block, static_cast<V*>(space)}, index, k, gram, ld)) return;
     if constexpr (std::is_same<V, vfloat>::value) {
@@ -186,7 +188,7 @@ template <class In>
 void gram_of(const void* const* rows, const int32_t* index, int64_t k, int64_t n, double* gram, int64_t ld) {
   using V = std::conditional_t<std::is_same<In, double>::value, vdouble, vfloat>;
   if (k <= kDirectRows<In>) return add_direct<V, In>(rows, index, k, n, gram, ld);
-  constexpr int64_t kPadding = kMaxPackedColumns * kPanel * sizeof(double);  // the last panel may be part-empty
+  constexpr int64_t kPadding = kMaxPackedColumns<In> * kPanel * sizeof(double);  // the last panel may be part-empty
   alignas(64) char space[kPackedBytes + kPadding];
   add_packed<V, In>(rows, index, k, n, space, gram, ld);
 }
