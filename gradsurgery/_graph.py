@@ -41,25 +41,26 @@ class Survey:
     infers_shared: bool
     """Whether shared parameters are inferred, until a step with one pass per loss has checked that they can be."""
     through_grad: bool | None = None
-    """Whether passes must go by way of ``.grad``; None before the first step, and where it is to be looked at again."""
+    """Whether passes must go by way of ``.grad``; None during the first step, and where it is to be looked at again."""
     began: bool = False
-    """Whether a step's graph was looked at."""
+    """Whether a step's graphs were looked at."""
 
-    def look_again(self) -> None:
-        """Look at the next step's graph, for this step's losses reached fewer parameters than those before."""
-        self.through_grad = self.through_grad or None
+    def end_step(self, lost: bool) -> None:
+        """Look at no more graphs, but at the next step's if this one's losses reached fewer parameters than before."""
+        self.began = True
+        self.through_grad = self.through_grad or (None if lost else False)
 
     def take(self, roots: list[Root], one_pass: bool) -> bool:
-        """Return ``through_grad``, and warn where gradients will not tell which parameters a loss reaches."""
-        if self.through_grad is None:
-            self.through_grad = recomputes(roots)
-            if self.through_grad and self.began:
+        """Return ``through_grad`` for these, and warn where gradients will not tell which parameters a loss reaches."""
+        through_grad = recomputes(roots) if self.through_grad is None else self.through_grad
+        if through_grad and self.through_grad is None:
+            self.through_grad = True
+            if self.began:
                 warnings.warn(
                     "losses depend on checkpoints with use_reentrant=True, which were not there at first, and whose "
                     "parameters the last step may have missed",
                     stacklevel=7,
                 )
-            self.began = True
         if self.infers_shared and not one_pass and len(roots) > 1:
             self.infers_shared = False
             if joins(roots):
@@ -70,7 +71,7 @@ class Survey:
                     "apart there",
                     stacklevel=7,
                 )
-        return self.through_grad
+        return through_grad
 
 
 def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int, int], list[int]]:

@@ -138,7 +138,7 @@ class Planner:
             state["shared"] = [places[id(p)] for p in self.kept]
             if shards is not None:
                 state["surgery"] = shards.spread(state["surgery"], self.kept)
-        if self._blocks is not None:
+        if self._blocks is not None and self.granularity != "global":
             state["blocks"] = [block if isinstance(block, int) else places[id(block)] for block in self._blocks]
         if self._tasks is not None:
             state["tasks"] = {task: place for place, task in enumerate(self._tasks)}
@@ -146,8 +146,7 @@ class Planner:
 
     def check_state(self, state: dict[str, Any], num_parameters: int) -> None:
         """Raise ValueError unless what ``state_dict`` returned, but for the method's own state, can be restored."""
-        by_place = ["shared", "blocks"] if self.granularity == "per_tensor" else ["shared"]
-        for name in by_place:
+        for name in ("shared", "blocks") if self.granularity == "per_tensor" else ("shared",):
             if not set(state.get(name, [])) <= set(range(num_parameters)):
                 raise ValueError(f"{name} must hold places of {num_parameters} parameters, got {state[name]}")
         tasks = state.get("tasks", {})

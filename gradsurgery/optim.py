@@ -147,9 +147,11 @@ class SurgeryOptimizer(OptimizerWrapper):
         once = self.method.weights_losses and not self.method.needs_gram
         if once and before is None and holds_weights(losses, takes_absent):
             parameters, survey = self._trainable(), self._survey
-            return backward_once(
+            info = backward_once(
                 losses, parameters, self._planner, self._processes, self.backend, survey=survey, **passes
             )
+            survey.end_step(False)
+            return info
         self._collect(losses, takes_absent, **passes)
         try:
             return self.combine()
@@ -222,8 +224,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             raise ValueError(f"a step of method {self.method.name!r} needs a loss of every task, got none of {absent}")
         planner, processes = self._planner, self._processes
         info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
-        if planner.lost:
-            self._survey.look_again()
+        self._survey.end_step(planner.lost)
         return info
 
     def update(self, values: Sequence[Any] | Mapping[str, Any] | Tensor) -> None:

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from conftest import grads_of, two_losses, two_task_net
@@ -49,6 +50,21 @@ def test_every_task_must_have_come():
     expected, other = make("pcgrad")
     other.backward(two_losses(expected, X.double()))
     assert all(map(torch.equal, grads_of(net), grads_of(expected)))
+
+
+def test_a_checkpoint_in_the_second_tasks_head_only():
+    found = []
+    for checkpoints in (False, True):
+        net, optimizer = make("mgda")
+        for _ in range(2):
+            optimizer.zero_grad()
+            for task, head in enumerate("ab"):
+                z = net["trunk"](X.double()).tanh()
+                out = checkpoint(net[head], z, use_reentrant=True) if checkpoints and task else net[head](z)
+                optimizer.collect([None, out.square().mean()] if task else [out.square().mean(), None])
+            optimizer.combine()
+        found.append(grads_of(net))
+    torch.testing.assert_close(*found)
 
 
 def test_batches_are_of_all_tasks():
