@@ -49,7 +49,7 @@ sass: .venv/installed
 	$(BIN)/python tests/cpp/check_sass.py $(KERNELS:%=build/sass$(ARCH)/%.o)
 
 # What .ci/run has no time for: the longest interpreted kernels, what nvcc makes of all kernels, for the oldest GPUs too,
-# all of Triton's, and a program in C++ with the static library of CUDA's.
+# all of Triton's, and programs in C++ and in C with the static library of CUDA's.
 gpu-code: .venv/installed
 	$(MAKE) sass
 	$(MAKE) sass ARCH=80
@@ -63,6 +63,13 @@ gpu-code: .venv/installed
 	cmake -S tests/cpp -B build/cuda/consumer -DCMAKE_PREFIX_PATH=$(CURDIR)/build/cuda/installed
 	cmake --build build/cuda/consumer
 	ctest --test-dir build/cuda/consumer --output-on-failure
+	mkdir -p build/cuda/c
+	printf '%s\n' 'cmake_minimum_required(VERSION 3.22)' 'project(c LANGUAGES C)' 'find_package(gradsurgery REQUIRED)' \
+		'add_executable(c $(CURDIR)/tests/cpp/test_c_header.c)' \
+		'target_link_libraries(c PRIVATE gradsurgery::gradsurgery)' > build/cuda/c/CMakeLists.txt
+	cmake -S build/cuda/c -B build/cuda/c/build -DCMAKE_PREFIX_PATH=$(CURDIR)/build/cuda/installed
+	cmake --build build/cuda/c/build
+	build/cuda/c/build/c
 
 clean:
 	rm -rf .venv build gradsurgery/*.so *.egg-info
