@@ -79,23 +79,23 @@ def aggregate(
     Cost: two reads of the gradients, one write of the direction, and a T x T problem; coordinate-wise methods read them
     once, and those that keep gradients more often. Host synchronisations: none.
     """
-    chosen = resolve(method, method_options)
+    resolved = resolve(method, method_options)
     parsed = parse(grads, segments)
     if out is not None:
         check_out(out, parsed)
-    if chosen.needs_losses and losses is None:
-        raise ValueError(f"method {chosen.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
-    if isinstance(chosen, BufferedMethod):
-        result = _aggregate_buffers(chosen, parsed, losses, out, backend)
+    if resolved.needs_losses and losses is None:
+        raise ValueError(f"method {resolved.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
+    if isinstance(resolved, BufferedMethod):
+        result = _aggregate_buffers(resolved, parsed, losses, out, backend)
     else:
-        stages = choose(backend, parsed.device, parsed.num_tasks)
-        if isinstance(chosen, CoordinateMethod):
-            result = combine_by_rule_of(parsed, chosen.rule(parsed.device, parsed.num_tasks), out, False, stages)
+        chosen = choose(backend, parsed.device, parsed.num_tasks)
+        if isinstance(resolved, CoordinateMethod):
+            result = combine_by_rule_of(parsed, resolved.rule(parsed.device, parsed.num_tasks), out, False, chosen)
         else:
             solver = None
-            if stages.aggregate is not None:
-                solver = chosen.native_solver(parsed.device, parsed.num_tasks, once=isinstance(method, str))
-            result = _aggregate_sum(chosen, solver, parsed, losses, out, stages, backend)
+            if chosen.aggregate is not None:
+                solver = resolved.native_solver(parsed.device, parsed.num_tasks, once=isinstance(method, str))
+            result = _aggregate_sum(resolved, solver, parsed, losses, out, chosen, backend)
     return result if out is not None else constant("aggregate", result, parsed.differentiable)
 
 
@@ -105,18 +105,18 @@ def _aggregate_sum(
     grads: TaskGradients,
     losses: Tensor | None,
     out: Direction | None,
-    stages: Backend,
+    chosen: Backend,
     backend: str | None,
 ) -> Direction:
     """Return the weighted sum of the gradients, by one operator where there is one."""
-    if stages.aggregate is not None and solver is not None:
+    if chosen.aggregate is not None and solver is not None:
         direction = new_out(grads) if out is None else out
         direct = grads.writing_to(direction)
         if direct is not None:
-            stages.aggregate(direct, solver, direction)
+            chosen.aggregate(direct, solver, direction)
             return direction
-    weights = weigh(method, gram_of(grads, stages), losses, backend)
-    return combine_of(grads, weights, out, False, stages)
+    weights = weigh(method, gram_of(grads, chosen), losses, backend)
+    return combine_of(grads, weights, out, False, chosen)
 
 
 def _aggregate_buffers(
