@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import describe
+from ._dtensor import is_sharded
 from ._extension import C
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -249,22 +250,6 @@ def as_float64(values: Tensor) -> Tensor:
     if values.dtype is not torch.float64:
         values = values.to(torch.float64)
     return (values if values.is_contiguous() else values.contiguous()).resolve_neg()
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(parameter, "device_mesh")
-
-
-def part_of(grad: Any, parameter: Any) -> Tensor:
-    """Return this process's part of a parameter's gradient, which may still be summands of the processes."""
-    if not is_sharded(grad):
-        return grad  # type: ignore[no-any-return]
-    if not is_sharded(parameter):
-        return grad.full_tensor()  # type: ignore[no-any-return]
-    if grad.placements != parameter.placements:
-        grad = grad.redistribute(placements=parameter.placements)
-    return grad.to_local()  # type: ignore[no-any-return]
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._gradients import part_of
+from ._dtensor import part_of
 from ._graph import Root, reach
 
 Rows = list[list[Tensor | None]]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ._gradients import is_sharded, part_of
+from ._dtensor import as_dtensor, is_sharded, local_part, part_of
 from .collect import Collected
 from .distributed import Replicas, check_same
 from .methods import Method
@@ -120,7 +120,7 @@ class Shards:
         """Return this process's parts, with those of ``.grad`` as theirs."""
         parts = []
         for p in parameters:
-            part = _part(p)
+            part = local_part(p).detach()
             part.grad = None if p.grad is None else part_of(p.grad, p)
             parts.append(part)
         return parts
@@ -128,11 +128,11 @@ class Shards:
     def assign(self, parameters: list[Any], local: list[Tensor], grads: list[Tensor]) -> None:
         """Make each gradient the part of its parameter's ``.grad``."""
         for p, grad in zip(parameters, grads, strict=True):
-            p.grad = _spread(grad, p)
+            p.grad = as_dtensor(grad, p)
 
     def spread(self, surgery: dict[str, Any], parameters: list[Any]) -> dict[str, Any]:
         """Return a method's state with the parts of the gradients that it keeps, of these parameters, as DTensors."""
-        kept = [[_spread(b, p) for b, p in zip(row, parameters, strict=True)] for row in surgery["buffers"]]
+        kept = [[as_dtensor(b, p) for b, p in zip(row, parameters, strict=True)] for row in surgery["buffers"]]
         return {**surgery, "buffers": kept}
 
     def gathered(self, surgery: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Shards:
         kept = surgery.get("buffers")
         if kept is None:
             return surgery
-        return {**surgery, "buffers": [[b.to_local() if is_sharded(b) else b for b in row] for row in kept]}
+        return {**surgery, "buffers": [[local_part(b) for b in row] for row in kept]}
 
     def average(self, collected: Collected) -> Collected:
         """Return the averages of gradients, by the group if there is one, and of losses."""
@@ -159,7 +159,7 @@ class Shards:
         )
 
     def _of_parts(self, average: Callable[[Collected], Collected], collected: Collected) -> Collected:
-        parts = [_part(p) for p in collected.parameters]
+        parts = [local_part(p).detach() for p in collected.parameters]
         averages = average(replace(collected, parameters=parts))
         return replace(averages, parameters=collected.parameters)
 
@@ -176,25 +176,6 @@ class Shards:
     def _group(self, ranks: tuple[int, ...]) -> Any:
         mesh, dim = self._dims[ranks]
         return mesh.get_group(dim)
-
-
-def _part(parameter: Any) -> Tensor:
-    return (parameter.to_local() if is_sharded(parameter) else parameter).detach()  # type: ignore[no-any-return]
-
-
-def _spread(part: Tensor, parameter: Any) -> Tensor:
-    if not is_sharded(parameter):
-        return part
-    from torch.distributed.tensor import DTensor  # which takes a second, and whoever has shards has it
-
-    return DTensor.from_local(
-        part,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
 
 
 def _cut_by(kind: tuple[Any, Any] | None) -> set[tuple[int, ...]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_count, describe
-from ._gradients import is_sharded
+from ._dtensor import is_sharded, local_part
 from ._graph import Survey, root_of
 from ._passes import Passes, check_memory
 
@@ -94,8 +94,7 @@ class Collected:
         reach, row = self.reach, list(self.grads[first])
         for p in places:
             if not reach[p]:
-                parameter: Any = self.parameters[p]
-                row[p] = torch.zeros_like(parameter.to_local() if is_sharded(parameter) else parameter)
+                row[p] = torch.zeros_like(local_part(self.parameters[p]))
         return replace(self, grads=[*self.grads[:first], row, *self.grads[first + 1 :]])
 
     def _check_like(self, other: Collected) -> None:

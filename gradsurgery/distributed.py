@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from ._dtensor import is_sharded
 from ._extension import C
-from ._gradients import DTYPES, is_dense, is_sharded
+from ._gradients import DTYPES, is_dense
 from .collect import Collected
 from .methods import Method
 
