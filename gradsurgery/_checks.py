@@ -13,6 +13,8 @@ from torch import Tensor
 
 def check_number(name: str, value: Any) -> float:
     """Return the value as a float; TypeError unless it is a real number."""
+    if type(value) is float:
+        return value
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     return float(value)
@@ -95,6 +97,8 @@ def describe_dtype(value: Any) -> str:
 
 
 def _integer(value: Any) -> int | None:
+    if type(value) is int:
+        return value
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:

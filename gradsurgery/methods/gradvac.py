@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._checks import check_fraction, describe
 from .._constant import constant
 from ..backends import choose
-from ..functional import new_problems, task_order
+from ..functional import new_problems
 from ._base import SteppedMethod
 from ._state import state_on, taken_over
 
@@ -48,9 +49,10 @@ class GradVac(SteppedMethod):
         """Return the weights, move the targets, and advance the step counter."""
         problems, out = new_problems(gram)
         targets = state_on(self.name, self._targets, gram.shape, 0.0, gram.device)
-        step = self._step_on(gram.device)
-        order = task_order(gram.shape[-1], seed=self.seed, step=step, backend=backend)
-        choose(backend, gram.device, gram.shape[-1]).gradvac(problems, order, self.beta, targets, out)
+        step, chosen = self._step_on(gram.device), choose(backend, gram.device, gram.shape[-1])
+        order = torch.empty(gram.shape[-2:], dtype=torch.int64, device=gram.device)
+        chosen.task_order(self.seed, step, order)
+        chosen.gradvac(problems, order, self.beta, targets, out)
         step += 1
         self._targets = targets  # last: a step that raised has not begun
         return constant(f"{self.name} weights", out, [gram])
