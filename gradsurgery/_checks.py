@@ -13,11 +13,14 @@ from torch import Tensor
 
 def check_number(name: str, value: Any) -> float:
     """Return the value as a float; TypeError unless it is a real number."""
-    if type(value) is float:
-        return value
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
-    return float(value)
+    if type(value) in (float, int):  # torch.compile traces no more than this
+        return float(value)
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {describe(value)}") from None
 
 
 def check_positive(name: str, value: Any) -> float:

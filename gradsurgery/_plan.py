@@ -139,7 +139,9 @@ class Planner:
             if shards is not None:
                 state["surgery"] = shards.spread(state["surgery"], self.kept)
         if self._blocks is not None and self.granularity != "global":
-            state["blocks"] = [block if isinstance(block, int) else places[id(block)] for block in self._blocks]
+            blocks = [block if isinstance(block, int) else places.get(id(block)) for block in self._blocks]
+            if None not in blocks:  # of a parameter that was taken from the optimizer since
+                state["blocks"] = blocks
         if self._tasks is not None:
             state["tasks"] = {task: place for place, task in enumerate(self._tasks)}
         return state

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import two_losses, two_task_net
+from conftest import on_cpu, two_losses, two_task_net
 from inputs import normal
 
 methods = gradsurgery.methods
@@ -39,6 +39,16 @@ def test_numbers_of_any_kind(backend, kind, name, option, value):
     assert torch.equal(*directions)
 
 
+@on_cpu
+def test_numbers_that_are_traced():
+    compiled = torch.compile(
+        lambda rows, alpha: gradsurgery.aggregate(rows, "fairgrad", alpha=alpha), fullgraph=True, backend="eager"
+    )
+    for alpha in (1, 2, 3, 0.5, 1.5):
+        expected = gradsurgery.aggregate(normal(3, 5), "fairgrad", alpha=alpha)
+        torch.testing.assert_close(compiled(normal(3, 5), alpha), expected)
+
+
 @pytest.mark.parametrize("integer", [np.int64, torch.tensor])
 def test_integers_of_any_kind(integer):
     assert repr(methods.PCGrad(seed=integer(3))) == repr(methods.PCGrad(seed=3))
@@ -49,6 +59,8 @@ def test_integers_of_any_kind(integer):
     ("make", "error", "message"),
     [
         (lambda: methods.CAGrad(c="0.5"), TypeError, "c must be a number, got str '0.5'"),
+        (lambda: methods.CAGrad(c=torch.ones(2)), TypeError, r"c must be a number, got a tensor of shape \(2,\)"),
+        (lambda: methods.CAGrad(c=torch.tensor(1j)), TypeError, "c must be a number, got a tensor"),
         (lambda: methods.NashMTL(max_norm=None), TypeError, "max_norm must be a number, got NoneType"),
         (lambda: methods.NashMTL(max_norm=0), ValueError, "max_norm must be > 0, got 0"),
         (lambda: methods.MGDA(tol="small"), TypeError, "tol must be a number, got str 'small'"),
@@ -60,6 +72,7 @@ def test_integers_of_any_kind(integer):
         (lambda: methods.UW(initial=float("inf")), ValueError, "initial must be finite, got inf"),
         (lambda: methods.get("PC_Grad"), ValueError, r"got 'PC_Grad' \(did you mean 'pcgrad'\?\)"),
         (lambda: methods.get("x"), ValueError, "got 'x'$"),
+        (lambda: methods.get(3), ValueError, "got 3$"),
         (lambda: methods.resolve(methods.MGDA, {}), TypeError, "a Method object, got the class MGDA"),
         (lambda: methods.Method().weights(torch.eye(2)), NotImplementedError, r"Method must define weights\(gram"),
         (lambda: gradsurgery.gram([]), TypeError, "non-empty list .*, got an empty list"),

@@ -120,5 +120,7 @@ def test_a_state_belongs_to_its_segments_after_a_checkpoint_too(granularity):
     resumed.load_state_dict(state)
     torch.testing.assert_close(step(layers, resumed).weights, step(mine, optimizer).weights)
     if granularity == "per_tensor":
+        optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(3))
+        assert "blocks" not in optimizer.state_dict()
         with pytest.raises(ValueError, match=r"blocks must hold places of 3 parameters, got \[7\]"):
             resumed.load_state_dict({**state, "blocks": [7]})

@@ -161,7 +161,7 @@ def get(name: str, **options: Any) -> Method:
         TypeError: the method does not have an option.
     """
     if name not in _METHODS:
-        alike = get_close_matches(name.lower(), _METHODS, n=1)
+        alike = get_close_matches(str(name).lower(), _METHODS, n=1)
         hint = f" (did you mean {alike[0]!r}?)" if alike else ""
         raise ValueError(f"method must be one of {', '.join(available())}, got {name!r}{hint}")
     return _METHODS[name](**options)

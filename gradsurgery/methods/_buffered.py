@@ -197,7 +197,8 @@ class BufferedMethod(Method):
         for name, like in wanted.items():
             value = state[name]
             if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
-                raise ValueError(f"{name} must be {describe(like)} in {like.dtype}, got {describe(value)}")
+                got = f"{describe(value)} in {value.dtype}" if isinstance(value, Tensor) else describe(value)
+                raise ValueError(f"{name} must be {describe(like)} in {like.dtype}, got {got}")
         if self._buffers is not None:
             _check_alike(self._buffers, len(kept), kept[0], self.name)
         if self._buffers and self._state and [b.dtype for b in self._buffers[0]] == [b.dtype for b in kept[0]]:
