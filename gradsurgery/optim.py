@@ -21,6 +21,7 @@ from ._wrapper import OptimizerWrapper
 from .backends import check_name
 from .collect import Collected, Losses, collect, holds_weights
 from .diagnostics import SurgeryInfo
+from .methods._state import numbers_of
 
 
 class SurgeryOptimizer(OptimizerWrapper):
@@ -249,12 +250,10 @@ class SurgeryOptimizer(OptimizerWrapper):
         if isinstance(values, Mapping):
             self._planner.check_tasks(tasks)
         device = self._parameters()[0].device
-        numbers = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in each]
-        if not numbers or any(number.numel() != 1 for number in numbers):
-            raise ValueError(f"values must hold one number per task, got {values!r}")
+        numbers = numbers_of("values", each, device)
         if self._processes.shards is not None:
             self._processes.shards.check_same(tasks, device)
-        learn(self._processes.average_losses(tasks, torch.stack([number.reshape(()) for number in numbers])))
+        learn(self._processes.average_losses(tasks, numbers))
         if isinstance(values, Mapping):
             self._planner.remember_tasks(tasks)
 

@@ -62,6 +62,14 @@ def test_sums_of_many_parameters_have_no_bias():
     assert abs(error) < 1e-13
 
 
+@on_cpu
+@pytest.mark.skipif("cpu" not in USABLE, reason="about the cpu backend")
+def test_columns_of_several_parts():
+    # One thread's share of these is summed in two parts, the second with a tail.
+    rows = normal(1, 120_001, torch.float64)
+    assert_gram(gradsurgery.gram(rows, backend="cpu"), rows, torch.float64)
+
+
 @pytest.mark.parametrize(
     ("tasks", "dtype"),
     [(17, torch.float32), (100, torch.float32), (17, torch.bfloat16), (100, torch.bfloat16), (17, torch.float16)],

@@ -222,6 +222,14 @@ def test_weights_are_constants_to_autograd(name):
     expect_constants(methods.get(name))
 
 
+def test_states_that_cannot_be():
+    state = {"weights": torch.ones(()), "method": methods.get("mgda").state_dict()}
+    with pytest.raises(ValueError, match=r"weights must be a tensor \[..., T\] or None, got a tensor of shape \(\)"):
+        methods.get("cr_mogm").load_state_dict(state)
+    with torch.device("meta"):
+        assert methods.get("pcgrad").state_dict()["step"].device.type == "cpu"
+
+
 @pytest.mark.parametrize("normalization", ["l2", "loss", "loss+"])
 def test_weights_of_rescaled_gradients_are_constants(normalization):
     expect_constants(methods.MGDA(normalization))

@@ -356,6 +356,13 @@ def test_one_wrapper_for_several_optimizers():
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+def test_a_vector_of_which_each_loss_takes_an_element_is_shared():
+    scales = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([scales], lr=0.1))
+    info = optimizer.backward([scales[0].square(), scales[1].square()])
+    assert info.gram.tolist() == [[16.0, 0.0], [0.0, 36.0]]
+
+
 def test_weights_of_ones_own_count():
     class Sum(gradsurgery.methods.PCGrad):
         def weights(self, gram, **_):

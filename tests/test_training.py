@@ -285,7 +285,12 @@ def test_plain_and_wrong_checkpoints():
     with pytest.raises(ValueError, match="must have the keys"):
         optimizer.load_state_dict(gradsurgery.GradNorm(adam).state_dict())
     gradnorm = gradsurgery.GradNorm(torch.optim.Adam(net.parameters()))
-    for state in (torch.ones(2), None), (torch.ones(2), torch.ones(3)), (torch.ones(()), torch.ones(())):
+    for state in (
+        (torch.ones(2), None),
+        (None, torch.ones(2)),
+        (torch.ones(2), torch.ones(3)),
+        (torch.ones(()), torch.ones(())),
+    ):
         with pytest.raises(ValueError, match=r"(weights|initial_losses) must be a tensor \[..., T\]"):
             gradnorm.method.load_state_dict(dict(zip(("weights", "initial_losses"), state, strict=True)))
     assert gradnorm.method.state_dict() == {"weights": None, "initial_losses": None}

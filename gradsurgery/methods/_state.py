@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,14 @@ def read_losses(name: str, losses: Any, shape: torch.Size, device: torch.device)
     if losses.is_complex():
         raise TypeError(f"losses must be real, got {losses.dtype}")
     return losses.detach().to(device, torch.float64).expand(shape).contiguous()
+
+
+def numbers_of(name: str, values: Iterable[Any], device: torch.device) -> Tensor:
+    """Return one number per task as float64 [T]; ValueError unless each is one and there are any."""
+    numbers = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values]
+    if not numbers or any(number.numel() != 1 for number in numbers):
+        raise ValueError(f"{name} must hold one number per task, got {values!r}")
+    return torch.stack([number.reshape(()) for number in numbers])
 
 
 def state_on(method: str, own: Tensor | None, shape: torch.Size, initial: float, device: torch.device) -> Tensor:

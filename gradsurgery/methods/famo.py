@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import check_not_negative
 from ._losses import LossMethod
-from ._state import read_losses
+from ._state import numbers_of, read_losses
 
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
@@ -63,10 +63,7 @@ class FAMO(LossMethod):
         before = self._state["losses"]
         if not isinstance(losses, Tensor):
             each = losses.values() if isinstance(losses, Mapping) else losses
-            numbers = [torch.as_tensor(loss, dtype=before.dtype, device=before.device).detach() for loss in each]
-            if not numbers or any(number.numel() != 1 for number in numbers):
-                raise ValueError(f"losses must hold one number per task, got {losses!r}")
-            losses = torch.stack([number.reshape(()) for number in numbers])
+            losses = numbers_of("losses", each, before.device)
         after = read_losses(self.name, losses, before.shape, before.device)
         counts = self._counts(after)
         self._learn(after, counts)
