@@ -139,7 +139,7 @@ def flatten(grads, parameters) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tasks", [1, 2, 5, 12])
+@pytest.mark.parametrize("tasks", [1, 2, 5, 12, 20])
 def test_list_form(backend, tasks, dtype):
     grads = ragged_lists(tasks, dtype)
     assert_gram(gradsurgery.gram(grads, backend=backend), flatten(grads, range(6)), dtype)
