@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What the README says is executed."""
+"""What README and docs say is executed."""
 
 import json
 import re
 import shutil
 from pathlib import Path
 
+import pytest
 import torch._functorch.config as functorch_config
 
 import gradsurgery
@@ -16,19 +17,38 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+# README's blocks are of one program, and so are those of each page.
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md")))]
+
+
 @on_cpu
-def test_python_blocks_run_in_order(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run_in_order(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     # One process of one, as torchrun starts it.
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 4
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     namespace: dict[str, object] = {}
-    with functorch_config.patch(donated_buffer=True):  # which the README sets
+    with functorch_config.patch(donated_buffer=True):  # which a page sets
         for number, block in enumerate(blocks):
-            exec(compile(block, f"README.md block {number}", "exec"), namespace)
-    assert "tensor([" in capsys.readouterr().out
+            exec(compile(block, f"{page} block {number}", "exec"), namespace)
+    if page == "README.md":
+        assert "tensor([" in capsys.readouterr().out
+    assert (len(blocks) >= 2) == (page not in ("docs/c-and-cpp.md", "docs/methods.md"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "bench/NOTES.md"])
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles]
+            assert anchor in anchors, target
 
 
 def test_the_first_example_is_short():
