@@ -132,12 +132,13 @@ class Planner:
 
         Parameters are given by their places among all, blocks by those or their groups' numbers.
         """
-        state: dict[str, Any] = {"surgery": self.method.state_dict()}
+        own = self.method.state_dict()
+        if self.kept and shards is not None:
+            own = shards.spread(own, self.kept)
+        state: dict[str, Any] = {"surgery": {self.method.name: own}}
         places = {id(p): place for place, p in enumerate(parameters)}
         if self.kept:
             state["shared"] = [places[id(p)] for p in self.kept]
-            if shards is not None:
-                state["surgery"] = shards.spread(state["surgery"], self.kept)
         if self._blocks is not None and self.granularity != "global":
             blocks = [block if isinstance(block, int) else places.get(id(block)) for block in self._blocks]
             if None not in blocks:  # of a parameter that was taken from the optimizer since
@@ -145,6 +146,16 @@ class Planner:
         if self._tasks is not None:
             state["tasks"] = {task: place for place, task in enumerate(self._tasks)}
         return state
+
+    def own_state(self, surgery: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Return the method's state from what ``state_dict`` returned as "surgery"; ValueError if it is another's."""
+        if surgery is None:
+            return None
+        name = self.method.name
+        if name not in surgery and any(surgery.values()):
+            raise ValueError(f"the state must be that of method {name!r}, got that of {', '.join(map(repr, surgery))}")
+        own: dict[str, Any] = surgery.get(name, {})
+        return own
 
     def check_state(self, state: dict[str, Any], num_parameters: int) -> None:
         """Raise ValueError unless what ``state_dict`` returned, but for the method's own state, can be restored."""

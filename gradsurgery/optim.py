@@ -28,10 +28,10 @@ class SurgeryOptimizer(OptimizerWrapper):
     """Wraps a torch optimizer; ``backward(losses)`` takes the place of ``sum(losses).backward()``.
 
     Parameter groups, state, defaults and other public attributes are those of the wrapped optimizer, so schedulers,
-    gradient scalers and checkpoints work as without it. ``state_dict`` adds the method's state under "surgery"; for
-    methods that keep gradients, the places of their parameters under "shared"; and for those that keep something of
-    each segment or task, these under "blocks" and "tasks". ``load_state_dict`` also takes a plain optimizer's, and
-    leaves the method as it is.
+    gradient scalers and checkpoints work as without it. ``state_dict`` adds the method's state, by its name, under
+    "surgery"; for methods that keep gradients, the places of their parameters under "shared"; and for those that keep
+    something of each segment or task, these under "blocks" and "tasks". ``load_state_dict`` also takes a plain
+    optimizer's, and leaves the method as it is.
 
     What ``backward`` does with a parameter depends on which losses reach it:
 
@@ -286,7 +286,7 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def _load(self, state: dict[str, Any]) -> None:
         planned: dict[str, Any] = {name: state.pop(name) for name in state.keys() & {"shared", "blocks", "tasks"}}
-        surgery = state.pop("surgery", None)
+        surgery = self._planner.own_state(state.pop("surgery", None))
         if surgery is not None and self._processes.shards is not None:
             surgery = self._processes.shards.gathered(surgery)
         self._planner.check_state(planned, len(self._parameters()))

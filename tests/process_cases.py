@@ -94,7 +94,7 @@ def kept_and_resumed(method, make=Net):
         if t == 1:
             stored = copy.deepcopy(optimizer.state_dict())
             if not alone():
-                buffers = stored["surgery"]["buffers"]
+                buffers = stored["surgery"][method]["buffers"]
                 like = [isinstance(p, DTensor) for p in optimizer._planner.kept]
                 assert all([isinstance(b, DTensor) for b in row] == like for row in buffers)
                 assert make is Net or [whole(b).shape for b in buffers[0]] == [p.shape for p in optimizer._planner.kept]

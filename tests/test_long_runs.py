@@ -85,7 +85,7 @@ def test_a_model_goes_on_in_another_dtype(name):
         optimizer.step()
         states[dtype] = optimizer.state_dict()
         kept_in = torch.float32 if name == "excess_mtl" else dtype  # sums, which do not fit 16 bits
-        assert all(b.dtype == kept_in for row in states[dtype]["surgery"]["buffers"] for b in row)
+        assert all(b.dtype == kept_in for row in states[dtype]["surgery"][name]["buffers"] for b in row)
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 

@@ -73,7 +73,7 @@ def test_accelerate(plain, tmp_path):
 
 
 def scaler_of(trainer):
-    """As the README has it."""
+    """As docs/training.md has it."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 

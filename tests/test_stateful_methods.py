@@ -197,7 +197,7 @@ def test_a_checkpoint_continues_bit_for_bit(name, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True))
     torch.testing.assert_close(optimizer.method.state_dict(), other.method.state_dict(), rtol=0, atol=0)
     other.load_state_dict(checkpoint["optimizer"])  # in place, over a state
-    torch.testing.assert_close(other.method.state_dict(), checkpoint["optimizer"]["surgery"], rtol=0, atol=0)
+    torch.testing.assert_close(other.method.state_dict(), checkpoint["optimizer"]["surgery"][name], rtol=0, atol=0)
     fresh = methods.get(name)
     other.method.load_state_dict(fresh.state_dict())
     torch.testing.assert_close(other.method.state_dict(), fresh.state_dict())

@@ -302,7 +302,7 @@ def test_their_state_in_the_optimizers_checkpoint():
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters()), FromTorchJD(aggregation.PCD()))
     optimizer.backward(two_losses(net, X))
     state = saved(optimizer.state_dict())
-    assert state["surgery"]["weighting"]["_n_steps"] == 1
+    assert state["surgery"]["torchjd"]["weighting"]["_n_steps"] == 1
     other = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters()), FromTorchJD(aggregation.PCD()))
     other.load_state_dict(state)
     assert other.method.state_dict()["weighting"]["_n_steps"] == 1

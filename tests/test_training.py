@@ -123,7 +123,7 @@ def test_hooks_are_called_with_the_wrapper_and_its_whole_state():
     )
     state = optimizer.state_dict()
     assert set(state) == {"wrapped"}
-    state["wrapped"]["surgery"]["seed"] = 5
+    state["wrapped"]["surgery"]["pcgrad"]["seed"] = 5
     optimizer.load_state_dict(state)
     assert optimizer.method.seed == 5
     optimizer.step()
@@ -282,8 +282,10 @@ def test_plain_and_wrong_checkpoints():
     assert optimizer.param_groups[0]["lr"] == 0.3
     assert optimizer.method.state_dict()["step"] == 2
     before = optimizer.state_dict()
-    with pytest.raises(ValueError, match="must have the keys"):
+    with pytest.raises(ValueError, match="state must be that of method 'pcgrad', got that of 'gradnorm'"):
         optimizer.load_state_dict(gradsurgery.GradNorm(adam).state_dict())
+    with pytest.raises(ValueError, match="must have the keys"):
+        optimizer.load_state_dict(gradsurgery.MGDA(adam).state_dict())
     gradnorm = gradsurgery.GradNorm(torch.optim.Adam(net.parameters()))
     for state in (
         (torch.ones(2), None),
@@ -294,9 +296,22 @@ def test_plain_and_wrong_checkpoints():
         with pytest.raises(ValueError, match=r"(weights|initial_losses) must be a tensor \[..., T\]"):
             gradnorm.method.load_state_dict(dict(zip(("weights", "initial_losses"), state, strict=True)))
     assert gradnorm.method.state_dict() == {"weights": None, "initial_losses": None}
+    kept = {"pcgrad": {"seed": 5, "step": torch.tensor(9)}}
     with pytest.raises(ValueError, match="parameter group"):
-        optimizer.load_state_dict({"state": {}, "param_groups": [], "surgery": {"seed": 5, "step": torch.tensor(9)}})
+        optimizer.load_state_dict({"state": {}, "param_groups": [], "surgery": kept})
     torch.testing.assert_close(optimizer.state_dict(), before)
+
+
+def test_a_method_takes_no_other_ones_state():
+    net = two_task_net()
+    uw, imtl, mgda, cagrad = (
+        gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters()), name)
+        for name in ("uw", "imtl_l", "mgda", "cagrad")
+    )
+    assert uw.method.state_dict().keys() == imtl.method.state_dict().keys()
+    with pytest.raises(ValueError, match="state must be that of method 'imtl_l', got that of 'uw'"):
+        imtl.load_state_dict(uw.state_dict())
+    cagrad.load_state_dict(mgda.state_dict())  # neither has one
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "mgda", "gradnorm", "fairgrad", "nash_mtl", "upgrad"])
