@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import subprocess
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import torch
 import gradsurgery as gs
 
 from .gpu_timing import Row
-from .origin import origin
+from .origin import host, origin
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -45,10 +44,8 @@ def parse_options(module: str, description: str) -> argparse.Namespace:
 
 def provenance(device: torch.device) -> dict[str, object]:
     """Return the machine, the versions, the commit and the date."""
-    machine: dict[str, object] = {
-        "name": platform.processor() or platform.machine(),
-        "backend": gs.backends()[device.type],
-    }
+    machine = host()
+    machine |= {"name": machine["cpu"], "backend": gs.backends()[device.type]}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine |= {

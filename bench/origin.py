@@ -32,6 +32,16 @@ def origin(machine: dict[str, object], packages: Iterable[str] = ()) -> dict[str
     }
 
 
+def host() -> dict[str, object]:
+    """Return the processor, its cores, torch's threads and what else runs."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
 def commit() -> str:
     """Return $GIT_COMMIT, else the checkout's commit, with -dirty where anything but stored results differs from it."""
     if named := os.environ.get("GIT_COMMIT"):
@@ -46,6 +56,13 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.strip() + ("-dirty" if changes else "")
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _installed(packages: Iterable[str]) -> dict[str, str]:

@@ -113,6 +113,7 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> list[Ro
             for _ in range(2):
                 _time(step, device)
             once = sum(_time(step, device).values())
+            gc.collect()  # or what earlier steps left in cycles would be freed meanwhile
             row.peak_mb = peak_bytes(partial(_time, step, device), device) / 1e6
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             row.note = f"failed: {str(error).splitlines()[0][:200]}"

@@ -4,34 +4,24 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import gradsurgery as gs
 
-from .origin import origin
+from .origin import host, origin
 from .targets import Target, judge
 from .timing import OURS, Row
 
 
 def provenance() -> dict[str, object]:
     """Return the machine, the versions, the commit and the date."""
-    machine = {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_at_start": round(os.getloadavg()[0], 2),
-        "backend": gs.backends()["cpu"],
-    }
-    return origin(machine, ("torchjd", "pytorch_optimizer"))
+    return origin({**host(), "backend": gs.backends()["cpu"]}, ("torchjd", "pytorch_optimizer"))
 
 
 def print_rows(console: Console, rows: list[Row]) -> None:
@@ -86,10 +76,3 @@ def _cells(row: Row, ours: float | None) -> list[str]:
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
