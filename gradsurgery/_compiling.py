@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How torch.compile treats functions: it calls some uncompiled, and traces others without their caches."""
+"""What is different while torch.compile traces: some functions stay uncompiled, others are without their caches."""
 
 from __future__ import annotations
 
@@ -40,3 +40,10 @@ def cached(function: Callable[..., Result]) -> Callable[..., Result]:
         return (function if torch.compiler.is_compiling() else keeping)(*args)
 
     return call
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on the device's current stream; never while a function is traced."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_current_stream_capturing()

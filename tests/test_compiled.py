@@ -6,10 +6,16 @@ import torch
 
 import gradsurgery
 from conftest import grads_of, on_cpu, two_losses, two_task_net
+from gradsurgery._compiling import capturing
 from gradsurgery._graph import joins
 
 pytestmark = on_cpu
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
+
+
+def test_no_capture_is_asked_for_while_tracing():
+    compiled = torch.compile(lambda x: -x if capturing(torch.device("cuda")) else x, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(X), X)
 
 
 class Net(torch.nn.Module):

@@ -35,7 +35,8 @@ GS_HOST_DEVICE constexpr int pair_index(int i, int j, int num_tasks) { return i 
 // from a whole number than rounding.
 GS_DEVICE int row_of_pair(int pair, int num_tasks) {
   const int side = 2 * num_tasks + 1;
-  return static_cast<int>((side - std::sqrt(static_cast<float>(side * side - 8 * pair))) / 2);
+  // Of a row's first pair the root without the 4 is a whole number, which its rounding might miss.
+  return static_cast<int>((side - std::sqrt(static_cast<float>(side * side - 8 * pair - 4))) / 2);
 }
 
 // Adds what all lanes of a warp hold, of which write(i, sum) gets each sum once: lanes halve what they hold from step

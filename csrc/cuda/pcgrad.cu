@@ -85,8 +85,8 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
 }
 
 // From this many tasks on one multiprocessor takes longer than several and their meeting, as long as there are few
-// blocks on each.
-constexpr int kSharedTasks = 17, kSharingBlocks = 8, kFewBlocks = 4;
+// problems: four blocks for each of 132 multiprocessors, on every GPU alike, as the order of the sums depends on it.
+constexpr int kSharedTasks = 17, kSharingBlocks = 8, kFewProblems = 66;
 
 template <int kPerLane>
 gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const int64_t* order, uint64_t seed,
@@ -100,7 +100,7 @@ gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const 
     return launch_clusters(blocks, kernel, batch * blocks, warps * kWarp, 8 * values * num_tasks, stream, gram,
                            num_tasks, blocks, order, seed, step, advance, mean, weights);
   };
-  if (traits.overlaps && num_tasks >= kSharedTasks && batch * kSharingBlocks <= kFewBlocks * traits.processors) {
+  if (traits.overlaps && num_tasks >= kSharedTasks && batch <= kFewProblems) {
     const gs_status status = launch_with(&pcgrad_kernel<kPerLane, true>, kSharingBlocks);
     // A part of the GPU may have no room for a cluster.
     if (status != GS_UNSUPPORTED) return status;

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import describe
+from .._compiling import capturing
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def making_state(name: str, device: torch.device) -> Iterator[None]:
     Raises RuntimeError while a CUDA graph is captured: the state would start anew at each replay. Made in inference
     mode it would be of no use outside.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise RuntimeError(f"method {name!r} must run once before its steps are captured in a CUDA graph")
     with torch.inference_mode(False):
         yield

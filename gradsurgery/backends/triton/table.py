@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._compiling import capturing
 from ..._gradients import TaskGradients
 
 VECTOR_BYTES = 16
@@ -122,8 +123,3 @@ def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
             _captured.append(table)
         table = table.to(device, non_blocking=True)
     return list(table.split([array.size for array in arrays]))
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured on the device's current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .table import capturing
+from ..._compiling import capturing
 
 
 class Config(NamedTuple):
