@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ._dtensor import is_sharded
 
 Root = Tensor | GradientEdge
 """What a backward pass begins at."""
@@ -20,6 +23,9 @@ _REENTRANT = "CheckpointFunctionBackward"
 
 _JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward", _REENTRANT)
 """torch.compile's functions, fully_shard's of a module's inputs, and checkpoints."""
+
+_SCRIPTED = "DifferentiableGraphBackward"
+"""torch.jit.script's functions, by the name that autograd has for them."""
 
 _PARTS = ("UnbindBackward0", "SelectBackward0")
 _WHOLES = ("StackBackward0", "CatBackward0")
@@ -50,9 +56,18 @@ class Survey:
         self.began = True
         self.through_grad = self.through_grad or (None if lost else False)
 
-    def take(self, roots: list[Root], one_pass: bool) -> bool:
+    def take(self, roots: list[Root], parameters: Sequence[Tensor], one_pass: bool) -> bool:
         """Return ``through_grad`` for these, and warn where gradients will not tell which parameters a loss reaches."""
-        through_grad = recomputes(roots) if self.through_grad is None else self.through_grad
+        through_grad = self.through_grad
+        if through_grad is None:
+            through_grad, reaches = look_for(parameters, roots)
+            # Sharded parameters are not in the graph themselves.
+            if roots and parameters and not (reaches or through_grad or any(map(is_sharded, parameters))):
+                warnings.warn(
+                    "no loss depends on a parameter of the optimizer that requires grad, and nothing is trained: make "
+                    "the optimizer of the parameters that the model keeps",
+                    stacklevel=7,
+                )
         if through_grad and self.through_grad is None:
             self.through_grad = True
             if self.began:
@@ -145,7 +160,7 @@ def _depend_on_outputs(losses: Sequence[Root]) -> bool:
         stack, seen = [_edge(loss)], set()
         while stack:
             node, output = stack.pop()
-            if type(node).__name__ in _JOINING:
+            if type(node).__name__ in _JOINING or _SCRIPTED in node.name():
                 outputs[node].add(output)
             elif node not in seen:
                 seen.add(node)
@@ -155,10 +170,24 @@ def _depend_on_outputs(losses: Sequence[Root]) -> bool:
     return any(len(found) > 1 for found in entries.values())
 
 
-def recomputes(losses: Sequence[Root]) -> bool:
-    """Whether a loss depends on a reentrant checkpoint, which hides what is inside from passes to named inputs."""
-    starts = {_edge(loss)[0] for loss in losses}
-    return any(type(node).__name__ == _REENTRANT for node in _postorder(list(starts), {}))
+def look_for(parameters: Sequence[Tensor], losses: Sequence[Root]) -> tuple[bool, bool]:
+    """Return whether functions may hide parameters from passes to named inputs, and whether losses depend on others.
+
+    A reentrant checkpoint hides them, and refuses such a pass; so may a function in Python that depends on none of the
+    parameters, which such a pass would not come to, while its own backward may call another.
+    """
+    known = {id(p) for p in parameters}
+    leading = set()
+    hides = False
+    for node in _postorder(list({_edge(loss)[0] for loss in losses}), {}):
+        if type(node).__name__ == "AccumulateGrad":
+            leads = id(node.variable) in known
+        else:
+            leads = any(edge[0] in leading for edge in node.next_functions)
+        if leads:
+            leading.add(node)
+        hides = hides or type(node).__name__ == _REENTRANT or (not leads and isinstance(node, BackwardCFunction))
+    return hides, bool(leading)
 
 
 def root_of(loss: Tensor) -> Root | None:
@@ -168,7 +197,7 @@ def root_of(loss: Tensor) -> Root | None:
     """
     node = loss.grad_fn
     name = type(node).__name__
-    if name not in _PARTS:
+    if name not in _PARTS or loss._backward_hooks:
         return loss
     whole: Any = node.next_functions[0][0]  # type: ignore[union-attr]
     if type(whole).__name__ != "StackBackward0":

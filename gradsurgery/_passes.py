@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,11 @@ Rows = list[list[Tensor | None]]
 
 @dataclass(slots=True)
 class Passes:
-    """How to go back to the P parameters. Each result holds T lists of P gradients, None where a task has none."""
+    """How to go back to the P parameters. Each result holds T lists of P gradients, None where a task has none.
+
+    ``.grad`` is to be set aside meanwhile (``grads_aside``): a function whose backward calls ``backward`` itself, as
+    those of reversible layers and of some packages' checkpoints do, leaves the gradients of what is inside it there.
+    """
 
     parameters: list[Tensor]
     batched: bool
@@ -29,16 +34,45 @@ class Passes:
     starts: list[tuple[Root, Tensor]]
     """What the pass of each loss begins at, and the gradient there: 1, or a gradient scaler's factor."""
 
+    @contextmanager
+    def grads_aside(self) -> Iterator[None]:
+        """Clear ``.grad`` of the parameters meanwhile; RuntimeError if a batched pass has left anything there."""
+        before = [p.grad for p in self.parameters]
+        self._clear()
+        try:
+            yield
+            if any(p.grad is not None for p in self.parameters):
+                raise RuntimeError(
+                    "the batched backward pass failed: a function's backward calls backward() itself "
+                    "(mode='sequential' goes back without vmap)"
+                )
+        finally:
+            for p, grad in zip(self.parameters, before, strict=True):
+                p.grad = grad
+
+    def _clear(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def _add_hidden(self, row: list[Tensor | None]) -> None:
+        """Add to a row what the pass has left in ``.grad``, and clear it."""
+        for place, p in enumerate(self.parameters):
+            if p.grad is not None:
+                found = row[place]
+                row[place] = p.grad if found is None else found + p.grad
+                p.grad = None
+
     def from_losses(self) -> Rows:
         """Go from each loss to the parameters."""
         if not self.parameters or not self.starts:
             return [[] for _ in self.starts]
         if self.batched:
             return self._batched_from_losses()
-        rows: Rows = [
-            [*torch.autograd.grad([root], self.parameters, [factor], retain_graph=keep, allow_unused=True)]
-            for (root, factor), keep in self._with_keep(self.starts)
-        ]
+        rows: Rows = []
+        for (root, factor), keep in self._with_keep(self.starts):
+            found = torch.autograd.grad([root], self.parameters, [factor], retain_graph=keep, allow_unused=True)
+            rows.append([*found])
+            self._add_hidden(rows[-1])
         check_memory(rows)
         return rows
 
@@ -52,22 +86,16 @@ class Passes:
             RuntimeError: a pass left no shard, as where ``set_requires_gradient_sync`` holds them back.
         """
         parameters: list[Any] = self.parameters
-        before = [p.grad for p in parameters]
         rows: Rows = []
-        try:
-            for (root, factor), keep in self._with_keep(self.starts):
-                for p in parameters:
-                    p.grad = None
-                torch.autograd.backward([root], [factor], retain_graph=keep)
-                rows.append([part_of(p.grad, p) if sharded and p.grad is not None else p.grad for p in parameters])
-                if sharded and all(entry is None for entry in rows[-1]):
-                    raise RuntimeError(
-                        f"loss {len(rows) - 1} left no gradient in the sharded parameters: it must depend on one, and "
-                        "set_requires_gradient_sync must stay True, also between micro-batches, for which collect() is"
-                    )
-        finally:
-            for p, grad in zip(parameters, before, strict=True):
-                p.grad = grad
+        for (root, factor), keep in self._with_keep(self.starts):
+            torch.autograd.backward([root], [factor], retain_graph=keep)
+            rows.append([part_of(p.grad, p) if sharded and p.grad is not None else p.grad for p in parameters])
+            self._clear()
+            if sharded and all(entry is None for entry in rows[-1]):
+                raise RuntimeError(
+                    f"loss {len(rows) - 1} left no gradient in the sharded parameters: it must depend on one, and "
+                    "set_requires_gradient_sync must stay True, also between micro-batches, for which collect() is"
+                )
         return rows
 
     def _batched_from_losses(self) -> Rows:
@@ -93,8 +121,15 @@ class Passes:
         """Go from each loss to the features and the parameters above them, then from the features to those below.
 
         Raises:
-            ValueError: a feature depends on another one; a parameter is above and below; no loss depends on a feature.
+            ValueError: a feature depends on another one, or has hooks; a parameter is above and below; no loss depends
+                on a feature.
         """
+        for f, feature in enumerate(features):
+            if feature._backward_hooks:
+                raise ValueError(
+                    f"feature {f} has hooks, which the passes above and below it would both run: go on with its "
+                    "view_as(itself), and give that"
+                )
         below: dict[int, int] = {}
         for f, feature in enumerate(features):
             leaves, reached = reach([feature], [*features[:f], *features[f + 1 :]])
@@ -117,6 +152,7 @@ class Passes:
             cotangents.append(list(found[: len(features)]))
             for p, grad in zip(own, found[len(features) :], strict=True):
                 rows[t][p] = grad
+            self._add_hidden(rows[t])
         check_memory(cotangents)
         # Bit t: some feature that loss t depends on depends on the parameter.
         mask = [0] * len(self.parameters)
@@ -140,6 +176,7 @@ class Passes:
                 found = torch.autograd.grad(outputs, inputs, grads, retain_graph=keep, allow_unused=True)
                 for p, grad in zip(trunk, found, strict=True):
                     rows[t][p] = grad
+                self._add_hidden(rows[t])
         check_memory(rows)
         return rows
 

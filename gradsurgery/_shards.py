@@ -27,14 +27,13 @@ def processes_of(group: Any, parameters: list[Tensor], method: Method) -> Replic
     """Return the processes that train the parameters together by a method.
 
     Raises:
-        TypeError, ValueError: as :class:`Replicas` and :meth:`Shards.check` do; parameters of
-            FullyShardedDataParallel, which keeps their gradients elsewhere.
+        TypeError, ValueError: as :class:`Replicas`, :meth:`Replicas.check` and :meth:`Shards.check` do.
     """
-    if any(hasattr(p, "_fsdp_flattened") for p in parameters):
-        raise TypeError("parameters must not be those of FullyShardedDataParallel, got some: use fully_shard")
-    if not any(map(is_sharded, parameters)):
-        return Replicas(group, method)
-    return Shards(parameters, group, method)
+    if any(map(is_sharded, parameters)):
+        return Shards(parameters, group, method)
+    replicas = Replicas(group, method)
+    replicas.check(parameters)
+    return replicas
 
 
 class Shards:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ._gradients import TaskGradients, parse, read_lists
 from ._shards import Shards
@@ -46,15 +47,17 @@ def targets(parameters: list[Tensor], grads: TaskGradients, params: list[int]) -
         return found  # type: ignore[no-any-return]
     accumulate = any(p.grad is not None for p in parameters)
     like = grads.like
-    out = [_target(p, like[place].dtype, accumulate) for p, place in zip(parameters, params, strict=True)]  # type: ignore[union-attr]
+    out = [_target(p, like[place], accumulate) for p, place in zip(parameters, params, strict=True)]  # type: ignore[arg-type]
     return out, accumulate, set()
 
 
-def _target(parameter: Tensor, dtype: torch.dtype, accumulate: bool) -> Tensor:
-    """Return the tensor that a parameter's direction is written into, or added to; ``dtype`` is its gradients'."""
-    grad = parameter.grad
+def _target(parameter: Tensor, like: Tensor, accumulate: bool) -> Tensor:
+    """Return the tensor that a parameter's direction is written into, or added to; one of its gradients is ``like``."""
+    grad, dtype = parameter.grad, like.dtype
     if grad is None:
-        return torch.zeros_like(parameter, dtype=dtype) if accumulate else torch.empty_like(parameter, dtype=dtype)
+        # Of a subclass, such as those of quantised weights, gradients need not be.
+        model = parameter if type(parameter) in (Tensor, Parameter) else like
+        return torch.zeros_like(model, dtype=dtype) if accumulate else torch.empty_like(model, dtype=dtype)
     if is_foreign(grad) or grad.dtype != dtype:
         raise TypeError(
             f".grad of a parameter of shape {tuple(parameter.shape)} is {_kind(grad)}, its new gradients are {dtype}"

@@ -146,7 +146,8 @@ def collect(
     tasks, each = _check_losses(losses, partial)
     given = [loss for loss in each if loss is not None]
     roots = [None if loss is None else root_of(loss) for loss in each]
-    through_grad = survey is not None and survey.take([root for root in roots if root is not None], weigh is not None)
+    begun = [root for root in roots if root is not None]
+    through_grad = survey is not None and survey.take(begun, parameters, weigh is not None)
     check_choice("mode", mode, ("sequential", "batched"))
     if chunk_size is not None:
         if mode != "batched":
@@ -159,8 +160,8 @@ def collect(
         shards.check_same(present, given[0].device)  # before the hooks average what does not belong together
     elif through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
-            "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "
-            "with use_reentrant=False take both"
+            "functions that go back themselves, such as checkpoints with use_reentrant=True, take one backward pass "
+            "per loss, without mode= and features=; checkpoints with use_reentrant=False take both"
         )
     if isinstance(features, Tensor):
         features = [features]
@@ -182,12 +183,13 @@ def collect(
         if root is not None
     ]
     passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts)
-    if shards is not None or through_grad:
-        grads = passes.through_grad(sharded=shards is not None)
-    elif features is None:
-        grads = passes.from_losses()
-    else:
-        grads = passes.by_features(features)
+    with passes.grads_aside():
+        if shards is not None or through_grad:
+            grads = passes.through_grad(sharded=shards is not None)
+        elif features is None:
+            grads = passes.from_losses()
+        else:
+            grads = passes.by_features(features)
     if len(starts) < len(roots):
         found = iter(grads)
         grads = [[None] * len(parameters) if root is None else next(found) for root in roots]

@@ -65,8 +65,10 @@ class Replicas:
         return distributed.get_world_size(self.group)
 
     def check(self, parameters: list[Tensor]) -> None:
-        """Raise TypeError for a parameter that does not lie on this process."""
+        """Raise TypeError for a parameter that is spread over processes."""
         for p in parameters:
+            if hasattr(p, "_fsdp_flattened"):
+                raise TypeError("parameters must not be those of FullyShardedDataParallel, got some: use fully_shard")
             if is_sharded(p):
                 raise TypeError(
                     "all parameters must be spread over processes or none when the optimizer is wrapped, got one of "

@@ -257,11 +257,11 @@ class SurgeryOptimizer(OptimizerWrapper):
         if isinstance(values, Mapping):
             self._planner.remember_tasks(tasks)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the wrapped optimizer; warn of collected gradients that are not in ``.grad``."""
+    def step(self, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
+        """Step the wrapped optimizer, with its own options; warn of collected gradients that are not in ``.grad``."""
         if self._pending is not None:
             warnings.warn("collected task gradients are not in .grad: call combine() before step()", stacklevel=2)
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        return self.optimizer.step(**options) if closure is None else self.optimizer.step(closure, **options)
 
     # The wrapped optimizer's step has the hooks that Optimizer.__init__ would wrap around this one.
     step.hooked = True  # type: ignore[attr-defined]
@@ -269,7 +269,8 @@ class SurgeryOptimizer(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad``, and forget what was collected."""
         self._pending = None
-        self.optimizer.zero_grad(set_to_none=set_to_none)
+        # Not every optimizer has the option.
+        self.optimizer.zero_grad(**({} if set_to_none else {"set_to_none": False}))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""

@@ -129,8 +129,16 @@ def held_back():
     wrap(net).collect(net(BATCHES[0][rank]))
 
 
+def flat():
+    return FullyShardedDataParallel(Net(), device_id=torch.device("cpu"), use_orig_params=True)
+
+
 def flat_shards():
-    wrap(FullyShardedDataParallel(Net(), device_id=torch.device("cpu"), use_orig_params=True))
+    wrap(flat())
+
+
+def flat_shards_later():
+    wrap(Net()).add_param_group({"params": list(flat().parameters())})
 
 
 def products_of_shards():
@@ -177,6 +185,7 @@ if DEVICE == "cpu":
         "losses of shards": partial(sharded_tasks, ("abc", "ab")),
         "shards held back": held_back,
         "flat shards": flat_shards,
+        "flat shards later": flat_shards_later,
         "products of shards": products_of_shards,
         "sharded batched": sharded_batched,
         "spread loss": spread_loss,

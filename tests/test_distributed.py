@@ -59,6 +59,7 @@ MESSAGES = dict(
         ("losses of shards", ["than losses of ['a', 'b', 'c'] on process 0", "losses of ['a', 'b'] on process 1"]),
         ("shards held back", ["RuntimeError: loss 0 left no gradient in the sharded parameters: it must depend"] * 2),
         ("flat shards", ["TypeError: parameters must not be those of FullyShardedDataParallel"] * 2),
+        ("flat shards later", ["TypeError: parameters must not be those of FullyShardedDataParallel"] * 2),
         ("products of shards", ["TypeError: grads[0][0] is a DTensor, spread over processes: give its to_local()"] * 2),
         ("spread loss", ["TypeError: loss '1' must not be a DTensor: give its full_tensor()"] * 2),
         ("sharded batched", ["ValueError: sharded parameters take one backward pass per loss"] * 2),

@@ -119,6 +119,24 @@ def test_lightning_with_a_scaler(tmp_path):
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)  # both pass through float16
 
 
+def test_fabric_in_mixed_precision():
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    fabric.launch()
+    net, alone = Net(), Net()
+    alone.load_state_dict(net.state_dict())
+    model, optimizer = fabric.setup(net, gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)))
+    batch = next(iter(loader()))
+    with pytest.raises(RuntimeError, match=r"fabric.backward"):
+        optimizer.optimizer.backward(model(batch))
+    with fabric.autocast():
+        losses = net(batch)
+    optimizer.optimizer.backward(losses)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = alone(batch)
+    gradsurgery.MGDA(torch.optim.SGD(alone.parameters(), lr=0.1)).backward(expected)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), alone.parameters(), strict=True))
+
+
 def test_lightning(plain, tmp_path):
     lightning = pytest.importorskip("lightning.pytorch")
 

@@ -213,8 +213,11 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             optimizer.backward(losses, **arguments)
+    left.register_hook(lambda grad: grad / 2)
+    with pytest.raises(ValueError, match="feature 0 has hooks"):
+        optimizer.backward(losses, features=[left, right])
     assert all(p.grad is None for p in net.parameters())
-    optimizer.backward(losses, features=[left, right])
+    optimizer.backward(net(X), features=net.features)
 
 
 def test_reach_without_a_graph_in_between():

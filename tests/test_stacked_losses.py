@@ -105,6 +105,19 @@ def test_what_becomes_of_a_stack_is_warned_of(join):
     named.backward(join(net, net["trunk"](X)))
 
 
+def test_hooks_of_a_part_run():
+    net, plain = two_task_net(), two_task_net()
+    plain.load_state_dict(net.state_dict())
+    optimizer = gradsurgery.SurgeryOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.1), "sum", shared=net["trunk"].parameters()
+    )
+    for each, backward in ((net, optimizer.backward), (plain, lambda losses: sum(losses).backward())):
+        losses = list(torch.stack(two_losses(each, X)))
+        losses[1].register_hook(lambda grad: 10 * grad)
+        backward(losses)
+    torch.testing.assert_close(grads_of(net), grads_of(plain))
+
+
 def test_checkpoints_around_the_heads_are_warned_of():
     net = two_task_net()
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))

@@ -396,3 +396,61 @@ def test_no_second_copy_of_the_task_gradients(backend):
     # The compiled backends write the direction over gradients, the reference widens one parameter at a time.
     allowed = {"reference": 3, "triton": 1.02}.get(backend, 0.02)
     assert peak <= allowed * direction
+
+
+def test_nothing_to_train_is_warned_of():
+    old, net = two_task_net(), two_task_net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(old.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="no loss depends on a parameter of the optimizer"):
+        optimizer.backward(two_losses(net, X))
+    optimizer.backward(two_losses(old, X))  # no second warning
+    uw = gradsurgery.SurgeryOptimizer(torch.optim.SGD(old.parameters(), lr=0.1), "uw")
+    with pytest.warns(UserWarning, match="no loss depends on a parameter of the optimizer"):
+        uw.backward(two_losses(net, X))
+    for p in old.parameters():
+        p.requires_grad_(False)
+    gradsurgery.MGDA(torch.optim.SGD(old.parameters(), lr=0.1)).backward(two_losses(net, X))  # as asked
+
+
+def test_optimizers_with_methods_of_other_signatures():
+    class Sophia(torch.optim.SGD):
+        def zero_grad(self):
+            super().zero_grad()
+
+        def step(self, closure=None, *, bs):
+            self.bs = bs
+            return super().step(closure)
+
+    net = two_task_net()
+    optimizer = gradsurgery.PCGrad(Sophia(net.parameters(), lr=0.1))
+    optimizer.zero_grad()
+    optimizer.backward(two_losses(net, X))
+    optimizer.step(bs=64)
+    assert optimizer.optimizer.bs == 64
+    assert optimizer.step(lambda: 5, bs=65) == 5
+    optimizer.zero_grad()
+    assert grads_of(net) == [None] * len(grads_of(net))
+    with pytest.raises(TypeError, match="set_to_none"):
+        optimizer.zero_grad(set_to_none=False)
+
+
+def test_gradients_of_a_subclass_of_parameters_are_plain():
+    class Weight(torch.Tensor):
+        """As a quantised one, which no float can be made like."""
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func in (torch.empty_like, torch.zeros_like):
+                raise NotImplementedError
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+
+    p = torch.linspace(-1, 1, 12).reshape(4, 3).as_subclass(Weight)
+    p.requires_grad_()
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([p], lr=0.1))
+    for accumulate in (False, False, True):
+        if not accumulate:
+            optimizer.zero_grad()
+        optimizer.backward([(X[:, :4] @ p).sum(), -(X[:, 2:] @ p).square().sum()])
+        assert type(p.grad) is torch.Tensor
+        optimizer.step()

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""Functions whose backward calls ``backward`` itself: what is inside them is not in the graph."""
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import grads_of, on_cpu
+
+pytestmark = on_cpu
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+
+
+class Hiding(torch.autograd.Function):
+    """A checkpoint as reversible layers and some packages have it."""
+
+    @staticmethod
+    def forward(ctx, block, x):
+        ctx.block = block
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.block(x)
+        torch.autograd.backward(y, grad)
+        return None, x.grad
+
+
+class Net(torch.nn.ModuleDict):
+    """Trunk of two layers and two heads; the hidden layer is the first, the second, a head, or none."""
+
+    def __init__(self, hidden):
+        super().__init__(
+            {name: torch.nn.Linear(6, outputs) for name, outputs in (("1", 6), ("2", 6), ("a", 1), ("b", 1))}
+        )
+        self.hidden = hidden
+        with torch.no_grad():
+            for number, p in enumerate(self.parameters()):
+                p.copy_(torch.linspace(-1, 1, p.numel()).sin().roll(number).reshape(p.shape))
+
+    def at(self, name, x):
+        if name != self.hidden:
+            return self[name](x)
+        # What a function depends on must require grad; the first layer's input is no parameter.
+        return Hiding.apply(self[name], x if x.requires_grad else x.clone().requires_grad_())
+
+    def features(self):
+        return self.at("2", self.at("1", X).tanh()).tanh()
+
+    def losses(self, z):
+        a, b = self.at("a", z), self.at("b", z)
+        return [(a - 1).square().mean(), 3 * (b + 1).square().mean()]
+
+
+def step(hidden, method="mgda", features=False, steps=1, **options):
+    net = Net(hidden)
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+    for _ in range(steps):
+        z = net.features()
+        info = optimizer.backward(net.losses(z), **({"features": z} if features else {}), **options)
+        optimizer.step()
+    return info, grads_of(net)
+
+
+@pytest.mark.parametrize("hidden", ["1", "2", "a"])
+@pytest.mark.parametrize("method", ["mgda", "pcgrad", "uw", "m_config"])
+def test_gradients_are_those_of_the_open_network(hidden, method):
+    info, grads = step(hidden, method, steps=2)  # the second step adds to .grad
+    expected, theirs = step(None, method, steps=2)
+    torch.testing.assert_close(info.weights, expected.weights)
+    torch.testing.assert_close(grads, theirs)
+
+
+@pytest.mark.parametrize("hidden", ["2", "a"])
+def test_by_way_of_features(hidden):
+    torch.testing.assert_close(step(hidden, features=True)[1], step(None)[1])
+
+
+def test_the_first_layer_takes_whole_passes():
+    with pytest.raises(ValueError, match=r"functions that go back themselves.* take one backward pass per loss"):
+        step("1", features=True)
+
+
+@pytest.mark.parametrize("hidden", ["2", "a"])
+def test_batched_passes_refuse(hidden):
+    net = Net(hidden)
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="batched backward pass failed"):
+        optimizer.backward(net.losses(net.features()), mode="batched")
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters())
+
+
+def test_a_failure_leaves_no_gradient():
+    net = Net("2")
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    passes = []
+
+    def fail(grad):
+        passes.append(grad)
+        if len(passes) == 2:
+            raise ArithmeticError("the second pass")
+
+    z = net.at("1", X)
+    z.register_hook(fail)
+    with pytest.raises(ArithmeticError, match="the second pass"):
+        optimizer.backward(net.losses(net.at("2", z.tanh()).tanh()))
+    assert grads_of(net) == [None] * 8
