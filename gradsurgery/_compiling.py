@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -40,6 +41,13 @@ def cached(function: Callable[..., Result]) -> Callable[..., Result]:
         return (function if torch.compiler.is_compiling() else keeping)(*args)
 
     return call
+
+
+@cached
+def takes(function: Callable[..., Any], option: str) -> bool:
+    """Whether a function has a parameter of this name."""
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
+    return option in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values()
 
 
 def capturing(device: torch.device) -> bool:

@@ -48,6 +48,8 @@ class Survey:
     """Whether shared parameters are inferred, until a step with one pass per loss has checked that they can be."""
     through_grad: bool | None = None
     """Whether passes must go by way of ``.grad``; None during the first step, and where it is to be looked at again."""
+    hiding: bool = False
+    """Whether functions may hide parameters from the graph, see :func:`edges_behind_functions`."""
     began: bool = False
     """Whether a step's graphs were looked at."""
 
@@ -60,11 +62,16 @@ class Survey:
         """Return ``through_grad`` for these, and warn where gradients will not tell which parameters a loss reaches."""
         through_grad = self.through_grad
         if through_grad is None:
-            through_grad, reaches = look_for(parameters, roots)
+            nodes = _postorder([_edge(root)[0] for root in roots], {})
+            through_grad = any(type(node).__name__ == _REENTRANT for node in nodes)
+            self.hiding = self.hiding or any(map(_may_hide, nodes))
+            known = {id(p) for p in parameters}
+            reaches = any(type(node).__name__ == "AccumulateGrad" and id(node.variable) in known for node in nodes)
             # Sharded parameters are not in the graph themselves.
-            if roots and parameters and not (reaches or through_grad or any(map(is_sharded, parameters))):
+            seen = reaches or through_grad or self.hiding or any(map(is_sharded, parameters))
+            if roots and parameters and not seen:
                 warnings.warn(
-                    "no loss depends on a parameter of the optimizer that requires grad, and nothing is trained: make "
+                    "these losses depend on no parameter of the optimizer that requires grad, and train nothing: make "
                     "the optimizer of the parameters that the model keeps",
                     stacklevel=7,
                 )
@@ -160,7 +167,8 @@ def _depend_on_outputs(losses: Sequence[Root]) -> bool:
         stack, seen = [_edge(loss)], set()
         while stack:
             node, output = stack.pop()
-            if type(node).__name__ in _JOINING or _SCRIPTED in node.name():
+            name = type(node).__name__
+            if name in _JOINING or (name == "CppFunction" and _SCRIPTED in node.name()):
                 outputs[node].add(output)
             elif node not in seen:
                 seen.add(node)
@@ -170,24 +178,35 @@ def _depend_on_outputs(losses: Sequence[Root]) -> bool:
     return any(len(found) > 1 for found in entries.values())
 
 
-def look_for(parameters: Sequence[Tensor], losses: Sequence[Root]) -> tuple[bool, bool]:
-    """Return whether functions may hide parameters from passes to named inputs, and whether losses depend on others.
+def edges_behind_functions(
+    roots: Sequence[Root], parameters: Sequence[Tensor], stops: Sequence[Tensor] = ()
+) -> list[GradientEdge]:
+    """Return an edge out of each function that a pass to these parameters and stops would not come to.
 
-    A reentrant checkpoint hides them, and refuses such a pass; so may a function in Python that depends on none of the
-    parameters, which such a pass would not come to, while its own backward may call another.
+    A pass that names the edges, too, runs those functions. Their backward may call another pass, whose gradients of
+    parameters that are not in the graph it leaves in ``.grad``, as those of reversible layers do.
     """
     known = {id(p) for p in parameters}
-    leading = set()
-    hides = False
-    for node in _postorder(list({_edge(loss)[0] for loss in losses}), {}):
+    stop_at = {_edge(stop): s for s, stop in enumerate(stops)}
+    starts = [edge[0] for edge in map(_edge, roots) if edge not in stop_at]
+    leading, found = set(), []
+    for node in _postorder(starts, stop_at):
+        edges = [edge for edge in node.next_functions if edge[0] is not None]
         if type(node).__name__ == "AccumulateGrad":
             leads = id(node.variable) in known
         else:
-            leads = any(edge[0] in leading for edge in node.next_functions)
+            leads = any(edge in stop_at or edge[0] in leading for edge in edges)
+        if not leads and edges and _may_hide(node):
+            found.append(GradientEdge(*edges[0]))
+            leads = True
         if leads:
             leading.add(node)
-        hides = hides or type(node).__name__ == _REENTRANT or (not leads and isinstance(node, BackwardCFunction))
-    return hides, bool(leading)
+    return found
+
+
+def _may_hide(node: Any) -> bool:
+    """Whether it is a function in Python, other than torch's own."""
+    return isinstance(node, BackwardCFunction) and not type(node)._forward_cls.__module__.startswith("torch.")  # type: ignore[attr-defined]
 
 
 def root_of(loss: Tensor) -> Root | None:

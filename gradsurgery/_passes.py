@@ -4,26 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from ._dtensor import part_of
-from ._graph import Root, reach
+from ._graph import Root, edges_behind_functions, reach
 
 Rows = list[list[Tensor | None]]
 
 
 @dataclass(slots=True)
 class Passes:
-    """How to go back to the P parameters. Each result holds T lists of P gradients, None where a task has none.
-
-    ``.grad`` is to be set aside meanwhile (``grads_aside``): a function whose backward calls ``backward`` itself, as
-    those of reversible layers and of some packages' checkpoints do, leaves the gradients of what is inside it there.
-    """
+    """How to go back to the P parameters. Each result holds T lists of P gradients, None where a task has none."""
 
     parameters: list[Tensor]
     batched: bool
@@ -33,29 +30,37 @@ class Passes:
     retain_graph: bool
     starts: list[tuple[Root, Tensor]]
     """What the pass of each loss begins at, and the gradient there: 1, or a gradient scaler's factor."""
+    hiding: bool = False
+    """Whether functions may leave gradients of what is inside them in ``.grad``, which is set aside then."""
 
     @contextmanager
     def grads_aside(self) -> Iterator[None]:
         """Clear ``.grad`` of the parameters meanwhile; RuntimeError if a batched pass has left anything there."""
-        before = [p.grad for p in self.parameters]
-        self._clear()
-        try:
+        with ExitStack() as restoring:
+            for p in self.parameters:
+                restoring.callback(setattr, p, "grad", p.grad)
+                p.grad = None
             yield
             if any(p.grad is not None for p in self.parameters):
                 raise RuntimeError(
                     "the batched backward pass failed: a function's backward calls backward() itself "
                     "(mode='sequential' goes back without vmap)"
                 )
-        finally:
-            for p, grad in zip(self.parameters, before, strict=True):
-                p.grad = grad
 
-    def _clear(self) -> None:
-        for p in self.parameters:
-            p.grad = None
+    def _go_back(
+        self, outputs: Sequence[Root], inputs: Sequence[Tensor], grads: Sequence[Tensor], edges: list[Any], keep: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the inputs; ``edges`` are passed by."""
+        found = torch.autograd.grad(outputs, [*inputs, *edges], grads, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
+        return found[: len(inputs)]
+
+    def _edges(self, roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> list[GradientEdge]:
+        return edges_behind_functions(roots, self.parameters, stops) if self.hiding else []
 
     def _add_hidden(self, row: list[Tensor | None]) -> None:
-        """Add to a row what the pass has left in ``.grad``, and clear it."""
+        """Add to a row what functions have left in ``.grad``, and clear it."""
+        if not self.hiding:
+            return
         for place, p in enumerate(self.parameters):
             if p.grad is not None:
                 found = row[place]
@@ -69,9 +74,9 @@ class Passes:
         if self.batched:
             return self._batched_from_losses()
         rows: Rows = []
+        edges = self._edges([root for root, _ in self.starts])
         for (root, factor), keep in self._with_keep(self.starts):
-            found = torch.autograd.grad([root], self.parameters, [factor], retain_graph=keep, allow_unused=True)
-            rows.append([*found])
+            rows.append([*self._go_back([root], self.parameters, [factor], edges, keep)])
             self._add_hidden(rows[-1])
         check_memory(rows)
         return rows
@@ -90,7 +95,8 @@ class Passes:
         for (root, factor), keep in self._with_keep(self.starts):
             torch.autograd.backward([root], [factor], retain_graph=keep)
             rows.append([part_of(p.grad, p) if sharded and p.grad is not None else p.grad for p in parameters])
-            self._clear()
+            for p in parameters:
+                p.grad = None
             if sharded and all(entry is None for entry in rows[-1]):
                 raise RuntimeError(
                     f"loss {len(rows) - 1} left no gradient in the sharded parameters: it must depend on one, and "
@@ -106,15 +112,15 @@ class Passes:
         rows: Rows = [[None] * len(mask) for _ in roots]
         owned = [p for p, m in enumerate(mask) if m.bit_count() == 1]
         shared = [p for p, m in enumerate(mask) if m.bit_count() > 1]
+        edges = self._edges(roots)
         if owned:
             inputs = [self.parameters[p] for p in owned]
-            keep = self.retain_graph or bool(shared)
-            of_sum = torch.autograd.grad(roots, inputs, factors, retain_graph=keep, allow_unused=True)
+            of_sum = self._go_back(roots, inputs, factors, [], self.retain_graph or bool(shared or edges))
             for p, grad in zip(owned, of_sum, strict=True):
                 rows[mask[p].bit_length() - 1][p] = grad
         units = torch.eye(len(rows), dtype=factors[0].dtype, device=factors[0].device)
         cotangents = [units[t].to(f).reshape(-1, *[1] * f.dim()) * f for t, f in enumerate(factors)]
-        self._fill_batched(rows, shared, mask, roots, cotangents)
+        self._fill_batched(rows, shared, mask, roots, cotangents, edges)
         return rows
 
     def by_features(self, features: Sequence[Tensor]) -> Rows:
@@ -145,10 +151,11 @@ class Passes:
             raise ValueError(f"parameters {both} are used above and below the features, which must part the two")
         rows: Rows = [[None] * len(self.parameters) for _ in self.starts]
         cotangents: Rows = []
+        edges = self._edges([root for root, _ in self.starts], features)
         for t, ((root, factor), keep) in enumerate(self._with_keep(self.starts)):
             own = [p for p, owner in enumerate(self.parameters) if above.get(id(owner), 0) >> t & 1]
             inputs = [*features, *(self.parameters[p] for p in own)]
-            found = torch.autograd.grad([root], inputs, [factor], retain_graph=keep, allow_unused=True)
+            found = self._go_back([root], inputs, [factor], edges, keep)
             cotangents.append(list(found[: len(features)]))
             for p, grad in zip(own, found[len(features) :], strict=True):
                 rows[t][p] = grad
@@ -160,21 +167,21 @@ class Passes:
             for f, tasks in enumerate(of_features):
                 mask[p] |= tasks * (below.get(id(owner), 0) >> f & 1)
         trunk = [p for p, m in enumerate(mask) if m]
+        edges = self._edges(features)
         if self.batched:
             check_memory(rows)
             stacks = [
                 torch.stack([torch.zeros_like(f) if row[i] is None else row[i] for row in cotangents])  # type: ignore[misc]
                 for i, f in enumerate(features)
             ]
-            self._fill_batched(rows, trunk, mask, features, stacks)
+            self._fill_batched(rows, trunk, mask, features, stacks, edges)
             return rows
         inputs = [self.parameters[p] for p in trunk]
         for t, (row, keep) in enumerate(self._with_keep(cotangents)):
             given = [(f, g) for f, g in zip(features, row, strict=True) if g is not None]
-            if given and inputs:
+            if given and (inputs or edges):
                 outputs, grads = zip(*given, strict=True)
-                found = torch.autograd.grad(outputs, inputs, grads, retain_graph=keep, allow_unused=True)
-                for p, grad in zip(trunk, found, strict=True):
+                for p, grad in zip(trunk, self._go_back(outputs, inputs, grads, edges, keep), strict=True):
                     rows[t][p] = grad
                 self._add_hidden(rows[t])
         check_memory(rows)
@@ -185,20 +192,50 @@ class Passes:
         return [(item, self.retain_graph or i + 1 < len(items)) for i, item in enumerate(items)]
 
     def _fill_batched(
-        self, rows: Rows, params: list[int], mask: list[int], outputs: Sequence[Root], cotangents: list[Tensor]
+        self,
+        rows: Rows,
+        params: list[int],
+        mask: list[int],
+        outputs: Sequence[Root],
+        cotangents: list[Tensor],
+        edges: list[GradientEdge],
     ) -> None:
         """Fill in the gradients of ``params`` from cotangents [T, ...] of the outputs, where the mask says so."""
-        if not params:
+        if not params and not edges:
             return
         inputs = [self.parameters[p] for p in params]
         step = self.chunk_size or len(rows)
         for begin, keep in self._with_keep(range(0, len(rows), step)):
             part = [c[begin : begin + step] for c in cotangents]
-            found = _vmapped(outputs, inputs, part, keep)
+            found = self._vmapped(outputs, inputs, part, edges, keep)
             for p, stack in zip(params, found, strict=True):
                 for t, grad in enumerate(stack.unbind(), begin):
                     if mask[p] >> t & 1:
                         rows[t][p] = grad
+
+    def _vmapped(
+        self,
+        outputs: Sequence[Root],
+        inputs: list[Tensor],
+        cotangents: list[Tensor],
+        edges: list[GradientEdge],
+        keep: bool,
+    ) -> Sequence[Tensor]:
+        def go_back(*grads: Tensor) -> tuple[Tensor, ...]:
+            found = self._go_back(outputs, inputs, grads, edges, keep)
+            return tuple(torch.zeros_like(p) if g is None else g for p, g in zip(inputs, found, strict=True))
+
+        try:
+            # Not by is_grads_batched, whose convolutions loop over the batch. What a checkpoint draws again is the same
+            # for all tasks.
+            return torch.vmap(go_back, randomness="same")(*cotangents)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise RuntimeError(
+                f"the batched backward pass failed: {reason} (mode='sequential' goes back without vmap)"
+            ) from error
 
 
 def check_memory(rows: Rows) -> None:
@@ -216,29 +253,3 @@ def check_memory(rows: Rows) -> None:
 def _has_memory(grad: Tensor) -> bool:
     """Whether the address tells tensors apart: subclasses and sparse tensors hold others inside, some are nowhere."""
     return type(grad) is Tensor and grad.layout is torch.strided and grad.numel() > 0 and not grad.is_meta
-
-
-def _vmapped(
-    outputs: Sequence[Root], inputs: list[Tensor], cotangents: list[Tensor], retain_graph: bool
-) -> Sequence[Tensor]:
-    def go_back(*grads: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            outputs,  # type: ignore[arg-type]
-            inputs,
-            grads,
-            retain_graph=retain_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-
-    try:
-        # Not by is_grads_batched, whose convolutions loop over the batch. What a checkpoint draws again is the same for
-        # all tasks.
-        return torch.vmap(go_back, randomness="same")(*cotangents)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise RuntimeError(
-            f"the batched backward pass failed: {reason} (mode='sequential' goes back without vmap)"
-        ) from error

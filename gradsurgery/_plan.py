@@ -147,15 +147,14 @@ class Planner:
             state["tasks"] = {task: place for place, task in enumerate(self._tasks)}
         return state
 
-    def own_state(self, surgery: dict[str, Any] | None) -> dict[str, Any] | None:
+    def own_state(self, surgery: dict[str, dict[str, Any]] | None) -> dict[str, Any] | None:
         """Return the method's state from what ``state_dict`` returned as "surgery"; ValueError if it is another's."""
         if surgery is None:
             return None
-        name = self.method.name
-        if name not in surgery and any(surgery.values()):
+        name, states = self.method.name, surgery.values()
+        if not all(isinstance(own, dict) for own in states) or (name not in surgery and any(states)):
             raise ValueError(f"the state must be that of method {name!r}, got that of {', '.join(map(repr, surgery))}")
-        own: dict[str, Any] = surgery.get(name, {})
-        return own
+        return surgery.get(name, {})
 
     def check_state(self, state: dict[str, Any], num_parameters: int) -> None:
         """Raise ValueError unless what ``state_dict`` returned, but for the method's own state, can be restored."""

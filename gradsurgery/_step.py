@@ -56,7 +56,8 @@ def _target(parameter: Tensor, like: Tensor, accumulate: bool) -> Tensor:
     grad, dtype = parameter.grad, like.dtype
     if grad is None:
         # Of a subclass, such as those of quantised weights, gradients need not be.
-        model = parameter if type(parameter) in (Tensor, Parameter) else like
+        is_plain = type(parameter) is Tensor or issubclass(type(parameter), Parameter)
+        model = parameter if is_plain else like
         return torch.zeros_like(model, dtype=dtype) if accumulate else torch.empty_like(model, dtype=dtype)
     if is_foreign(grad) or grad.dtype != dtype:
         raise TypeError(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -123,8 +124,8 @@ def collect(
 ) -> Collected:
     """Return the gradient of every loss with respect to every parameter.
 
-    ``.grad`` is not touched, and the hooks of gradient accumulation do not run. The graph is freed by the last pass
-    unless ``retain_graph``.
+    ``.grad`` is as before then, and the hooks of gradient accumulation do not run, except inside functions whose
+    backward calls ``backward`` itself. The graph is freed by the last pass unless ``retain_graph``.
 
     Args:
         losses, scaler, retain_graph: as in :meth:`gradsurgery.SurgeryOptimizer.backward`.
@@ -145,7 +146,9 @@ def collect(
         raise TypeError(f"scaler must be a gradient scaler, got {describe(scaler)}")
     tasks, each = _check_losses(losses, partial)
     given = [loss for loss in each if loss is not None]
-    roots = [None if loss is None else root_of(loss) for loss in each]
+    # A hook of the stack itself runs in passes that begin above it.
+    hooked = isinstance(losses, Tensor) and bool(losses._backward_hooks)
+    roots = [loss if loss is None or hooked else root_of(loss) for loss in each]
     begun = [root for root in roots if root is not None]
     through_grad = survey is not None and survey.take(begun, parameters, weigh is not None)
     check_choice("mode", mode, ("sequential", "batched"))
@@ -160,8 +163,8 @@ def collect(
         shards.check_same(present, given[0].device)  # before the hooks average what does not belong together
     elif through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
-            "functions that go back themselves, such as checkpoints with use_reentrant=True, take one backward pass "
-            "per loss, without mode= and features=; checkpoints with use_reentrant=False take both"
+            "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "
+            "with use_reentrant=False take both"
         )
     if isinstance(features, Tensor):
         features = [features]
@@ -182,8 +185,9 @@ def collect(
         for root, loss in zip(roots, each, strict=True)
         if root is not None
     ]
-    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts)
-    with passes.grads_aside():
+    hiding = shards is not None or through_grad or (survey is not None and survey.hiding)
+    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts, hiding)
+    with passes.grads_aside() if hiding else nullcontext():
         if shards is not None or through_grad:
             grads = passes.through_grad(sharded=shards is not None)
         elif features is None:

@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 
 from . import methods
 from ._checks import describe
-from ._compiling import untraced
+from ._compiling import takes, untraced
 from ._graph import Survey
 from ._operate import backward_once, operate
 from ._plan import Planner, check_method
@@ -43,7 +43,8 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     In a step of one loss all that it reaches is shared. Parameters that are not the wrapped optimizer's get no
     ``.grad``. Hooks of parameters run once for each loss, those after the accumulation of gradients not at all (with
-    reentrant checkpoints and parameters that are spread over processes once for each loss, too). Where the method keeps
+    parameters that are spread over processes, reentrant checkpoints, and inside other functions whose backward calls
+    ``backward`` itself once for each loss, too). Where the method keeps
     something of each task, every step must have the same tasks in the same order.
 
     Args:
@@ -67,8 +68,9 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     Warns:
         UserWarning, at the first step: shared parameters cannot be inferred, because one compiled function, re-entrant
-            checkpoint or stack yields what several losses are computed from; pass ``shared``. Later: re-entrant
-            checkpoints were not there at first, so the step before missed what is inside them.
+            checkpoint or stack yields what several losses are computed from; pass ``shared``. Or no loss depends on any
+            of the parameters. Later: re-entrant checkpoints were not there at first, so the step before missed what is
+            inside them.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             features: the shared representation, one tensor or several that do not depend on each other. Each loss then
                 goes back to the features through its own head only, and from there to the parameters below, one by one
                 or batched. Every parameter must lie either above or below the features, and every feature must be used
-                by some loss.
+                by some loss and have no hooks.
 
         Raises:
             ValueError, TypeError: a loss or a gradient is not what it must be, or another process has other tasks or
@@ -269,8 +271,10 @@ class SurgeryOptimizer(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad``, and forget what was collected."""
         self._pending = None
-        # Not every optimizer has the option.
-        self.optimizer.zero_grad(**({} if set_to_none else {"set_to_none": False}))
+        if takes(type(self.optimizer).zero_grad, "set_to_none"):
+            self.optimizer.zero_grad(set_to_none=set_to_none)
+        else:
+            self.optimizer.zero_grad()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""

@@ -75,17 +75,45 @@ def test_gradients_are_those_of_the_open_network(hidden, method):
     torch.testing.assert_close(grads, theirs)
 
 
-@pytest.mark.parametrize("hidden", ["2", "a"])
+@pytest.mark.parametrize("hidden", ["1", "2", "a"])
 def test_by_way_of_features(hidden):
     torch.testing.assert_close(step(hidden, features=True)[1], step(None)[1])
 
 
-def test_the_first_layer_takes_whole_passes():
-    with pytest.raises(ValueError, match=r"functions that go back themselves.* take one backward pass per loss"):
-        step("1", features=True)
+class Rounded(torch.autograd.Function):
+    """A function that hides nothing, with an attribute of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.name = "rounded"
+        return x.round(decimals=2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
 
 
-@pytest.mark.parametrize("hidden", ["2", "a"])
+WAYS = [{}, {"mode": "batched"}, {"features": True}, {"features": True, "mode": "batched"}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["sequential", "batched", "features", "batched features"])
+def test_functions_that_hide_nothing_have_no_side_effects(way):
+    found = []
+    for function in (Rounded.apply, lambda x: x + (x.round(decimals=2) - x).detach()):
+        net, x, outside, grads = Net(None), X.clone().requires_grad_(), torch.nn.Linear(6, 6), []
+        outside.load_state_dict(net["1"].state_dict())
+        outside.weight.register_post_accumulate_grad_hook(grads.append)
+        optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+        for _ in range(2):
+            z = net["2"](net["1"](function(outside(function(x)))).tanh()).tanh()
+            optimizer.backward(net.losses(z), **{**way, **({"features": z} if "features" in way else {})})
+        assert grads == []
+        assert x.grad is outside.weight.grad is None
+        found.append(grads_of(net))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("hidden", ["1", "2", "a"])
 def test_batched_passes_refuse(hidden):
     net = Net(hidden)
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))

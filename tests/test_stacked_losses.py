@@ -105,15 +105,24 @@ def test_what_becomes_of_a_stack_is_warned_of(join):
     named.backward(join(net, net["trunk"](X)))
 
 
-def test_hooks_of_a_part_run():
+class Ones(gradsurgery.methods.Method):
+    """The sum, by one pass for each loss."""
+
+    def weights(self, gram, *, losses=None):
+        return torch.ones_like(gram[..., 0])
+
+
+@pytest.mark.parametrize("of_part", [False, True])
+def test_hooks_of_a_stack_run(of_part):
     net, plain = two_task_net(), two_task_net()
     plain.load_state_dict(net.state_dict())
-    optimizer = gradsurgery.SurgeryOptimizer(
-        torch.optim.SGD(net.parameters(), lr=0.1), "sum", shared=net["trunk"].parameters()
-    )
+    trunk = net["trunk"].parameters()
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), Ones(), shared=trunk)
     for each, backward in ((net, optimizer.backward), (plain, lambda losses: sum(losses).backward())):
-        losses = list(torch.stack(two_losses(each, X)))
-        losses[1].register_hook(lambda grad: 10 * grad)
+        losses = torch.stack(two_losses(each, X))
+        if of_part:
+            losses = list(losses)
+        (losses[1] if of_part else losses).register_hook(lambda grad: 10 * grad)
         backward(losses)
     torch.testing.assert_close(grads_of(net), grads_of(plain))
 

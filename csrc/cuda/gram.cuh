@@ -31,11 +31,10 @@ GS_HOST_DEVICE constexpr int64_t pairs_of(int64_t num_tasks) { return num_tasks 
 // Pair (i, j), i <= j, in a row-wise upper triangle.
 GS_HOST_DEVICE constexpr int pair_index(int i, int j, int num_tasks) { return i * num_tasks - i * (i - 1) / 2 + j - i; }
 
-// The row i of a pair. At the first pair of a row the root is that of a square, and exact; at the others it is further
-// from a whole number than rounding.
+// The row i of a pair. The 4 keeps the root 0.003 or more from where the row changes, so that its rounding does not
+// matter.
 GS_DEVICE int row_of_pair(int pair, int num_tasks) {
   const int side = 2 * num_tasks + 1;
-  // Of a row's first pair the root without the 4 is a whole number, which its rounding might miss.
   return static_cast<int>((side - std::sqrt(static_cast<float>(side * side - 8 * pair - 4))) / 2);
 }
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._checks import check_seed, describe
-from .._compiling import cached
+from .._compiling import takes
 from .._constant import constant
 from .._extension import SOLVER_NUMBERS, NativeSolver
 from ..backends import choose
@@ -89,7 +89,7 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._takes_backend = _has_backend(cls.weights)
+        cls._takes_backend = takes(cls.weights, "backend")
 
     def __repr__(self) -> str:
         options = inspect.signature(type(self)).parameters
@@ -139,7 +139,7 @@ def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | No
     """Return the method's weights; ValueError or TypeError where a method of the user's own returns something else."""
     function = getattr(method.weights, "__func__", method.weights)
     # torch.compile cannot trace what looks at signatures.
-    takes_backend = method._takes_backend if torch.compiler.is_compiling() else _has_backend(function)
+    takes_backend = method._takes_backend if torch.compiler.is_compiling() else takes(function, "backend")
     named = {"backend": backend} if backend is not None and takes_backend else {}
     weights = method.weights(gram, losses=losses, **named)
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
@@ -155,13 +155,6 @@ def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | No
 def _brief(option: Any) -> str:
     is_parameters = isinstance(option, list) and any(isinstance(item, Tensor) for item in option)
     return f"<{len(option)} tensors>" if is_parameters else repr(option)
-
-
-@cached
-def _has_backend(weights: Callable[..., Tensor]) -> bool:
-    """Whether the function takes ``backend=``."""
-    kinds = {name: parameter.kind for name, parameter in inspect.signature(weights).parameters.items()}
-    return "backend" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values()
 
 
 class FixedMethod(Method):
