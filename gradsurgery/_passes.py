@@ -50,7 +50,7 @@ class Passes:
     def _go_back(
         self, outputs: Sequence[Root], inputs: Sequence[Tensor], grads: Sequence[Tensor], edges: list[Any], keep: bool
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the inputs; ``edges`` are passed by."""
+        """Return the gradients of the inputs alone; the pass goes to the edges, too."""
         found = torch.autograd.grad(outputs, [*inputs, *edges], grads, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
         return found[: len(inputs)]
 
