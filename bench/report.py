@@ -23,9 +23,9 @@ from .timing import ALLOCATING
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-CPU, GPU, GPU_PEERS, STEPS = (
+CPU, CPU_STEPS, GPU, GPU_PEERS, STEPS = (
     RESULTS / f"{name}.json"
-    for name in ("cpu-peers", "gpu-stages-nvidia-h200", "gpu-peers-nvidia-h200", "step-nvidia-h200")
+    for name in ("cpu-peers", "step-cpu", "gpu-stages-nvidia-h200", "gpu-peers-nvidia-h200", "step-nvidia-h200")
 )
 MARK = "results: none yet"
 """What stands in a plot in place of its mark."""
@@ -71,6 +71,38 @@ def cpu_section(run: dict[str, Any]) -> str:
         f"commit {run['commit'][:12]}, {run['date'][:10]}. All rows, with spreads, bfloat16 and errors:",
         "[bench/results/cpu-peers.json](bench/results/cpu-peers.json). How they are taken:",
         "[bench/NOTES.md](bench/NOTES.md).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cpu_steps_section(run: dict[str, Any]) -> str:
+    """Return the Markdown for whole training steps on a CPU."""
+    rows = {(row["workload"], row["contender"]): row for row in run["rows"]}
+
+    def cell(workload: str, contender: str) -> str:
+        row = rows[workload, contender]
+        return f"{row['median_ms']:.0f} ms, {row['peak_mb']:.0f} MB"
+
+    contenders = {name: label for name, label in plots.BARS.items() if name != "torchjd UPGrad"}
+    lines = [
+        "Whole training steps of small models with PCGrad, forward and backward passes included, and the most memory",
+        "that a step takes on top of what lay there before. The T backward passes are most of it, whoever operates on",
+        "their gradients:",
+        "",
+        f"| model | T | N | {' | '.join(contenders.values())} |",
+        f"|---|--:|--:|{'--:|' * len(contenders)}",
+    ]
+    for workload in dict.fromkeys(row["workload"] for row in run["rows"]):
+        first = rows[workload, "sum of losses"]
+        cells = [workload, first["tasks"], f"{first['shared']:,}", *(cell(workload, name) for name in contenders)]
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    machine, versions = run["machine"], run["versions"]
+    lines += [
+        "",
+        f"Medians of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch {versions['torch']}; "
+        f"commit {run['commit'][:12]}, {run['date'][:10]}:",
+        f"[{CPU_STEPS.relative_to(ROOT)}]({CPU_STEPS.relative_to(ROOT)}). The models:",
+        "[bench/NOTES.md](bench/NOTES.md#whole-training-steps).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -167,6 +199,7 @@ def steps_section(run: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "benchmark": (CPU, cpu_section),
+    "cpu-steps": (CPU_STEPS, cpu_steps_section),
     "gpu": (GPU, gpu_section),
     "gpu-peers": (GPU_PEERS, gpu_peers_section),
     "steps": (STEPS, steps_section),

@@ -75,6 +75,14 @@ def test_dualproj_where_pivots_go_round(backend, tasks, seed):
     assert_dualproj_is_optimal(gradsurgery.gram(normal(tasks, tasks // 2 + 1, seed=seed)), backend, 1e-8)
 
 
+@pytest.mark.parametrize("method", ["upgrad", "dualproj"])
+def test_a_ridge_that_rounding_swallows(backend, method):
+    rows = torch.tensor([[1.0, 2.0], [1.0, 2.0], [-3.0, 0.5]], dtype=torch.float64)
+    d = weigh(method, gradsurgery.gram(rows), backend, reg_eps=1e-17) @ rows
+    expected = weigh(method, gradsurgery.gram(rows), backend, reg_eps=1e-9) @ rows
+    torch.testing.assert_close(d, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_upgrad_is_the_sum_of_projections(backend, tasks, case):
@@ -151,6 +159,13 @@ def test_cagrad_of_stationary_gradients_and_a_ball_that_just_holds_zero(backend,
         d = weigh("cagrad", gradsurgery.gram(rows), backend, c=radius) @ rows
         assert ((rows @ d) / rows.norm(dim=1)).min() > -1e-8
         assert (d - mean).norm() <= (1 + 1e-8) * radius * mean.norm()
+
+
+def test_cagrad_of_nearly_stationary_gradients(backend):
+    """|lambda g_x| hardly changes with lambda from its root on, and falls fast below."""
+    rows = torch.tensor([[2.0, -7.0, -8.0], [9.0, 9.0, 8.0], [-50.999, -24.0, -16.0]], dtype=torch.float64)
+    d = weigh("cagrad", gradsurgery.gram(rows), backend, c=1.0) @ rows
+    assert ((rows @ d) / (rows.norm(dim=1) * d.norm())).min() > 0
 
 
 def test_cagrad_does_not_take_a_short_gradient_for_zero(backend):
@@ -379,6 +394,7 @@ def test_jacobi_is_an_eigendecomposition(tasks):
         ("dualproj", {"pref": [1.0, math.nan]}, "pref must be T finite numbers"),
         ("config", {"pref": [[1.0, 2.0]]}, "pref must be T finite numbers"),
         ("cagrad", {"c": -1.0}, "c must be >= 0 and finite, got -1.0"),
+        ("cagrad", {"c": 1e101}, r"c must be at most 1e100, got 1e\+101"),
         ("cagrad", {"rescale": 3}, "rescale must be one of 0, 1, 2, got 3"),
         ("nash_mtl", {"max_norm": 0.0}, "max_norm must be > 0, got 0.0"),
         ("fairgrad", {"alpha": 0.0}, "alpha must be positive and finite, got 0.0"),

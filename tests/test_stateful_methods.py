@@ -221,6 +221,17 @@ def test_a_scaler_changes_nothing_but_the_scale(name):
     torch.testing.assert_close(results[0], results[1])
 
 
+def test_a_weight_of_excess_mtl_that_became_0_grows_again():
+    method = methods.get("excess_mtl", eta=1e3)
+    gradients = torch.eye(2)
+    gradsurgery.aggregate(gradients, method)
+    for long in (0, 1, 1):
+        gradients = torch.eye(2)
+        gradients[long] *= 10
+        gradsurgery.aggregate(gradients, method)
+        assert method.state_dict()["w"][long] > 1.9
+
+
 def test_excess_mtl_weighs_the_heads_and_the_others_do_not():
     for name in BUFFERED:
         torch.manual_seed(2)

@@ -19,7 +19,7 @@ def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
     z = 0. Block principal pivoting (Judice & Pires 1994) lets all that come out negative change sides at once, as long
     as that makes them fewer. Else Lawson & Hanson's method (1974) starts anew, which lowers v^T H v at each step: the
     task with the most negative y joins F; on the way to the minimum over F those leave whose z would become negative.
-    Where H turns out to be indefinite, as rounding of G can have it, all begins again with more of a ridge.
+    Where H turns out to be singular, or indefinite, as rounding of G can have it, all begins again with a larger ridge.
     """
     num_tasks = gram.shape[-1]
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
@@ -37,7 +37,7 @@ def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
         y = (h @ v[..., None]).squeeze(-1)
         squared = (v * y).sum(-1, keepdim=True)
         length = squared.clamp(min=0).sqrt()
-        indefinite = ~settled & (squared < -_ROUNDING * (v * root).square().sum(-1, keepdim=True))
+        indefinite = ~settled & ~(squared >= -_ROUNDING * (v * root).square().sum(-1, keepdim=True))
 
         # Below 0 by more than rounding: |y_i| is at most |H^(1/2) v| H_ii^(1/2).
         wrong = torch.where(free, (v - u) * root < -10 * _ROUNDING * length, y < -_ROUNDING * length * root)

@@ -40,12 +40,17 @@ class ReferenceBackend:
         return "available: plain PyTorch on any device, float64 inside"
 
     def gram(self, grads: TaskGradients, out: Tensor) -> None:
-        """G[s] = sum over the chunks J of segment s of J J^T."""
+        """G[s] = sum over the chunks J of segment s of J J^T, with the roundings of that sum (Knuth's) added back."""
         out.zero_()
-        products = out.view(-1, *out.shape[-2:])
+        sums = out.view(-1, *out.shape[-2:])
+        lost = torch.zeros_like(sums)
         for segment, rows, _ in _blocks(grads):
             for chunk in _chunks(rows):
-                products[segment] += chunk @ chunk.T
+                before, product = sums[segment].clone(), chunk @ chunk.T
+                sums[segment] += product
+                added = sums[segment] - before
+                lost[segment] += (before - (sums[segment] - added)) + (product - added)
+        sums += torch.where(lost.isfinite(), lost, 0)
         upper = out.triu()
         out.copy_(upper + upper.triu(1).mT)
 

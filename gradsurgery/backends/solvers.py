@@ -113,53 +113,51 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
     target = c**2 * mean_squared
     x: Any = None
 
-    def excess(scale: Tensor) -> Tensor:
-        """Return |lambda g_x|^2 - kappa^2; x becomes this lambda's, sought from the last one's on."""
+    def excess(square: Tensor) -> Tensor:
+        """Return |lambda g_x|^2 - kappa^2 for lambda^2; x becomes this lambda's, sought from the last one's on."""
         nonlocal x
-        scale = scale[..., None]
+        scale = square.sqrt()[..., None]
         shifted = scale**2 * gram + scale * (mean[:, :, None] + mean[:, None]) + mean_squared[..., None]
         shifted.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
         x = wolfe(shifted, x)
-        return scale[..., 0] ** 2 * _square(gram, x) - target
+        return square * _square(gram, x) - target
 
     wanted = (c > 0) & (mean_squared > 1e-15 * trace)
-    low = torch.where(wanted, (target / trace).sqrt(), 1)
-    high = 2.0**11.5 * low
-    high_value = excess(high)
-    if not all_done((high_value >= 0) | ~wanted):
+    least = torch.where(wanted, target / trace, 1)  # the root is above
+    low, high = torch.zeros_like(least), 2.0**23 * least
+    before, before_value = low, -target
+    last, last_value = high, excess(high)
+    if not all_done((last_value >= 0) | ~wanted):
         # So far out a G that was rounded to float32 is but noise.
         eye = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
         definite = torch.linalg.cholesky_ex(gram + 1e-12 * trace[..., None] * eye)[1][:, None] == 0
-        far_value = excess(1e7 * low)
-        far = definite & (high_value < 0)
-        high, high_value = torch.where(far, 1e7 * low, high), torch.where(far, far_value, high_value)
-    stationary = high_value < 0
+        far = definite & (last_value < 0)
+        before, before_value = torch.where(far, high, before), torch.where(far, last_value, before_value)
+        low, high = torch.where(far, high, low), torch.where(far, 1e14 * least, high)
+        last, last_value = high, excess(high)
+    stationary = last_value < 0
     if c >= 1:
         # No lambda solves the problem then, which rounding of large ones may hide.
         shortest = wolfe(gram)
         terms = (shortest * gram.diagonal(dim1=-2, dim2=-1).sqrt()).sum(-1, keepdim=True)
         stationary = stationary | (_square(gram, shortest) <= 4e-14 * terms.square())
-    low_value = excess(low)
-    found = low.clone()
-    settled = ~wanted | stationary | (low_value >= 0)
-    side = torch.zeros_like(low)
-    for _ in range(40):
+    settled = ~wanted | stationary
+    for step in range(40):
+        settled = settled | (high - low <= 1e-15 * high)
         if all_done(settled):
             break
-        a, b = low.square(), high.square()
-        secant = (a - low_value * (b - a) / (high_value - low_value)).sqrt()
-        middle = (low * high).sqrt()
-        scale = torch.where(b > 1e6 * a, middle, secant)
-        scale = torch.where(settled, found, torch.minimum(torch.maximum(scale, low), high))
-        value = excess(scale)
-        found = scale
-        below, above = (value < 0) & ~settled, (value >= 0) & ~settled
-        high_value = torch.where(below & (side < 0), high_value / 2, high_value)
-        low_value = torch.where(above & (side > 0), low_value / 2, low_value)
-        low, low_value = torch.where(below, scale, low), torch.where(below, value, low_value)
-        high, high_value = torch.where(above, scale, high), torch.where(above, value, high_value)
-        side = torch.where(below, -1, torch.where(above, 1, side))
-        settled = settled | (value.abs() <= 1e-12 * target) | (high - low <= 1e-15 * high)
+        # The secant of the last two, or a mean of the bracket where it is left or nothing much was gained.
+        secant = last - last_value * (last - before) / (last_value - before_value)
+        slow = (step > 0) & (last_value.abs() > 0.5 * before_value.abs())
+        left = ~((secant > low) & (secant < high))
+        found = torch.where(slow | left, (torch.maximum(low, least) * high).sqrt(), secant)
+        found = torch.where(settled, last, found)
+        value = excess(found)
+        before, before_value = torch.where(settled, before, last), torch.where(settled, before_value, last_value)
+        last, last_value = found, torch.where(settled, last_value, value)
+        settled = settled | (value.abs() <= 1e-12 * target)
+        low = torch.where(~settled & (value < 0), found, low)
+        high = torch.where(~settled & (value >= 0), found, high)
     even = 1 / num_tasks
     squared = _square(gram, x)
     stationary |= squared == 0

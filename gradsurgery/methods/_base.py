@@ -227,7 +227,8 @@ class SolverMethod(Method):
 class SteppedMethod(Method):
     """A method whose random numbers are a function of a seed and the number of the step.
 
-    State: the seed and the step counter, which lives on G's device and is never read on the host.
+    State: the seed and the step counter, which lives on G's device and is never read on the host. A step whose G is not
+    finite counts, too.
     """
 
     def __init__(self, seed: int = 0) -> None:

@@ -18,7 +18,8 @@ class DBMTL(BufferedMethod):
 
     Conventions: no epsilons (the authors': 1e-8 on the loss and on the norm). Losses must be positive, else the weights
     are NaN and the state stays; a zero b_t has weight 0. Heads get their plain gradients. b has the gradients' dtype,
-    in which h_t must be finite: in float16 a loss of 1e-6 makes b infinite for good.
+    in which h_t must be finite: in float16 a loss of 1e-6 makes b infinite for good. In bfloat16 b stops to follow
+    where 1 - c is below 2^-9.
     Scale: a sum of vectors as long as the longest average. State: b and k. Memory: T N. G and the weights are those of
     b.
 

@@ -54,7 +54,8 @@ class ExcessMTL(BufferedMethod):
         started = self._state["first"] > 0
         first = torch.where(started, self._state["first"], excess)
         growth = torch.where(started, self.eta * excess / first, 0)
-        w = len(rows) * (self._state["w"].log() + growth).softmax(0)
+        # A weight that has become 0 may grow again.
+        w = len(rows) * (self._state["w"].clamp(min=torch.finfo(torch.float64).tiny).log() + growth).softmax(0)
         self._keep(w=w, first=first)
         if scale is None:
             return rows

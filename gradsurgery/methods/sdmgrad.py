@@ -29,7 +29,8 @@ class SDMGrad(SimplexMethod):
 
     Args:
         lam: lambda >= 0, the pull towards the preferred direction.
-        lr: step of the iterations, > 0.
+        lr: step of the iterations, > 0. The default is LibMTL's; such long steps overshoot the minimum, and magnify
+            rounding so that backends part.
         momentum: 0 <= momentum < 1.
         num_iter: iterations a step, >= 1.
         pref: p, T numbers that sum to 1; None: 1 / T each.
