@@ -80,6 +80,39 @@ def test_by_way_of_features(hidden):
     torch.testing.assert_close(step(hidden, features=True)[1], step(None)[1])
 
 
+def test_a_layer_that_is_open_elsewhere():
+    found = []
+    for hidden in ("1", None):
+        net = Net(hidden)
+        z = net["2"]((net.at("1", X) + net["1"](X.flip(0))).tanh()).tanh()
+        gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)).backward(net.losses(z))
+        found.append(grads_of(net))
+    torch.testing.assert_close(*found)
+
+
+def test_a_branch_beside_the_features():
+    found = []
+    for hidden in ("2", None):
+        net = Net(hidden)
+        z = net["1"](X).tanh()
+        losses = [(net["a"](z) + net.at("2", X).mean()).square().mean(), net["b"](z).square().mean()]
+        gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)).backward(losses, features=z)
+        found.append(grads_of(net))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_nothing_but_what_is_hidden(features):
+    found = []
+    for hidden in ("1", None):
+        net = Net(hidden)
+        z = net.at("1", X).tanh()
+        optimizer = gradsurgery.MGDA(torch.optim.SGD(net["1"].parameters(), lr=0.1))  # no warning
+        optimizer.backward(net.losses(z), **({"features": z} if features else {}))
+        found.append(grads_of(net))
+    torch.testing.assert_close(*found)
+
+
 class Rounded(torch.autograd.Function):
     """A function that hides nothing, with an attribute of its own."""
 
@@ -111,6 +144,29 @@ def test_functions_that_hide_nothing_have_no_side_effects(way):
         assert x.grad is outside.weight.grad is None
         found.append(grads_of(net))
     torch.testing.assert_close(*found)
+
+
+def test_functions_of_torch_need_not_run():
+    net, outside, calls = Net(None), torch.nn.Linear(6, 6), []
+    outside.register_full_backward_hook(lambda *found: calls.append(found))
+    x, y = (X.clone().requires_grad_() for _ in range(2))
+    z = net["1"](outside(x)) + net["1"](Rounded.apply(y))
+    gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)).backward(net.losses(z))
+    assert calls == []
+
+
+def test_batched_passes_without_shared_parameters():
+    net = Net(None)
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([*net["a"].parameters(), *net["b"].parameters()], lr=0.1))
+    optimizer.backward(net.losses(Rounded.apply(X.clone().requires_grad_())), mode="batched")
+    expected = grads_of(net)[-4:]
+    optimizer.zero_grad()
+    sum(net.losses(X.round(decimals=2))).backward()
+    torch.testing.assert_close(grads_of(net)[-4:], expected)
+    net = Net("1")
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="batched backward pass failed"):
+        optimizer.backward(net.losses(net.at("1", X)), mode="batched")
 
 
 @pytest.mark.parametrize("hidden", ["1", "2", "a"])
