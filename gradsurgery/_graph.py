@@ -49,7 +49,9 @@ class Survey:
     through_grad: bool | None = None
     """Whether passes must go by way of ``.grad``; None during the first step, and where it is to be looked at again."""
     hiding: bool = False
-    """Whether functions may hide parameters from the graph, see :func:`edges_behind_functions`."""
+    """Whether there are functions whose backward may call another pass."""
+    unreached: bool = False
+    """Whether a pass to the parameters would not come to all of them."""
     began: bool = False
     """Whether a step's graphs were looked at."""
 
@@ -65,6 +67,7 @@ class Survey:
             nodes = _postorder([_edge(root)[0] for root in roots], {})
             through_grad = any(type(node).__name__ == _REENTRANT for node in nodes)
             self.hiding = self.hiding or any(map(_may_hide, nodes))
+            self.unreached = self.unreached or bool(edges_behind_functions(roots, parameters))
             known = {id(p) for p in parameters}
             reaches = any(type(node).__name__ == "AccumulateGrad" and id(node.variable) in known for node in nodes)
             # Sharded parameters are not in the graph themselves.

@@ -32,6 +32,8 @@ class Passes:
     """What the pass of each loss begins at, and the gradient there: 1, or a gradient scaler's factor."""
     hiding: bool = False
     """Whether functions may leave gradients of what is inside them in ``.grad``, which is set aside then."""
+    unreached: bool = False
+    """Whether passes come to some of them only if told to."""
 
     @contextmanager
     def grads_aside(self) -> Iterator[None]:
@@ -55,7 +57,7 @@ class Passes:
         return found[: len(inputs)]
 
     def _edges(self, roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> list[GradientEdge]:
-        return edges_behind_functions(roots, self.parameters, stops) if self.hiding else []
+        return edges_behind_functions(roots, self.parameters, stops) if self.unreached else []
 
     def _add_hidden(self, row: list[Tensor | None]) -> None:
         """Add to a row what functions have left in ``.grad``, and clear it."""

@@ -149,8 +149,8 @@ def collect(
     # A hook of the stack itself runs in passes that begin above it.
     hooked = isinstance(losses, Tensor) and bool(losses._backward_hooks)
     roots = [loss if loss is None or hooked else root_of(loss) for loss in each]
-    begun = [root for root in roots if root is not None]
-    through_grad = survey is not None and survey.take(begun, parameters, weigh is not None)
+    survey = survey or Survey(infers_shared=False, through_grad=False)
+    through_grad = survey.take([root for root in roots if root is not None], parameters, weigh is not None)
     check_choice("mode", mode, ("sequential", "batched"))
     if chunk_size is not None:
         if mode != "batched":
@@ -185,10 +185,11 @@ def collect(
         for root, loss in zip(roots, each, strict=True)
         if root is not None
     ]
-    hiding = shards is not None or through_grad or (survey is not None and survey.hiding)
-    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts, hiding)
+    whole = shards is not None or through_grad
+    hiding = whole or survey.hiding
+    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts, hiding, survey.unreached)
     with passes.grads_aside() if hiding else nullcontext():
-        if shards is not None or through_grad:
+        if whole:
             grads = passes.through_grad(sharded=shards is not None)
         elif features is None:
             grads = passes.from_losses()
