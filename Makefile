@@ -54,7 +54,7 @@ gpu-code: .venv/installed
 	$(MAKE) sass
 	$(MAKE) sass ARCH=80
 	TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=triton GRADSURGERY_TEST_WHOLE=1 $(BIN)/python -m pytest tests/test_triton_compile.py \
-		tests/test_triton.py tests/test_rounded_gram.py tests/test_gram_methods.py tests/test_gram.py \
+		tests/test_triton.py tests/test_rounded_gram.py tests/test_gram_methods.py tests/test_cagrad.py tests/test_gram.py \
 		tests/test_weights.py tests/test_combine.py tests/test_graddrop.py tests/test_peers.py
 	cmake -S . -B build/cuda -DGRADSURGERY_CUDA=ON -DBUILD_SHARED_LIBS=OFF -DBUILD_TESTING=OFF \
 		-DCMAKE_CUDA_ARCHITECTURES=90a-real

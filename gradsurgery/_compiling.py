@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is different while torch.compile traces: some functions stay uncompiled, others are without their caches."""
+"""What torch.compile cannot trace: functions that stay uncompiled, caches, and questions that it must not meet."""
 
 from __future__ import annotations
 

@@ -24,9 +24,6 @@ _REENTRANT = "CheckpointFunctionBackward"
 _JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward", _REENTRANT)
 """torch.compile's functions, fully_shard's of a module's inputs, and checkpoints."""
 
-_SCRIPTED = "DifferentiableGraphBackward"
-"""torch.jit.script's functions, by the name that autograd has for them."""
-
 _PARTS = ("UnbindBackward0", "SelectBackward0")
 _WHOLES = ("StackBackward0", "CatBackward0")
 _KEEPING = (
@@ -170,8 +167,7 @@ def _depend_on_outputs(losses: Sequence[Root]) -> bool:
         stack, seen = [_edge(loss)], set()
         while stack:
             node, output = stack.pop()
-            name = type(node).__name__
-            if name in _JOINING or (name == "CppFunction" and _SCRIPTED in node.name()):
+            if type(node).__name__ in _JOINING:
                 outputs[node].add(output)
             elif node not in seen:
                 seen.add(node)

@@ -73,27 +73,6 @@ def test_a_whole_model_is_warned_of_once(whole):
     assert [w.filename for w in caught] == [__file__]
 
 
-def test_a_scripted_model_is_warned_of():
-    net = two_task_net()
-    trunk, left, right = net["trunk"], net["a"], net["b"]
-
-    class Scripted(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.trunk, self.left, self.right = trunk, left, right
-
-        def forward(self, x):
-            z = self.trunk(x).tanh()
-            return self.left(z), self.right(z)
-
-    scripted = torch.jit.script(Scripted())
-    for _ in range(3):  # the compiler looks on first
-        outputs = scripted(X)
-    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
-    with pytest.warns(UserWarning, match="Name the shared parameters"):
-        optimizer.backward(losses_of(outputs))
-
-
 def test_a_trunk_of_its_own_needs_no_names(whole):
     net, _ = whole
     trunk = torch.compile(net.trunk, backend="aot_eager")

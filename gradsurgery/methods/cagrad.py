@@ -15,7 +15,7 @@ class CAGrad(SolverMethod):
     / |g_x|. The solution is exact, without an epsilon, as long as |g_x| is above 1e-7 of sqrt(sum_t |g_t|^2): below,
     the gradients count as Pareto-stationary, so that tasks a few 1e-8 as long as the longest are not protected. G of
     16-bit gradients, and of those in float32 of five tasks and more, is rounded too much for that: where |g_x| is below
-    1e-3 of the longest, d may leave the ball with c > 1, at 5e-5 by a factor of 25.
+    1e-3 of the longest, d may leave the ball with c > 1, many times over below 1e-4.
 
     Conventions: where the gradients are Pareto-stationary in the ball, g_x = 0, several directions solve the problem,
     and the one nearest to g_0 is taken, shortened to the ball where rounding of G leads out of it (TorchJD returns

@@ -21,7 +21,7 @@ class MoCo(BufferedMethod):
     Conventions: h_t = L_t g_t / |g_t|, as in LibMTL, so that the steps do not depend on the gradients' scale; a zero
     gradient stays 0. beta_k = beta / sqrt(k), gamma_k = gamma / sqrt(k). y = 0 and w = 1 / T at first. The projection
     is the paper's (LibMTL: a softmax). Heads get their plain gradients. y has the gradients' dtype: in bfloat16 it
-    stops to follow where beta_k is below 2^-9, by default after 60,000 steps.
+    stops to follow where beta_k is below 2^-9, by default after 65,536 steps.
     Scale: sums to 1. State: y, w and k. Memory: T N. G and the weights are those of y.
 
     Args:

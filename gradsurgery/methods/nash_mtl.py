@@ -17,9 +17,9 @@ class NashMTL(SolverMethod):
     ridge of 1e-12 on the cosines, or of T 2^-23, 8 times that and so on where G was rounded so that the function is not
     convex with less; other implementations iterate a few convex-concave steps from the last w. |d|^2 is the number of
     gradients that are not zero before d is shortened, whatever their scale. It is measured by w^T G w, so that where
-    gradients nearly cancel |d| may exceed max_norm by G's rounding: 265 times were seen where two 16-bit gradients
-    cancel to 1e-4 of their length, 3 times where five in float32 do. A zero gradient gets weight 0; where gradients are
-    Pareto-stationary and no solution exists, the ridge's is returned, whose d is about 0.
+    gradients nearly cancel |d| may exceed max_norm by G's rounding: many times over where 16-bit gradients cancel to
+    1e-4 of their length. A zero gradient gets weight 0; where gradients are Pareto-stationary and no solution exists,
+    the ridge's is returned, whose d is about 0.
     Scale: |d| = min(max_norm, sqrt(T)); scaling all gradients does not change d. No state. Cost: O(T^3).
 
     Args:
