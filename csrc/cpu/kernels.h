@@ -10,12 +10,17 @@
 
 #include "gradsurgery/gradsurgery.h"
 
+// Where the system can be asked for the matrix unit, and the assembler knows its instructions.
+#if defined(__x86_64__) && defined(__linux__) && (__clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11))
+#define GS_HAS_TILES 1
+#endif
+
 namespace gs {
 
 struct KernelTable {
   const char* isa;
 
-  // gram[index[r] * ld + index[c]] += rows[r] . rows[c] for r <= c < k. index ascends.
+  // gram[index[r] * ld + index[c]] += rows[r] . rows[c] for r <= c < k; those with c < r mean nothing. index ascends.
   void (*gram)(const void* const* rows, const int32_t* index, int64_t k, gs_dtype dtype, int64_t n, double* gram,
                int64_t ld);
 
@@ -33,6 +38,9 @@ extern const KernelTable kBaselineKernels;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+#endif
+#if GS_HAS_TILES
+extern const KernelTable kAmxKernels;
 #endif
 
 // The best table that this machine runs.

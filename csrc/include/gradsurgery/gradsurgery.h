@@ -124,7 +124,9 @@ typedef struct CUstream_st* gs_stream;
 
 GS_API const char* gs_version(void);
 GS_API const char* gs_last_error(void);
-GS_API const char* gs_cpu_isa(void);  // instruction set in use: "avx512", "avx2" or "baseline"
+// The instruction set in use: "amx", "avx512", "avx2" or "baseline". This and the kernels ask Linux once for the matrix
+// unit (AMX); signal stacks that are set up later have to have room for its registers, as sysconf(_SC_MINSIGSTKSZ) says.
+GS_API const char* gs_cpu_isa(void);
 GS_API int gs_has_cuda(void);         // 1 if the CUDA kernels were compiled in
 
 // Gram matrices G[s] = J_s J_s^T, gram is [S, T, T] float64 and exactly symmetric.
