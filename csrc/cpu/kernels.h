@@ -11,8 +11,9 @@
 #include "gradsurgery/gradsurgery.h"
 
 // Where the system can be asked for the matrix unit, and the assembler knows its instructions.
-#if defined(__x86_64__) && defined(__linux__) && (__clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11))
-#define GS_HAS_TILES 1
+#if defined(__x86_64__) && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define GS_HAS_TILES
 #endif
 
 namespace gs {
@@ -39,7 +40,7 @@ extern const KernelTable kBaselineKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 #endif
-#if GS_HAS_TILES
+#if defined(GS_HAS_TILES)
 extern const KernelTable kAmxKernels;
 #endif
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "kernels.h"
 
-#if GS_HAS_TILES
+#if defined(GS_HAS_TILES)
 #include <immintrin.h>
 
 #include "tiles.h"

@@ -9,7 +9,7 @@
 #include <cstdio>
 
 #include "kernels.h"
-#if GS_HAS_TILES
+#if defined(GS_HAS_TILES)
 #include "tiles.h"
 #endif
 
@@ -34,7 +34,7 @@ const KernelTable& kernels() {
     const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#if GS_HAS_TILES
+#if defined(GS_HAS_TILES)
     if (avx2 && avx512 && tiles::available()) return kAmxKernels;
 #endif
     return avx2 && avx512 ? kAvx512Kernels : avx2 ? kAvx2Kernels : kBaselineKernels;

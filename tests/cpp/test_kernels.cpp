@@ -208,7 +208,7 @@ int main() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) test_table(gs::kAvx2Kernels);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
     test_table(gs::kAvx512Kernels);
-#if GS_HAS_TILES
+#if defined(GS_HAS_TILES)
     test_grams(gs::kAmxKernels);  // its tiles are emulated
 #endif
   }
