@@ -51,6 +51,17 @@ class Survey:
     """Whether a pass to the parameters would not come to all of them."""
     began: bool = False
     """Whether a step's graphs were looked at."""
+    early_steps: int = 0
+    """Steps of the wrapped optimizer before that."""
+
+    def begin_step(self) -> None:
+        """Warn of the second step before any surgery; some checkpoints make one, to have a state to load into."""
+        self.early_steps += not self.began
+        if self.early_steps == 2 and not self.began:
+            warnings.warn(
+                "two steps without surgery: call this optimizer's backward(losses) in place of a loss's backward()",
+                stacklevel=3,
+            )
 
     def end_step(self, lost: bool) -> None:
         """Look at no more graphs, but at the next step's if this one's losses reached fewer parameters than before."""

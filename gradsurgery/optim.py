@@ -70,7 +70,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         UserWarning, at the first step: shared parameters cannot be inferred, because one compiled function, re-entrant
             checkpoint or stack yields what several losses are computed from; pass ``shared``. Or no loss depends on any
             of the parameters. Later: re-entrant checkpoints were not there at first, so the step before missed what is
-            inside them.
+            inside them. Or two ``step()`` came before any surgery.
     """
 
     def __init__(
@@ -260,9 +260,11 @@ class SurgeryOptimizer(OptimizerWrapper):
             self._planner.remember_tasks(tasks)
 
     def step(self, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
-        """Step the wrapped optimizer, with its own options; warn of collected gradients that are not in ``.grad``."""
+        """Step the wrapped optimizer, with its own options; warn of surgery that is missing from ``.grad``."""
         if self._pending is not None:
             warnings.warn("collected task gradients are not in .grad: call combine() before step()", stacklevel=2)
+        elif closure is None:
+            self._survey.begin_step()
         return self.optimizer.step(**options) if closure is None else self.optimizer.step(closure, **options)
 
     # The wrapped optimizer's step has the hooks that Optimizer.__init__ would wrap around this one.

@@ -2,6 +2,7 @@
 """Training loops of other packages do what a plain loop does."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -195,3 +196,41 @@ def test_what_else_an_optimizer_has():
     assert not hasattr(optimizer, "eval")
     # GradScaler takes such an attribute for leave to set others, here in place of there.
     assert not hasattr(optimizer, "_private")
+
+
+def test_warns_of_steps_without_surgery():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([parameter], lr=0.1))
+    parameter.sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="two steps without surgery"):
+        optimizer.step()
+    optimizer.step()  # once
+    optimizer.backward([parameter.sum(), parameter.norm()])
+    optimizer.step()
+    optimizer.zero_grad()
+    parameter.sum().backward()
+    optimizer.step()
+    optimizer.collect([parameter.sum(), parameter.norm()])
+    with pytest.warns(UserWarning, match="collected task gradients are not in .grad"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "uw"])
+def test_does_not_warn_of_steps_with_surgery(method):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([parameter], lr=0.1), method)
+
+    def closure():
+        optimizer.zero_grad()
+        optimizer.backward([parameter.sum(), parameter.norm()])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        for _ in range(3):
+            optimizer.step(closure)
+        for _ in range(3):
+            closure()
+            optimizer.step()
+            optimizer.step()
