@@ -6,7 +6,8 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +40,8 @@ _KEEPING = (
 
 @dataclass(slots=True)
 class Survey:
-    """What the graph of the first step tells: how passes must run, and whether shared parameters can be inferred."""
+    """What the graphs tell of the first step with some tasks and parameters: how passes must run, and whether shared
+    parameters can be inferred."""
 
     infers_shared: bool
     """Whether shared parameters are inferred, until a step with one pass per loss has checked that they can be."""
@@ -51,6 +53,9 @@ class Survey:
     """Whether a pass to the parameters would not come to all of them."""
     began: bool = False
     """Whether a step's graphs were looked at."""
+    tasks: set[str] = field(default_factory=set)
+    parameters: Sequence[Tensor] = ()
+    """Those that were looked at last."""
     early_steps: int = 0
     """Steps of the wrapped optimizer before that."""
 
@@ -68,10 +73,14 @@ class Survey:
         self.began = True
         self.through_grad = self.through_grad or (None if lost else False)
 
-    def take(self, roots: list[Root], parameters: Sequence[Tensor], one_pass: bool) -> bool:
+    def take(self, tasks: list[str], roots: list[Root], parameters: Sequence[Tensor], one_pass: bool) -> bool:
         """Return ``through_grad`` for these, and warn where gradients will not tell which parameters a loss reaches."""
-        through_grad = self.through_grad
-        if through_grad is None:
+        alike = len(parameters) == len(self.parameters) and all(map(is_, parameters, self.parameters))
+        new = not (alike and self.tasks.issuperset(tasks))
+        self.tasks.update(tasks)
+        self.parameters = parameters
+        through_grad = bool(self.through_grad)
+        if self.through_grad is None or (new and not through_grad):
             nodes = _postorder([_edge(root)[0] for root in roots], {})
             through_grad = any(type(node).__name__ == _REENTRANT for node in nodes)
             self.hiding = self.hiding or any(map(_may_hide, nodes))
@@ -86,9 +95,9 @@ class Survey:
                     "the optimizer of the parameters that the model keeps",
                     stacklevel=7,
                 )
-        if through_grad and self.through_grad is None:
+        if through_grad and not self.through_grad:
             self.through_grad = True
-            if self.began:
+            if self.began and not new:
                 warnings.warn(
                     "losses depend on checkpoints with use_reentrant=True, which were not there at first, and whose "
                     "parameters the last step may have missed",

@@ -226,7 +226,9 @@ class Planner:
             )
             self._check_same(plan)
             before = self._plan
-            self.lost = before is not None and any(a and not b for a, b in zip(before.reach, reach, strict=False))
+            if before is not None and len(before.parameters) == len(collected.parameters):
+                same = all(map(is_, before.parameters, collected.parameters))
+                self.lost = same and any(a and not b for a, b in zip(before.reach, reach, strict=True))
             self._plan = plan
         self.check_tasks(collected.tasks)
         return plan

@@ -149,8 +149,11 @@ def collect(
     # A hook of the stack itself runs in passes that begin above it.
     hooked = isinstance(losses, Tensor) and bool(losses._backward_hooks)
     roots = [loss if loss is None or hooked else root_of(loss) for loss in each]
-    survey = survey or Survey(infers_shared=False, through_grad=False)
-    through_grad = survey.take([root for root in roots if root is not None], parameters, weigh is not None)
+    present = [task for task, loss in zip(tasks, each, strict=True) if loss is not None]
+    through_grad = hiding = unreached = False
+    if survey is not None:
+        through_grad = survey.take(present, [r for r in roots if r is not None], parameters, weigh is not None)
+        hiding, unreached = survey.hiding, survey.unreached
     check_choice("mode", mode, ("sequential", "batched"))
     if chunk_size is not None:
         if mode != "batched":
@@ -159,7 +162,6 @@ def collect(
     if shards is not None:
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
-        present = [task for task, loss in zip(tasks, each, strict=True) if loss is not None]
         shards.check_same(present, given[0].device)  # before the hooks average what does not belong together
     elif through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
@@ -181,13 +183,13 @@ def collect(
         each, roots, mode, chunk_size, features = [total], [total], "sequential", None, None
     scale = None if scaler is None else scaler.scale(torch.ones((), device=given[0].device))
     starts = [
-        (root, torch.ones_like(loss) if scale is None else scale.to(loss).expand_as(loss))  # type: ignore[arg-type]
+        (root, torch.ones_like(loss) if scale is None else scale.to(loss, copy=True).expand_as(loss))  # type: ignore[arg-type]
         for root, loss in zip(roots, each, strict=True)
         if root is not None
     ]
     whole = shards is not None or through_grad
-    hiding = whole or survey.hiding
-    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts, hiding, survey.unreached)
+    hiding = hiding or whole
+    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts, hiding, unreached)
     with passes.grads_aside() if hiding else nullcontext():
         if whole:
             grads = passes.through_grad(sharded=shards is not None)

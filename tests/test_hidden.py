@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Functions whose backward calls ``backward`` itself: what is inside them is not in the graph."""
 
+import warnings
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from conftest import grads_of, on_cpu
@@ -195,3 +198,60 @@ def test_a_failure_leaves_no_gradient():
     with pytest.raises(ArithmeticError, match="the second pass"):
         optimizer.backward(net.losses(net.at("2", z.tanh()).tanh()))
     assert grads_of(net) == [None] * 8
+
+
+WRAPS = {"own": Hiding.apply, "torch": lambda f, x: checkpoint(f, x, use_reentrant=True)}
+
+
+def late(hidden, wrap, steps):
+    """Two tasks from the first step on, two more from the second on; gradients and G of the last step."""
+    torch.manual_seed(0)
+    trunk, late = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+    heads = torch.nn.ModuleList(torch.nn.Linear(6, 1) for _ in range(4))
+    modules = torch.nn.ModuleList([trunk, late, heads])
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(modules.parameters(), lr=0.1))
+    for whole in steps:
+        optimizer.zero_grad()
+        z = trunk(X).tanh()
+        of = dict(zip("ab", (head(z).square().mean() for head in heads[:2]), strict=True))
+        if whole:
+            source = z if hidden == "on the trunk" else X.clone().requires_grad_()
+            w = wrap(late, source).tanh()
+            of |= zip("cd", ((head(w) - n).square().mean() for n, head in enumerate(heads[2:], 1)), strict=True)
+        info = optimizer.backward(of)
+    return info.gram, grads_of(modules)
+
+
+@pytest.mark.parametrize("hidden", ["on the trunk", "own input"])
+@pytest.mark.parametrize(
+    "wrap", [Hiding.apply, lambda f, x: checkpoint(f, x, use_reentrant=True)], ids=["own", "torch"]
+)
+def test_tasks_that_come_later(hidden, wrap):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gram, grads = late(hidden, wrap, [False, True, True])
+    expected, theirs = late(hidden, lambda f, x: f(x), [False, True, True])
+    torch.testing.assert_close(gram, expected)
+    torch.testing.assert_close(grads, theirs)
+
+
+@pytest.mark.parametrize(
+    "wrap", [Hiding.apply, lambda f, x: checkpoint(f, x, use_reentrant=True)], ids=["own", "torch"]
+)
+def test_a_trunk_that_is_unfrozen_later(wrap):
+    found = []
+    for way in (wrap, lambda f, x: f(x)):
+        torch.manual_seed(0)
+        trunk, embedding = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        heads = torch.nn.ModuleList(torch.nn.Linear(6, 1) for _ in range(2))
+        modules = torch.nn.ModuleList([embedding, trunk, heads])
+        optimizer = gradsurgery.PCGrad(torch.optim.SGD(modules.parameters(), lr=0.1))
+        for trained in (False, True):
+            trunk.requires_grad_(trained)
+            embedding.requires_grad_(trained)
+            optimizer.zero_grad()
+            y = embedding(X)
+            z = way(trunk, y).tanh() if trained else trunk(y).tanh()
+            optimizer.backward([(head(z) - n).square().mean() for n, head in enumerate(heads)])
+        found.append(grads_of(modules))
+    torch.testing.assert_close(*found)

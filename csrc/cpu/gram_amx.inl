@@ -153,22 +153,39 @@ inline bool add_block(const bfloat16* const* rows, const int32_t* index, int64_t
   return true;
 }
 
+// Adds the products of the columns from start on; returns the first column of a block that float cannot hold, else n.
+// Not inlined: the vector kernel, which goes on there, needs a stack of that size, too.
+__attribute__((noinline)) int64_t add_blocks(const void* const* rows, const int32_t* index, int64_t k, int64_t start,
+                                             int64_t n, double* gram, int64_t ld) {
+  Space space;
+  set_shapes();
+  for (; start < n; start += kBlockColumns) {
+    const bfloat16* block[GS_MAX_TASKS];
+    for (int64_t r = 0; r < k; r++) block[r] = static_cast<const bfloat16*>(rows[r]) + start;
+    if (!add_block(block, index, k, std::min(kBlockColumns, n - start), space, gram, ld)) break;
+  }
+  tiles::release();
+  return std::min(start, n);
+}
+
+inline bool is_granted() {
+  static const bool granted = tiles::request();
+  return granted;
+}
+
 void gram(const void* const* rows, const int32_t* index, int64_t k, gs_dtype dtype, int64_t n, double* gram,
           int64_t ld) {
   // A panel takes as long with fewer rows.
-  const bool pays = k == kRows || k >= 24;
-  if (dtype != GS_BFLOAT16 || !pays) return avx512::gram(rows, index, k, dtype, n, gram, ld);
-  Space space;
-  set_shapes();
-  for (int64_t start = 0; start < n; start += kBlockColumns) {
-    const bfloat16* block[GS_MAX_TASKS];
-    for (int64_t r = 0; r < k; r++) block[r] = static_cast<const bfloat16*>(rows[r]) + start;
-    const int64_t columns = std::min(kBlockColumns, n - start);
-    if (!add_block(block, index, k, columns, space, gram, ld)) {
-      avx512::gram(reinterpret_cast<const void* const*>(block), index, k, dtype, columns, gram, ld);
-    }
+  const bool pays = dtype == GS_BFLOAT16 && (k == kRows || k >= 24);
+  if (!pays || !is_granted()) return avx512::gram(rows, index, k, dtype, n, gram, ld);
+  for (int64_t start = 0; (start = add_blocks(rows, index, k, start, n, gram, ld)) < n;) {
+    // The next blocks will be like this one.
+    const int64_t columns = std::min(8 * kBlockColumns, n - start);
+    const void* rest[GS_MAX_TASKS];
+    for (int64_t r = 0; r < k; r++) rest[r] = static_cast<const bfloat16*>(rows[r]) + start;
+    avx512::gram(rest, index, k, dtype, columns, gram, ld);
+    start += columns;
   }
-  tiles::release();
 }
 
 }  // namespace GS_ISA

@@ -10,9 +10,8 @@
 
 #include "gradsurgery/gradsurgery.h"
 
-// Where the system can be asked for the matrix unit, and the assembler knows its instructions.
-#if defined(__x86_64__) && defined(__linux__) && \
-    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+// Where the system can be asked for the matrix unit.
+#if defined(__x86_64__) && defined(__linux__)
 #define GS_HAS_TILES
 #endif
 

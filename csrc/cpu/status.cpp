@@ -35,7 +35,7 @@ const KernelTable& kernels() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(GS_HAS_TILES)
-    if (avx2 && avx512 && tiles::available()) return kAmxKernels;
+    if (avx2 && avx512 && tiles::exist()) return kAmxKernels;
 #endif
     return avx2 && avx512 ? kAvx512Kernels : avx2 ? kAvx2Kernels : kBaselineKernels;
   }();

@@ -21,37 +21,52 @@ struct Shapes {
   uint8_t rows[16] = {};
 };
 
-// Whether this machine has the unit and the system lets this process use it, for which it has to be asked.
-inline bool available() {
+constexpr int kTileData = 18;  // XFEATURE_XTILEDATA
+
+// Whether this machine and its system have the unit.
+inline bool exist() {
   unsigned words[4] = {};
   constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
   if (!__get_cpuid_count(7, 0, &words[0], &words[1], &words[2], &words[3])) return false;
-  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return (words[3] & kNeeded) == kNeeded && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  if ((words[3] & kNeeded) != kNeeded) return false;
+  constexpr int kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  uint64_t features = 0;
+  return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1);
 }
 
-// By hand, for GCC's intrinsics do not tell the compiler that they access memory.
-inline void configure(const Shapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
-inline void release() { asm volatile("tilerelease"); }
+// Asks the system to let this process use the unit; whether it does.
+inline bool request() {
+  constexpr int kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
+// In bytes, for not every assembler knows the instructions, and GCC's intrinsics do not say that they access memory.
+inline void configure(const Shapes& shapes) {
+  asm volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0x00" ::"a"(&shapes), "m"(shapes));  // ldtilecfg (%rax)
+}
+inline void release() { asm volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0xc0"); }  // tilerelease
 
 template <int Tile>
 inline void zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
+  asm volatile(".byte 0xc4, 0xe2, 0x7b, 0x49, 0xc0 + 8 * %c0" ::"i"(Tile));  // tilezero
 }
 template <int Tile>
 inline void load(const void* rows, int64_t stride) {
-  asm volatile("tileloadd (%0,%1), %%tmm%c2" ::"r"(rows), "r"(stride), "i"(Tile) : "memory");
+  // tileloadd (%rax,%rdx)
+  asm volatile(".byte 0xc4, 0xe2, 0x7b, 0x4b, 0x04 + 8 * %c2, 0x10" ::"a"(rows), "d"(stride), "i"(Tile) : "memory");
 }
 template <int Tile>
 inline void store(void* rows, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1)" ::"r"(rows), "r"(stride), "i"(Tile) : "memory");
+  // tilestored (%rax,%rdx)
+  asm volatile(".byte 0xc4, 0xe2, 0x7a, 0x4b, 0x04 + 8 * %c2, 0x10" ::"a"(rows), "d"(stride), "i"(Tile) : "memory");
 }
 // sum[i][j] += sum_k left[i][2k] right[k][2j] + left[i][2k + 1] right[k][2j + 1], of bfloat16 numbers in float: those
 // of even and of odd index are summed in order of k, by fused multiply-adds from 0 on, then added, and this is added to
 // sum. Subnormal numbers are zeros, as operands and as results.
 template <int Sum, int Left, int Right>
 inline void multiply() {
-  asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(Right), "i"(Left), "i"(Sum));
+  // tdpbf16ps
+  asm volatile(".byte 0xc4, 0xe2, 0x7a - 8 * %c0, 0x5c, 0xc0 + 8 * %c1 + %c2" ::"i"(Right), "i"(Sum), "i"(Left));
 }
 
 }  // namespace gs::tiles

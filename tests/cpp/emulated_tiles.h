@@ -23,7 +23,8 @@ struct Unit {
 };
 inline thread_local Unit unit;
 
-inline bool available() { return true; }
+inline bool exist() { return true; }
+inline bool request() { return true; }
 
 inline void configure(const Shapes& shapes) {
   unit.configured = true;

@@ -124,10 +124,11 @@ typedef struct CUstream_st* gs_stream;
 
 GS_API const char* gs_version(void);
 GS_API const char* gs_last_error(void);
-// The instruction set in use: "amx", "avx512", "avx2" or "baseline". This and the kernels ask Linux once for the matrix
-// unit (AMX); signal stacks that are set up later have to have room for its registers, as sysconf(_SC_MINSIGSTKSZ) says.
+// The instruction set in use: "amx", "avx512", "avx2" or "baseline". With "amx", the first Gram matrix of 16, or of 24
+// or more, bfloat16 gradients asks Linux for the matrix unit. Signal stacks that are set up after that have to have
+// room for its registers, as sysconf(_SC_MINSIGSTKSZ) says.
 GS_API const char* gs_cpu_isa(void);
-GS_API int gs_has_cuda(void);         // 1 if the CUDA kernels were compiled in
+GS_API int gs_has_cuda(void);  // 1 if the CUDA kernels were compiled in
 
 // Gram matrices G[s] = J_s J_s^T, gram is [S, T, T] float64 and exactly symmetric.
 // |G_ij - exact| <= 1e-6 |g_i| |g_j| (1e-13 for float64 inputs).
