@@ -20,7 +20,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 CHOICES = ("auto", "cuda", "cpu", "none")
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")  # Ampere, Ada, Hopper, Blackwell
 NO_TORCH = """\
@@ -35,6 +35,8 @@ To install without the extension: GRADSURGERY_BUILD=none pip install ."""
 def choose_build() -> str:
     """What to compile: "cuda", "cpu" or "none"."""
     wanted = os.environ.get("GRADSURGERY_BUILD", "auto")
+    if not os.environ.get("CXX", "").strip():
+        os.environ.pop("CXX", None)  # torch would run an empty name
     if wanted not in CHOICES:
         sys.exit(f"GRADSURGERY_BUILD must be one of {', '.join(CHOICES)}, got {wanted!r}")
     if wanted == "none":
@@ -45,20 +47,30 @@ def choose_build() -> str:
         sys.exit(NO_TORCH)
     why_not = {"cpu": why_not_cpu(), "cuda": why_not_cpu() or why_not_cuda()}
     if wanted == "auto":
+        if why_not["cpu"]:
+            print(f"gradsurgery: {why_not['cpu']}", file=sys.stderr)
         return next((build for build in ("cuda", "cpu") if not why_not[build]), "none")
     if why_not[wanted]:
         sys.exit(f"GRADSURGERY_BUILD={wanted} cannot be met: {why_not[wanted]}")
     return wanted
 
 
+def compiler() -> list[str]:
+    return os.environ.get("CXX", "").split() or ["c++"]
+
+
 def why_not_cpu() -> str:
-    has_compiler = shutil.which(os.environ.get("CXX", "c++").split()[0]) is not None
-    return "" if has_compiler else "neither $CXX nor c++ was found"
+    command = [*compiler(), "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        tried = subprocess.run(command, input="", text=True, capture_output=True)
+    except OSError:
+        return "neither $CXX nor c++ was found"
+    return "" if tried.returncode == 0 else f"{command[0]} does not compile an empty file: {tried.stderr.strip()}"
 
 
 def openmp_flags() -> list[str]:
     """-fopenmp where the compiler has OpenMP: at::parallel_for is of it, in a header, and else runs on one thread."""
-    command = [*os.environ.get("CXX", "c++").split(), "-fopenmp", "-fsyntax-only", "-x", "c++", "-"]
+    command = [*compiler(), "-fopenmp", "-fsyntax-only", "-x", "c++", "-"]
     found = subprocess.run(command, input="#include <omp.h>", text=True, capture_output=True)
     if found.returncode == 0:
         return ["-fopenmp"]

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 C: Any
 try:
-    from gradsurgery import _C as C
+    # "from gradsurgery import" would call its absence a circular import.
+    C = importlib.import_module("gradsurgery._C")
 except ImportError as error:
     C = None
     WHY_NOT = f"the compiled extension is not there ({error})"

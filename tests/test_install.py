@@ -44,6 +44,7 @@ except RuntimeError as error:
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "the compiled extension is not there" in result.stdout.splitlines()[1]
+    assert "circular" not in result.stdout
 
 
 def run(choice, command, monkeypatch):
@@ -74,7 +75,7 @@ def without_torch(monkeypatch, folder):
 
 
 def without_compiler(monkeypatch, folder):
-    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    monkeypatch.setenv("CXX", str(folder / "absent"))
 
 
 def without_cuda(monkeypatch, folder):
@@ -96,6 +97,21 @@ def with_cuda(monkeypatch, folder):
     compiler.chmod(0o755)
 
 
+def a_compiler(monkeypatch, folder, script):
+    compiler = folder / "c++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
+def with_broken_compiler(monkeypatch, folder):
+    a_compiler(monkeypatch, folder, "echo no licence >&2\nexit 1")
+
+
+def without_a_name(monkeypatch, folder):
+    monkeypatch.setenv("CXX", " ")
+
+
 def as_it_is(monkeypatch, folder):
     pass
 
@@ -108,6 +124,7 @@ def as_it_is(monkeypatch, folder):
         (without_cuda, "cuda", "is built without CUDA"),
         (without_nvcc, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: no nvcc"),
         (without_compiler, "cpu", "GRADSURGERY_BUILD=cpu cannot be met: neither $CXX nor c++ was found"),
+        (with_broken_compiler, "cpu", "c++ does not compile an empty file: no licence"),
         (without_compiler, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: neither $CXX nor c++ was found"),
     ],
 )
@@ -122,6 +139,8 @@ def test_a_build_that_cannot_be(machine, choice, message, compiled, monkeypatch,
     [
         (without_torch, "none", "none"),
         (without_compiler, "auto", "none"),
+        (with_broken_compiler, "auto", "none"),
+        (without_a_name, "cpu", "cpu"),
         (as_it_is, "cpu", "cpu"),
         (without_cuda, "auto", "cpu"),
         (with_cuda, "auto", "cuda"),
@@ -137,10 +156,8 @@ def test_what_gets_compiled(machine, choice, expected, compiled, monkeypatch, tm
 
 @pytest.mark.parametrize("has_openmp", [True, False])
 def test_compilers_without_openmp(has_openmp, monkeypatch, capfd, tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text(f'#!/bin/sh\necho "$@" >&2\nexit {1 - has_openmp}')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    fails = "" if has_openmp else 'case "$*" in *openmp*) exit 1;; esac'
+    a_compiler(monkeypatch, tmp_path, f'echo "$@" >&2\n{fails}')
     monkeypatch.chdir(ROOT)
     extensions = []
     monkeypatch.setattr(setuptools, "setup", lambda ext_modules, cmdclass: extensions.extend(ext_modules))

@@ -160,7 +160,7 @@ inline const char* offset(const void* data, int32_t dtype, int64_t elements) {
 // Calls body(i) for i in 0..count-1, on the calling thread where that is enough.
 template <class Body>
 void parallel_for(const gs_parallel* parallel, int64_t count, Body body) {
-  if (!parallel || count <= 1) {
+  if (!parallel || !parallel->run || count <= 1) {
     for (int64_t i = 0; i < count; i++) body(i);
   } else {
     parallel->run(parallel->context, count, [](void* arg, int64_t i) { (*static_cast<Body*>(arg))(i); }, &body);

@@ -114,7 +114,8 @@ typedef struct gs_gradients {
 } gs_gradients;
 
 // A parallel loop: run(context, count, body, arg) calls body(arg, i) once for each i in 0..count-1, in any order
-// and on any threads, and returns when all are done. A NULL gs_parallel* runs on the calling thread.
+// and on any threads, and returns when all are done. Where it or run is NULL, all runs on the calling
+// thread.
 typedef struct gs_parallel {
   void (*run)(void* context, int64_t count, void (*body)(void* arg, int64_t index), void* arg);
   void* context;
