@@ -26,13 +26,16 @@ _JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward", 
 """torch.compile's functions, fully_shard's of a module's inputs, and checkpoints."""
 
 _PARTS = ("UnbindBackward0", "SelectBackward0")
-_WHOLES = ("StackBackward0", "CatBackward0")
+_WIDE_PARTS = (*_PARTS, "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0")
+_WHOLES = ("StackBackward0", "CatBackward0", "CopySlices")
 _KEEPING = (
+    *("BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0", "HuberLossBackward0", "PermuteBackward0"),
+    *("SigmoidBackward0", "TBackward0", "TanhBackward0", "TransposeBackward0"),
     *("AbsBackward0", "AddBackward0", "ClampBackward0", "ClampBackward1", "ClampMinBackward0", "CloneBackward0"),
     *("DivBackward0", "ExpBackward0", "L1LossBackward0", "Log1PBackward0", "LogBackward0", "MeanBackward0"),
     *("MeanBackward1", "MseLossBackward0", "MulBackward0", "NanToNumBackward0", "NegBackward0", "PowBackward0"),
-    *("ReluBackward0", "ReshapeAliasBackward0", "SliceBackward0", "SmoothL1LossBackward0", "SoftplusBackward0"),
-    *("SplitBackward0", "SqrtBackward0", "SqueezeBackward0", "SqueezeBackward1", "SubBackward0", "SumBackward0"),
+    *("ReluBackward0", "ReshapeAliasBackward0", "SmoothL1LossBackward0", "SoftplusBackward0"),
+    *("SqrtBackward0", "SqueezeBackward0", "SqueezeBackward1", "SubBackward0", "SumBackward0"),
     *("SumBackward1", "ToCopyBackward0", "UnsqueezeBackward0", "ViewBackward0", "WhereBackward0"),
 )
 """Operators that keep losses apart. They are walked through, from a loss back to a stack that it is part of."""
@@ -157,13 +160,25 @@ def _are_parts_of_stack(losses: Sequence[Root]) -> bool:
     """Whether losses are parts of a tensor whose columns were stacked from tensors with leaves of their own."""
     if len(losses) < 2:
         return False
-    parts = [_before([_edge(loss)[0]], _PARTS) for loss in losses]
-    common = set.intersection(*({node.next_functions[0][0] for node in nodes} for nodes in parts))
-    for whole in _before(list(common), _WHOLES):
-        edges = [GradientEdge(*edge) for edge in whole.next_functions if edge[0] is not None]
-        if len(set(reach(edges)[0].values())) > 1:
-            return True
-    return False
+    common = set.intersection(*(_behind_parts(_edge(loss)[0]) for loss in losses))
+    return any(map(_has_leaves_of_some_inputs, _before(list(common), _WHOLES)))
+
+
+def _has_leaves_of_some_inputs(node: Any) -> bool:
+    """Whether there are leaves that one input of a function depends on, and another does not."""
+    edges = [GradientEdge(*edge) for edge in node.next_functions if edge[0] is not None]
+    return len(set(reach(edges)[0].values())) > 1
+
+
+def _behind_parts(start: Any) -> set[Any]:
+    """Return what a loss is computed from by parts of it, and what those are parts of."""
+    found: set[Any] = set()
+    nodes = [start]
+    while nodes:
+        nodes = [node.next_functions[0][0] for node in _before(nodes, _WIDE_PARTS)]
+        nodes = [node for node in nodes if node is not None and node not in found]
+        found.update(nodes)
+    return found
 
 
 def _before(nodes: list[Any], names: Sequence[str]) -> list[Any]:
@@ -187,14 +202,16 @@ def _depend_on_outputs(losses: Sequence[Root]) -> bool:
         stack, seen = [_edge(loss)], set()
         while stack:
             node, output = stack.pop()
-            if type(node).__name__ in _JOINING:
+            joining = type(node).__name__ in _JOINING
+            if joining or _may_hide(node):
                 outputs[node].add(output)
-            elif node not in seen:
+            if not joining and node not in seen:
                 seen.add(node)
                 stack.extend(edge for edge in node.next_functions if edge[0] is not None)
         for node, of_loss in outputs.items():
             entries[node].add(frozenset(of_loss))
-    return any(len(found) > 1 for found in entries.values())
+    several = [node for node, found in entries.items() if len(found) > 1]
+    return any(type(node).__name__ in _JOINING or _has_leaves_of_some_inputs(node) for node in several)
 
 
 def edges_behind_functions(

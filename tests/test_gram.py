@@ -11,6 +11,8 @@ import gradsurgery
 from conftest import USABLE, on_cpu
 from inputs import DTYPES, GRAM_TOLERANCE, HOSTILE, TASKS, exact_gram, hostile, normal
 
+CPU = pytest.mark.skipif("cpu" not in USABLE, reason="about the cpu backend")
+
 
 def assert_gram(got: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> None:
     """|G_ij - exact| within the stated error, and exactly symmetric."""
@@ -65,11 +67,39 @@ def test_sums_of_many_parameters_have_no_bias(backend):
 
 
 @on_cpu
-@pytest.mark.skipif("cpu" not in USABLE, reason="about the cpu backend")
+@CPU
 def test_columns_of_several_parts():
     # One thread's share of these is summed in two parts, the second with a tail.
     rows = normal(1, 120_001, torch.float64)
     assert_gram(gradsurgery.gram(rows, backend="cpu"), rows, torch.float64)
+
+
+@on_cpu
+@CPU
+@pytest.mark.parametrize("tasks", [16, 24, 31, 49])
+@pytest.mark.parametrize("case", [*HOSTILE, "lists", "strided", "short"])
+def test_bfloat16_rows_of_many_tasks(tasks, case):
+    # What a matrix unit multiplies, where there is one: in panels of 16 tasks, the last one part-empty.
+    if case in HOSTILE:
+        rows = hostile(tasks)[case].bfloat16()
+    else:
+        rows = normal(tasks, 5 if case == "short" else 1003, torch.bfloat16)
+    rows = rows[:, 3:] if case == "strided" else rows
+    if case == "lists":
+        rows[1::7] = 0
+        got = gradsurgery.gram([[None if t % 7 == 1 else row] for t, row in enumerate(rows)], backend="cpu")
+    else:
+        got = gradsurgery.gram(rows, backend="cpu")
+    assert_gram(got, rows, torch.bfloat16)
+
+
+@on_cpu
+@CPU
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_subnormal_results_elsewhere_are_kept(dtype):
+    least = torch.finfo(torch.float32).smallest_normal
+    gradsurgery.gram(normal(8, 1003, dtype) * 1e-20, backend="cpu")
+    assert torch.full((64,), least).mul_(0.5).gt(0).all()
 
 
 @pytest.mark.parametrize(

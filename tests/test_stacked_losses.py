@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Losses that come as a torch.stack reach what each of them reaches, whichever way the passes go."""
 
+import warnings
+
 import pytest
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
@@ -83,6 +86,16 @@ def both(net, z):
     return torch.cat([net["a"](z), net["b"](z)], 1)
 
 
+def halves(outputs):
+    return [outputs[:, :1], outputs[:, 1:]]
+
+
+def written(net, z):
+    outputs = torch.empty(len(z), 2)
+    outputs[:, :1], outputs[:, 1:] = net["a"](z), net["b"](z)
+    return outputs
+
+
 JOINED = {
     "quotient of a stack": lambda net, z: torch.stack([net["a"](z).mean(), net["b"](z).mean()]) / 2,
     "clamped stack": lambda net, z: torch.stack([net["a"](z).mean(), net["b"](z).mean()]).clamp(max=9).nan_to_num(),
@@ -90,6 +103,12 @@ JOINED = {
     "hstack": lambda net, z: torch.hstack([net["a"](z).mean(), net["b"](z).mean()]),
     "columns": lambda net, z: of_columns(both(net, z)),
     "no reduction": lambda net, z: mse_loss(both(net, z), X[:, :2], reduction="none").mean(0),
+    "slices": lambda net, z: [part.square().mean() for part in halves(both(net, z))],
+    "split": lambda net, z: [part.square().mean() for part in both(net, z).split(1, 1)],
+    "sigmoid": lambda net, z: of_columns(both(net, z).sigmoid()),
+    "transposed": lambda net, z: [row.square().mean() for row in both(net, z).T],
+    "cross entropies": lambda net, z: bce(both(net, z), X[:, :2].abs(), reduction="none").mean(0),
+    "buffer": lambda net, z: [part.square().mean() for part in halves(written(net, z))],
     "column by column": lambda net, z: [c.square().mean() for c in both(net, z).unbind(1)],
 }
 
@@ -125,6 +144,30 @@ def test_hooks_of_a_stack_run(of_part):
         (losses[1] if of_part else losses).register_hook(lambda grad: 10 * grad)
         backward(losses)
     torch.testing.assert_close(grads_of(net), grads_of(plain))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tuple(2 * x for x in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return tuple(2 * g for g in grads)
+
+
+def test_functions_with_an_output_for_each_head_are_warned_of():
+    net = two_task_net()
+    z = net["trunk"](X)
+    losses = [y.square().mean() for y in Doubled.apply(net["a"](z), net["b"](z))]
+    with pytest.warns(UserWarning, match="different outputs of one compiled function"):
+        gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)).backward(losses)
+    # Not so where all that is below belongs to both.
+    left, right = Doubled.apply(net["trunk"](X), net["trunk"](X))
+    losses = [net["a"](left).square().mean(), net["b"](right).square().mean()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)).backward(losses)
 
 
 def test_checkpoints_around_the_heads_are_warned_of():

@@ -249,6 +249,15 @@ def test_scaler_skips_a_step_that_overflowed(method):
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+def test_scaler_of_losses_whose_gradients_are_views():
+    bias = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([bias], lr=0.1))
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0)
+    info = optimizer.backward([bias.sum(), (2 * bias).sum() - bias.sum()], scaler=scaler)
+    assert info.gram.tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    assert bias.grad.tolist() == [4.0, 4.0, 4.0]
+
+
 def test_autocast_low_precision_parameters():
     net = two_task_net(torch.bfloat16)
     net["a"].float()
