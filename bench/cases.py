@@ -91,6 +91,7 @@ def mgda_case(gradients: Tensor) -> Case:
         gradients,
         {
             OURS: lambda: gs.aggregate(gradients, "mgda", out=out, backend="cpu"),
+            ALLOCATING: lambda: gs.aggregate(gradients, "mgda", backend="cpu"),
             "torchjd": lambda: aggregator(gradients),
         },
         partial(direction_error, gradients, weights),

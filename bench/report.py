@@ -51,14 +51,15 @@ def cpu_section(run: dict[str, Any]) -> str:
         "as an optimizer's step does, and as multiples of it that of a call without `out=` and the others', which make",
         "new tensors.",
         "",
-        "| T | N | PCGrad | no `out=` | torchjd | pytorch_optimizer | plain loop | MGDA | torchjd |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| T | N | PCGrad | no `out=` | torchjd | pytorch_optimizer | plain loop | MGDA | no `out=` | torchjd |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for tasks, size in SHOWN:
         pcgrad, mgda = (f"{medians[stage, 'gradsurgery', tasks, size]:.2f} ms" for stage in ("pcgrad", "mgda"))
         contenders = (ALLOCATING, "torchjd", "pytorch_optimizer", "plain loop")
         others = [times("pcgrad", name, tasks, size) for name in contenders]
-        cells = [tasks, f"{size:.0e}".replace("e+0", "e"), pcgrad, *others, mgda, times("mgda", "torchjd", tasks, size)]
+        of_mgda = [times("mgda", name, tasks, size) for name in contenders[:2]]
+        cells = [tasks, f"{size:.0e}".replace("e+0", "e"), pcgrad, *others, mgda, *of_mgda]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     machine, versions = run["machine"], run["versions"]
     lines += [
@@ -68,7 +69,7 @@ def cpu_section(run: dict[str, Any]) -> str:
         "",
         f"Medians of one run of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch "
         f"{versions['torch']}, torchjd {versions['torchjd']}, pytorch_optimizer {versions['pytorch_optimizer']}; "
-        f"commit {run['commit'][:12]}, {run['date'][:10]}. All rows, with spreads, bfloat16 and errors:",
+        f"load {machine['load_at_start']:.1f} at the start; commit {run['commit'][:12]}, {run['date'][:10]}. All rows, with spreads, bfloat16 and errors:",
         "[bench/results/cpu-peers.json](bench/results/cpu-peers.json). How they are taken:",
         "[bench/NOTES.md](bench/NOTES.md).",
     ]
@@ -101,8 +102,9 @@ def cpu_steps_section(run: dict[str, Any]) -> str:
     machine, versions = run["machine"], run["versions"]
     lines += [
         "",
-        f"Medians of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch {versions['torch']}; "
-        f"commit {run['commit'][:12]}, {run['date'][:10]}:",
+        f"Medians of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch {versions['torch']}, "
+        f"torchjd {versions['torchjd']}, pytorch_optimizer {versions['pytorch_optimizer']}; load "
+        f"{machine['load_at_start']:.1f} at the start; commit {run['commit'][:12]}, {run['date'][:10]}:",
         f"[{CPU_STEPS.relative_to(ROOT)}]({CPU_STEPS.relative_to(ROOT)}). The models:",
         "[bench/NOTES.md](bench/NOTES.md#whole-training-steps).",
     ]

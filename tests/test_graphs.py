@@ -2,10 +2,11 @@
 """What a step goes back through, and whose gradients come of it: checkpoints, other dtypes, hooks, other parameters."""
 
 import weakref
+from functools import partial
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import gradsurgery
 from conftest import grads_of, two_losses, two_task_net
@@ -218,3 +219,46 @@ def test_what_was_collected_is_dropped_by_the_optimizer_not_the_model():
     optimizer.zero_grad()
     with pytest.raises(ValueError, match="nothing to combine"):
         optimizer.combine()
+
+
+def test_selective_checkpoints_take_one_pass():
+    trunk = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh())
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(trunk.parameters(), lr=0.1))
+    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+
+    def losses(selective):
+        z = checkpoint(trunk, X, use_reentrant=False, context_fn=contexts) if selective else trunk(X)
+        return [z.mean(), -z[:, 0].mean()]
+
+    optimizer.backward(losses(False))
+    expected = grads_of(trunk)
+    trunk.zero_grad()
+    optimizer.backward(losses(True), mode="batched")
+    torch.testing.assert_close(grads_of(trunk), expected)
+    with pytest.raises(RuntimeError, match="an extra time"):
+        optimizer.backward(losses(True))
+
+
+class SquareInPlace(torch.autograd.Function):
+    """Saves memory: its gradient goes where its input was."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0].data.mul_(2 * grad)
+
+
+def test_functions_that_overwrite_what_they_saved_are_wrong_from_the_second_pass_on():
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 18).reshape(6, 3))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([weight], lr=0.1))
+    norms = []
+    for square in (torch.square, SquareInPlace.apply):
+        y = square(X @ weight)
+        norms.append(optimizer.backward([y.mean(), -y[:, 0].mean()]).norms)
+    right, wrong = norms
+    torch.testing.assert_close(wrong[0], right[0])
+    assert not torch.isclose(wrong[1], right[1])

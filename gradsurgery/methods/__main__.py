@@ -15,6 +15,7 @@ _COLUMNS: dict[str, Callable[[Method], str]] = {
     "conflicts with no task": lambda m: m.non_conflicting,
     "linear": lambda m: _yes(m.linear),
     "state": lambda m: ", ".join(m.state_dict()) or "-",
+    "fixed tasks": lambda m: _yes(m.tells_tasks_apart),
     "random": lambda m: _yes(isinstance(m, SteppedMethod)),
     "weighs heads": lambda m: _yes(m.weights_losses),
     "backward passes": lambda m: "1" if m.weights_losses and not m.needs_gram else _passes(m),
@@ -32,14 +33,16 @@ equations, conventions, options and sources.
 * *conflicts with no task*: whether no task gradient has a negative product with the direction.
 * *linear*: whether the direction is linear in factors a_t > 0 on the task gradients.
 * *state*: what `state_dict` holds, with default options.
+* *fixed tasks*: whether every step must have the first one's tasks, because the state holds something for each.
+  Options that hold a number for each task have that effect, too.
 * *random*: numbers that are a function of a seed and of the step, the same on every rank; no global generator is read.
 * *weighs heads*: whether w_t also multiplies the gradients of parameters that only loss t reaches.
 * *backward passes*: of `SurgeryOptimizer.backward` for T losses.
 * *cost*: operations on one T x T problem, beside the passes over the gradients.
 
 No method reads a value on the host: G, weights and state stay on the gradients' device. `tests/test_properties.py`
-holds the plain PyTorch of each to that; `tests/test_cuda.py` holds the CUDA kernels to it and to capture in CUDA
-graphs, which has run on a GPU for `pcgrad`, `mgda` and `gradnorm` so far.
+holds the plain PyTorch of each to that; `tests/test_cuda.py` holds the CUDA kernels to it, and to capture of whole
+steps in CUDA graphs, which has run on a GPU for `pcgrad`, `mgda` and `gradnorm` so far.
 
 Not here: EPO and PMGDA, which solve a linear program at each step, for which there is no solver on the device.
 
