@@ -69,7 +69,8 @@ def cpu_section(run: dict[str, Any]) -> str:
         "",
         f"Medians of one run of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch "
         f"{versions['torch']}, torchjd {versions['torchjd']}, pytorch_optimizer {versions['pytorch_optimizer']}; "
-        f"load {machine['load_at_start']:.1f} at the start; commit {run['commit'][:12]}, {run['date'][:10]}. All rows, with spreads, bfloat16 and errors:",
+        f"load {machine['load_at_start']:.1f} at the start; commit {run['commit'][:12]}, {run['date'][:10]}. "
+        "All rows, with spreads, bfloat16 and errors:",
         "[bench/results/cpu-peers.json](bench/results/cpu-peers.json). How they are taken:",
         "[bench/NOTES.md](bench/NOTES.md).",
     ]
