@@ -168,12 +168,12 @@ void test_grams(const gs::KernelTable& table) {
       }
     }
   }
-  for (const gs_dtype dtype : {GS_FLOAT32, GS_BFLOAT16}) {
-    for (const int64_t k : {64, 147, 200, GS_MAX_TASKS}) {
-      test_gram(table, dtype, k, 500, 1);
-      test_gram(table, dtype, k, 500, 1e-20);
-    }
+  for (const int64_t k : {64, 147, 200, GS_MAX_TASKS}) {
+    test_gram(table, GS_FLOAT32, k, 500, 1);
+    test_gram(table, GS_FLOAT32, k, 500, 1e-20);
   }
+  test_gram(table, GS_BFLOAT16, 64, 500, 1e-20);
+  test_gram(table, GS_BFLOAT16, GS_MAX_TASKS, 500, 1);
   std::printf("%s: gram ok\n", table.isa);
 }
 
