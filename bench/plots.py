@@ -22,7 +22,8 @@ BARS = {
     "sum of losses": "sum of losses",
     "pcgrad, sequential": "gradsurgery",
     "pcgrad, batched": "gradsurgery, batched",
-    "torchjd PCGrad": "torchjd PCGrad",
+    "torchjd PCGrad": "torchjd PCGrad, batched",
+    "torchjd PCGrad, one by one": "torchjd PCGrad",
     "torchjd UPGrad": "torchjd UPGrad",
     "pytorch_optimizer PCGrad": "pytorch_optimizer PCGrad",
 }

@@ -22,6 +22,7 @@ METHODS = ("pcgrad", "mgda")
 """Ours; their contenders' names begin with one."""
 PLAIN = "sum of losses"
 COMMON = "pytorch_optimizer PCGrad"
+ONE_BY_ONE = "torchjd PCGrad, one by one"
 
 
 def contenders(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Step]]:
@@ -95,7 +96,8 @@ def _others(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Step]]
     else:
         for aggregator in (aggregation.PCGrad, aggregation.MGDA, aggregation.UPGrad):
             name = f"torchjd {aggregator.__name__}"
-            found[name] = lambda aggregator=aggregator: _torchjd(make(), aggregator())  # type: ignore[misc]
+            found[name] = lambda aggregator=aggregator: _torchjd(make(), aggregator(), None)  # type: ignore[misc]
+        found[ONE_BY_ONE] = lambda: _torchjd(make(), aggregation.PCGrad(), 1)
     return found
 
 
@@ -119,8 +121,8 @@ def _common(model: MultiTaskModel, pcgrad: Any) -> Step:
     return step
 
 
-def _torchjd(model: MultiTaskModel, aggregator: Any) -> Step:
-    """Its own multi-task backward pass where the model has heads, else its batched one."""
+def _torchjd(model: MultiTaskModel, aggregator: Any, chunk: int | None) -> Step:
+    """Its own multi-task backward pass where the model has heads, else its plain one, of so many losses at a time."""
     from torchjd.autojac import backward, jac_to_grad, mtl_backward
 
     optimizer = _optimizer(model)
@@ -132,9 +134,9 @@ def _torchjd(model: MultiTaskModel, aggregator: Any) -> Step:
             losses = model.losses()
         with part("backward"):
             if model.features:
-                mtl_backward(losses, features=model.features)
+                mtl_backward(losses, features=model.features, parallel_chunk_size=chunk)
             else:
-                backward(losses, inputs=trunk)
+                backward(losses, inputs=trunk, parallel_chunk_size=chunk)
         with part("surgery"):
             jac_to_grad(trunk, aggregator)
         with part("optimizer"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .step_contenders import COMMON
+from .step_contenders import COMMON, ONE_BY_ONE
 
 Rows = dict[tuple[str, str], Any]
 """From (workload, contender) to a row with times."""
@@ -23,7 +23,8 @@ def _times_common(workload: str) -> Callable[[Rows], float]:
 
 def _step_of_torchjd(rows: Rows) -> float:
     ours = min(rows["rl", f"pcgrad, {way}"].median_ms for way in WAYS)
-    return float(ours / rows["rl", "torchjd PCGrad"].median_ms)
+    theirs = min(rows["rl", name].median_ms for name in ("torchjd PCGrad", ONE_BY_ONE))
+    return float(ours / theirs)
 
 
 def _share(workload: str) -> Callable[[Rows], float]:

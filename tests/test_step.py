@@ -29,7 +29,13 @@ TINY = {
 def test_every_contender_makes_steps(name):
     rows = step.measure(step_models.Workload(name, TINY[name], TINY[name]), torch.device("cpu"), 0.0)
     found = {row.contender: row for row in rows}
-    assert {"pcgrad, sequential", "mgda, batched", step_contenders.COMMON, "torchjd MGDA"} <= set(found)
+    assert {
+        "pcgrad, sequential",
+        "mgda, batched",
+        step_contenders.COMMON,
+        "torchjd MGDA",
+        step_contenders.ONE_BY_ONE,
+    } <= set(found)
     assert ("pcgrad, features, batched" in found) == (name != "transformer")
     for row in rows:
         if row.contender == "torchjd UPGrad" and "quadprog" in row.note:
@@ -70,6 +76,7 @@ def test_targets():
         *(row("rl", f"pcgrad, {way}", 2.0 + i, 1.0) for i, way in enumerate(step_targets.WAYS)),
         row("rl", step_contenders.COMMON, 9.0, 30.0),
         row("rl", "torchjd PCGrad", 1.0, 0.5),
+        row("rl", "torchjd PCGrad, one by one", 2.0, 0.5),
     ]
     assert [(v["measured"], v["met"]) for v in step_targets.judge(rows, "cpu")] == [(30.0, True), (2.0, False)]
     verdicts = step_targets.judge(rows, "cuda")
