@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from . import Method, available, get
@@ -10,6 +11,7 @@ from ._base import SteppedMethod
 
 _COLUMNS: dict[str, Callable[[Method], str]] = {
     "method": lambda m: f"`{m.name}`",
+    "options": lambda m: ", ".join(f"`{option}`" for option in _options(m)) or "-",
     "weights come from": lambda m: m.needs,
     "scale": lambda m: m.scale,
     "conflicts with no task": lambda m: m.non_conflicting,
@@ -28,6 +30,7 @@ _TEXT = """\
 Written by `python -m gradsurgery.methods` from the classes; the README says what each method does, the docstrings give
 equations, conventions, options and sources.
 
+* *options*: with their defaults; `pref=None` weighs all tasks alike.
 * *scale*: what the direction is like for orthogonal task gradients of equal length: their sum, their mean, or the
   weights' own convention.
 * *conflicts with no task*: whether no task gradient has a negative product with the direction.
@@ -58,6 +61,11 @@ def text() -> str:
 
 def _yes(value: bool | str) -> str:
     return value if isinstance(value, str) else "yes" if value else "no"
+
+
+def _options(method: Method) -> list[str]:
+    parameters = inspect.signature(type(method)).parameters.values()
+    return [f"**{p.name}" if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
 
 
 def _passes(method: Method) -> str:
