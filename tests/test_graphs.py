@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import gradsurgery
@@ -262,3 +263,12 @@ def test_functions_that_overwrite_what_they_saved_are_wrong_from_the_second_pass
     right, wrong = norms
     torch.testing.assert_close(wrong[0], right[0])
     assert not torch.isclose(wrong[1], right[1])
+
+
+def test_multi_grad_hooks_of_parameters_do_not_work():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([weight], lr=0.1))
+    with register_multi_grad_hook([weight], lambda grads: None), pytest.raises(RuntimeError, match="leaf node"):
+        optimizer.backward([weight.sum(), weight.square().sum()])
+    assert weight.grad is None
+    optimizer.backward([weight.sum(), weight.square().sum()])
