@@ -56,7 +56,7 @@ def choose_build() -> str:
 
 
 def compiler() -> list[str]:
-    return os.environ.get("CXX", "").split() or ["c++"]
+    return os.environ.get("CXX", "c++").split()
 
 
 def why_not_cpu() -> str:

@@ -149,3 +149,25 @@ def test_pytorch_optimizer_pcgrad_with_two_tasks(seed):
             optimizer.step()
         results.append(weight.detach())
     torch.testing.assert_close(results[1], results[0])
+
+
+def test_pytorch_optimizer_pcgrad_lets_heads_into_the_projection():
+    torch.manual_seed(0)
+    trunk, left, right = torch.nn.Linear(6, 4), torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+    modules = torch.nn.ModuleList([trunk, left, right]).double()
+    x = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(8, 6)
+
+    def losses():
+        z = trunk(x).tanh()
+        return [(left(z) - 1).square().mean(), (right(z) + 1).square().mean()]
+
+    (plain,) = torch.autograd.grad(losses()[0], [left.weight])
+    found = []
+    for wrap in (pytorch_optimizer.PCGrad, gradsurgery.PCGrad):
+        modules.zero_grad()
+        wrap(torch.optim.SGD(modules.parameters(), lr=0.1), reduction="mean").pc_backward(losses())
+        found.append((trunk.weight.grad.clone(), left.weight.grad.clone()))
+    (their_trunk, their_head), (trunk_grad, head) = found
+    torch.testing.assert_close(head, plain)
+    assert not torch.allclose(their_head, plain)
+    assert not torch.allclose(their_trunk, trunk_grad)

@@ -69,16 +69,20 @@ struct Plan {
   }
 };
 
-// As long as it lives, this thread's subnormal results are zeros. Each subnormal product in float would take a hundred
-// clocks, and none of them counts (gram.inl).
+// If on, this thread's subnormal results are zeros as long as it lives. Each subnormal product in float would take a
+// hundred clocks, and none of them counts (gram.inl).
 class FlushSubnormals {
  public:
 #if defined(__x86_64__)
-  FlushSubnormals() { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  explicit FlushSubnormals(bool on) {
+    if (on) _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON);
+  }
   ~FlushSubnormals() { _mm_setcsr(before_); }
 
  private:
   const unsigned before_ = _mm_getcsr();
+#else
+  explicit FlushSubnormals(bool) {}
 #endif
 };
 
@@ -115,13 +119,8 @@ void sum_columns(const gs_gradients& g, const Plan& plan, int64_t segment, int64
       }
       if (present == 0) continue;
       const auto dtype = static_cast<gs_dtype>(g.dtype[p]);
-      const auto add = [&] { kernels().gram(rows, index, present, dtype, columns, sum, g.num_tasks); };
-      if (dtype == GS_FLOAT64) {
-        add();
-      } else {
-        const FlushSubnormals flush;
-        add();
-      }
+      const FlushSubnormals flush(dtype != GS_FLOAT64);
+      kernels().gram(rows, index, present, dtype, columns, sum, g.num_tasks);
     }
     start = stop;
   }

@@ -102,7 +102,7 @@ struct PackedBlock : BlockRows<In> {
   }
 };
 
-// Adds a tile's sums to gram.
+// Adds a tile's sums to gram. Below the diagonal nothing is written.
 template <bool Diagonal>
 GS_INLINE void scatter(const double (&sums)[kPanel][4], const int32_t* row, int64_t rows, const int32_t* column,
                        int64_t columns, double* gram, int64_t ld) {

@@ -4,6 +4,8 @@
 // those. So at most 15 roundings follow each other before the sum goes on in float64, and the error is at most 15 *
 // 2^-24 < 1e-6 of |g_i| |g_j|. Columns whose squared norms leave the range where that holds are left to the vector
 // kernel.
+#include "simd.inl"
+
 namespace gs {
 
 namespace avx512 {
@@ -105,20 +107,22 @@ inline void multiply(const Panel& a, const Panel& b, int64_t n, Products& produc
   tiles::store<kSum>(products.of, sizeof(products.of[0]));
 }
 
-// Adds the products of two panels to gram.
-inline void add(const Products& products, const int32_t* row, int64_t rows, const int32_t* column, int64_t columns,
-                double* gram, int64_t ld) {
+// Adds the products of two panels to gram; with diagonal, those not below its diagonal.
+inline void add(const Products& products, bool diagonal, const int32_t* row, int64_t rows, const int32_t* column,
+                int64_t columns, double* gram, int64_t ld) {
   const bool adjacent = column[columns - 1] - column[0] == columns - 1;
   for (int64_t r = 0; r < rows; r++) {
     const float* const sums = products.of[r];
     double* const to = gram + row[r] * ld;
+    const int64_t first = diagonal ? r : 0;
     if (!adjacent) {
-      for (int64_t c = 0; c < columns; c++) to[column[c]] += sums[c];
+      for (int64_t c = first; c < columns; c++) to[column[c]] += sums[c];
       continue;
     }
+    const unsigned all = ((1u << columns) - 1) & (~0u << first);
     for (int64_t c = 0; c < columns; c += kLanes) {
       double* const lanes = to + column[0] + c;
-      const __mmask8 present = columns - c >= kLanes ? 0xff : (1u << (columns - c)) - 1;
+      const __mmask8 present = all >> c & 0xff;
       const vdouble sum = (vdouble)_mm512_maskz_loadu_pd(present, lanes) + load_doubles(sums + c);
       _mm512_mask_storeu_pd(lanes, present, (__m512d)sum);
     }
@@ -138,7 +142,7 @@ inline bool add_block(const bfloat16* const* rows, const int32_t* index, int64_t
     if (!std::all_of(rows[r], rows[r] + n, [](bfloat16 x) { return is_zero_value(x); })) return false;
   }
   const auto add_products = [&](const Products& products, int64_t p, int64_t q) {
-    add(products, index + p * kRows, rows_of(p), index + q * kRows, rows_of(q), gram, ld);
+    add(products, p == q, index + p * kRows, rows_of(p), index + q * kRows, rows_of(q), gram, ld);
   };
   // Two panels are multiplied before the products of two others are added: the unit and the vectors overlap.
   for (int64_t p = 0; p < panels; p++) {

@@ -20,7 +20,7 @@ namespace gs {
 struct KernelTable {
   const char* isa;
 
-  // gram[index[r] * ld + index[c]] += rows[r] . rows[c] for r <= c < k; those with c < r mean nothing. index ascends.
+  // gram[index[r] * ld + index[c]] += rows[r] . rows[c] for r <= c < k. index ascends.
   void (*gram)(const void* const* rows, const int32_t* index, int64_t k, gs_dtype dtype, int64_t n, double* gram,
                int64_t ld);
 

@@ -11,15 +11,11 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
                              apply_to = function)
-#include "simd.inl"
-// Reads the vector types of simd.inl.
 #include "gram_amx.inl"
 #pragma clang attribute pop
 #else
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // from GCC's own intrinsics
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#include "simd.inl"
-// Reads the vector types of simd.inl.
 #include "gram_amx.inl"
 #endif
 

@@ -5,13 +5,6 @@
 #pragma once
 #include <cstdint>
 
-#if defined(GS_EMULATED_TILES)
-#include "emulated_tiles.h"
-#else
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 namespace gs::tiles {
 
 // What ldtilecfg reads.
@@ -20,6 +13,17 @@ struct Shapes {
   uint16_t bytes[16] = {};  // per row
   uint8_t rows[16] = {};
 };
+
+}  // namespace gs::tiles
+
+#if defined(GS_EMULATED_TILES)
+#include "emulated_tiles.h"
+#else
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace gs::tiles {
 
 constexpr int kTileData = 18;  // XFEATURE_XTILEDATA
 

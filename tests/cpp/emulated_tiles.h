@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// csrc/cpu/tiles.h in plain C++, with the same bits.
+// The functions of csrc/cpu/tiles.h, which includes this file, in plain C++ with the same bits.
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -9,12 +9,6 @@
 #include <cstring>
 
 namespace gs::tiles {
-
-struct Shapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
 
 struct Unit {
   bool configured = false;
