@@ -14,7 +14,7 @@ from torch import Tensor
 from ._gradients import TaskGradients, check_gradient, parse
 from ._plan import Plan, Planner
 from ._shards import Shards
-from ._step import add_all, add_foreign, add_plain, read, targets
+from ._step import add_all, add_plain, foreign_sums, read, targets
 from .backends import Backend, choose
 from .collect import Collected, Losses, collect
 from .combine import combine_by_rule_of, combine_of
@@ -22,7 +22,7 @@ from .diagnostics import SurgeryInfo
 from .distributed import Replicas
 from .gram import gram_of
 from .methods import CoordinateMethod, Method
-from .methods._base import weigh
+from .methods._base import Rollback, weigh
 from .methods._buffered import BufferedMethod
 
 
@@ -42,12 +42,12 @@ class Operation:
     """One G for all shared parameters."""
 
     def write(
-        self, out: list[Any], accumulate: bool, before: Callable[[], None]
+        self, out: list[Any], accumulate: bool, before: Callable[[Tensor | None], None]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Write or add the directions; return G [S, T, T], unscaled, and the weights [S, T].
 
-        Calls ``before`` before it writes to ``out`` or over the collected gradients. Until then only the method's state
-        may have changed.
+        Calls ``before`` before it writes to ``out`` or over the collected gradients; until then only the method's state
+        may have changed. It is given the weights, but None where they are not known by then and weigh no losses.
         """
         method, plan = self.method, self.plan
         if isinstance(method, BufferedMethod) and plan.shared:
@@ -55,29 +55,29 @@ class Operation:
         shared = self.grads.select(plan.shared, plan.segments, plan.num_segments)
         if isinstance(method, CoordinateMethod):
             rule = method.rule(self.grads.device, self.grads.num_tasks)
-            before()
+            before(None)
             combine_by_rule_of(shared, rule, out, accumulate, self.backend)
             return None, None
         reads_all = method.gram_parameters is None and self.processes.shards is None
-        if self.backend.aggregate is not None and reads_all and shared.lists is not None:
+        if self.backend.aggregate is not None and reads_all and shared.lists is not None and not method.weights_losses:
             solver = method.native_solver(self.grads.device, self.grads.num_tasks)
             # The call computes G of the scaled gradients.
             if solver is not None and solver.depends_on_scale and self.collected.scale is not None:
                 solver = None
             if solver is not None and out and shared.lists.fits(out):
-                before()
+                before(None)
                 gram, weights = self.backend.aggregate(shared, solver, out, accumulate)  # type: ignore[misc]
                 return self._unscaled(gram), weights
         gram, measured = self._gram()
         weights = torch.ones_like(gram[..., 0]) if isinstance(method, BufferedMethod) else self._weigh(measured)
         if self.collected.batches > 1:
             weights = torch.nn.functional.pad(weights, (self.grads.num_tasks - weights.shape[-1], 0))
-        before()
+        before(weights)
         combine_of(shared, weights, out, accumulate, self.backend)
         return gram, weights
 
     def _write_kept(
-        self, method: BufferedMethod, out: list[Any], accumulate: bool, before: Callable[[], None]
+        self, method: BufferedMethod, out: list[Any], accumulate: bool, before: Callable[[Tensor | None], None]
     ) -> tuple[Tensor, Tensor]:
         """Do the same with what the method keeps in place of the task gradients."""
         scale, grads = self.collected.scale, self.grads
@@ -86,10 +86,10 @@ class Operation:
         losses = self.collected.losses if method.needs_losses else None
         counted, total = self._counted(), self.processes.total
         kept = method.replace(rows, losses, scale, self.backend_name, counted, total)
-        before()
         gram = total(gram_of(parse(kept, [0 if here else 1 for here in counted]), self.backend)[:1])
         weights = self._weigh(gram)
         terms, factors = method.terms(rows, kept, weights[0], scale)
+        before(weights)
         combine_of(parse(terms, None), factors, out, accumulate, backend)
         return gram, weights
 
@@ -132,7 +132,7 @@ def operate(
 ) -> SurgeryInfo:
     """Operate on what was collected, and add the result to ``.grad``; ``before`` is called before gradients change."""
     method, num_tasks = planner.method, len(collected.tasks)
-    collected = planner.cover(processes.average(collected))
+    collected = planner.cover(collected)
     grads, reach, foreign = read(collected)
     plan = planner.plan_for(collected, reach, groups)
     for p in set(foreign) & set(plan.shared):
@@ -143,25 +143,34 @@ def operate(
                 check_gradient(row[p], f"the gradient of loss {task!r} for the optimizer's parameter {place}")
     backend = choose(backend_name, grads.device, grads.num_tasks)
     plain = [p for p in plan.plain if p not in foreign]
-    parameters = [collected.parameters[p] for p in plan.shared + plain]
+    written = plan.shared + plain
+    parameters = [collected.parameters[p] for p in written + foreign]
     local = processes.local(parameters)
-    out, accumulate, done = targets(local, grads, plan.shared + plain)
+    out, accumulate, done = targets(local[: len(written)], grads, written)
     begin = len(plan.shared)
+
+    def of_losses(weights: Tensor | None) -> Tensor:
+        """Return what multiplies the gradients of what is not shared."""
+        if method.weights_losses:
+            return weights[0]  # type: ignore[index]
+        return torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device) / collected.batches
+
+    sums: list[Tensor] = []
+
+    def begin_to_write(weights: Tensor | None) -> None:
+        if foreign:
+            sums.extend(foreign_sums(collected, foreign, local[len(written) :], of_losses(weights)))
+        before()
 
     whole = planner.granularity == "global"
     operation = Operation(method, collected, grads, plan, processes, backend, backend_name, whole)
-    gram, weights = operation.write(out[:begin], accumulate, before)
+    with Rollback(method, grads.device):
+        gram, weights = operation.write(out[:begin], accumulate, begin_to_write)
+        if plain:
+            there = set() if method.weights_losses or collected.batches > 1 else {i - begin for i in done}
+            add_plain(grads, plain, of_losses(weights), out[begin:], accumulate, there, backend)
+        processes.assign(parameters, local, [*out, *sums])
     planner.remember(plan, collected)
-    if plain or foreign:
-        if method.weights_losses:
-            of_losses, there = weights[0], set()  # type: ignore[index]
-        else:
-            of_losses = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device) / collected.batches
-            there = {i - begin for i in done} if collected.batches == 1 else set()
-        add_plain(grads, plain, of_losses, out[begin:], accumulate, there, backend)
-        for p in foreign:
-            add_foreign(collected.parameters[p], [row[p] for row in collected.grads], of_losses, processes)
-    processes.assign(parameters, local, out)
     if whole:
         gram, weights = (None if value is None else value[0] for value in (gram, weights))
     if collected.batches > 1:
@@ -179,7 +188,6 @@ def backward_once(
 ) -> SurgeryInfo:
     """Go back from the weighted sum of the losses, in one pass, and add the gradients; a failure changes nothing."""
     method, found = planner.method, []
-    before = method.state_dict()
 
     def weigh_by(tasks: list[str], values: Tensor) -> Tensor:
         planner.check_tasks(tasks)
@@ -188,12 +196,9 @@ def backward_once(
         found.append(weigh(method, gram, values, backend))
         return found[0]
 
-    try:
+    with Rollback(method, parameters[0].device if parameters else torch.device("cpu")):
         collected = collect(losses, parameters, weigh=weigh_by, shards=processes.shards, **passes)
         with torch.no_grad():
             add_all(processes.average_gradients(collected), processes, backend)
-    except BaseException:
-        method.load_state_dict(before)
-        raise
     planner.remember_tasks(collected.tasks)
     return SurgeryInfo(collected.tasks, None, found[0])

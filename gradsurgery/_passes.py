@@ -240,12 +240,16 @@ class Passes:
             ) from error
 
 
+class OverwrittenError(RuntimeError):
+    """A backward pass wrote over what another one had returned."""
+
+
 def check_memory(rows: Rows) -> None:
-    """Raise RuntimeError where passes, a row each, returned gradients in the same memory, which the last overwrote."""
+    """Raise OverwrittenError where passes, a row each, returned gradients in the same memory."""
     for column in zip(*rows, strict=True):
         addresses = [grad.data_ptr() for grad in column if grad is not None and _has_memory(grad)]
         if len(set(addresses)) < len(addresses):
-            raise RuntimeError(
+            raise OverwrittenError(
                 "backward passes returned gradients in the same memory, where one writes over the other's: each must "
                 "return tensors of its own, which those of torch.cuda.make_graphed_callables do not (capture the whole "
                 "step instead), nor functions that return a saved gradient as it is (clone it there)"

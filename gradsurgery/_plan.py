@@ -120,7 +120,7 @@ class Planner:
         self._by_task = method.tells_tasks_apart
         self.named = None if named is None else list_of(named, "shared")
         self.granularity = granularity
-        self._plan: Plan | None = None
+        self._plan: Plan | None = None  # that of the last step
         self.lost = False
         """Whether the last step's losses reached fewer parameters than those of the step before."""
         self._blocks: list[Any] | None = None
@@ -210,7 +210,6 @@ class Planner:
         """
         plan, measured = self._plan, self.method.gram_parameters
         enough = min(2, len(collected.tasks))
-        self.lost = False
         if plan is None or not plan.holds(collected.parameters, reach, enough, measured):
             group_of = None
             if self.granularity == "per_group":
@@ -225,16 +224,19 @@ class Planner:
                 measured=measured,
             )
             self._check_same(plan)
-            before = self._plan
-            if before is not None and len(before.parameters) == len(collected.parameters):
-                same = all(map(is_, before.parameters, collected.parameters))
-                self.lost = same and any(a and not b for a, b in zip(before.reach, reach, strict=True))
-            self._plan = plan
         self.check_tasks(collected.tasks)
         return plan
 
     def remember(self, plan: Plan, collected: Collected) -> None:
-        """Take note of what the method keeps after a step."""
+        """Take note of a step that is done: of its plan, and of what the method keeps."""
+        before, self._plan = self._plan, plan
+        self.lost = (
+            before is not None
+            and before is not plan
+            and len(before.parameters) == len(plan.parameters)
+            and all(map(is_, before.parameters, plan.parameters))
+            and any(a and not b for a, b in zip(before.reach, plan.reach, strict=True))
+        )
         self.remember_tasks(collected.tasks)
         if not plan.shared:
             return

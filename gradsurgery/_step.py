@@ -88,14 +88,13 @@ def add_all(collected: Collected, processes: Replicas | Shards, backend: str | N
     """Add the sum of each parameter's gradients to its ``.grad``."""
     grads, reach, foreign = read(collected)
     params = [p for p, count in enumerate(reach) if count and p not in foreign]
-    parameters = [collected.parameters[p] for p in params]
+    parameters = [collected.parameters[p] for p in params + foreign]
     local = processes.local(parameters)
-    out, accumulate, done = targets(local, grads, params)
+    out, accumulate, done = targets(local[: len(params)], grads, params)
     ones = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device)
+    sums = foreign_sums(collected, foreign, local[len(params) :], ones)
     add_plain(grads, params, ones, out, accumulate, done, choose(backend, grads.device, grads.num_tasks))
-    processes.assign(parameters, local, out)
-    for p in foreign:
-        add_foreign(collected.parameters[p], [row[p] for row in collected.grads], ones, processes)
+    processes.assign(parameters, local, [*out, *sums])
 
 
 def is_foreign(grad: Tensor | None) -> bool:
@@ -107,12 +106,15 @@ def _kind(grad: Tensor) -> str:
     return str(grad.dtype) if grad.layout is torch.strided else f"sparse {grad.dtype}"
 
 
-def add_foreign(parameter: Tensor, grads: list[Tensor | None], weights: Tensor, processes: Replicas | Shards) -> None:
-    """Add the weighted sum of gradients, sparse or complex ones among them, to a parameter outside the surgery."""
-    (local,) = processes.local([parameter])
-    terms = [g * weight.to(g.dtype) for g, weight in zip(grads, weights.unbind(), strict=True) if g is not None]
-    if local.grad is not None:
-        terms.append(local.grad)
-    # Dense ones first: a sparse tensor takes no dense one.
-    first, *rest = sorted(terms, key=lambda term: term.layout is not torch.strided)
-    processes.assign([parameter], [local], [sum(rest, first)])
+def foreign_sums(collected: Collected, params: list[int], local: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """Return the new ``.grad`` of parameters with sparse or complex gradients: what is there and the weighted sum."""
+    sums = []
+    for p, parameter in zip(params, local, strict=True):
+        column = zip((row[p] for row in collected.grads), weights.unbind(), strict=True)
+        terms = [grad * weight.to(grad.dtype) for grad, weight in column if grad is not None]
+        if parameter.grad is not None:
+            terms.append(parameter.grad)
+        # Dense ones first: a sparse tensor takes no dense one.
+        first, *rest = sorted(terms, key=lambda term: term.layout is not torch.strided)
+        sums.append(sum(rest, first))
+    return sums

@@ -15,7 +15,7 @@ from .backends import Backend, choose
 from .combine import Direction, check_out, combine, combine_by_rule_of, combine_of, new_out
 from .gram import gram, gram_of
 from .methods import CoordinateMethod, Method, resolve
-from .methods._base import weigh
+from .methods._base import Rollback, weigh
 from .methods._buffered import BufferedMethod
 
 
@@ -85,18 +85,27 @@ def aggregate(
         check_out(out, parsed)
     if resolved.needs_losses and losses is None:
         raise ValueError(f"method {resolved.name!r} needs losses=, a tensor [{parsed.num_tasks}]")
-    if isinstance(resolved, BufferedMethod):
-        result = _aggregate_buffers(resolved, parsed, losses, out, backend)
+    if isinstance(method, str):
+        result = _aggregate(resolved, parsed, losses, out, backend, once=True)
     else:
-        chosen = choose(backend, parsed.device, parsed.num_tasks)
-        if isinstance(resolved, CoordinateMethod):
-            result = combine_by_rule_of(parsed, resolved.rule(parsed.device, parsed.num_tasks), out, False, chosen)
-        else:
-            solver = None
-            if chosen.aggregate is not None:
-                solver = resolved.native_solver(parsed.device, parsed.num_tasks, once=isinstance(method, str))
-            result = _aggregate_sum(resolved, solver, parsed, losses, out, chosen, backend)
+        with Rollback(resolved, parsed.device):
+            result = _aggregate(resolved, parsed, losses, out, backend, once=False)
     return result if out is not None else constant("aggregate", result, parsed.differentiable)
+
+
+def _aggregate(
+    method: Method, grads: TaskGradients, losses: Tensor | None, out: Direction | None, backend: str | None, once: bool
+) -> Direction:
+    """Return the direction; ``once`` if the method is new and used for this call only."""
+    if isinstance(method, BufferedMethod):
+        return _aggregate_buffers(method, grads, losses, out, backend)
+    chosen = choose(backend, grads.device, grads.num_tasks)
+    if isinstance(method, CoordinateMethod):
+        return combine_by_rule_of(grads, method.rule(grads.device, grads.num_tasks), out, False, chosen)
+    solver = None
+    if chosen.aggregate is not None:
+        solver = method.native_solver(grads.device, grads.num_tasks, once=once)
+    return _aggregate_sum(method, solver, grads, losses, out, chosen, backend)
 
 
 def _aggregate_sum(

@@ -65,7 +65,7 @@ class Collected:
 
         Raises:
             ValueError: the two do not belong to the same tasks, parameters and scaling.
-            RuntimeError: the second backward passes wrote over the first ones' gradients.
+            OverwrittenError: the second backward passes wrote over the first ones' gradients.
         """
         self._check_like(other)
         for mine, theirs in zip(self.grads, other.grads, strict=True):
@@ -80,7 +80,8 @@ class Collected:
     def beside(self, other: Collected) -> Collected:
         """Return both, as batches of their own; errors as those of :meth:`plus`."""
         self._check_like(other)
-        grads = self.grads + other.grads
+        # Lists of their own: what this one still holds is not written over.
+        grads = [[*row] for row in self.grads + other.grads]
         check_memory(grads)
         batches = self.batches + other.batches
         return Collected(self.tasks, self.parameters, grads, other.losses, other.present, other.scale, batches)
@@ -140,10 +141,20 @@ def collect(
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
         TypeError: a loss is not a tensor.
-        RuntimeError: the batched pass failed, or passes returned gradients in the same memory.
+        RuntimeError: the batched pass failed.
+        OverwrittenError: passes returned gradients in the same memory.
     """
     if scaler is not None and not hasattr(scaler, "scale"):
         raise TypeError(f"scaler must be a gradient scaler, got {describe(scaler)}")
+    check_choice("mode", mode, ("sequential", "batched"))
+    if chunk_size is not None:
+        if mode != "batched":
+            raise ValueError(f'chunk_size is for mode="batched", got {chunk_size!r} with mode={mode!r}')
+        check_count("chunk_size", chunk_size)
+    if isinstance(features, Tensor):
+        features = [features]
+    if features is not None and not (features and all(isinstance(f, Tensor) and f.requires_grad for f in features)):
+        raise ValueError("features must be a tensor with a graph, or a non-empty list of them")
     tasks, each = _check_losses(losses, partial)
     given = [loss for loss in each if loss is not None]
     # A hook of the stack itself runs in passes that begin above it.
@@ -154,11 +165,6 @@ def collect(
     if survey is not None:
         through_grad = survey.take(present, [r for r in roots if r is not None], parameters, weigh is not None)
         hiding, unreached = survey.hiding, survey.unreached
-    check_choice("mode", mode, ("sequential", "batched"))
-    if chunk_size is not None:
-        if mode != "batched":
-            raise ValueError(f'chunk_size is for mode="batched", got {chunk_size!r} with mode={mode!r}')
-        check_count("chunk_size", chunk_size)
     if shards is not None:
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
@@ -168,10 +174,6 @@ def collect(
             "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "
             "with use_reentrant=False take both"
         )
-    if isinstance(features, Tensor):
-        features = [features]
-    if features is not None and not (features and all(isinstance(f, Tensor) and f.requires_grad for f in features)):
-        raise ValueError("features must be a tensor with a graph, or a non-empty list of them")
     there = [loss is not None for loss in each]
     absent = torch.zeros((), dtype=torch.float64, device=given[0].device)
     values = torch.stack([absent if loss is None else loss.detach().to(absent).reshape(()) for loss in each])

@@ -15,12 +15,14 @@ from ._checks import describe
 from ._compiling import takes, untraced
 from ._graph import Survey
 from ._operate import backward_once, operate
+from ._passes import OverwrittenError
 from ._plan import Planner, check_method
 from ._shards import processes_of
 from ._wrapper import OptimizerWrapper
 from .backends import check_name
 from .collect import Collected, Losses, collect, holds_weights
 from .diagnostics import SurgeryInfo
+from .methods._base import Rollback
 from .methods._state import numbers_of
 
 
@@ -155,9 +157,11 @@ class SurgeryOptimizer(OptimizerWrapper):
             )
             survey.end_step(False)
             return info
-        self._collect(losses, takes_absent, **passes)
         try:
+            self._collect(losses, takes_absent, **passes)
             return self.combine()
+        except OverwrittenError:
+            raise
         except BaseException:
             self._pending = before
             raise
@@ -190,18 +194,13 @@ class SurgeryOptimizer(OptimizerWrapper):
         before, batches = self._pending, self.method.num_batches
         if before is not None and 1 < batches == before.batches:
             raise ValueError(f"a step of method {self.method.name!r} has at most {batches} batches: call combine() now")
-        collected = collect(
-            losses,
-            self._trainable(),
-            partial=partial,
-            shards=self._processes.shards,
-            survey=self._survey,
-            **passes,
-        )
-        if before is None:
-            self._pending = collected
-        else:
-            self._pending = before.plus(collected) if batches == 1 else before.beside(collected)
+        shards = self._processes.shards
+        try:
+            new = collect(losses, self._trainable(), partial=partial, shards=shards, survey=self._survey, **passes)
+            self._pending = new if before is None else before.plus(new) if batches == 1 else before.beside(new)
+        except OverwrittenError:
+            self._pending = None  # what was collected before may have been written over, too
+            raise
 
     @untraced
     @torch.no_grad()
@@ -226,6 +225,8 @@ class SurgeryOptimizer(OptimizerWrapper):
             absent = [task for task, present in zip(collected.tasks, collected.present, strict=True) if not present]
             raise ValueError(f"a step of method {self.method.name!r} needs a loss of every task, got none of {absent}")
         planner, processes = self._planner, self._processes
+        # It is written over what was collected: after a failure, averages are averaged again, to the same.
+        self._pending = collected = processes.average(collected)
         info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
         self._survey.end_step(planner.lost)
         return info
@@ -255,7 +256,9 @@ class SurgeryOptimizer(OptimizerWrapper):
         numbers = numbers_of("values", each, device)
         if self._processes.shards is not None:
             self._processes.shards.check_same(tasks, device)
-        learn(self._processes.average_losses(tasks, numbers))
+        numbers = self._processes.average_losses(tasks, numbers)
+        with Rollback(self.method, device):
+            learn(numbers)
         if isinstance(values, Mapping):
             self._planner.remember_tasks(tasks)
 

@@ -2,8 +2,9 @@
 """What test_distributed.py has two processes do, and one process with both batches."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import distributed, nn
@@ -181,8 +182,8 @@ def different_reach():
     return result(net, info)
 
 
-def absent_losses():
-    """Each process lacks another loss, and then both the same."""
+def absent_losses(again=False):
+    """Each process lacks another loss, and then both the same; ``again``, after a failure amid each step."""
     net = Net()
     optimizer = wrap(net, "m_config")
     for x, absent in zip(BATCHES, [(0, 1), (2, 2), (0, None)], strict=True):
@@ -190,7 +191,11 @@ def absent_losses():
         def losses(rank, x=x, absent=absent):
             return [None if t == absent[rank] else loss for t, loss in enumerate(net(x[rank]))]
 
-        optimizer.backward(on_each(net, losses))
+        optimizer.collect(on_each(net, losses))
+        if again:
+            with mock.patch("gradsurgery._operate.read", side_effect=MemoryError), suppress(MemoryError):
+                optimizer.combine()
+        optimizer.combine()
         optimizer.step()
     return result(net)
 
@@ -318,6 +323,7 @@ CASES |= {
     "features batched": partial(by_features, "batched"),
     "different reach": different_reach,
     "absent losses": absent_losses,
+    "absent losses again": partial(absent_losses, again=True),
     "small buckets": small_buckets,
     "mixed": mixed,
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_seed, describe
-from .._compiling import takes
+from .._compiling import capturing, takes
 from .._constant import constant
 from .._extension import SOLVER_NUMBERS, NativeSolver
 from ..backends import choose
@@ -133,6 +133,35 @@ class Method:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Take over a state with the right keys."""
+
+    def _mark(self) -> Any:
+        """Return what ``_go_back`` needs to take the state back to what it is now."""
+        return self.state_dict()
+
+    def _go_back(self, mark: Any) -> None:
+        """Take the state back to what it was at a ``_mark``, in place where it can be."""
+        self.load_state_dict(mark)
+
+
+class Rollback:
+    """A context that takes a method's state back to what it was if its block raises.
+
+    Not while the block is traced or captured in a CUDA graph: nothing has run then.
+    """
+
+    __slots__ = ("_mark", "_method")
+
+    def __init__(self, method: Method, device: torch.device) -> None:
+        stateless = type(method).state_dict is Method.state_dict
+        self._method = None if stateless or torch.compiler.is_compiling() or capturing(device) else method
+        self._mark = None if self._method is None else method._mark()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._method is not None:
+            self._method._go_back(self._mark)
 
 
 def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | None) -> Tensor:

@@ -181,6 +181,14 @@ class BufferedMethod(Method):
         buffers = [[b.clone() for b in row] for row in self._buffers]
         return {"buffers": buffers, **{name: value.clone() for name, value in self._state.items()}}
 
+    def _mark(self) -> bool:
+        return self._state is not None
+
+    def _go_back(self, mark: bool) -> None:
+        # Buffers are too large to be kept twice: only a first step is undone.
+        if not mark:
+            self._buffers = self._state = None
+
     def _restore(self, state: dict[str, Any]) -> None:
         if state["buffers"] is None:
             self._buffers = self._state = None

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: MIT
+"""A call that fails amid its stages changes nothing, and when it is made again does what it would have done."""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import two_losses, two_task_net
+from gradsurgery import methods
+from gradsurgery.backends import choose
+from gradsurgery.methods._buffered import BufferedMethod
+from inputs import DEVICE, normal
+
+STAGES = ("gram", "combine", "combine_by_rule", "task_order", "random", "pcgrad", "min_norm", "weights", "aggregate")
+STAGES += ("gradvac", "gradnorm", "simplex_steps")
+
+
+class Fault(Exception):
+    pass
+
+
+@contextmanager
+def failing_stage(at):
+    """The ``at``-th call of a backend's functions, or of what adds a single pass's gradients, raises at once."""
+    calls, backend = [0], type(choose(None, torch.device(DEVICE), 2))
+
+    def counted(function):
+        def call(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == at:
+                raise Fault
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradsurgery._operate, "add_all", counted(gradsurgery._operate.add_all))
+        for name in STAGES:
+            if getattr(backend, name, None) is not None:
+                patch.setattr(backend, name, counted(getattr(backend, name)))
+        yield
+
+
+def fails(*_):
+    raise Fault
+
+
+class Case:
+    """An optimizer after some steps, and the call that fails."""
+
+    def __init__(self, name, steps, how):
+        torch.manual_seed(0)
+        self.net, self.how = two_task_net(), how
+        self.optimizer = gradsurgery.SurgeryOptimizer(torch.optim.Adam(self.net.parameters(), lr=0.01), name)
+        for step in range(steps):
+            self.optimizer.zero_grad()
+            self.prepare(step)
+            self.call()
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.prepare(steps)
+
+    def losses(self, step):
+        return two_losses(self.net, torch.linspace(-1, 1, 24).reshape(4, 6) * (1 + step / 4))
+
+    def prepare(self, step):
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0) if self.how == "scaled" else None
+        if self.how == "collected":
+            self.optimizer.collect(self.losses(step))
+            self.call = self.optimizer.combine
+        else:
+            losses = self.losses(step)
+            self.call = lambda: self.optimizer.backward(losses, scaler=scaler, retain_graph=True)
+
+    def state(self):
+        method = self.optimizer.method
+        own = None if isinstance(method, BufferedMethod) and method._state is not None else method.state_dict()
+        grads = [None if p.grad is None else p.grad.clone() for p in self.net.parameters()]
+        return copy.deepcopy([grads, own, self.optimizer.optimizer.state_dict()])
+
+    def result(self):
+        self.call()
+        return [[p.grad for p in self.net.parameters()], self.optimizer.method.state_dict()]
+
+
+# Methods that keep gradients undo a first step only.
+@pytest.mark.parametrize("how", ["plain", "scaled", "collected"])
+@pytest.mark.parametrize("name", methods.available())
+def test_a_stage_that_fails_changes_nothing(name, how):
+    kept = isinstance(methods.get(name), BufferedMethod)
+    for steps in (0, 2):
+        expected = Case(name, steps, how).result()
+        for at in range(1, 20):
+            case = Case(name, steps, how)
+            before = case.state()
+            try:
+                with failing_stage(at):
+                    case.call()
+            except Fault:
+                torch.testing.assert_close(case.state(), before, rtol=0, atol=0)
+                if how == "collected" and case.optimizer._pending is None:
+                    case.prepare(steps)  # what is written last may be written over what was collected
+                if not kept or steps == 0:
+                    torch.testing.assert_close(case.result(), expected, rtol=0, atol=0)
+            else:
+                break
+        assert 1 < at < 19
+
+
+@pytest.mark.parametrize("name", methods.available())
+def test_aggregate_that_fails_leaves_the_method(name):
+    rows, losses = normal(3, 40), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    for at in range(1, 20):
+        method, other = methods.get(name), methods.get(name)
+        try:
+            with failing_stage(at):
+                gradsurgery.aggregate(rows, method, losses=losses)
+        except Fault:
+            got, expected = (gradsurgery.aggregate(rows, m, losses=losses) for m in (method, other))
+            torch.testing.assert_close([got, method.state_dict()], [expected, other.state_dict()], rtol=0, atol=0)
+        else:
+            break
+    assert 1 < at < 19
+
+
+def test_a_method_of_ones_own_that_fails_goes_back():
+    class Mine(methods.Method):
+        calls = 0
+
+        def weights(self, gram, *, losses=None):
+            self.calls += 1
+            return gram[..., :1, 0] if self.calls == 1 else torch.ones_like(gram[..., 0])
+
+        def state_dict(self):
+            return {"calls": self.calls}
+
+        def _restore(self, state):
+            self.calls = state["calls"]
+
+    net = two_task_net()
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters()), Mine())
+    with pytest.raises(ValueError, match="must return weights of shape"):
+        optimizer.backward(two_losses(net, torch.ones(2, 6)))
+    assert optimizer.method.calls == 0
+
+
+def test_an_update_that_fails_is_not_half_made(monkeypatch):
+    method, other = methods.get("famo"), methods.get("famo")
+    net = two_task_net()
+    optimizers = [gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters()), m) for m in (method, other)]
+    for optimizer in optimizers:
+        optimizer.backward(two_losses(net, torch.ones(2, 6)))
+    keep, calls = type(method)._keep, []
+
+    def fails_once(self, *args, **kwargs):
+        calls.append(self)
+        keep(self, *args, **kwargs)
+        if len(calls) == 1:
+            raise Fault
+
+    monkeypatch.setattr(type(method), "_keep", fails_once)
+    with pytest.raises(Fault):
+        optimizers[0].update([0.5, 0.1])
+    for optimizer in optimizers:
+        optimizer.update([0.5, 0.1])
+    torch.testing.assert_close(method.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+class Hidden(torch.autograd.Function):
+    """A module inside a function whose backward calls ``backward``."""
+
+    @staticmethod
+    def forward(ctx, module, x):
+        ctx.module = module
+        ctx.save_for_backward(x.detach())
+        return module(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.module(x)
+        y.backward(grad)
+        return None, x.grad
+
+
+@pytest.mark.parametrize("amid_failure", [False, True])
+def test_parameters_that_went_out_of_sight_are_looked_for_after_a_failure_too(amid_failure):
+    first, second, x = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.ones(3, 2)
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.0))
+
+    def step(hidden):
+        optimizer.zero_grad()
+        z = first(x)
+        y = Hidden.apply(second, z) if hidden else second(z)
+        optimizer.backward([y.square().mean(), (y - 1).abs().mean()])
+        return [p.grad for p in second.parameters()]
+
+    expected = step(False)
+    if amid_failure:
+        with pytest.raises(Fault), failing_stage(1):
+            step(True)
+    step(True)  # misses what is hidden
+    torch.testing.assert_close(step(True), expected)
+
+
+def test_tasks_of_a_failed_step_are_not_remembered():
+    net = two_task_net()
+    optimizer = gradsurgery.GradVac(torch.optim.SGD(net.parameters()))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)  # heads are then added after the shared parameters
+    for at in range(1, 9):
+        a, b = two_losses(net, torch.ones(2, 6))
+        try:
+            with failing_stage(at):
+                optimizer.backward({"a": a, "b": b})
+        except Fault:
+            assert optimizer._planner._tasks is None
+        else:
+            break
+    assert at > 2
+    a, b = two_losses(net, torch.ones(2, 6))
+    with pytest.raises(ValueError, match="same tasks in the same order"):
+        optimizer.backward({"b": b, "a": a})
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "uw"])
+def test_sums_of_complex_gradients_are_made_before_anything_is_written(monkeypatch, method):
+    weight, head = (torch.nn.Parameter(torch.ones(2, dtype=d)) for d in (torch.float32, torch.complex64))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([weight, head]), method)
+
+    def backward():
+        losses = [(weight * head.real).sum() + weight.sum(), (weight * head.imag + 2 * weight).square().sum()]
+        optimizer.backward(losses)
+
+    with pytest.raises(TypeError, match="complex") if method == "pcgrad" else contextmanager(lambda: (yield))():
+        backward()  # what is shared must be real
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([weight, head]), method, shared=[weight])
+    backward()
+    before = copy.deepcopy([weight.grad, head.grad, optimizer.method.state_dict()])
+    for module in (gradsurgery._operate, gradsurgery._step):
+        monkeypatch.setattr(module, "foreign_sums", fails)
+    with pytest.raises(Fault):
+        backward()
+    torch.testing.assert_close([weight.grad, head.grad, optimizer.method.state_dict()], before, rtol=0, atol=0)
+
+
+def test_batches_that_stay_are_not_written_over(monkeypatch):
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([weight]), "modo")
+
+    def losses(k):
+        return [(weight * k).square().sum(), (weight - k).abs().sum() * k]
+
+    optimizer.collect(losses(1.0))
+    optimizer.collect(losses(2.0))
+    before = [[g.clone() for g in row] for row in optimizer._pending.grads]
+    monkeypatch.setattr(gradsurgery.distributed, "assign_grads", fails)
+    with pytest.raises(Fault):
+        optimizer.backward(losses(3.0))
+    torch.testing.assert_close(optimizer._pending.grads, before, rtol=0, atol=0)
+
+
+class Static(torch.autograd.Function):
+    """Returns its gradients in memory of its own, as modules in CUDA graphs do."""
+
+    memory: tuple = ()
+
+    @staticmethod
+    def forward(ctx, weight, k):
+        ctx.k = k
+        return weight.sum() * k
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Static.memory[ctx.k % 2].fill_(ctx.k), None
+
+
+@pytest.mark.parametrize("call", ["collect", "backward"])
+def test_what_passes_wrote_over_is_forgotten(call):
+    Static.memory = torch.zeros(2), torch.zeros(2)
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([weight]))
+    optimizer.collect([Static.apply(weight, 1), Static.apply(weight, 2)])
+    with pytest.raises(RuntimeError, match="gradients in the same memory"):
+        getattr(optimizer, call)([Static.apply(weight, 3), Static.apply(weight, 4)])
+    with pytest.raises(ValueError, match="nothing to combine"):
+        optimizer.combine()
+
+
+def test_wrong_arguments_leave_the_first_step_first():
+    net = two_task_net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters()))
+
+    def losses():
+        z = net["trunk"](torch.ones(6))
+        return list(torch.cat([net["a"](z), net["b"](z)]).sigmoid().unbind())
+
+    with pytest.raises(ValueError, match="mode must be one of"):
+        optimizer.backward(losses(), mode="sequentially")
+    with pytest.warns(UserWarning, match="computed from one stacked tensor"):
+        optimizer.backward(losses())
