@@ -75,6 +75,15 @@ def test_pcgrad_by_several_programs(monkeypatch, tasks):
     assert torch.equal(gradsurgery.task_order(tasks, seed=1, step=torch.tensor(2), backend="triton"), order)
 
 
+def test_an_order_that_is_none_reads_no_memory_of_others():
+    memory = torch.full((64,), torch.nan, dtype=torch.float64)
+    gram = memory[20:29].view(1, 3, 3).copy_(torch.eye(3))
+    order = torch.tensor([[3, 1, 2], [0, 1 << 33, 2], [0, 1, -2]])
+    out = torch.empty(1, 3, dtype=torch.float64)
+    choose("triton", gram.device, 3).pcgrad(gram, order, 0, torch.tensor(0), False, False, out)
+    assert out.tolist() == [[1, 1, 1]]
+
+
 @pytest.mark.parametrize(("kilobytes", "most"), [(64, 64), (100, 64), (164, 128), (228, 128)])
 def test_rotations_that_shared_memory_has_no_room_for_are_pytorchs(monkeypatch, kilobytes, most):
     properties = SimpleNamespace(shared_memory_per_multiprocessor=kilobytes * 1024)

@@ -69,7 +69,8 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) direct_kernel(GS_ARGUMENT(Table) table, do
   write_pairs<T>(acc, partials);
 }
 
-// A lane's vectors of a stage, one of each row.
+// A lane's vectors of a stage, one of each row. For 8 rows, the stages of a block take more shared memory than GPUs
+// with slow float64 have, which do not come here.
 template <int T, bool kShiftsRows>
 struct ColumnLayout {
   static constexpr bool kShifts = kShiftsRows;

@@ -14,6 +14,7 @@ constexpr double kCancelled = 1e-12;
 // Adds to weights what task i contributes besides its own gradient, and moves its targets [T]. The running vector p =
 // g_i at first; for each j != i in the visiting order, rho = cos(p, g_j) < target_j adds to p the multiple of g_j that
 // makes their cosine target_j, and target_j moves by beta towards rho. Zero vectors have no cosine. v = J p is scratch.
+// On a GPU nobody has looked at what order holds: what is no task is passed over.
 template <class Team>
 GS_HOST_DEVICE void gradvac_row(const Team& team, const double* gram, int64_t num_tasks, int64_t i,
                                 const int64_t* order, double beta, double* target, double* weights, double* v) {
@@ -23,6 +24,7 @@ GS_HOST_DEVICE void gradvac_row(const Team& team, const double* gram, int64_t nu
   double squared = gram[i * num_tasks + i], terms = squared;
   for (int64_t k = 0; k < num_tasks; k++) {
     const int64_t j = order[k];
+    if (j < 0 || j >= num_tasks) continue;
     const double norm = std::sqrt(squared), other = std::sqrt(gram[j * num_tasks + j]), product = v[j];
     if (j == i || !(norm > 0 && other > 0)) continue;
     const double cosine = product / norm / other, rho = cosine < -1 ? -1 : cosine > 1 ? 1 : cosine;

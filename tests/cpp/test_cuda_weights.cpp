@@ -322,6 +322,13 @@ void test_gradvac(int64_t num_tasks) {
   });
   check_directions(grams, got, expected, num_tasks, 1e-9, -1);
   check_close(gpu_targets, targets, 1e-9, "targets");
+  // No memory of others is read or written for an order that is none.
+  for (const int64_t wrong : {num_tasks, num_tasks * num_tasks, int64_t{-1}}) {
+    order[num_tasks - 1] = wrong;
+    CHECK(gs_gradvac_cuda(grams.data(), kGrams, num_tasks, order.data(), 0.3, gpu_targets.data(), expected.data(),
+                          nullptr) == GS_OK,
+          "%s", gs_last_error());
+  }
 }
 
 void test_arguments() {
