@@ -52,6 +52,7 @@ def torchjd_weightings() -> dict[str, Callable[[Tensor], Tensor]]:
         "krum": aggregation.KrumWeighting(0),
         "mgda": aggregation.MGDAWeighting(),
         "modo": aggregation.MoDoWeighting(),
+        "pcd": aggregation.PCDWeighting(),
         "pcgrad": aggregation.PCGradWeighting(),
         "sdmgrad": aggregation.SDMGradWeighting(),
         "upgrad": aggregation.UPGradWeighting(),

@@ -16,6 +16,7 @@ from .gram import gram
 from .named import (
     IMTLG,
     MGDA,
+    PCD,
     AlignedMTL,
     CAGrad,
     ConFIG,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IMTLG",
     "MGDA",
+    "PCD",
     "AlignedMTL",
     "CAGrad",
     "ConFIG",

@@ -114,6 +114,12 @@ class NashMTL(_NamedOptimizer):
     method_class = methods.NashMTL
 
 
+class PCD(_NamedOptimizer):
+    """``SurgeryOptimizer`` with :class:`gradsurgery.methods.PCD`, whose options it takes."""
+
+    method_class = methods.PCD
+
+
 class PCGrad(_NamedOptimizer):
     """``SurgeryOptimizer`` with :class:`gradsurgery.methods.PCGrad`, whose options it takes."""
 

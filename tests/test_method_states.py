@@ -14,7 +14,14 @@ from inputs import normal
 methods = gradsurgery.methods
 EYE = torch.eye(3, dtype=torch.float64)
 WITHOUT_WEIGHTS = {"coordinate_median", "db_mtl", "excess_mtl", "graddrop", "m_config", "moco", "trimmed_mean"}
-NEW = {"gradnorm": "weights", "gradvac": "targets", "modo": "weights", "sdmgrad": "weights", "cr_mogm": "weights"}
+NEW = {
+    "cr_mogm": "weights",
+    "gradnorm": "weights",
+    "gradvac": "targets",
+    "modo": "weights",
+    "pcd": "averages",
+    "sdmgrad": "weights",
+}
 
 
 @pytest.mark.parametrize("name", NEW)

@@ -25,6 +25,7 @@ NUMBERS = {"numpy": np.float64, "tensor": torch.tensor}
         ("mgda", "tol", 0.25),
         ("modo", "gamma", 0.5),
         ("nash_mtl", "max_norm", 0.5),
+        ("pcd", "tau", 0.5),
         ("sdmgrad", "lam", 0.5),
         ("upgrad", "reg_eps", 0.5),
         ("uw", "initial", 0.5),

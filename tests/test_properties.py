@@ -53,6 +53,7 @@ def test_the_page_is_what_the_classes_say():
         *((name, OPTIONS.get(name, {})) for name in with_value("non_conflicting", *HELD)),
         ("cagrad", {"c": 1.0}),
         ("fairgrad", {"alpha": 20.0}),
+        ("pcd", {"tau": 0.0}),
         *(("mgda", {"normalization": n, "combine": "normalized"}) for n in ("l2", "loss", "loss+")),
     ],
 )
@@ -74,7 +75,7 @@ def test_mgda_with_original_gradients_may_conflict(normalization):
 
 
 def test_every_claim_is_known():
-    assert set(NAMES) == set(with_value("non_conflicting", "no", *HELD, "c >= 1"))
+    assert set(NAMES) == set(with_value("non_conflicting", "no", *HELD, "c >= 1", "tau = 0"))
     assert set(NAMES) == set(with_value("linear", True, False, "but for reg_eps"))
 
 
@@ -86,8 +87,8 @@ def test_linear_in_factors_on_the_gradients(name):
     torch.testing.assert_close(both, a * direction(name, first * rows) + b * direction(name, second * rows))
 
 
-# The first step of the others is like that of the sum of losses.
-STARTS_LINEAR = {"excess_mtl", "gradnorm", "modo"}
+# The first step of the others is like that of the sum of losses, or counts no lengths but the first task's.
+STARTS_LINEAR = {"excess_mtl", "gradnorm", "modo", "pcd"}
 
 
 @pytest.mark.parametrize("name", sorted(set(with_value("linear", False)) - STARTS_LINEAR))

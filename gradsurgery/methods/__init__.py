@@ -38,6 +38,7 @@ from .moco import MoCo
 from .modo import MoDo
 from .nash_mtl import NashMTL
 from .pbi import PBI
+from .pcd import PCD
 from .pcgrad import PCGrad
 from .random import Random
 from .scale_invariant import ScaleInvariant
@@ -82,6 +83,7 @@ _METHODS: dict[str, type[Method]] = {
         MoDo,
         NashMTL,
         PBI,
+        PCD,
         PCGrad,
         Random,
         ScaleInvariant,
@@ -107,6 +109,7 @@ __all__ = [
     "IMTLL",
     "MGDA",
     "PBI",
+    "PCD",
     "STCH",
     "UW",
     "AlignedMTL",
