@@ -250,7 +250,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                       {"aligned_mtl_min", GS_ALIGNED_MTL_MIN},
                                       {"aligned_mtl_median", GS_ALIGNED_MTL_MEDIAN},
                                       {"aligned_mtl_rmse", GS_ALIGNED_MTL_RMSE},
-                                      {"krum", GS_KRUM}};
+                                      {"krum", GS_KRUM},
+                                      {"pcd", GS_PCD}};
   });
   pybind11::class_<Lists>(m, "Lists")
       .def_static("read", &Lists::read)

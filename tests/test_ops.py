@@ -123,7 +123,7 @@ def test_opcheck(name):
         pytest.param(
             "pcgrad_order", 1, torch.tensor([[0, 1, 1]] * 3), "order row 0 must be a permutation", marks=on_cpu
         ),
-        ("weights", 1, 10, "weighting is 10, which no gs_weighting is"),
+        ("weights", 1, 11, "weighting is 11, which no gs_weighting is"),
         ("weights", 2, torch.ones(2).double(), rf"preference must be contiguous on {PLACE} with shape \[3\]"),
         ("weights", 3, 0.0, "ridge must be positive and finite, got 0"),
         ("random", 2, torch.tensor([1, 2]), "step must be contiguous"),
@@ -140,7 +140,7 @@ def test_opcheck(name):
         ("aggregate_min_norm", 5, torch.empty(40).double(), "out must be float"),
         ("aggregate_weights", 0, ROWS[0], r"grads must be \[T, N\] with a contiguous last dimension"),
         ("aggregate_weights", 1, [0, 41], "segments must ascend from 0 to 40"),
-        ("aggregate_weights", 2, 10, "weighting is 10, which no gs_weighting is"),
+        ("aggregate_weights", 2, 11, "weighting is 11, which no gs_weighting is"),
         ("aggregate_weights", 3, torch.ones(2).double(), rf"preference must be contiguous on {PLACE} with shape \[3\]"),
         ("aggregate_weights", 4, -1.0, "ridge must be positive and finite, got -1"),
         ("aggregate_weights", 6, torch.empty(41), rf"out must be contiguous on {PLACE} with shape \[40\]"),

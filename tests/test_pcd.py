@@ -24,8 +24,7 @@ def normalised(rows, averages):
 
 def with_averages(averages, **options):
     method = methods.get("pcd", **options)
-    share = torch.tensor([0.25], dtype=torch.float64)
-    method.load_state_dict({"averages": torch.cat([averages * share, share])})
+    method.load_state_dict({"averages": averages})
     method.beta = 1.0  # a step does not move them
     return method
 

@@ -88,7 +88,7 @@ inline gs_status check_gradnorm(double alpha, double lr) {
 }
 
 inline gs_status check_known(gs_weighting weighting) {
-  GS_REQUIRE(weighting >= GS_UPGRAD && weighting <= GS_KRUM, "weighting is %d, which no gs_weighting is",
+  GS_REQUIRE(weighting >= GS_UPGRAD && weighting <= GS_PCD, "weighting is %d, which no gs_weighting is",
              (int)weighting);
   return GS_OK;
 }
@@ -108,6 +108,7 @@ inline gs_status check_weighting(gs_weighting weighting, int64_t num_tasks, doub
   GS_REQUIRE(weighting != GS_KRUM || (is_whole(parameter, 0) && is_whole(limit, 1)),
              "Krum's parameter must be in 0..%lld and its limit in 1..%lld, whole numbers, got %g and %g",
              (long long)num_tasks, (long long)num_tasks, parameter, limit);
+  GS_REQUIRE(weighting != GS_PCD || (parameter >= 0 && parameter <= 1), "share must be in 0..1, got %g", parameter);
   return GS_OK;
 }
 

@@ -5,6 +5,7 @@
 #include "gradsurgery/gradsurgery.h"
 #include "krum.h"
 #include "newton.h"
+#include "pcd.h"
 #include "spectral.h"
 
 namespace gs {
@@ -20,6 +21,8 @@ constexpr int64_t weighting_scratch(gs_weighting weighting, int64_t num_tasks) {
       return newton_scratch(num_tasks);
     case GS_KRUM:
       return krum_scratch(num_tasks);
+    case GS_PCD:
+      return pcd_scratch(num_tasks);
     default:
       return spectral_scratch(num_tasks);
   }
@@ -61,6 +64,8 @@ GS_HOST_DEVICE void solve_weighting(const Team& team, gs_weighting weighting, co
     case GS_KRUM:
       return krum(team, gram, num_tasks, static_cast<int64_t>(parameter), static_cast<int64_t>(limit), weights,
                   scratch);
+    case GS_PCD:
+      return pcd(team, gram, num_tasks, preference, parameter, weights, scratch);
     default:
       return solve_spectral(team, weighting, gram, num_tasks, preference, weights, scratch);
   }

@@ -7,6 +7,7 @@ problems have converged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .dual_cone import dual_cone
 from .min_norm import wolfe
+from .pcd import pcd
 from .problems import all_done, equal_preference, is_finite
 from .spectral import aligned_mtl, config, imtl_g
 
@@ -28,6 +30,7 @@ SOLVERS = (
     "aligned_mtl_median",
     "aligned_mtl_rmse",
     "krum",
+    "pcd",
 )
 """The methods whose weights are a function of G, a preference and at most two numbers."""
 
@@ -43,14 +46,22 @@ def solve(
     parameter: float,
     limit: float,
     out: Tensor,
+    project: Callable[[Tensor, Tensor, float], Tensor] = dual_cone,
 ) -> None:
-    """Write the weights for G [..., T, T], NaN where it is not finite; KeyError for what is none of SOLVERS."""
+    """Write the weights for G [..., T, T], NaN where it is not finite; KeyError for what is none of SOLVERS.
+
+    ``project`` may stand in for :func:`dual_cone`, within PCD.
+    """
     if method not in SOLVERS:
         raise KeyError(method)
     num_tasks = gram.shape[-1]
     gram = gram.view(-1, num_tasks, num_tasks)
     finite = is_finite(gram)
     gram = torch.where(finite[..., None], gram, 0)
+    if method == "pcd":
+        weights = pcd(gram, parameter if preference is None else preference, project)
+        out.copy_(torch.where(finite, weights, torch.nan).view_as(out))
+        return
     if preference is None:
         preference = equal_preference(gram, method)
     if method == "upgrad":

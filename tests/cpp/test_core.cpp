@@ -258,7 +258,7 @@ void test_sizes() {
   const int64_t most = int64_t{1} << 40;
   CHECK(gs_min_norm_workspace_bytes(most, GS_MAX_TASKS) > 0 &&
         gs_simplex_steps_workspace_bytes(most, GS_MAX_TASKS) > 0);
-  for (int method = GS_UPGRAD; method <= GS_KRUM; method++) {
+  for (int method = GS_UPGRAD; method <= GS_PCD; method++) {
     CHECK(gs_weights_workspace_bytes(static_cast<gs_weighting>(method), most, GS_MAX_TASKS) > 0);
   }
   CHECK(gs_min_norm_workspace_bytes(most + 1, 2) == -1);
@@ -292,6 +292,10 @@ void test_ranges() {
     return gs_weights_cpu(gram, 1, 2, GS_KRUM, nullptr, parameter, limit, w, space.get(), 4096, nullptr);
   };
   CHECK(krum(0.5, 1) == GS_INVALID_ARGUMENT && krum(0, 1.5) == GS_INVALID_ARGUMENT && krum(0, 1) == GS_OK);
+  for (const double share : {-0.1, 1.1, double{NAN}}) {
+    CHECK(gs_weights_cpu(gram, 1, 2, GS_PCD, nullptr, share, 1, w, space.get(), 4096, nullptr) == GS_INVALID_ARGUMENT);
+  }
+  CHECK(last_error_is("share must be in 0..1, got nan"));
 }
 
 }  // namespace

@@ -342,7 +342,7 @@ void test_arguments() {
   CHECK(call(GS_UPGRAD, 0, 1) == GS_INVALID_ARGUMENT, "ridge");
   CHECK(call(GS_CAGRAD, -1, 1) == GS_INVALID_ARGUMENT, "c");
   CHECK(call(GS_FAIRGRAD, 1, 0) == GS_INVALID_ARGUMENT, "limit");
-  CHECK(call(static_cast<gs_weighting>(10), 1, 1) == GS_INVALID_ARGUMENT, "method");
+  CHECK(call(static_cast<gs_weighting>(11), 1, 1) == GS_INVALID_ARGUMENT, "method");
 }
 
 }  // namespace
@@ -365,11 +365,12 @@ int main() {
     test_factor(size, 96, [] { return gs::gpu::BlockTeam(&gs::gpu::shared<double>()); });
   }
   for (const int64_t num_tasks : {1, 2, 3, 6, 8, 17}) {
-    for (int method = GS_UPGRAD; method <= GS_KRUM; method++) {
+    for (int method = GS_UPGRAD; method <= GS_PCD; method++) {
       test_weights(num_tasks, static_cast<gs_weighting>(method), method % 2 == 1);
     }
     test_gradvac(num_tasks);
   }
+  test_weights(17, GS_PCD, true);
   test_weights(40, GS_UPGRAD, false);  // scratch in the workspace
   for (const gs_weighting method : {GS_CAGRAD, GS_CONFIG, GS_FAIRGRAD}) test_weights(70, method, false);
   test_weights(78, GS_CONFIG, false);  // likewise, by a block

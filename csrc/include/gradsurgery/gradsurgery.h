@@ -69,6 +69,7 @@ typedef enum gs_weighting {
   GS_ALIGNED_MTL_MEDIAN = 7,  // preference
   GS_ALIGNED_MTL_RMSE = 8,    // preference
   GS_KRUM = 9,  // parameter: how many gradients may be arbitrary, 0..T; limit: how many are selected, 1..T
+  GS_PCD = 10,  // preference: each task's share of progress, the first one's does not matter; NULL: parameter, 0..1
 } gs_weighting;
 
 // Directions that the products of the gradients do not determine: each coordinate's comes from its own T values.

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ..problems import equal_preference
+from ..solvers import solve
 from . import dual_cone, newton, products, simplex, spectral
 from . import gradnorm as gradnorm_kernels
 from . import min_norm as min_norm_kernels
@@ -145,6 +146,9 @@ def weights(gram: Tensor, method: str, preference: Tensor | None, parameter: flo
     if problems == 0:
         return
     shape = _solver_shape(num_tasks) | _SOLVER
+    if method == "pcd":
+        solve(gram, method, preference, parameter, limit, out, _project_on_cone)
+        return
     if preference is None:
         preference = equal_preference(gram, method)
     with on(gram.device):
@@ -166,6 +170,17 @@ def weights(gram: Tensor, method: str, preference: Tensor | None, parameter: flo
         else:
             mode = method.removeprefix("aligned_mtl_")
             spectral.aligned_mtl[(problems,)](out, gram, preference, num_tasks, MODE=mode, **shape)
+
+
+def _project_on_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
+    """Return what ``dual_cone`` does, for one u [1, T]: [B, 1, T]."""
+    num_tasks = gram.shape[-1]
+    out = gram.new_empty(len(gram), 1, num_tasks)
+    with on(gram.device):
+        dual_cone.cone_projection[(len(gram), 1)](
+            out, gram, u, num_tasks, ridge, ALONE=False, **_solver_shape(num_tasks), **_SOLVER
+        )
+    return out
 
 
 def _solver_shape(num_tasks: int) -> dict[str, int]:
