@@ -101,6 +101,19 @@ def test_not_linear_in_factors_on_the_gradients(name):
     assert (both - apart).norm() > 1e-6 * apart.norm()
 
 
+@pytest.mark.parametrize("name", ["nash_mtl", "imtl_g", "config", "famo", "gls", "scale_invariant", "stch"])
+def test_factors_on_losses_do_not_turn_the_direction(name):
+    rows, losses = conflicting(5, 1), torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
+    factors = torch.tensor([1.0, 10.0, 0.1, 3.0, 100.0], dtype=torch.float64)
+    one, other = direction(name, rows, losses), direction(name, factors[:, None] * rows, factors * losses)
+    torch.testing.assert_close(one / one.norm(), other / other.norm())
+
+
+def test_pcgrad_without_conflicts_is_the_sum():
+    rows = normal(4, 30).abs()
+    torch.testing.assert_close(direction("pcgrad", rows), rows.sum(0))
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cagrad"])
 def test_nothing_is_read_on_the_host(name):
     """Tensors without values: whatever reads one raises. What the compiled backends do, test_cuda.py tests."""

@@ -49,6 +49,16 @@ steps in CUDA graphs, which has run on a GPU for `pcgrad`, `mgda` and `gradnorm`
 
 Not here: EPO and PMGDA, which solve a linear program at each step, for which there is no solver on the device.
 
+Where to begin, as far as properties tell:
+
+* Try `sum` first. It takes one backward pass, and surgery does not always improve accuracy.
+* `pcgrad` changes least: where no two tasks conflict d is the sum, so that the learning rate may stay as it is.
+* If no task may get worse, to first order: `upgrad`, `dualproj` or `mgda`.
+* If losses have different units: `nash_mtl`, `imtl_g` or `config`, and with one backward pass `famo`, `gls`,
+  `scale_invariant` or `stch`. Factors on the losses do not turn their directions.
+* If one task matters and the others must not suffer: `pcd`.
+* If gradients of some of many tasks may be anything: `krum`, `trimmed_mean` or `coordinate_median`.
+
 """
 
 
