@@ -13,6 +13,7 @@ from gradsurgery import methods
 from gradsurgery.backends import choose
 from gradsurgery.methods._buffered import BufferedMethod
 from inputs import DEVICE, normal
+from test_hidden import Hiding
 
 STAGES = ("gram", "combine", "combine_by_rule", "task_order", "random", "pcgrad", "min_norm", "weights", "aggregate")
 STAGES += ("gradvac", "gradnorm", "simplex_steps")
@@ -169,24 +170,6 @@ def test_an_update_that_fails_is_not_half_made(monkeypatch):
     torch.testing.assert_close(method.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
-class Hidden(torch.autograd.Function):
-    """A module inside a function whose backward calls ``backward``."""
-
-    @staticmethod
-    def forward(ctx, module, x):
-        ctx.module = module
-        ctx.save_for_backward(x.detach())
-        return module(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            y = ctx.module(x)
-        y.backward(grad)
-        return None, x.grad
-
-
 @pytest.mark.parametrize("amid_failure", [False, True])
 def test_parameters_that_went_out_of_sight_are_looked_for_after_a_failure_too(amid_failure):
     first, second, x = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.ones(3, 2)
@@ -195,7 +178,7 @@ def test_parameters_that_went_out_of_sight_are_looked_for_after_a_failure_too(am
     def step(hidden):
         optimizer.zero_grad()
         z = first(x)
-        y = Hidden.apply(second, z) if hidden else second(z)
+        y = Hiding.apply(second, z) if hidden else second(z)
         optimizer.backward([y.square().mean(), (y - 1).abs().mean()])
         return [p.grad for p in second.parameters()]
 
