@@ -245,6 +245,7 @@ def test_batches_that_stay_are_not_written_over(monkeypatch):
     with pytest.raises(Fault):
         optimizer.backward(losses(3.0))
     torch.testing.assert_close(optimizer._pending.grads, before, rtol=0, atol=0)
+    assert optimizer.method.state_dict() == {"weights": None}
 
 
 class Static(torch.autograd.Function):
