@@ -26,8 +26,14 @@ _JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward", 
 """torch.compile's functions, fully_shard's of a module's inputs, and checkpoints."""
 
 _PARTS = ("UnbindBackward0", "SelectBackward0")
-_WIDE_PARTS = (*_PARTS, "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0")
-_WHOLES = ("StackBackward0", "CatBackward0", "CopySlices")
+_WIDE_PARTS = (
+    *(*_PARTS, "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0", "IndexBackward0", "GatherBackward0"),
+    *("IndexSelectBackward0", "MaskedSelectBackward0"),
+)
+_WHOLES = (
+    *("StackBackward0", "CatBackward0", "CopySlices", "IndexPutBackward0", "IndexAddBackward0", "ScatterBackward0"),
+    *("ScatterAddBackward0", "MaskedScatterBackward0"),
+)
 _KEEPING = (
     *("BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0", "HuberLossBackward0", "PermuteBackward0"),
     *("SigmoidBackward0", "TBackward0", "TanhBackward0", "TransposeBackward0"),
@@ -37,6 +43,11 @@ _KEEPING = (
     *("ReluBackward0", "ReshapeAliasBackward0", "SmoothL1LossBackward0", "SoftplusBackward0"),
     *("SqrtBackward0", "SqueezeBackward0", "SqueezeBackward1", "SubBackward0", "SumBackward0"),
     *("SumBackward1", "ToCopyBackward0", "UnsqueezeBackward0", "ViewBackward0", "WhereBackward0"),
+    *("AmaxBackward0", "EluBackward0", "ExpandBackward0", "GeluBackward0", "KlDivBackward0", "LeakyReluBackward0"),
+    *("LinalgVectorNormBackward0", "LogSigmoidBackward0", "LogSoftmaxBackward0", "LogsumexpBackward0"),
+    *("MaskedFillBackward0", "MaxBackward0", "MaximumBackward0", "MinimumBackward0", "MultiMarginLossBackward0"),
+    *("NllLoss2DBackward0", "NllLossBackward0", "NormBackward0", "NormBackward1", "RsubBackward1", "SiluBackward0"),
+    *("SoftmaxBackward0", "SoftMarginLossBackward0", "StdBackward0", "UnsafeViewBackward0", "VarBackward0"),
 )
 """Operators that keep losses apart. They are walked through, from a loss back to a stack that it is part of."""
 
@@ -171,13 +182,19 @@ def _has_leaves_of_some_inputs(node: Any) -> bool:
 
 
 def _behind_parts(start: Any) -> set[Any]:
-    """Return what a loss is computed from by parts of it, and what those are parts of."""
-    found: set[Any] = set()
-    nodes = [start]
-    while nodes:
-        nodes = [node.next_functions[0][0] for node in _before(nodes, _WIDE_PARTS)]
-        nodes = [node for node in nodes if node is not None and node not in found]
-        found.update(nodes)
+    """Return what a loss is computed from by parts of it, back to the last operator that may mix columns."""
+    found, seen = set(), set()
+    stack = [(start, False)]
+    while stack:
+        node, behind = stack.pop()
+        if node is None or (node, behind) in seen:
+            continue
+        seen.add((node, behind))
+        if behind:
+            found.add(node)
+        takes_part = type(node).__name__ in _WIDE_PARTS
+        if takes_part or type(node).__name__ in _KEEPING:
+            stack += [(edge[0], behind or takes_part) for edge in node.next_functions]
     return found
 
 

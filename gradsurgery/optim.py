@@ -268,7 +268,11 @@ class SurgeryOptimizer(OptimizerWrapper):
             warnings.warn("collected task gradients are not in .grad: call combine() before step()", stacklevel=2)
         elif closure is None:
             self._survey.begin_step()
-        return self.optimizer.step(**options) if closure is None else self.optimizer.step(closure, **options)
+        if closure is None:
+            return self.optimizer.step(**options)
+        result = self.optimizer.step(closure, **options)
+        self._survey.begin_step()
+        return result
 
     # The wrapped optimizer's step has the hooks that Optimizer.__init__ would wrap around this one.
     step.hooked = True  # type: ignore[attr-defined]

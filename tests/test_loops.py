@@ -206,6 +206,11 @@ def test_warns_of_steps_without_surgery():
     with pytest.warns(UserWarning, match="two steps without surgery"):
         optimizer.step()
     optimizer.step()  # once
+    other = gradsurgery.PCGrad(torch.optim.SGD([parameter], lr=0.1))
+    other.step(lambda: parameter.sum().backward())
+    with pytest.warns(UserWarning, match="two steps without surgery"):
+        other.step(lambda: parameter.sum().backward())
+    optimizer.zero_grad()
     optimizer.backward([parameter.sum(), parameter.norm()])
     optimizer.step()
     optimizer.zero_grad()

@@ -47,6 +47,21 @@ def test_the_conditions_of_its_problem(backend, tasks, tau):
         assert (mu[1:] * slack).abs().max() <= 1e-8 * x.square().sum()
 
 
+@pytest.mark.parametrize(("tasks", "columns"), [(8, 5), (16, 8), (32, 20), (16, 4000)])
+def test_a_gram_matrix_of_float32_that_is_singular(backend, tasks, columns):
+    if backend == "triton" and tasks > 8:
+        pytest.skip("its interpreter takes long")
+    # The others' gradients have a direction in common, or nothing would meet the constraints.
+    rows = normal(tasks, 4) @ normal(4, columns, seed=7) if columns > 1000 else normal(tasks, columns)
+    rows = (torch.nn.functional.normalize(rows) + torch.nn.functional.normalize(rows[1:].mean(0), dim=0)).float()
+    rows[0] = -rows[1:].mean(0) + 0.1 * rows[0]
+    exact = rows.double()
+    expected = gradsurgery.aggregate(exact, "pcd", tau=0.3, backend="reference")
+    got = gradsurgery.aggregate(rows, "pcd", tau=0.3, backend=backend).double()
+    assert expected.norm() > 0.5 * exact[0].norm()
+    assert (got - expected).norm() <= 1e-4 * expected.norm()
+
+
 def test_two_tasks_in_closed_form(backend):
     method, beta = methods.get("pcd", tau=0.3, beta=0.5), 0.5
     squares = torch.zeros(2, dtype=torch.float64)
@@ -137,8 +152,12 @@ def test_a_share_for_each_task():
     ("options", "error", "message"),
     [
         ({"tau": -0.1}, ValueError, "tau must be >= 0 and <= 1, got -0.1"),
-        ({"tau": [0.5, 1.5]}, ValueError, r"tau must be T numbers >= 0 and <= 1, got \[0.5, 1.5\]"),
-        ({"tau": "much"}, TypeError, "tau must be T numbers >= 0 and <= 1, got 'much'"),
+        (
+            {"tau": [0.5, 1.5]},
+            ValueError,
+            r"tau must be T - 1 numbers >= 0 and <= 1, got \[0.5, 1.5\]",
+        ),
+        ({"tau": "much"}, TypeError, "tau must be T - 1 numbers >= 0 and <= 1, got 'much'"),
         ({"beta": 1.0}, ValueError, "beta must be >= 0 and < 1, got 1.0"),
     ],
 )

@@ -109,6 +109,17 @@ def test_factors_on_losses_do_not_turn_the_direction(name):
     torch.testing.assert_close(one / one.norm(), other / other.norm())
 
 
+@pytest.mark.parametrize("granularity", ["per_group", "per_tensor"])
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_with_several_gram_matrices(name, granularity):
+    method, sgd = methods.get(name), torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    if method.weights_losses or "buffers" in method.state_dict():
+        with pytest.raises(ValueError, match="which needs granularity 'global'"):
+            gradsurgery.SurgeryOptimizer(sgd, method, granularity=granularity)
+    else:
+        gradsurgery.SurgeryOptimizer(sgd, method, granularity=granularity)
+
+
 def test_pcgrad_without_conflicts_is_the_sum():
     rows = normal(4, 30).abs()
     torch.testing.assert_close(direction("pcgrad", rows), rows.sum(0))

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
@@ -86,6 +86,11 @@ def both(net, z):
     return torch.cat([net["a"](z), net["b"](z)], 1)
 
 
+def of_parts(outputs, part):
+    """The joined outputs and a function that takes task t's part."""
+    return [part(outputs, t).square().mean() for t in range(2)]
+
+
 def halves(outputs):
     return [outputs[:, :1], outputs[:, 1:]]
 
@@ -96,7 +101,31 @@ def written(net, z):
     return outputs
 
 
+def routed(net, z):
+    """Rows by task, and the squares of each task's."""
+    task = torch.arange(len(z)) % 2
+    outputs = torch.zeros(len(z), 1)
+    for t, head in enumerate("ab"):
+        outputs[task == t] = net[head](z[task == t])
+    squares = outputs.square()
+    return [squares[task == t].mean() for t in range(2)]
+
+
+def classified(net, z):
+    """Two classes by each head."""
+    logits = torch.stack([torch.cat([head(z), -head(z)], 1) for head in (net["a"], net["b"])])
+    return [cross_entropy(part, torch.arange(len(z)) % 2) for part in logits]
+
+
 JOINED = {
+    "classes": classified,
+    "rows by task": routed,
+    "gathered": lambda net, z: [both(net, z).gather(1, torch.full((len(z), 1), t)).norm() for t in range(2)],
+    "index_select": lambda net, z: of_parts(both(net, z), lambda o, t: o.index_select(1, torch.tensor([t]))),
+    "a view for each": lambda net, z: of_parts(both(net, z), lambda o, t: o.T[t]),
+    "a mean for each": lambda net, z: of_parts(both(net, z), lambda o, t: o.square().mean(0)[t]),
+    "quantiles": lambda net, z: of_parts(both(net, z), lambda o, t: torch.maximum(0.3 * o[:, t], -0.7 * o[:, t])),
+    "labels that are there": lambda net, z: of_parts(both(net, z), lambda o, t: o[:, t][X[:, t] > 0]),
     "quotient of a stack": lambda net, z: torch.stack([net["a"](z).mean(), net["b"](z).mean()]) / 2,
     "clamped stack": lambda net, z: torch.stack([net["a"](z).mean(), net["b"](z).mean()]).clamp(max=9).nan_to_num(),
     "stack, viewed": lambda net, z: torch.stack([net["a"](z).mean(), net["b"](z).mean()]).view(2, 1).log1p().view(2),
@@ -126,6 +155,24 @@ def test_what_becomes_of_a_stack_is_warned_of(join):
     optimizer.backward(join(net, net["trunk"](X)))  # once
     named = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), shared=net["trunk"].parameters())
     named.backward(join(net, net["trunk"](X)))
+
+
+APART = {
+    "heads of their own": lambda net, z: [cross_entropy(net[h](z).squeeze(1), X[:, 0].softmax(0)) for h in "ab"],
+    "joined features": lambda net, z: two_losses_of(net, torch.cat([z[:, :4], z[:, 4:]], 1)),
+    "two losses of all": lambda net, z: [both(net, z).square().mean(), both(net, z).abs().mean()],
+    "two losses of one tensor": lambda net, z: (lambda o: [o.square().mean(), o.norm()])(both(net, z)),
+}
+
+
+def two_losses_of(net, z):
+    return [net["a"](z).square().mean(), net["b"](z).norm()]
+
+
+@pytest.mark.parametrize("losses", APART.values(), ids=APART)
+def test_what_is_apart_is_not_warned_of(losses):
+    net = two_task_net()
+    gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)).backward(losses(net, net["trunk"](X)))
 
 
 class Ones(gradsurgery.methods.Method):

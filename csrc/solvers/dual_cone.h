@@ -52,7 +52,7 @@ class DualCone {
       indefinite_ = false;
       if (!pivot(u) && !indefinite_) descend(u);
       if (!indefinite_) break;
-      set_ridge(std::fmax(8 * ridge_, 0x1p-23 * static_cast<double>(tasks_)));
+      set_ridge(std::fmax(8 * ridge_, 0x1p-33));
     }
     // What lies below u by rounding.
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {

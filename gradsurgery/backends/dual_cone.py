@@ -58,7 +58,7 @@ def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
 
         starts = indefinite | gives_up
         pivoting = torch.where(indefinite, True, pivoting & ~gives_up)
-        ridges = torch.where(indefinite, (8 * ridges).clamp(min=num_tasks * 2.0**-23), ridges)
+        ridges = torch.where(indefinite, (8 * ridges).clamp(min=2.0**-33), ridges)
         shortest, fewest = torch.where(starts, torch.inf, shortest), torch.where(starts, num_tasks + 1, fewest)
         patience = torch.where(starts, _PATIENCE, patience)
         free = free ^ (wrong & pivoting) | torch.zeros_like(free).scatter(-1, joining, joins)

@@ -40,6 +40,7 @@ equations, conventions, options and sources.
   Options that hold a number for each task have that effect, too.
 * *random*: numbers that are a function of a seed and of the step, the same on every rank; no global generator is read.
 * *weighs heads*: whether w_t also multiplies the gradients of parameters that only loss t reaches.
+* `granularity="per_group"` and `"per_tensor"` are for methods that weigh no heads and keep no buffers.
 * *backward passes*: of `SurgeryOptimizer.backward` for T losses.
 * *cost*: operations on one T x T problem, beside the passes over the gradients.
 
@@ -55,8 +56,8 @@ Where to begin, as far as properties tell:
 * `pcgrad` changes least: where no two tasks conflict d is the sum, so that the learning rate may stay as it is.
 * If no task may get worse, to first order: `upgrad`, `dualproj` or `mgda`.
 * If losses have different units: `nash_mtl`, `imtl_g` or `config`, and with one backward pass `famo`, `gls`,
-  `scale_invariant` or `stch`. Factors on the losses do not turn their directions.
-* If one task matters and the others must not suffer: `pcd`.
+  `scale_invariant` or `stch`, for positive losses. Factors on the losses do not turn their directions.
+* If one task matters, and the others are to make some progress: `pcd`.
 * If gradients of some of many tasks may be anything: `krum`, `trimmed_mean` or `coordinate_median`.
 
 """

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -119,7 +120,10 @@ class Method:
         return getattr(self.weights, "__func__", None) is not method.weights
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; empty for a method without."""
+        """Return copies of the state, under the same keys at all times; empty for a method without.
+
+        The optimizers call it at each step, and :meth:`load_state_dict` after a step that failed.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,7 +150,8 @@ class Method:
 class Rollback:
     """A context that takes a method's state back to what it was if its block raises.
 
-    Not while the block is traced or captured in a CUDA graph: nothing has run then.
+    Not while the block is traced or captured in a CUDA graph: nothing has run then. Nor the state of a user's method
+    that cannot be read or restored at this time; what the block raised matters more.
     """
 
     __slots__ = ("_mark", "_method")
@@ -154,14 +159,18 @@ class Rollback:
     def __init__(self, method: Method, device: torch.device) -> None:
         stateless = type(method).state_dict is Method.state_dict
         self._method = None if stateless or torch.compiler.is_compiling() or capturing(device) else method
-        self._mark = None if self._method is None else method._mark()
+        try:
+            self._mark = None if self._method is None else method._mark()
+        except Exception:
+            self._method = None
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self._method is not None:
-            self._method._go_back(self._mark)
+            with suppress(Exception):
+                self._method._go_back(self._mark)
 
 
 def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | None) -> Tensor:

@@ -49,11 +49,6 @@ class ExcessMTL(BufferedMethod):
         assert self._buffers is not None
         assert self._state is not None
         rows, scale = given.rows, given.scale
-        unscaled: Rows = rows
-        if scale is not None:  # first, for it takes the most memory
-            flat = combine([[g for row in rows for g in row]], 1 / scale.double().reshape(1), backend=given.backend)
-            each = iter(flat)
-            unscaled = [[next(each) for _ in row] for row in rows]
         of_each = [self._excess(row, r, given.counted, scale) for row, r in zip(rows, self._buffers, strict=True)]
         excess = given.total(torch.stack(of_each))
         started = self._state["first"] > 0
@@ -62,7 +57,11 @@ class ExcessMTL(BufferedMethod):
         # A weight that has become 0 may grow again.
         w = len(rows) * (self._state["w"].clamp(min=torch.finfo(torch.float64).tiny).log() + growth).softmax(0)
         self._keep(w=w, first=first)
-        return unscaled
+        if scale is None:
+            return rows
+        unscaled = combine([[g for row in rows for g in row]], 1 / scale.double().reshape(1), backend=given.backend)
+        each = iter(unscaled)
+        return [[next(each) for _ in row] for row in rows]
 
     def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
         # Sums of 16-bit squares would stop to grow, or overflow.

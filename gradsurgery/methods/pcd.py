@@ -24,13 +24,13 @@ class PCD(Method):
 
     The first task is the primary one. With n_t = s_t g_t, s_t = 1 / sqrt(v_t) and v_t the average of |g_t|^2 over the
     steps, of decay beta and corrected for its start: d = |g_1| x / |x|, x = argmin |x - n_1|^2 such that n_t . x >=
-    tau_t |n_t|^2 for all others. Each of these thus gets at least the share tau_t of the progress that a step along its
-    own n_t would bring it.
+    tau_t |n_t|^2 for all others. A step along x thus brings each of these at least the share tau_t of the progress that
+    one along its own n_t would; d is x at another length.
 
     Conventions: the authors add 1e-8 to v_t, here nothing, so that scaling the gradients scales d. Where no x meets the
     constraints they are dropped, and d = g_1; g_1 = 0 and x = 0 give d = 0. In both questions a sum of vectors that is
-    shorter than 1e-3 of their lengths' sum counts as 0, for G is accurate to the square of that. A step whose G is not
-    finite does not enter the averages.
+    shorter than 1e-3 of their lengths' sum counts as 0, for G of float32 gradients is accurate to the square of that.
+    A step whose G is not finite does not enter the averages.
     Scale: as long as g_1. State: v. Cost: O(T^3).
 
     Args:
@@ -47,7 +47,7 @@ class PCD(Method):
     def __init__(self, tau: float | Sequence[float] | Tensor = 0.02, beta: float = 0.999) -> None:
         self.tau: float | PerTask
         if isinstance(tau, Sequence) or getattr(tau, "ndim", 0) > 0:
-            wanted = "numbers >= 0 and <= 1"
+            wanted = "- 1 numbers >= 0 and <= 1"
             self.tau = PerTask("tau", tau, wanted, lambda each: (each >= 0) & (each <= 1))  # type: ignore[arg-type]
         else:
             self.tau = check_fraction("tau", tau)
@@ -87,5 +87,5 @@ class PCD(Method):
     def _restore(self, state: dict[str, Any]) -> None:
         averages = state["averages"]
         if averages is not None and (not isinstance(averages, Tensor) or averages.dim() == 0):
-            raise ValueError(f"averages must be a tensor [..., T], got {describe(averages)}")
+            raise ValueError(f"averages must be a tensor [..., T] of squares' averages, got {describe(averages)}")
         self._averages = None if averages is None else taken_over(self._averages, averages)

@@ -34,7 +34,7 @@ def cone_projection(out, gram, preference, num_tasks, ridge: tl.float64, ALONE: 
                 hv = tl.sum(load_gram(gram, num_tasks, TASKS) * v[None, :], 1) * scale + ridge * v
                 along = tl.where(inside, v / tl.where(inside, inverse, 1.0), 0.0)
                 if tl.sum(v * hv, 0) < -1e-13 * tl.sum(along * along, 0):
-                    ridge = tl.maximum(8 * ridge, num_tasks * 1.1920928955078125e-07)
+                    ridge = tl.maximum(8 * ridge, 1.1641532182693481e-10)
                 else:
                     running = 0
     tl.store(out + (problem * tl.num_programs(1) + tl.program_id(1)) * num_tasks + task, v, mask=inside)
