@@ -26,10 +26,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if isinstance(optimizer, OptimizerWrapper):
-            raise TypeError(f"optimizer must not be a {type(optimizer).__name__} itself: wrap what it wraps")
+        check_optimizer(optimizer)
         self.optimizer = optimizer
         # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
         super().__setstate__({})
@@ -113,3 +110,14 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise TypeError unless it can be wrapped."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "optimizer must be a torch.optim.Optimizer, as torch.optim.Adam(model.parameters()) is, got "
+            f"{type(optimizer).__name__}"
+        )
+    if isinstance(optimizer, OptimizerWrapper):
+        raise TypeError(f"optimizer must not be a {type(optimizer).__name__} itself: wrap what it wraps")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from . import methods
+from ._wrapper import check_optimizer
 from .optim import SurgeryOptimizer
 
 
@@ -38,6 +39,7 @@ class _NamedOptimizer(SurgeryOptimizer):
         backend: str | None = None,
         **named_options: Any,
     ) -> None:
+        check_optimizer(optimizer)  # before an option of that optimizer's is called unknown
         super().__init__(
             optimizer,
             self.method_class(*options, **named_options),

@@ -225,7 +225,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             absent = [task for task, present in zip(collected.tasks, collected.present, strict=True) if not present]
             raise ValueError(f"a step of method {self.method.name!r} needs a loss of every task, got none of {absent}")
         planner, processes = self._planner, self._processes
-        # It is written over what was collected: after a failure, averages are averaged again, to the same.
+        # They are written over what was collected: after a failure averages are averaged again, the same to rounding.
         self._pending = collected = processes.average(collected)
         info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
         self._survey.end_step(planner.lost)

@@ -344,7 +344,7 @@ def test_wrapper_arguments():
     net = two_task_net()
     adam = torch.optim.Adam(net.parameters())
     for arguments, error, message in [
-        ({"optimizer": net}, TypeError, "optimizer must be a torch.optim.Optimizer, got ModuleDict"),
+        ({"optimizer": net}, TypeError, "optimizer must be a torch.optim.Optimizer, as .* is, got ModuleDict"),
         ({"granularity": "layer"}, ValueError, "granularity must be one of global, per_group, per_tensor, got 'layer'"),
         ({"shared": [torch.ones(2)]}, ValueError, "shared holds 1 tensors that are not parameters"),
         (

@@ -108,3 +108,8 @@ def test_a_g_of_its_own_needs_one_segment():
     method.gram_parameters = [net["trunk"][0].weight]
     with pytest.raises(ValueError, match="'mgda' reads a G of its own, which needs granularity 'global'"):
         gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method, granularity="per_tensor")
+
+
+def test_options_of_the_optimizer_itself():
+    with pytest.raises(TypeError, match=r"as torch.optim.Adam\(model.parameters\(\)\) is, got generator"):
+        gradsurgery.PCGrad(two_task_net().parameters(), lr=0.1)
