@@ -120,7 +120,7 @@ def classified(net, z):
 JOINED = {
     "classes": classified,
     "rows by task": routed,
-    "gathered": lambda net, z: [both(net, z).gather(1, torch.full((len(z), 1), t)).norm() for t in range(2)],
+    "gathered": lambda net, z: of_parts(both(net, z), lambda o, t: o.gather(1, torch.full((len(z), 1), t))),
     "index_select": lambda net, z: of_parts(both(net, z), lambda o, t: o.index_select(1, torch.tensor([t]))),
     "a view for each": lambda net, z: of_parts(both(net, z), lambda o, t: o.T[t]),
     "a mean for each": lambda net, z: of_parts(both(net, z), lambda o, t: o.square().mean(0)[t]),
