@@ -93,7 +93,7 @@ INTERPRETED_TASKS = {
 }
 
 # Of these: the parameters that stand for others, and tests of many problems or tasks.
-SOLVERS = ("test_gram_methods", "test_cagrad", "test_rounded_gram")
+SOLVERS = ("test_gram_methods", "test_cagrad", "test_pcd", "test_rounded_gram")
 INTERPRETED_METHODS = {
     "case": "rank deficient",
     "tasks": 5,
