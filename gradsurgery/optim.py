@@ -183,7 +183,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         is what several ``backward`` calls do. ``scaler.update()`` belongs after the step, not between micro-batches.
         Methods of several independent batches (``num_batches``) take each call's as one of them instead of a sum.
         Arguments and errors are those of :meth:`backward`; but None stands for the loss of a task that another call
-        has, so that each task's graph can be freed before the next one's is made.
+        has, so that each task's graph can be freed before the next one's is made. Where passes return gradients in the
+        same memory, a RuntimeError, what was collected before is forgotten, for they may have written over it.
         """
         # With several batches, a call's tasks are those of its batch.
         partial = self.method.takes_absent or self.method.num_batches == 1

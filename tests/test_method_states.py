@@ -345,3 +345,46 @@ def check_boundary(new):
             with pytest.raises(ValueError, match="needs losses, a tensor"):
                 method.weights(torch.eye(3), losses=bad)
     assert str(method.state_dict()) == before
+
+
+class Averaging(methods.Method):
+    """A method of one's own with a state, as the README has it."""
+
+    needs_losses = weights_losses = True
+    average = None
+
+    def weights(self, gram, *, losses=None):
+        self.average = losses.clone() if self.average is None else (self.average + losses) / 2
+        return 1 / self.average
+
+    def state_dict(self):
+        return {"average": None if self.average is None else self.average.clone()}
+
+    def load_state_dict(self, state):
+        self.average = None if state["average"] is None else state["average"].clone()
+
+
+def test_the_state_of_a_method_of_ones_own():
+    def optimizer():
+        return gradsurgery.SurgeryOptimizer(torch.optim.SGD([shared, head], lr=0.1), Averaging())
+
+    shared, head = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    one, other = optimizer(), optimizer()
+    for k in (1.0, 2.0):
+        one.zero_grad()
+        info = one.backward([k * shared.sum(), 5 * (shared * head).sum()])
+    torch.testing.assert_close(info.weights, 1 / torch.tensor([4.5, 15.0], dtype=torch.float64))
+    torch.testing.assert_close(head.grad, torch.full((3,), 5 / 15))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.method.average, one.method.average)
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "mgda"])
+def test_weights_of_losses_weigh_what_no_kernel_reads(name):
+    shared, head = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    method = methods.get(name)
+    method.weights_losses = True
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([shared, head], lr=0.1), method, shared=[shared])
+    x = torch.tensor([1.0, 2.0])
+    info = optimizer.backward([(shared * x).sum() + 2 * head.real.sum(), -(shared * x.flip(0)).sum()])
+    torch.testing.assert_close(head.grad, 2 * info.weights[0] * torch.ones(2, dtype=torch.complex64), check_dtype=False)

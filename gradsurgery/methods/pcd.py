@@ -67,10 +67,10 @@ class PCD(Method):
         normalised = problems * s[..., :, None] * s[..., None, :]
         chosen = choose(backend, gram.device, num_tasks)
         chosen.weights(normalised, "pcd", shares, self.tau if isinstance(self.tau, float) else 0.0, math.inf, out)
-        weights = out * torch.where(s[..., :1] > 0, s / s[..., :1], 0)
+        out *= torch.where(s[..., :1] > 0, s / s[..., :1], 0)
         averages.copy_(torch.where(finite, moved, averages))
         self._averages = averages  # last: a step that raised has not begun
-        return constant(f"{self.name} weights", torch.where(finite, weights, torch.nan), [gram])
+        return constant(f"{self.name} weights", out, [gram])
 
     def _shares(self, device: torch.device, num_tasks: int) -> Tensor | None:
         if not isinstance(self.tau, PerTask):
