@@ -11,8 +11,10 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 # What is imported gets compiled once, not by each of the processes that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
+# The pip that Python brings may take a minute to resolve what a newer one does in seconds.
 .venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --upgrade pip
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch setuptools ninja
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[test,demo,bench]'
 	touch $@
@@ -20,8 +22,9 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/installed
 	$(BIN)/python -m examples.multi_mnist
 
+# Threads that spin while they wait would take time from the other process.
 test: .venv/installed
-	TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=cpu,triton $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=cpu,triton $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 bench: .venv/installed
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only
