@@ -77,6 +77,7 @@ def test_integers_of_any_kind(integer):
         (lambda: methods.resolve(methods.MGDA, {}), TypeError, "a Method object, got the class MGDA"),
         (lambda: methods.Method().weights(torch.eye(2)), NotImplementedError, r"Method must define weights\(gram"),
         (lambda: gradsurgery.gram([]), TypeError, "non-empty list .*, got an empty list"),
+        (lambda: gradsurgery.gram(torch.eye(2).numpy()), TypeError, "non-empty list .*, got ndarray"),
     ],
 )
 def test_what_an_option_must_be(make, error, message):

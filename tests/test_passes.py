@@ -213,6 +213,9 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             optimizer.backward(losses, **arguments)
+    for features, came in [(net, "got Net$"), ([left, net], "got Net in it"), (3, "got int 3")]:
+        with pytest.raises(TypeError, match=f"features must be a tensor with a graph.*, {came}"):
+            optimizer.backward(losses, features=features)
     left.register_hook(lambda grad: grad / 2)
     with pytest.raises(ValueError, match="feature 0 has hooks"):
         optimizer.backward(losses, features=[left, right])
