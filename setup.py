@@ -25,8 +25,9 @@ CHOICES = ("auto", "cuda", "cpu", "none")
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")  # Ampere, Ada, Hopper, Blackwell
 NO_TORCH = """\
 gradsurgery: torch cannot be imported, and its compiled extension needs it at build time.
-If torch is installed, pip's build isolation hides it. Install torch first, then:
+If torch is installed, pip's build isolation hides it:
 
+    pip install torch "setuptools>=77" ninja
     pip install --no-build-isolation .
 
 To install without the extension: GRADSURGERY_BUILD=none pip install ."""

@@ -49,17 +49,17 @@ def check_fraction(name: str, value: Any, *, zero: bool = True, one: bool = True
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """Return the value as an int; ValueError unless it is an integer that is large enough."""
-    number = _integer(value)
+    number = as_integer(value)
     if number is None or number < least:
         raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
     return number
 
 
-def check_seed(seed: Any) -> int:
-    """Return the seed as an int; ValueError if it is out of its range."""
-    number = _integer(seed)
+def check_word(name: str, value: Any) -> int:
+    """Return the value as an int; ValueError unless it is one of 0..2^63-1."""
+    number = as_integer(value)
     if number is None or not 0 <= number < 2**63:
-        raise ValueError(f"seed must be an int in 0..2^63-1, got {seed!r}")
+        raise ValueError(f"{name} must be an int in 0..2^63-1, got {value!r}")
     return number
 
 
@@ -99,7 +99,8 @@ def describe_dtype(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else describe(value)
 
 
-def _integer(value: Any) -> int | None:
+def as_integer(value: Any) -> int | None:
+    """Return the value as an int; None unless it is an integer of any type, but bool."""
     if type(value) is int:
         return value
     try:

@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any, NamedTuple
 
 C: Any
 try:
     # "from gradsurgery import" would call its absence a circular import.
     C = importlib.import_module("gradsurgery._C")
-except ImportError as error:
+except ModuleNotFoundError as error:
     C = None
     WHY_NOT = f"the compiled extension is not there ({error})"
+except ImportError as error:
+    C = None
+    WHY_NOT = f"the compiled extension cannot be loaded, so build it again for this torch ({error})"
+    warnings.warn(WHY_NOT, stacklevel=2)
 else:
     WHY_NOT = ""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import describe
+from ._checks import as_integer, describe
 from ._dtensor import is_sharded
 from ._extension import C
 
@@ -267,7 +267,10 @@ def is_dense(tensor: Tensor) -> bool:
 def _integers(values: Sequence[int], wanted: str) -> list[int]:
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
         raise TypeError(f"segments must be a list of int, {wanted}, got {describe(values)}")
+    numbers = []
     for value in values:
-        if type(value) is not int:
+        number = as_integer(value)
+        if number is None:
             raise TypeError(f"segments must be a list of int, {wanted}, got {describe(value)} in it")
-    return list(values)
+        numbers.append(number)
+    return numbers

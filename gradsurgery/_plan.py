@@ -26,6 +26,8 @@ class Plan:
     """Of each parameter, how many losses reach it."""
     enough: int
     """How many must, for it to be shared."""
+    groups: list[int] | None
+    """Of each parameter, its group, where segments are by groups."""
     measured: Sequence[Tensor] | None
     shared: list[int]
     plain: list[int]
@@ -39,11 +41,19 @@ class Plan:
     """The segments that G is computed in: the same, or with ``measured`` 1 for those parameters, 0 for the others."""
     num_read_segments: int
 
-    def holds(self, parameters: list[Tensor], reach: bytes, enough: int, measured: Sequence[Tensor] | None) -> bool:
+    def holds(
+        self,
+        parameters: list[Tensor],
+        reach: bytes,
+        enough: int,
+        groups: list[int] | None,
+        measured: Sequence[Tensor] | None,
+    ) -> bool:
         """Whether it is a plan for these."""
         return (
             self.reach == reach
             and self.enough == enough
+            and self.groups == groups
             and self.measured is measured
             and len(self.parameters) == len(parameters)
             and all(map(is_, self.parameters, parameters))
@@ -56,7 +66,7 @@ def make_plan(
     *,
     shared: Sequence[Tensor] | None,
     enough: int,
-    groups: dict[int, int] | None,
+    groups: list[int] | None,
     per_tensor: bool,
     measured: Sequence[Tensor] | None,
 ) -> Plan:
@@ -66,7 +76,7 @@ def make_plan(
         parameters, reach: those of the step.
         shared: the shared parameters; None: those that ``enough`` losses reach.
         enough: see ``shared``.
-        groups: from a parameter's id to its group, for segments by groups.
+        groups: each parameter's group, for segments by groups.
         per_tensor: a segment for each shared parameter.
         measured: the parameters whose G the method reads; None: all shared ones.
     """
@@ -79,7 +89,7 @@ def make_plan(
     if per_tensor:
         segments, blocks = list(range(len(chosen))), [parameters[p] for p in chosen]
     elif groups is not None:
-        of_chosen = [groups[id(parameters[p])] for p in chosen]
+        of_chosen = [groups[p] for p in chosen]
         blocks = sorted(set(of_chosen))
         places = {group: place for place, group in enumerate(blocks)}
         segments = [places[group] for group in of_chosen]
@@ -95,6 +105,7 @@ def make_plan(
         parameters=parameters,
         reach=reach,
         enough=enough,
+        groups=groups,
         measured=measured,
         shared=chosen,
         plain=sorted({p for p, count in enumerate(reach) if count} - set(chosen)),
@@ -210,10 +221,11 @@ class Planner:
         """
         plan, measured = self._plan, self.method.gram_parameters
         enough = min(2, len(collected.tasks))
-        if plan is None or not plan.holds(collected.parameters, reach, enough, measured):
-            group_of = None
-            if self.granularity == "per_group":
-                group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
+        group_of = None
+        if self.granularity == "per_group":
+            places = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
+            group_of = [places[id(p)] for p in collected.parameters]
+        if plan is None or not plan.holds(collected.parameters, reach, enough, group_of, measured):
             plan = make_plan(
                 collected.parameters,
                 reach,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_count, check_not_negative, check_seed, describe, describe_dtype
+from ._checks import check_choice, check_count, check_not_negative, check_word, describe, describe_dtype
 from ._constant import constant
 from ._gradients import as_float64
 from .backends import choose
@@ -46,7 +46,7 @@ def task_order(
     if device is None:
         device = step.device if isinstance(step, Tensor) else "cpu"
     order = torch.empty(num_tasks, num_tasks, dtype=torch.int64, device=device)
-    choose(backend, order.device, num_tasks).task_order(check_seed(seed), _step_tensor(step, order.device), order)
+    choose(backend, order.device, num_tasks).task_order(check_word("seed", seed), _step_tensor(step, order.device), order)
     return order
 
 
@@ -91,7 +91,7 @@ def pcgrad_weights(
     if order is not None:
         order = _check_order(order, gram.shape[-1], gram.device)
     chosen = choose(backend, gram.device, gram.shape[-1])
-    chosen.pcgrad(problems, order, check_seed(seed), _step_tensor(step, gram.device), False, reduction == "mean", out)
+    chosen.pcgrad(problems, order, check_word("seed", seed), _step_tensor(step, gram.device), False, reduction == "mean", out)
     return constant("pcgrad_weights", out, [gram])
 
 
@@ -236,6 +236,4 @@ def _step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
                 f"step must be an int or an int64 tensor of one element, got {describe(step)} in {step.dtype}"
             )
         return step if step.dim() == 0 and step.device == device else step.reshape(()).to(device)
-    if not isinstance(step, int) or not 0 <= step < 2**63:
-        raise ValueError(f"step must be an int in 0..2^63-1, got {step!r}")
-    return torch.full((), step, dtype=torch.int64, device=device)
+    return torch.full((), check_word("step", step), dtype=torch.int64, device=device)

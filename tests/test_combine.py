@@ -37,6 +37,14 @@ def test_hostile_inputs(backend, tasks, case, dtype):
     assert_direction(gradsurgery.combine(rows, weights, backend=backend), rows, weights)
 
 
+def test_out_may_be_a_tuple(backend):
+    rows, weights = normal(3, 24, torch.float32), torch.tensor([1.0, -2.0, 0.5])
+    out = torch.full((8,), torch.nan), torch.full((16,), torch.nan)
+    lists = [[row[:8], row[8:]] for row in rows]
+    assert gradsurgery.combine(lists, weights, out=out, backend=backend) is out
+    assert_direction(torch.cat(out), rows, weights)
+
+
 def test_out_is_overwritten_or_added_to(backend):
     rows, weights = normal(3, 101, torch.float32), torch.tensor([1.0, -2.0, 0.5])
     out = torch.full((101,), torch.nan)

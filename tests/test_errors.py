@@ -71,6 +71,13 @@ def test_segments(grads, segments, error, message):
         gradsurgery.gram(grads, segments=segments)
 
 
+def test_integers_of_numpy_are_integers():
+    expected = gradsurgery.gram(ROWS, segments=[0, 5, 8])
+    assert torch.equal(gradsurgery.gram(ROWS, segments=list(np.cumsum([0, 5, 3]))), expected)
+    orders = [gradsurgery.task_order(5, seed=kind(3), step=kind(2)) for kind in (int, np.int32)]
+    assert torch.equal(*orders)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -145,6 +152,7 @@ GRAM = torch.eye(3)
         (lambda: gradsurgery.pcgrad_weights(GRAM, backend=""), ValueError, "backend must be one of .* got ''"),
         (lambda: gradsurgery.pcgrad_weights(GRAM, seed=-1), ValueError, r"seed must be an int in 0..2\^63-1, got -1"),
         (lambda: gradsurgery.pcgrad_weights(GRAM, step=1.5), ValueError, "step must be an int in"),
+        (lambda: gradsurgery.pcgrad_weights(GRAM, step=True), ValueError, "step must be an int in"),
         (
             lambda: gradsurgery.pcgrad_weights(GRAM, step=torch.ones(2)),
             ValueError,

@@ -126,6 +126,24 @@ def test_a_block_does_not_get_the_state_of_another(name, granularity):
     copied.backward(net("xy"))
 
 
+def test_a_parameter_that_moves_to_another_group_has_the_g_of_that_group():
+    first, second = (torch.nn.Parameter(torch.tensor([float(k), 1.0])) for k in (1, 2))
+    third = torch.nn.Parameter(torch.ones(2))
+    groups = [{"params": [first, second]}, {"params": [third]}]
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(groups, lr=0.0), granularity="per_group")
+
+    def gram():
+        total = first + second + third
+        return optimizer.backward([total.square().sum(), (first * second * third).sum()]).gram
+
+    gram()
+    own = optimizer.param_groups
+    own[1]["params"].insert(0, own[0]["params"].pop())
+    moved = gram()
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(own, lr=0.0), granularity="per_group")
+    torch.testing.assert_close(moved, gram(), rtol=0, atol=0)
+
+
 def test_a_step_that_fails_settles_no_blocks():
     net, method = Branches(), methods.get("modo")
     groups = [{"params": list(net.get_submodule(m).parameters())} for m in ("x", "y", "z", "heads")]

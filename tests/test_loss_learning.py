@@ -162,7 +162,7 @@ def test_dtp_weights_are_focal():
     assert step(method, losses).tolist() == [1, 1, 1]
     k = None
     for kpis in ([0.2, 0.9, 0.5], [0.4, 1.0, 0.0], [0.6, 0.0, 0.1]):
-        method.update(kpis)
+        method.update(dict(zip("abc", kpis, strict=True)) if k is None else kpis)
         k = f64(kpis) if k is None else 0.25 * f64(kpis) + 0.75 * k
         torch.testing.assert_close(step(method, losses), -((1 - k) ** 2) * k.log())
     ends = new("dtp")
@@ -170,10 +170,10 @@ def test_dtp_weights_are_focal():
     torch.testing.assert_close(step(ends, f64([1.0, 1.0])), f64([-math.log(1e-6) * (1 - 1e-6), 0.0]))
 
 
-@pytest.mark.parametrize("kpis", [[0.5, 1.1], [-0.1, 0.5], [math.nan, 0.5], 0.5, [], [[0.5]]])
+@pytest.mark.parametrize("kpis", [[0.5, 1.1], [-0.1, 0.5], [math.nan, 0.5], 0.5, [], [[0.5, 0.1]], ["a", "b"]])
 def test_kpis_that_cannot_be(kpis):
     method = new("dtp")
-    with pytest.raises(ValueError, match=r"kpis must be T numbers in \[0, 1\], got"):
+    with pytest.raises(ValueError, match=r"kpis must (be T numbers in \[0, 1\]|hold one number per task), got"):
         method.update(kpis)
     assert method.state_dict() == {"kpis": None, "updated": None}
     method.update([0.5, 0.5])

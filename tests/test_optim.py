@@ -306,6 +306,7 @@ def test_info():
     assert zero.conflicts == 0
     three = gradsurgery.SurgeryInfo(["a", "b", "c"], torch.tensor([[1.0, -1, 1], [-1, 1, 1], [1, 1, 1]]), torch.ones(3))
     assert three.conflicts.item() == 1 / 3
+    assert gradsurgery.SurgeryInfo(["a", "b"], torch.full((2, 2), torch.nan), torch.ones(2)).conflicts.isnan()
 
 
 def test_losses_that_share_nothing(backend):

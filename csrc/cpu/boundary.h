@@ -93,7 +93,8 @@ inline gs_status check_known(gs_weighting weighting) {
   return GS_OK;
 }
 
-inline gs_status check_weighting(gs_weighting weighting, int64_t num_tasks, double parameter, double limit) {
+inline gs_status check_weighting(gs_weighting weighting, int64_t num_tasks, const double* preference, double parameter,
+                                 double limit) {
   if (const gs_status status = check_known(weighting)) return status;
   const bool ridge = weighting == GS_UPGRAD || weighting == GS_DUALPROJ;
   GS_REQUIRE(!ridge || (parameter > 0 && parameter < INFINITY), "ridge must be positive and finite, got %g", parameter);
@@ -108,7 +109,8 @@ inline gs_status check_weighting(gs_weighting weighting, int64_t num_tasks, doub
   GS_REQUIRE(weighting != GS_KRUM || (is_whole(parameter, 0) && is_whole(limit, 1)),
              "Krum's parameter must be in 0..%lld and its limit in 1..%lld, whole numbers, got %g and %g",
              (long long)num_tasks, (long long)num_tasks, parameter, limit);
-  GS_REQUIRE(weighting != GS_PCD || (parameter >= 0 && parameter <= 1), "share must be in 0..1, got %g", parameter);
+  GS_REQUIRE(weighting != GS_PCD || preference || (parameter >= 0 && parameter <= 1), "share must be in 0..1, got %g",
+             parameter);
   return GS_OK;
 }
 
@@ -128,7 +130,7 @@ inline gs_status check_solve(const gs_gradients* grads, const gs_solve* solve) {
     case GS_MIN_NORM:
       return check_solver(solve->solver, solve->max_iter, solve->tol);
     case GS_WEIGHTING:
-      return check_weighting(solve->weighting, grads->num_tasks, solve->parameter, solve->limit);
+      return check_weighting(solve->weighting, grads->num_tasks, solve->preference, solve->parameter, solve->limit);
   }
   return fail(GS_INVALID_ARGUMENT, "method is %d, which no gs_method is", (int)solve->method);
 }

@@ -133,7 +133,7 @@ gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, g
                          int64_t workspace_bytes, const gs_parallel* parallel) {
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
-  if (const gs_status status = gs::check_weighting(weighting, num_tasks, parameter, limit)) return status;
+  if (const gs_status status = gs::check_weighting(weighting, num_tasks, preference, parameter, limit)) return status;
   if (const gs_status status =
           gs::check_workspace(workspace, workspace_bytes, gs_weights_workspace_bytes(weighting, batch, num_tasks)))
     return status;

@@ -58,7 +58,7 @@ Where to begin, as far as properties tell:
 * If losses have different units: `nash_mtl`, `imtl_g` or `config`, and with one backward pass `famo`, `gls`,
   `scale_invariant` or `stch`, for positive losses. Factors on the losses do not turn their directions.
 * If one task matters, and the others are to make some progress: `pcd`.
-* If gradients of some of many tasks may be anything: `krum`, `trimmed_mean` or `coordinate_median`.
+* If some of many tasks may bring corrupt gradients: `krum`, `trimmed_mean` or `coordinate_median`.
 
 """
 

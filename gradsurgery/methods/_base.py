@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_seed, describe
+from .._checks import check_word, describe
 from .._compiling import capturing, takes
 from .._constant import constant
 from .._extension import SOLVER_NUMBERS, NativeSolver
@@ -270,7 +270,7 @@ class SteppedMethod(Method):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = check_seed(seed)
+        self.seed = check_word("seed", seed)
         self._step: Tensor | None = None
 
     def _step_on(self, device: torch.device) -> Tensor:
@@ -290,7 +290,7 @@ class SteppedMethod(Method):
         return {"seed": self.seed, "step": step}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        seed, step = check_seed(state["seed"]), state["step"]
+        seed, step = check_word("seed", state["seed"]), state["step"]
         if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() != 0:
             raise ValueError(f"step must be an int64 tensor [], got {step!r}")
         self.seed = seed

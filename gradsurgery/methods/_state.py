@@ -37,12 +37,14 @@ def read_losses(name: str, losses: Any, shape: torch.Size, device: torch.device)
     return losses.detach().to(device, torch.float64).expand(shape).contiguous()
 
 
-def numbers_of(name: str, values: Iterable[Any], device: torch.device) -> Tensor:
+def numbers_of(name: str, values: Iterable[Any] | Mapping[str, Any], device: torch.device) -> Tensor:
     """Return one number per task as float64 [T]; ValueError unless each is one and there are any."""
-    numbers = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values]
-    if not numbers or any(number.numel() != 1 for number in numbers):
-        raise ValueError(f"{name} must hold one number per task, got {values!r}")
-    return torch.stack([number.reshape(()) for number in numbers])
+    each = values.values() if isinstance(values, Mapping) else values
+    try:
+        numbers = [torch.as_tensor(value, dtype=torch.float64, device=device).detach().reshape(()) for value in each]
+        return torch.stack(numbers)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must hold one number per task, got {values!r}") from None
 
 
 def state_on(method: str, own: Tensor | None, shape: torch.Size, initial: float, device: torch.device) -> Tensor:

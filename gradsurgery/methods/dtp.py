@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .._checks import check_fraction, check_not_negative
 from ._losses import LossMethod
+from ._state import numbers_of
 
 _LEAST = 1e-6
 
@@ -40,19 +41,19 @@ class DTP(LossMethod):
         self.gamma = check_not_negative("gamma", gamma)
         self.alpha = check_fraction("alpha", alpha, zero=False)
 
-    def update(self, kpis: Sequence[float] | Tensor) -> None:
+    def update(self, kpis: Sequence[float] | Mapping[str, float] | Tensor) -> None:
         """Take the tasks' newest KPIs, as after each evaluation.
 
         In training by several processes call :meth:`gradsurgery.SurgeryOptimizer.update`, which averages them.
 
         Args:
-            kpis: T numbers in [0, 1]. Those on a GPU are not read on the host: if one is no such number, nothing
+            kpis: T numbers in [0, 1], or a dict of them, in the tasks' order. Those on a GPU are not read on the host: if one is no such number, nothing
                 changes.
 
         Raises:
             ValueError: these are no T numbers in [0, 1].
         """
-        given = kpis if isinstance(kpis, Tensor) else torch.as_tensor(kpis, dtype=torch.float64, device="cpu")
+        given = kpis if isinstance(kpis, Tensor) else numbers_of("kpis", kpis, torch.device("cpu"))
         values = given.detach().to(torch.float64)
         valid = ((values >= 0) & (values <= 1)).all()[None]
         if values.dim() != 1 or not len(values) or (values.device.type == "cpu" and not valid):

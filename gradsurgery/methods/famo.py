@@ -62,8 +62,7 @@ class FAMO(LossMethod):
             raise ValueError("update(losses) must come after a step, got it before the first one")
         before = self._state["losses"]
         if not isinstance(losses, Tensor):
-            each = losses.values() if isinstance(losses, Mapping) else losses
-            losses = numbers_of("losses", each, before.device)
+            losses = numbers_of("losses", losses, before.device)
         after = read_losses(self.name, losses, before.shape, before.device)
         counts = self._counts(after)
         self._learn(after, counts)

@@ -296,6 +296,8 @@ void test_ranges() {
     CHECK(gs_weights_cpu(gram, 1, 2, GS_PCD, nullptr, share, 1, w, space.get(), 4096, nullptr) == GS_INVALID_ARGUMENT);
   }
   CHECK(last_error_is("share must be in 0..1, got nan"));
+  // Which a preference stands in for.
+  CHECK(gs_weights_cpu(gram, 1, 2, GS_PCD, ones, NAN, 1, w, space.get(), 4096, nullptr) == GS_OK);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ each program. The cut depends on the gradients alone, so the order of summation 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -35,7 +36,7 @@ class Pieces:
     """int64 [pieces, 3 + T]: columns, segment, the output's address, the rows' addresses, 0 where there is none."""
 
 
-def pieces_of(grads: TaskGradients, out: Tensor | list[Tensor] | None = None, listed: bool = True) -> list[Pieces]:
+def pieces_of(grads: TaskGradients, out: Tensor | Sequence[Tensor] | None = None, listed: bool = True) -> list[Pieces]:
     """List the pieces by dtype; ``out`` holds the outputs, where there are any.
 
     Unless ``listed``, a matrix is the only piece, and has no rows: its addresses are arguments of the kernels.
@@ -69,7 +70,7 @@ def pieces_of(grads: TaskGradients, out: Tensor | list[Tensor] | None = None, li
             if like is None or like.numel() == 0:
                 continue
             segment = grads.segments[p] if grads.segments else 0
-            target = out[p].data_ptr() if isinstance(out, list) else 0
+            target = 0 if out is None else out[p].data_ptr()
             addresses = [0 if entry is None else entry.data_ptr() for entry in entries]
             rows.setdefault(like.dtype, []).append([like.numel(), segment, target, *addresses])
     return [_pieces(dtype, np.array(of_dtype, dtype=np.int64)) for dtype, of_dtype in rows.items() if of_dtype]

@@ -1,4 +1,0 @@
-# SPDX-License-Identifier: MIT
-from typing import Any
-
-def build_info() -> dict[str, Any]: ...
