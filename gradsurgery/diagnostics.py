@@ -66,7 +66,7 @@ class SurgeryInfo:
 
     @property
     def conflicts(self) -> Tensor:
-        """The fraction of the T (T - 1) / 2 pairs with a negative cosine, float64 []; 0 for one task, NaN unless finite."""
+        """The fraction of the T (T - 1) / 2 pairs with a negative cosine, float64 []; NaN where G is not finite."""
         num_tasks = len(self.tasks)
         count = self.gram.triu(1).lt(0).sum((-2, -1), dtype=torch.float64)
         return torch.where(self.finite, count / max(1, num_tasks * (num_tasks - 1) // 2), torch.nan)

@@ -46,7 +46,8 @@ def task_order(
     if device is None:
         device = step.device if isinstance(step, Tensor) else "cpu"
     order = torch.empty(num_tasks, num_tasks, dtype=torch.int64, device=device)
-    choose(backend, order.device, num_tasks).task_order(check_word("seed", seed), _step_tensor(step, order.device), order)
+    seed, count = check_word("seed", seed), _step_tensor(step, order.device)
+    choose(backend, order.device, num_tasks).task_order(seed, count, order)
     return order
 
 
@@ -90,8 +91,8 @@ def pcgrad_weights(
     problems, out = new_problems(gram)
     if order is not None:
         order = _check_order(order, gram.shape[-1], gram.device)
-    chosen = choose(backend, gram.device, gram.shape[-1])
-    chosen.pcgrad(problems, order, check_word("seed", seed), _step_tensor(step, gram.device), False, reduction == "mean", out)
+    seed, count = check_word("seed", seed), _step_tensor(step, gram.device)
+    choose(backend, gram.device, gram.shape[-1]).pcgrad(problems, order, seed, count, False, reduction == "mean", out)
     return constant("pcgrad_weights", out, [gram])
 
 

@@ -47,8 +47,8 @@ class DTP(LossMethod):
         In training by several processes call :meth:`gradsurgery.SurgeryOptimizer.update`, which averages them.
 
         Args:
-            kpis: T numbers in [0, 1], or a dict of them, in the tasks' order. Those on a GPU are not read on the host: if one is no such number, nothing
-                changes.
+            kpis: T numbers in [0, 1], or a dict of them in the tasks' order. Those on a GPU are not read on the host:
+                if one is no such number, nothing changes.
 
         Raises:
             ValueError: these are no T numbers in [0, 1].
