@@ -5,6 +5,7 @@
 
 #include <torch/library.h>
 
+#include "torch_graph.h"
 #include "torch_lists.h"
 
 namespace gs::binding {
@@ -253,6 +254,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                       {"krum", GS_KRUM},
                                       {"pcd", GS_PCD}};
   });
+  m.def("functions_behind", &functions_behind);
   pybind11::class_<Lists>(m, "Lists")
       .def_static("read", &Lists::read)
       .def_static("read_matrix", &Lists::read_matrix)

@@ -15,6 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ._dtensor import is_sharded
+from ._extension import C
 
 Root = Tensor | GradientEdge
 """What a backward pass begins at."""
@@ -24,6 +25,9 @@ _REENTRANT = "CheckpointFunctionBackward"
 
 _JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward", _REENTRANT)
 """torch.compile's functions, fully_shard's of a module's inputs, and checkpoints."""
+
+_PASSING = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
+"""Functions whose outputs are their inputs, one by one: DistributedDataParallel's, and of hooks of whole modules."""
 
 _PARTS = ("UnbindBackward0", "SelectBackward0")
 _WIDE_PARTS = (
@@ -54,24 +58,28 @@ _KEEPING = (
 
 @dataclass(slots=True)
 class Survey:
-    """What the graphs tell of the first step with some tasks and parameters: how passes must run, and whether shared
-    parameters can be inferred."""
+    """What the graphs of the steps so far tell: how passes must run, and whether shared parameters can be inferred.
+
+    A graph is looked through where it may tell something new.
+    """
 
     infers_shared: bool
-    """Whether shared parameters are inferred, until a step with one pass per loss has checked that they can be."""
-    through_grad: bool | None = None
-    """Whether passes must go by way of ``.grad``; None during the first step, and where it is to be looked at again."""
+    """Whether shared parameters are inferred, which steps with one pass per loss check that they can be."""
+    checked: bool = False
+    """Whether that was checked of the graph that was looked through last."""
+    through_grad: bool = False
+    """Whether passes must go by way of ``.grad``."""
     hiding: bool = False
     """Whether there are functions whose backward may call another pass."""
-    unreached: bool = False
-    """Whether a pass to the parameters would not come to all of them."""
     began: bool = False
-    """Whether a step's graphs were looked at."""
+    """Whether there was a graph."""
     tasks: set[str] = field(default_factory=set)
+    functions: set[str] = field(default_factory=set)
+    """The names of the functions in Python."""
     parameters: Sequence[Tensor] = ()
-    """Those that were looked at last."""
+    """Those of the last step."""
     early_steps: int = 0
-    """Steps of the wrapped optimizer before that."""
+    """Steps of the wrapped optimizer before any graph."""
 
     def begin_step(self) -> None:
         """Warn of the second step before any surgery; some checkpoints make one, to have a state to load into."""
@@ -82,43 +90,21 @@ class Survey:
                 stacklevel=3,
             )
 
-    def end_step(self, lost: bool) -> None:
-        """Look at no more graphs, but at the next step's if this one's losses reached fewer parameters than before."""
-        self.began = True
-        self.through_grad = self.through_grad or (None if lost else False)
-
-    def take(self, tasks: list[str], roots: list[Root], parameters: Sequence[Tensor], one_pass: bool) -> bool:
-        """Return ``through_grad`` for these, and warn where gradients will not tell which parameters a loss reaches."""
+    def take(
+        self, tasks: list[str], losses: list[Tensor], roots: list[Root], parameters: Sequence[Tensor], one_pass: bool
+    ) -> None:
+        """Look at the graph of these, and warn where gradients will not tell which parameters a loss reaches."""
+        functions = functions_behind(losses)
         alike = len(parameters) == len(self.parameters) and all(map(is_, parameters, self.parameters))
-        new = not (alike and self.tasks.issuperset(tasks))
+        if not (self.began and alike and self.tasks.issuperset(tasks) and self.functions.issuperset(functions)):
+            self._look_through(roots, parameters)
+            self.checked = False
+        self.began = True
         self.tasks.update(tasks)
+        self.functions.update(functions)
         self.parameters = parameters
-        through_grad = bool(self.through_grad)
-        if self.through_grad is None or (new and not through_grad):
-            nodes = _postorder([_edge(root)[0] for root in roots], {})
-            through_grad = any(type(node).__name__ == _REENTRANT for node in nodes)
-            self.hiding = self.hiding or any(map(_may_hide, nodes))
-            self.unreached = self.unreached or bool(edges_behind_functions(roots, parameters))
-            known = {id(p) for p in parameters}
-            reaches = any(type(node).__name__ == "AccumulateGrad" and id(node.variable) in known for node in nodes)
-            # Sharded parameters are not in the graph themselves.
-            seen = reaches or through_grad or self.hiding or any(map(is_sharded, parameters))
-            if roots and parameters and not seen:
-                warnings.warn(
-                    "these losses depend on no parameter of the optimizer that requires grad, and train nothing: make "
-                    "the optimizer of the parameters that the model keeps",
-                    stacklevel=7,
-                )
-        if through_grad and not self.through_grad:
-            self.through_grad = True
-            if self.began and not new:
-                warnings.warn(
-                    "losses depend on checkpoints with use_reentrant=True, which were not there at first, and whose "
-                    "parameters the last step may have missed",
-                    stacklevel=7,
-                )
-        if self.infers_shared and not one_pass and len(roots) > 1:
-            self.infers_shared = False
+        if self.infers_shared and not self.checked and not one_pass and len(roots) > 1:
+            self.checked = True
             if joins(roots):
                 warnings.warn(
                     "losses depend on different outputs of one compiled function, checkpoint or sharded module, or are "
@@ -127,7 +113,29 @@ class Survey:
                     "apart there",
                     stacklevel=7,
                 )
-        return through_grad
+
+    def _look_through(self, roots: list[Root], parameters: Sequence[Tensor]) -> None:
+        nodes = _postorder([_edge(root)[0] for root in roots], {})
+        self.through_grad = self.through_grad or any(type(node).__name__ == _REENTRANT for node in nodes)
+        self.hiding = self.hiding or any(map(_may_hide, nodes))
+        known = {id(p) for p in parameters}
+        reaches = any(type(node).__name__ == "AccumulateGrad" and id(node.variable) in known for node in nodes)
+        # Sharded parameters are not in the graph themselves.
+        seen = reaches or self.through_grad or self.hiding or any(map(is_sharded, parameters))
+        if roots and parameters and not seen:
+            warnings.warn(
+                "these losses depend on no parameter of the optimizer that requires grad, and train nothing: make "
+                "the optimizer of the parameters that the model keeps",
+                stacklevel=8,
+            )
+
+
+def functions_behind(losses: list[Tensor]) -> set[str]:
+    """Return the names of the functions in Python that the losses depend on."""
+    if C is not None:
+        return C.functions_behind(losses)  # type: ignore[no-any-return]
+    nodes = _postorder([loss.grad_fn for loss in losses if loss.grad_fn is not None], {})
+    return {type(node).__name__ for node in nodes if isinstance(node, BackwardCFunction)}
 
 
 def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int, int], list[int]]:
@@ -140,22 +148,24 @@ def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int
     stop_at = {_edge(stop): s for s, stop in enumerate(stops)}
     stop_masks = [0] * len(stops)
     masks: defaultdict[Any, int] = defaultdict(int)
-    for r, root in enumerate(roots):
-        edge = _edge(root)
+    of_output: defaultdict[tuple[Any, int], int] = defaultdict(int)
+
+    def depends(edge: tuple[Any, int], mask: int) -> None:
         if edge in stop_at:
-            stop_masks[stop_at[edge]] |= 1 << r
-        else:
-            masks[edge[0]] |= 1 << r
+            stop_masks[stop_at[edge]] |= mask
+        elif edge[0] is not None:
+            masks[edge[0]] |= mask
+            of_output[edge] |= mask
+
+    for r, root in enumerate(roots):
+        depends(_edge(root), 1 << r)
     leaves: dict[int, int] = {}
     for node in reversed(_postorder(list(masks), stop_at)):
-        mask = masks[node]
-        for edge in node.next_functions:
-            if edge in stop_at:
-                stop_masks[stop_at[edge]] |= mask
-            elif edge[0] is not None:
-                masks[edge[0]] |= mask
+        passing = type(node).__name__ in _PASSING
+        for i, edge in enumerate(node.next_functions):
+            depends(edge, of_output[node, i] if passing else masks[node])
         if type(node).__name__ == "AccumulateGrad":
-            leaves[id(node.variable)] = mask
+            leaves[id(node.variable)] = masks[node]
     return leaves, stop_masks
 
 

@@ -32,8 +32,6 @@ class Passes:
     """What the pass of each loss begins at, and the gradient there: 1, or a gradient scaler's factor."""
     hiding: bool = False
     """Whether functions may leave gradients of what is inside them in ``.grad``, which is set aside then."""
-    unreached: bool = False
-    """Whether passes come to some of them only if told to."""
 
     @contextmanager
     def grads_aside(self) -> Iterator[None]:
@@ -57,7 +55,7 @@ class Passes:
         return found[: len(inputs)]
 
     def _edges(self, roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> list[GradientEdge]:
-        return edges_behind_functions(roots, self.parameters, stops) if self.unreached else []
+        return edges_behind_functions(roots, self.parameters, stops) if self.hiding else []
 
     def _add_hidden(self, row: list[Tensor | None]) -> None:
         """Add to a row what functions have left in ``.grad``, and clear it."""
@@ -147,7 +145,10 @@ class Passes:
                 below[leaf] = below.get(leaf, 0) | 1 << f
         above, of_features = reach([root for root, _ in self.starts], features)
         if not all(of_features):
-            raise ValueError(f"no loss depends on feature {of_features.index(0)}")
+            raise ValueError(
+                f"no loss depends on feature {of_features.index(0)} (a model with hooks, or one in "
+                "DistributedDataParallel with unused parameters, returns copies of what its outputs come of)"
+            )
         both = [p for p, owner in enumerate(self.parameters) if id(owner) in above and id(owner) in below]
         if both:
             raise ValueError(f"parameters {both} are used above and below the features, which must part the two")

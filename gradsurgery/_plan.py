@@ -132,8 +132,6 @@ class Planner:
         self.named = None if named is None else list_of(named, "shared")
         self.granularity = granularity
         self._plan: Plan | None = None  # that of the last step
-        self.lost = False
-        """Whether the last step's losses reached fewer parameters than those of the step before."""
         self._blocks: list[Any] | None = None
         self.kept: list[Tensor] = []  # whose gradients the method keeps
         self._tasks: list[str] | None = None  # of a method that tells them apart
@@ -241,14 +239,7 @@ class Planner:
 
     def remember(self, plan: Plan, collected: Collected) -> None:
         """Take note of a step that is done: of its plan, and of what the method keeps."""
-        before, self._plan = self._plan, plan
-        self.lost = (
-            before is not None
-            and before is not plan
-            and len(before.parameters) == len(plan.parameters)
-            and all(map(is_, before.parameters, plan.parameters))
-            and any(a and not b for a, b in zip(before.reach, plan.reach, strict=True))
-        )
+        self._plan = plan
         self.remember_tasks(collected.tasks)
         if not plan.shared:
             return

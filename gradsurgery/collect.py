@@ -159,10 +159,10 @@ def collect(
     hooked = isinstance(losses, Tensor) and bool(losses._backward_hooks)
     roots = [loss if loss is None or hooked else root_of(loss) for loss in each]
     present = [task for task, loss in zip(tasks, each, strict=True) if loss is not None]
-    through_grad = hiding = unreached = False
+    through_grad = hiding = False
     if survey is not None:
-        through_grad = survey.take(present, [r for r in roots if r is not None], parameters, weigh is not None)
-        hiding, unreached = survey.hiding, survey.unreached
+        survey.take(present, given, [r for r in roots if r is not None], parameters, weigh is not None)
+        through_grad, hiding = survey.through_grad, survey.hiding
     if shards is not None:
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
@@ -189,7 +189,7 @@ def collect(
     ]
     whole = shards is not None or through_grad
     hiding = hiding or whole
-    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts, hiding, unreached)
+    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts, hiding)
     with passes.grads_aside() if hiding else nullcontext():
         if whole:
             grads = passes.through_grad(sharded=shards is not None)

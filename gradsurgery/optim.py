@@ -69,10 +69,10 @@ class SurgeryOptimizer(OptimizerWrapper):
         TypeError, ValueError: an argument is not what it must be.
 
     Warns:
-        UserWarning, at the first step: shared parameters cannot be inferred, because one compiled function, re-entrant
-            checkpoint or stack yields what several losses are computed from; pass ``shared``. Or no loss depends on any
-            of the parameters. Later: re-entrant checkpoints were not there at first, so the step before missed what is
-            inside them. Or two ``step()`` came before any surgery.
+        UserWarning, at the first step and at one with other tasks, parameters or functions in Python: shared parameters
+            cannot be inferred, because one compiled function, re-entrant checkpoint or stack yields what several losses
+            are computed from; pass ``shared``. Or no loss depends on any of the parameters. Or two ``step()`` came
+            before any surgery.
     """
 
     def __init__(
@@ -151,12 +151,10 @@ class SurgeryOptimizer(OptimizerWrapper):
         }
         once = self.method.weights_losses and not self.method.needs_gram
         if once and before is None and holds_weights(losses, takes_absent):
-            parameters, survey = self._trainable(), self._survey
-            info = backward_once(
-                losses, parameters, self._planner, self._processes, self.backend, survey=survey, **passes
+            parameters = self._trainable()
+            return backward_once(
+                losses, parameters, self._planner, self._processes, self.backend, survey=self._survey, **passes
             )
-            survey.end_step(False)
-            return info
         try:
             self._collect(losses, takes_absent, **passes)
             return self.combine()
@@ -228,9 +226,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         planner, processes = self._planner, self._processes
         # They are written over what was collected: after a failure averages are averaged again, the same to rounding.
         self._pending = collected = processes.average(collected)
-        info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
-        self._survey.end_step(planner.lost)
-        return info
+        return operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
 
     def update(self, values: Sequence[Any] | Mapping[str, Any] | Tensor) -> None:
         """Pass to the method's ``update`` what it learns from besides the losses of its steps.

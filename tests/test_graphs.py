@@ -41,27 +41,6 @@ def test_reentrant_checkpoints(method, trained):
         optimizer.backward(losses(True), mode="batched")
 
 
-def test_checkpoints_that_come_later_are_found_after_a_step_that_missed_them():
-    net = two_task_net()
-    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
-    x = X.clone().requires_grad_()
-
-    def losses(checkpointed):
-        z = checkpoint(net["trunk"], x, use_reentrant=True) if checkpointed else net["trunk"](x)
-        return [net["a"](z).square().mean(), net["b"](z).abs().mean()]
-
-    optimizer.backward(losses(False))
-    expected = grads_of(net)
-    net.zero_grad()
-    optimizer.backward(losses(True))
-    assert net["trunk"][0].weight.grad is None
-    net.zero_grad()
-    with pytest.warns(UserWarning, match="which were not there at first"):
-        optimizer.backward(losses(True))
-    torch.testing.assert_close([g is None for g in grads_of(net)], [g is None for g in expected])
-    optimizer.backward(losses(True))
-
-
 class Keeping(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, kept):

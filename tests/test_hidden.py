@@ -222,10 +222,39 @@ def late(hidden, wrap, steps):
     return info.gram, grads_of(modules)
 
 
-@pytest.mark.parametrize("hidden", ["on the trunk", "own input"])
-@pytest.mark.parametrize(
+WRAPS = pytest.mark.parametrize(
     "wrap", [Hiding.apply, lambda f, x: checkpoint(f, x, use_reentrant=True)], ids=["own", "torch"]
 )
+
+
+@pytest.mark.parametrize("extension", [True, False])
+@pytest.mark.parametrize("method", ["pcgrad", "sum"])
+@WRAPS
+def test_what_hides_may_come_later_and_elsewhere(wrap, method, extension, monkeypatch):
+    if not extension:
+        monkeypatch.setattr(gradsurgery._graph, "C", None)
+    torch.manual_seed(0)
+    trunk, late, *heads = (torch.nn.Linear(6, outputs) for outputs in (6, 6, 1, 1))
+    modules = torch.nn.ModuleList([trunk, late, *heads])
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(modules.parameters(), lr=0.1), method)
+
+    def step(way):
+        optimizer.zero_grad()
+        x = X.clone().requires_grad_()
+        z = trunk(x) if way == "open" else wrap(trunk, x) if way == "own input" else wrap(late, trunk(x))
+        y = z.tanh() if way == "on the trunk" else late(z).tanh()
+        optimizer.backward([(head(y) - n).square().mean() for n, head in enumerate(heads)])
+        return grads_of(modules)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = step("open")
+        for way in ("on the trunk", "own input", "open"):
+            torch.testing.assert_close(step(way), expected, msg=lambda text, way=way: f"{way}: {text}")
+
+
+@pytest.mark.parametrize("hidden", ["on the trunk", "own input"])
+@WRAPS
 def test_tasks_that_come_later(hidden, wrap):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -235,9 +264,7 @@ def test_tasks_that_come_later(hidden, wrap):
     torch.testing.assert_close(grads, theirs)
 
 
-@pytest.mark.parametrize(
-    "wrap", [Hiding.apply, lambda f, x: checkpoint(f, x, use_reentrant=True)], ids=["own", "torch"]
-)
+@WRAPS
 def test_a_trunk_that_is_unfrozen_later(wrap):
     found = []
     for way in (wrap, lambda f, x: f(x)):

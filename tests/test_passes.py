@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The ways back from losses to task gradients: all yield the same."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel.distributed import _DDPSink
 
 import gradsurgery
 from conftest import two_losses, two_task_net
@@ -60,6 +63,29 @@ def test_every_way_yields_the_same(way, by_features):
     assert_same(collect(losses, parameters, features=features, **way).grads, expected)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(losses[0], net.trunk.weight)
+
+
+class WithFeatures(Net):
+    def forward(self, x):
+        return (*super().forward(x), *self.features)
+
+
+@pytest.mark.parametrize("way", [{}, *WAYS], ids=str)
+@pytest.mark.parametrize("wrapper", ["hooks", "unused parameters"])
+def test_outputs_that_a_wrapper_hands_on(way, wrapper):
+    """As a module with full backward hooks, and DistributedDataParallel with unused parameters, do."""
+    net, sink = WithFeatures(), SimpleNamespace(_ddp_sink_clone=True, reducer=None, static_graph=False)
+    parameters = list(net.parameters())
+    expected = collect(net(X)[:3], parameters).grads
+    if wrapper == "hooks":
+        net.register_full_backward_hook(lambda *_: None)
+        *losses, left, right = net(X.clone().requires_grad_())
+    else:
+        *losses, left, right = _DDPSink.apply(lambda: sink, *net(X))
+    assert_same(collect(losses, parameters, retain_graph=True, **way).grads, expected)
+    with pytest.raises(ValueError, match="a model with hooks, or one in DistributedDataParallel"):
+        collect(losses, parameters, features=[left, right], retain_graph=True, **way)
+    assert_same(collect(losses, parameters, features=net.features, **way).grads, expected)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
