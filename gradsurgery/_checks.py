@@ -48,11 +48,11 @@ def check_fraction(name: str, value: Any, *, zero: bool = True, one: bool = True
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
-    """Return the value as an int; ValueError unless it is an integer that is large enough."""
+    """Return the value as an int; ValueError unless it is an integer that is large enough, and below 2^63."""
     number = as_integer(value)
     if number is None or number < least:
         raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
-    return number
+    return check_word(name, number)
 
 
 def check_word(name: str, value: Any) -> int:

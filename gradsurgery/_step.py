@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from ._gradients import TaskGradients, parse, read_lists
 from ._shards import Shards
 from .backends import Backend, choose
-from .collect import Collected
+from .collect import Collected, sum_of
 from .combine import combine_of
 from .distributed import Replicas
 
@@ -59,10 +59,12 @@ def _target(parameter: Tensor, like: Tensor, accumulate: bool) -> Tensor:
         is_plain = type(parameter) is Tensor or issubclass(type(parameter), Parameter)
         model = parameter if is_plain else like
         return torch.zeros_like(model, dtype=dtype) if accumulate else torch.empty_like(model, dtype=dtype)
-    if is_foreign(grad) or grad.dtype != dtype:
+    if grad.dtype != dtype:
         raise TypeError(
-            f".grad of a parameter of shape {tuple(parameter.shape)} is {_kind(grad)}, its new gradients are {dtype}"
+            f".grad of a parameter of shape {tuple(parameter.shape)} is {grad.dtype}, its new gradients are {dtype}"
         )
+    if grad.layout is not torch.strided:
+        return grad.to_dense()
     # Kernels cannot write to an expanded .grad, nor to a negated view.
     expanded = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
     return (grad.contiguous() if expanded else grad).resolve_neg()
@@ -102,10 +104,6 @@ def is_foreign(grad: Tensor | None) -> bool:
     return grad is not None and (grad.layout is not torch.strided or grad.is_complex())
 
 
-def _kind(grad: Tensor) -> str:
-    return str(grad.dtype) if grad.layout is torch.strided else f"sparse {grad.dtype}"
-
-
 def foreign_sums(collected: Collected, params: list[int], local: list[Tensor], weights: Tensor) -> list[Tensor]:
     """Return the new ``.grad`` of parameters with sparse or complex gradients: what is there and the weighted sum."""
     sums = []
@@ -114,7 +112,5 @@ def foreign_sums(collected: Collected, params: list[int], local: list[Tensor], w
         terms = [grad * weight.to(grad.dtype) for grad, weight in column if grad is not None]
         if parameter.grad is not None:
             terms.append(parameter.grad)
-        # Dense ones first: a sparse tensor takes no dense one.
-        first, *rest = sorted(terms, key=lambda term: term.layout is not torch.strided)
-        sums.append(sum(rest, first))
+        sums.append(sum_of(terms))
     return sums

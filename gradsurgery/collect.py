@@ -71,7 +71,7 @@ class Collected:
         for mine, theirs in zip(self.grads, other.grads, strict=True):
             check_memory([mine, theirs])
         grads = [
-            [a if b is None else b if a is None else a + b for a, b in zip(mine, theirs, strict=True)]
+            [a if b is None else b if a is None else sum_of([a, b]) for a, b in zip(mine, theirs, strict=True)]
             for mine, theirs in zip(self.grads, other.grads, strict=True)
         ]
         present = [a or b for a, b in zip(self.present, other.present, strict=True)]
@@ -106,6 +106,13 @@ class Collected:
             raise ValueError("the optimizer's parameters changed between micro-batches: combine() before changing them")
         if (self.scale is None) != (other.scale is None):
             raise ValueError("either every micro-batch is given the scaler or none")
+
+
+def sum_of(terms: list[Tensor]) -> Tensor:
+    """Return the sum of dense and sparse tensors."""
+    # Dense ones first: a sparse tensor takes no dense one.
+    first, *rest = sorted(terms, key=lambda term: term.layout is not torch.strided)
+    return sum(rest, first)
 
 
 @torch.enable_grad()

@@ -238,6 +238,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             values: one number per task, in the tasks' order, or a dict from name to number.
 
         Raises:
+            TypeError: the values are none of these.
             ValueError: the method has no ``update``; or the tasks are others, or in another order, than before;
                 or as the method's ``update`` says.
         """
@@ -335,5 +336,10 @@ def _named(values: Sequence[Any] | Mapping[str, Any] | Tensor) -> tuple[list[str
     """Return the tasks' names and values."""
     if isinstance(values, Mapping):
         return [str(name) for name in values], list(values.values())
-    each = list(values.reshape(-1)) if isinstance(values, Tensor) else list(values)
+    try:
+        each = list(values.reshape(-1)) if isinstance(values, Tensor) else list(values)
+    except TypeError:
+        raise TypeError(
+            f"values must be a sequence, a 1-D tensor or a dict of numbers, one per task, got {describe(values)}"
+        ) from None
     return [str(t) for t in range(len(each))], each

@@ -252,3 +252,27 @@ def test_weights_that_cannot_be(weights, error, message):
     assert grads_of(net) == [None] * len(grads_of(net))
     with pytest.raises(error, match=message):
         gradsurgery.aggregate([[torch.ones(3)], [torch.ones(3)]], method, losses=torch.ones(2))
+
+
+@pytest.mark.parametrize("first", ["sparse", "dense"])
+def test_sparse_and_dense_gradients_of_one_head(first):
+    table, net = torch.nn.Embedding(5, 3, sparse=True), torch.nn.Linear(3, 2)
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([*table.parameters(), *net.parameters()], lr=0.1))
+
+    def losses(kind):
+        decay = table.weight.square().sum() if kind == "dense" else 0.0
+        return [table(torch.tensor([1, 3])).square().sum() + decay, net(torch.ones(3)).sum()]
+
+    kinds = ["sparse", "dense"] if first == "sparse" else ["dense", "sparse"]
+    for kind in kinds:
+        sum(losses(kind)).backward()
+    expected = grads_of(table)
+    optimizer.zero_grad()
+    for kind in kinds:
+        optimizer.backward(losses(kind))
+    torch.testing.assert_close(grads_of(table), expected)
+    optimizer.zero_grad()
+    for kind in kinds:
+        optimizer.collect(losses(kind))
+    optimizer.combine()
+    torch.testing.assert_close(grads_of(table), expected)

@@ -309,7 +309,7 @@ def test_jacobi_is_an_eigendecomposition(tasks):
         ("dualproj", {"pref": [1.0, math.nan]}, "pref must be T finite numbers"),
         ("config", {"pref": [[1.0, 2.0]]}, "pref must be T finite numbers"),
         ("cagrad", {"c": -1.0}, "c must be >= 0 and finite, got -1.0"),
-        ("cagrad", {"c": 1e101}, r"c must be at most 1e100, got 1e\+101"),
+        ("cagrad", {"c": 1e31}, r"c must be at most 1e30, got 1e\+31"),
         ("cagrad", {"rescale": 3}, "rescale must be one of 0, 1, 2, got 3"),
         ("nash_mtl", {"max_norm": 0.0}, "max_norm must be > 0, got 0.0"),
         ("fairgrad", {"alpha": 0.0}, "alpha must be positive and finite, got 0.0"),

@@ -66,6 +66,7 @@ def test_integers_of_any_kind(integer):
         (lambda: methods.NashMTL(max_norm=0), ValueError, "max_norm must be > 0, got 0"),
         (lambda: methods.MGDA(tol="small"), TypeError, "tol must be a number, got str 'small'"),
         (lambda: methods.MGDA(max_iter=2.5), ValueError, "max_iter must be an int >= 1, got 2.5"),
+        (lambda: methods.MGDA(max_iter=2**63), ValueError, r"max_iter must be an int in 0..2\^63-1, got 92233"),
         (lambda: methods.PCGrad(seed=0.5), ValueError, "seed must be an int in .*, got 0.5"),
         (lambda: methods.UPGrad(pref="mean"), TypeError, "pref must be T .*, got 'mean'"),
         (lambda: methods.UPGrad(pref=torch.ones(2) * 1j), TypeError, "pref must be T .*, got tensor"),

@@ -75,7 +75,7 @@ def test_mgda_with_original_gradients_may_conflict(normalization):
 
 
 def test_every_claim_is_known():
-    assert set(NAMES) == set(with_value("non_conflicting", "no", *HELD, "c >= 1", "tau = 0"))
+    assert set(NAMES) == set(with_value("non_conflicting", "no", *HELD, "c >= 1", "tau = 0, without opposites"))
     assert set(NAMES) == set(with_value("linear", True, False, "but for reg_eps"))
 
 

@@ -98,7 +98,7 @@ inline gs_status check_weighting(gs_weighting weighting, int64_t num_tasks, cons
   if (const gs_status status = check_known(weighting)) return status;
   const bool ridge = weighting == GS_UPGRAD || weighting == GS_DUALPROJ;
   GS_REQUIRE(!ridge || (parameter > 0 && parameter < INFINITY), "ridge must be positive and finite, got %g", parameter);
-  GS_REQUIRE(weighting != GS_CAGRAD || (parameter >= 0 && parameter <= 1e100), "c must be in 0..1e100, got %g",
+  GS_REQUIRE(weighting != GS_CAGRAD || (parameter >= 0 && parameter <= 1e30), "c must be in 0..1e30, got %g",
              parameter);
   GS_REQUIRE(weighting != GS_FAIRGRAD || (parameter > 0 && parameter < INFINITY && limit > 0),
              "alpha and limit must be positive and alpha finite, got %g and %g", parameter, limit);

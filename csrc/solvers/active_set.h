@@ -32,7 +32,7 @@ class ActiveSet {
   GS_HOST_DEVICE double u(int64_t k) const { return u_[k]; }
   GS_HOST_DEVICE double shift() const { return shift_; }  // c
   GS_HOST_DEVICE void set_shift(double shift) { shift_ = shift; }
-  GS_HOST_DEVICE bool is_refined() const { return refined_; }
+  GS_HOST_DEVICE double least_pivot() const { return least_pivot_; }
   GS_HOST_DEVICE double* spare() const { return a_; }  // [T], which every change of the set writes over
   GS_HOST_DEVICE void clear() { size_ = 0; }
 
@@ -154,21 +154,23 @@ class ActiveSet {
     }
     team_.sync();
     multiply_transposed(z_, u_);
-    refined_ = false;
   }
 
-  // Adds to u what is missing in M u = 1, from G w of w = u / total.
-  GS_HOST_DEVICE void refine(const double* gw, double total) {
+  // Adds to u what is missing in M u = 1.
+  GS_HOST_DEVICE void refine() {
     double *missing = b_, *product = c_;
+    const double shift = shift_ * sum_of_u();
     GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
-      missing[k] = 1 - total * (gw[members_[k]] + shift_);
+      double sum = 1 - shift;
+      for (int64_t l = 0; l < size_; l++) sum -= at(members_[l], members_[k]) * u_[l];
+      missing[k] = sum;
     }
     team_.sync();
     GS_ROLLED for (int64_t r = team_.rank(); r < size_; r += team_.size()) product[r] = dot(row(r), missing, r + 1);
     team_.sync();
     multiply_transposed(product, missing);
     GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) u_[k] += missing[k];
-    refined_ = true;
+    team_.sync();
   }
 
  private:
@@ -196,6 +198,8 @@ class ActiveSet {
       sum += added[c];
     }
     const double z = team_.sum(sum) + scale;
+    const double pivot = 1 / (scale * scale * (at(members_[size_], members_[size_]) + shift_));
+    least_pivot_ = size_ == 0 || pivot < least_pivot_ ? pivot : least_pivot_;
     GS_ROLLED for (int64_t c = team_.rank(); c < size_; c += team_.size()) u_[c] += z * added[c];
     if (team_.rank() == 0) {
       added[size_] = scale;
@@ -203,7 +207,6 @@ class ActiveSet {
       u_[size_] = z * scale;
     }
     size_++;
-    refined_ = false;
     team_.sync();
   }
 
@@ -239,7 +242,7 @@ class ActiveSet {
   double* inverse_;  // R
   double shift_ = 0;
   int64_t size_ = 0;
-  bool refined_ = false;
+  double least_pivot_ = 1;  // of the tasks that have entered, as a part of M_jj
 };
 
 }  // namespace gs

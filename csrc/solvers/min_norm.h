@@ -45,18 +45,23 @@ class MinNorm {
     warm = warm && descends;
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       w_[i] = warm ? weights_[i] : i == shortest ? 1 : 0;
+      weights_[i] = w_[i];
     }
     team_.sync();
     if (descends) descend(warm);  // a zero gradient is the shortest point itself
-    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
   }
 
  private:
   GS_HOST_DEVICE double at(int64_t i, int64_t j) const { return gram_[i * tasks_ + j]; }
 
   // Each function has one place here, as far as that goes: a GPU is to keep the instructions of all.
+  // Weights hold the best w.
   GS_HOST_DEVICE void descend(bool warm) {
     int64_t solves = 8 * tasks_ + 32;
+    // The lowest w^T G w, and the face minima since then: where gradients nearly depend on others, rounding makes some
+    // of them no lower, and sets would cycle.
+    double lowest = INFINITY;
+    int64_t stalls = 0;
     // The size of S from which to jump, once, from a cold start: fewer tasks take less time one after the other.
     int64_t few = warm ? 0 : 2 + tasks_ / 16;
     bool jumped = false;
@@ -67,27 +72,42 @@ class MinNorm {
       while (!jumped && solves-- > 0 && !move_to_face_minimum()) {
       }
       const int64_t j = most_violating();
-      if (j < 0 || solves <= 0) return;
+      const bool lower = value_ < lowest;
+      if (lower || j < 0) {
+        lowest = value_;
+        copy(w_, weights_);
+      }
+      stalls = lower ? 0 : stalls + 1;
+      if (j < 0 || solves <= 0 || stalls == 8 + tasks_ / 8) return;
+      if (stalls == 1) {  // begin anew at the best w, with an R that has lost nothing in updates
+        copy(weights_, w_);
+        jumped = false;
+        begins = true;
+        continue;
+      }
       if (jumped) set_.invert_factor();
       jumped = false;
       if (set_.size() == few) {
         few = 0;
         jumped = jump();
         begins = !jumped;
-      } else if (uncertain_) {
-        set_.refine(set_.spare(), total_);
       } else {
         set_.enter(j);
       }
     }
   }
 
-  // S = the tasks with w > 0, but for those that nearly depend on others, whose w becomes 0: R would be noise, and what
-  // is left of w moves to the minimum next.
+  GS_HOST_DEVICE void copy(const double* from, double* to) {
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) to[i] = from[i];
+    team_.sync();
+  }
+
+  // S = the tasks with w > 0, but for those that depend on others, whose w becomes 0: R would be noise, and what is
+  // left of w moves to the minimum next.
   GS_HOST_DEVICE void enter_positive() {
     set_.clear();
     for (int64_t i = 0; i < tasks_; i++) {
-      if (!(w_[i] > 0) || set_.enter(i, 1e-10)) continue;
+      if (!(w_[i] > 0) || set_.enter(i, 1e-13)) continue;
       if (team_.rank() == 0) w_[i] = 0;
       team_.sync();
     }
@@ -107,23 +127,19 @@ class MinNorm {
   }
 
   // The task j outside S with the largest (w^T G w - (G w)_j) relative to the rounding error of (G w)_j; -1 if none is
-  // above it. If it is not above the rounding error of w either, w is uncertain, and to be refined first.
+  // above it.
   GS_HOST_DEVICE int64_t most_violating() {
     double* const gw = set_.spare();
     sum_rows(
         team_, gram_, tasks_, set_.size(), [&](int64_t k) { return set_.member(k); },
         [&](int64_t k) { return w_[set_.member(k)]; }, gw);
-    double spread = 0, value = 0, error = 0;
+    double spread = 0, value = 0;
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       spread += w_[i] * norm_[i];
       value += w_[i] * gw[i];
-      if (w_[i] > 0) {  // (G w)_i + c is the same for all of S
-        const double deviation = (gw[i] + set_.shift() - 1 / total_) / norm_[i];
-        error += deviation * deviation;
-      }
     }
-    team_.sum_each(spread, value, error);
-    error = std::sqrt(error);
+    team_.sum_each(spread, value);
+    value_ = value;
     double worst = -kTolerance * spread;
     int64_t worst_task = -1;
     GS_ROLLED for (int64_t j = team_.rank(); j < tasks_; j += team_.size()) {
@@ -134,13 +150,14 @@ class MinNorm {
       }
     }
     team_.least(worst, worst_task);
-    uncertain_ = !set_.is_refined() && worst > -4 * error;
     team_.sync();
     return worst_task;
   }
 
   // Moves w towards the shortest point of S's affine hull. True if it got there, false if a task left S on the way.
   GS_HOST_DEVICE bool move_to_face_minimum() {
+    // Rounding of R takes a part of u that the least pivot divides; each time leaves a millionth of that, or less.
+    for (double pivot = set_.least_pivot(); pivot < 1e-2; pivot *= 1e6) set_.refine();
     total_ = set_.sum_of_u();
     double reach = INFINITY;
     int64_t blocking = -1;
@@ -174,7 +191,7 @@ class MinNorm {
   double *norm_, *w_;  // by task: |g_i|, the weights
   ActiveSet<Team> set_;
   double total_ = 0;  // sum(u)
-  bool uncertain_ = false;
+  double value_ = 0;  // w^T G w
 };
 
 }  // namespace gs

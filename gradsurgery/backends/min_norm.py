@@ -53,9 +53,10 @@ def wolfe(gram: Tensor, start: Tensor | None = None) -> Tensor:
         violation = torch.where(active, -torch.inf, (value - gw) / norms)
         worst, joining = violation.max(-1, keepdim=True)
         # Where rounding no longer lets w^T G w descend, sets would cycle.
-        descends = at_minimum & ~settled & (value < lowest)
-        best, lowest = torch.where(descends, weights, best), torch.where(descends, value, lowest)
-        settled = settled | (at_minimum & ~(descends & (worst > error)))
+        descends, optimal = value < lowest, worst <= error
+        better = at_minimum & ~settled & (descends | optimal)
+        best, lowest = torch.where(better, weights, best), torch.where(better, value, lowest)
+        settled = settled | (at_minimum & (optimal | ~descends))
         if all_done(settled):
             break
         joins = torch.zeros_like(active).scatter(-1, joining, at_minimum & ~settled)

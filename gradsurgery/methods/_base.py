@@ -110,8 +110,8 @@ class Method:
 
     @property
     def tells_tasks_apart(self) -> bool:
-        """Whether the state or an option holds something for each task, which then must be the same at each step."""
-        return bool(self.state_dict().keys() - {"seed", "step"}) or any(
+        """Whether the state holds more than numbers or an option something for each task: they then must stay the same."""
+        return any(not _is_number(value) for value in self.state_dict().values()) or any(
             isinstance(option, PerTask) for option in vars(self).values()
         )
 
@@ -188,6 +188,10 @@ def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | No
             f"{tuple(weights.shape)} on {weights.device}"
         )
     return weights.detach().double()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def _brief(option: Any) -> str:

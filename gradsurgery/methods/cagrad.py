@@ -24,7 +24,7 @@ class CAGrad(SolverMethod):
     Scale: 1 + c times a mean over tasks, times the factor of ``rescale``. No state. Cost: O(T^3).
 
     Args:
-        c: radius of the ball, 0 <= c <= 1e100, relative to |g_0|.
+        c: radius of the ball, 0 <= c <= 1e30, relative to |g_0|.
         rescale: 0: d as above, the paper's; 1: d / (1 + c^2), as in the authors' code; 2: d / (1 + c).
     """
 
@@ -35,8 +35,8 @@ class CAGrad(SolverMethod):
 
     def __init__(self, c: float = 0.5, rescale: int = 0) -> None:
         self.c = check_not_negative("c", c)
-        if self.c > 1e100:
-            raise ValueError(f"c must be at most 1e100, got {c}")
+        if self.c > 1e30:
+            raise ValueError(f"c must be at most 1e30, got {c}")
         self.rescale = check_choice("rescale", rescale, (0, 1, 2))
 
     def _solver(self, num_tasks: int) -> Solver:

@@ -29,7 +29,8 @@ class PCD(Method):
 
     Conventions: the authors add 1e-8 to v_t, here nothing, so that scaling the gradients scales d. Where no x meets the
     constraints they are dropped, and d = g_1; g_1 = 0 and x = 0 give d = 0. In both questions a sum of vectors that is
-    shorter than 1e-3 of their lengths' sum counts as 0, for G of float32 gradients is accurate to the square of that.
+    shorter than 1e-3 of their lengths' sum counts as 0, for G of float32 gradients is accurate to the square of that;
+    so where other tasks are opposite to within as much, d may conflict with them though tau = 0.
     A step whose G is not finite does not enter the averages.
     Scale: as long as g_1. State: v. Cost: O(T^3).
 
@@ -41,7 +42,7 @@ class PCD(Method):
     name = "pcd"
     state_by_problem = True
     scale = "as long as g_1"
-    non_conflicting = "tau = 0"
+    non_conflicting = "tau = 0, without opposites"
     cost = "T^3"
 
     def __init__(self, tau: float | Sequence[float] | Tensor = 0.02, beta: float = 0.999) -> None:

@@ -61,7 +61,7 @@ typedef enum gs_method {
 typedef enum gs_weighting {
   GS_UPGRAD = 0,    // preference; parameter: ridge > 0
   GS_DUALPROJ = 1,  // preference; parameter: ridge > 0
-  GS_CAGRAD = 2,    // parameter: c in 0..1e100
+  GS_CAGRAD = 2,    // parameter: c in 0..1e30
   GS_FAIRGRAD = 3,  // parameter: alpha > 0, 1 is Nash-MTL; limit > 0: of |d|, or INFINITY
   GS_IMTL_G = 4,
   GS_CONFIG = 5,              // preference
