@@ -276,3 +276,22 @@ def test_sparse_and_dense_gradients_of_one_head(first):
         optimizer.collect(losses(kind))
     optimizer.combine()
     torch.testing.assert_close(grads_of(table), expected)
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor])
+def test_a_state_of_numbers_belongs_to_no_task(kind):
+    class Warm(methods.Method):
+        steps = kind(0)
+
+        def weights(self, gram, *, losses=None):
+            self.steps = self.steps + 1
+            return torch.ones_like(gram[..., 0])
+
+        def state_dict(self):
+            return {"steps": self.steps}
+
+    shared = torch.nn.Parameter(torch.ones(3))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([shared], lr=0.1), Warm())
+    optimizer.backward({"a": shared.sum(), "b": shared.square().sum()})
+    optimizer.backward({"a": shared.sum()})
+    assert optimizer.method.steps == 2

@@ -379,25 +379,6 @@ def test_the_state_of_a_method_of_ones_own():
     assert torch.equal(other.method.average, one.method.average)
 
 
-@pytest.mark.parametrize("kind", [int, torch.tensor])
-def test_a_state_of_numbers_belongs_to_no_task(kind):
-    class Warm(methods.Method):
-        steps = kind(0)
-
-        def weights(self, gram, *, losses=None):
-            self.steps = self.steps + 1
-            return torch.ones_like(gram[..., 0])
-
-        def state_dict(self):
-            return {"steps": self.steps}
-
-    shared = torch.nn.Parameter(torch.ones(3))
-    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([shared], lr=0.1), Warm())
-    optimizer.backward({"a": shared.sum(), "b": shared.square().sum()})
-    optimizer.backward({"a": shared.sum()})
-    assert optimizer.method.steps == 2
-
-
 @pytest.mark.parametrize("name", ["pcgrad", "mgda"])
 def test_weights_of_losses_weigh_what_no_kernel_reads(name):
     shared, head = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))

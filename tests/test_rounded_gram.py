@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The methods of solvers for a G that float32 rounded, so that dependent gradients seem to have negative squares."""
+"""Solvers of a G that rounding changes: in float32, dependent gradients seem to have negative squares."""
 
 import time
 
@@ -103,3 +103,21 @@ def test_many_dependent_gradients_take_the_reference_no_minute():
     weights = methods.get("cagrad", c=1.0).weights(gram, backend="reference")
     assert weights.isfinite().all()
     assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(("tasks", "columns"), [(24, 12), (33, 40)])
+def test_min_norm_where_rounding_leads_up(backend, tasks, columns):
+    """Copies to five digits, of any sign: some steps of Wolfe's algorithm lead to longer vectors, and sets cycle."""
+    problems = {"triton": 2, "reference": 100}.get(backend, 500)
+    rows = torch.randn(problems, tasks, columns, dtype=torch.float64)
+    signs = torch.randn(problems, tasks).sign()[..., None]
+    for i in range(1, tasks):
+        originals = rows[torch.arange(problems), torch.randint(i, (problems,))]
+        copies = torch.rand(problems, 1) < 0.7
+        rows[:, i] = torch.where(copies, signs[:, i] * originals + 1e-5 * rows[:, i], rows[:, i])
+    weights = gradsurgery.min_norm_weights(rows @ rows.mT, backend=backend)
+    shortest, norms = weights[:, None] @ rows, rows.norm(dim=-1)
+    missing = shortest.square().sum(-1) - (rows * shortest).sum(-1)
+    worst = (missing / norms / (weights * norms).sum(-1, keepdim=True)).amax(-1)
+    assert worst.max() <= 2e-7
+    assert worst.quantile(0.99) <= 1e-8

@@ -110,7 +110,7 @@ class Method:
 
     @property
     def tells_tasks_apart(self) -> bool:
-        """Whether the state holds more than numbers or an option something for each task: they then must stay the same."""
+        """Whether tasks must stay the same: the state holds more than numbers, or an option something for each task."""
         return any(not _is_number(value) for value in self.state_dict().values()) or any(
             isinstance(option, PerTask) for option in vars(self).values()
         )
