@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ._dtensor import is_sharded
 from ._extension import C
 
 Root = Tensor | GradientEdge
@@ -97,7 +96,9 @@ class Survey:
         functions = functions_behind(losses)
         alike = len(parameters) == len(self.parameters) and all(map(is_, parameters, self.parameters))
         if not (self.began and alike and self.tasks.issuperset(tasks) and self.functions.issuperset(functions)):
-            self._look_through(roots, parameters)
+            nodes = _postorder([_edge(root)[0] for root in roots], {})
+            self.through_grad = self.through_grad or any(type(node).__name__ == _REENTRANT for node in nodes)
+            self.hiding = self.hiding or any(map(_may_hide, nodes))
             self.checked = False
         self.began = True
         self.tasks.update(tasks)
@@ -113,21 +114,6 @@ class Survey:
                     "apart there",
                     stacklevel=7,
                 )
-
-    def _look_through(self, roots: list[Root], parameters: Sequence[Tensor]) -> None:
-        nodes = _postorder([_edge(root)[0] for root in roots], {})
-        self.through_grad = self.through_grad or any(type(node).__name__ == _REENTRANT for node in nodes)
-        self.hiding = self.hiding or any(map(_may_hide, nodes))
-        known = {id(p) for p in parameters}
-        reaches = any(type(node).__name__ == "AccumulateGrad" and id(node.variable) in known for node in nodes)
-        # Sharded parameters are not in the graph themselves.
-        seen = reaches or self.through_grad or self.hiding or any(map(is_sharded, parameters))
-        if roots and parameters and not seen:
-            warnings.warn(
-                "these losses depend on no parameter of the optimizer that requires grad, and train nothing: make "
-                "the optimizer of the parameters that the model keeps",
-                stacklevel=8,
-            )
 
 
 def functions_behind(losses: list[Tensor]) -> set[str]:

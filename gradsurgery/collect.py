@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -204,6 +205,12 @@ def collect(
             grads = passes.from_losses()
         else:
             grads = passes.by_features(features)
+    if survey is not None and parameters and all(entry is None for row in grads for entry in row):
+        warnings.warn(
+            "these losses depend on no parameter of the optimizer that requires grad, and train nothing: make the "
+            "optimizer of the parameters that the model keeps",
+            stacklevel=6,
+        )
     if len(starts) < len(roots):
         found = iter(grads)
         grads = [[None] * len(parameters) if root is None else next(found) for root in roots]

@@ -71,8 +71,8 @@ class SurgeryOptimizer(OptimizerWrapper):
     Warns:
         UserWarning, at the first step and at one with other tasks, parameters or functions in Python: shared parameters
             cannot be inferred, because one compiled function, re-entrant checkpoint or stack yields what several losses
-            are computed from; pass ``shared``. Or no loss depends on any of the parameters. Or two ``step()`` came
-            before any surgery.
+            are computed from; pass ``shared``. At any step: no loss depends on any of the parameters. Or two ``step()``
+            came before any surgery.
     """
 
     def __init__(
