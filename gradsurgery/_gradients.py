@@ -127,7 +127,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
     if not isinstance(grads, Sequence) or not grads:
         raise TypeError(
             "grads must be a [T, N] tensor or a non-empty list of T lists of gradients (one list per task, None where "
-            f"a task has no gradient), got {'an empty list' if isinstance(grads, Sequence) else describe(grads)}"
+            f"a task has no gradient), got {'an empty list' if isinstance(grads, (list, tuple)) else describe(grads)}"
         )
     entries: list[Tensor | None] = []
     like: list[Tensor | None] = []

@@ -6,8 +6,8 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from operator import is_
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor
@@ -59,26 +59,23 @@ _KEEPING = (
 class Survey:
     """What the graphs of the steps so far tell: how passes must run, and whether shared parameters can be inferred.
 
-    A graph is looked through where it may tell something new.
+    A graph is looked through where it has functions in Python that none before had.
     """
 
     infers_shared: bool
-    """Whether shared parameters are inferred, which steps with one pass per loss check that they can be."""
+    """Whether shared parameters are inferred. Steps with one pass per loss check that they can be, until one warns."""
     checked: bool = False
     """Whether that was checked of the graph that was looked through last."""
+    functions: set[str] | None = None
+    """The names of the functions in Python; None before the first graph."""
     through_grad: bool = False
     """Whether passes must go by way of ``.grad``."""
     hiding: bool = False
     """Whether there are functions whose backward may call another pass."""
     began: bool = False
-    """Whether there was a graph."""
-    tasks: set[str] = field(default_factory=set)
-    functions: set[str] = field(default_factory=set)
-    """The names of the functions in Python."""
-    parameters: Sequence[Tensor] = ()
-    """Those of the last step."""
+    """Whether there was a step of surgery."""
     early_steps: int = 0
-    """Steps of the wrapped optimizer before any graph."""
+    """Steps of the wrapped optimizer before that."""
 
     def begin_step(self) -> None:
         """Warn of the second step before any surgery; some checkpoints make one, to have a state to load into."""
@@ -89,24 +86,19 @@ class Survey:
                 stacklevel=3,
             )
 
-    def take(
-        self, tasks: list[str], losses: list[Tensor], roots: list[Root], parameters: Sequence[Tensor], one_pass: bool
-    ) -> None:
+    def take(self, losses: list[Tensor], roots: list[Root], one_pass: bool) -> None:
         """Look at the graph of these, and warn where gradients will not tell which parameters a loss reaches."""
         functions = functions_behind(losses)
-        alike = len(parameters) == len(self.parameters) and all(map(is_, parameters, self.parameters))
-        if not (self.began and alike and self.tasks.issuperset(tasks) and self.functions.issuperset(functions)):
+        if self.functions is None or not self.functions.issuperset(functions):
             nodes = _postorder([_edge(root)[0] for root in roots], {})
             self.through_grad = self.through_grad or any(type(node).__name__ == _REENTRANT for node in nodes)
             self.hiding = self.hiding or any(map(_may_hide, nodes))
+            self.functions = functions.union(self.functions or ())
             self.checked = False
-        self.began = True
-        self.tasks.update(tasks)
-        self.functions.update(functions)
-        self.parameters = parameters
         if self.infers_shared and not self.checked and not one_pass and len(roots) > 1:
             self.checked = True
             if joins(roots):
+                self.infers_shared = False
                 warnings.warn(
                     "losses depend on different outputs of one compiled function, checkpoint or sharded module, or are "
                     "computed from one stacked tensor, whose backward pass gives zeros to what a loss does not depend "
@@ -148,11 +140,19 @@ def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int
     leaves: dict[int, int] = {}
     for node in reversed(_postorder(list(masks), stop_at)):
         passing = type(node).__name__ in _PASSING
-        for i, edge in enumerate(node.next_functions):
-            depends(edge, of_output[node, i] if passing else masks[node])
+        for edge, place in zip(node.next_functions, _places(node) if passing else repeat(None), strict=False):
+            depends(edge, masks[node] if place is None else of_output[node, place])
         if type(node).__name__ == "AccumulateGrad":
             leaves[id(node.variable)] = masks[node]
     return leaves, stop_masks
+
+
+def _places(node: Any) -> list[int | None]:
+    """Return for each input of a function of ``_PASSING`` the output that it is; None for one without a graph."""
+    # Outputs that are no tensors count, too. The first argument of DistributedDataParallel's function is the module.
+    skipped = type(node).__name__ == "_DDPSinkBackward"
+    with_graph = (place - skipped for place, needed in enumerate(node.needs_input_grad) if needed)
+    return [None if edge[0] is None else next(with_graph) for edge in node.next_functions]
 
 
 def joins(losses: Sequence[Root]) -> bool:

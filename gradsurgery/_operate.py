@@ -198,6 +198,7 @@ def backward_once(
 
     with Rollback(method, parameters[0].device if parameters else torch.device("cpu")):
         collected = collect(losses, parameters, weigh=weigh_by, shards=processes.shards, **passes)
+        collected.warn_of_nothing(stacklevel=5)
         with torch.no_grad():
             add_all(processes.average_gradients(collected), processes, backend)
     planner.remember_tasks(collected.tasks)

@@ -222,7 +222,7 @@ class Planner:
         group_of = None
         if self.granularity == "per_group":
             places = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
-            group_of = [places[id(p)] for p in collected.parameters]
+            group_of = [places.get(id(p), -1) for p in collected.parameters]  # -1: removed since
         if plan is None or not plan.holds(collected.parameters, reach, enough, group_of, measured):
             plan = make_plan(
                 collected.parameters,

@@ -61,6 +61,15 @@ class Collected:
         )
         return bytes(min(127, sum(by_task)) for by_task in reached)
 
+    def warn_of_nothing(self, stacklevel: int) -> None:
+        """Warn if no loss depends on any of the parameters."""
+        if self.parameters and all(entry is None for row in self.grads for entry in row):
+            warnings.warn(
+                "these losses depend on no parameter of the optimizer that requires grad, and train nothing: make the "
+                "optimizer of the parameters that the model keeps",
+                stacklevel=stacklevel,
+            )
+
     def plus(self, other: Collected) -> Collected:
         """Return the sum.
 
@@ -144,7 +153,7 @@ def collect(
             one row of gradients; ``mode``, ``chunk_size`` and ``features`` are only checked.
         partial: accept None for an absent loss; its row is of None.
         shards: where the parameters are spread over processes; the gradients are then this process's parts.
-        survey: what the first step's graph tells about the passes; None: they go to named inputs.
+        survey: what the graphs of the steps so far tell about the passes; None: they go to named inputs.
 
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
@@ -169,7 +178,7 @@ def collect(
     present = [task for task, loss in zip(tasks, each, strict=True) if loss is not None]
     through_grad = hiding = False
     if survey is not None:
-        survey.take(present, given, [r for r in roots if r is not None], parameters, weigh is not None)
+        survey.take(given, [r for r in roots if r is not None], weigh is not None)
         through_grad, hiding = survey.through_grad, survey.hiding
     if shards is not None:
         if mode != "sequential" or features is not None:
@@ -205,12 +214,6 @@ def collect(
             grads = passes.from_losses()
         else:
             grads = passes.by_features(features)
-    if survey is not None and parameters and all(entry is None for row in grads for entry in row):
-        warnings.warn(
-            "these losses depend on no parameter of the optimizer that requires grad, and train nothing: make the "
-            "optimizer of the parameters that the model keeps",
-            stacklevel=6,
-        )
     if len(starts) < len(roots):
         found = iter(grads)
         grads = [[None] * len(parameters) if root is None else next(found) for root in roots]

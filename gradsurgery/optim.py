@@ -69,10 +69,10 @@ class SurgeryOptimizer(OptimizerWrapper):
         TypeError, ValueError: an argument is not what it must be.
 
     Warns:
-        UserWarning, at the first step and at one with other tasks, parameters or functions in Python: shared parameters
-            cannot be inferred, because one compiled function, re-entrant checkpoint or stack yields what several losses
-            are computed from; pass ``shared``. At any step: no loss depends on any of the parameters. Or two ``step()``
-            came before any surgery.
+        UserWarning: shared parameters cannot be inferred, because one compiled function, re-entrant checkpoint or stack
+            yields what several losses are computed from; pass ``shared``. It is looked for at the first step, and where
+            the losses depend on functions in Python that they did not before. Or no loss depends on any of the
+            parameters. Or two ``step()`` came before any surgery.
     """
 
     def __init__(
@@ -151,13 +151,15 @@ class SurgeryOptimizer(OptimizerWrapper):
         }
         once = self.method.weights_losses and not self.method.needs_gram
         if once and before is None and holds_weights(losses, takes_absent):
-            parameters = self._trainable()
-            return backward_once(
-                losses, parameters, self._planner, self._processes, self.backend, survey=self._survey, **passes
+            parameters, survey = self._trainable(), self._survey
+            info = backward_once(
+                losses, parameters, self._planner, self._processes, self.backend, survey=survey, **passes
             )
+            survey.began = True
+            return info
         try:
             self._collect(losses, takes_absent, **passes)
-            return self.combine()
+            return self._combine()
         except OverwrittenError:
             raise
         except BaseException:
@@ -202,7 +204,6 @@ class SurgeryOptimizer(OptimizerWrapper):
             raise
 
     @untraced
-    @torch.no_grad()
     def combine(self) -> SurgeryInfo:
         """Operate on what was collected, add the result to ``.grad``, and forget what was collected.
 
@@ -212,6 +213,10 @@ class SurgeryOptimizer(OptimizerWrapper):
             ValueError: nothing was collected, or not all tasks, or another number of batches than the method takes.
             ValueError, TypeError: as :meth:`backward` does; what was collected is kept then.
         """
+        return self._combine()
+
+    @torch.no_grad()
+    def _combine(self) -> SurgeryInfo:
         if self._pending is None:
             raise ValueError("there is nothing to combine: call collect(losses) first")
         collected = self._pending
@@ -226,7 +231,10 @@ class SurgeryOptimizer(OptimizerWrapper):
         planner, processes = self._planner, self._processes
         # They are written over what was collected: after a failure averages are averaged again, the same to rounding.
         self._pending = collected = processes.average(collected)
-        return operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
+        info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
+        collected.warn_of_nothing(stacklevel=6)
+        self._survey.began = True
+        return info
 
     def update(self, values: Sequence[Any] | Mapping[str, Any] | Tensor) -> None:
         """Pass to the method's ``update`` what it learns from besides the losses of its steps.

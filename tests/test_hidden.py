@@ -253,6 +253,28 @@ def test_what_hides_may_come_later_and_elsewhere(wrap, method, extension, monkey
             torch.testing.assert_close(step(way), expected, msg=lambda text, way=way: f"{way}: {text}")
 
 
+def test_a_function_that_comes_later_and_joins_trunk_and_heads_is_warned_of():
+    net = torch.nn.ModuleDict({name: torch.nn.Linear(6, size) for name, size in (("trunk", 6), ("a", 2), ("b", 2))})
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+
+    def outputs(x):
+        z = net["trunk"](x)
+        return net["a"](z), net["b"](z)
+
+    def step(joined):
+        a, b = checkpoint(outputs, X.clone().requires_grad_(), use_reentrant=True) if joined else outputs(X)
+        optimizer.backward([a.square().mean(), b.abs().mean()])
+
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        step(False)
+        assert not warned
+        step(True)
+        assert "Name the shared parameters by shared=" in str(warned[0].message)
+        step(True)
+        step(False)
+    assert len(warned) == 1
+
+
 @pytest.mark.parametrize("hidden", ["on the trunk", "own input"])
 @WRAPS
 def test_tasks_that_come_later(hidden, wrap):

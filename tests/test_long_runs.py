@@ -138,6 +138,10 @@ def test_a_parameter_that_moves_to_another_group_has_the_g_of_that_group():
 
     gram()
     own = optimizer.param_groups
+    optimizer.collect([(first + second).sum(), (first * second).sum()])
+    own[0]["params"].remove(first)
+    optimizer.combine()  # of what was there when it was collected
+    own[0]["params"].insert(0, first)
     own[1]["params"].insert(0, own[0]["params"].pop())
     moved = gram()
     optimizer = gradsurgery.PCGrad(torch.optim.SGD(own, lr=0.0), granularity="per_group")

@@ -201,6 +201,10 @@ def test_what_else_an_optimizer_has():
 def test_warns_of_steps_without_surgery():
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = gradsurgery.PCGrad(torch.optim.SGD([parameter], lr=0.1))
+    with pytest.raises(ValueError, match="mode must be one of"):
+        optimizer.backward([parameter.sum(), parameter.norm()], mode="both")
+    optimizer.collect([parameter.sum(), parameter.norm()])
+    optimizer.zero_grad()
     parameter.sum().backward()
     optimizer.step()
     with pytest.warns(UserWarning, match="two steps without surgery"):

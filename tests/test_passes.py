@@ -81,7 +81,8 @@ def test_outputs_that_a_wrapper_hands_on(way, wrapper):
         net.register_full_backward_hook(lambda *_: None)
         *losses, left, right = net(X.clone().requires_grad_())
     else:
-        *losses, left, right = _DDPSink.apply(lambda: sink, *net(X))
+        # Among them, as DistributedDataParallel gives it all that a module returns, what has no graph and no tensors.
+        _, _, *losses, _, left, right = _DDPSink.apply(lambda: sink, 3, X, *net(X)[:3], None, *net.features)
     assert_same(collect(losses, parameters, retain_graph=True, **way).grads, expected)
     with pytest.raises(ValueError, match="a model with hooks, or one in DistributedDataParallel"):
         collect(losses, parameters, features=[left, right], retain_graph=True, **way)

@@ -105,6 +105,15 @@ def test_many_dependent_gradients_take_the_reference_no_minute():
     assert time.monotonic() - begin < 20
 
 
+def test_min_norm_of_near_copies_whose_pivots_are_subnormal(backend):
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((12, 6))
+    rows[1:] = rows[random.integers(0, 1, 11)] + 1e-9 * rows[1:]
+    gram = torch.from_numpy(rows @ rows.T * 1e-300).to(DEVICE)
+    w = gradsurgery.min_norm_weights(gram, backend=backend)
+    torch.testing.assert_close(w.sum(), torch.ones((), dtype=torch.float64))
+
+
 @pytest.mark.parametrize(("tasks", "columns"), [(24, 12), (33, 40)])
 def test_min_norm_where_rounding_leads_up(backend, tasks, columns):
     """Copies to five digits, of any sign: some steps of Wolfe's algorithm lead to longer vectors, and sets cycle."""

@@ -309,6 +309,14 @@ def test_nothing_to_train_is_warned_of():
         with pytest.warns(UserWarning, match="these losses depend on no parameter of the optimizer") as warned:
             optimizer.backward(two_losses(net, X))
         assert warned[0].filename == __file__
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(old.parameters(), lr=0.1))
+    optimizer.collect([two_losses(net, X)[0], None])
+    optimizer.collect([None, two_losses(old, X)[1]])
+    optimizer.combine()  # no warning
+    optimizer.collect(two_losses(net, X))
+    with pytest.warns(UserWarning, match="these losses depend on no parameter of the optimizer") as warned:
+        optimizer.combine()
+    assert warned[0].filename == __file__
     for p in old.parameters():
         p.requires_grad_(False)
     gradsurgery.MGDA(torch.optim.SGD(old.parameters(), lr=0.1)).backward(two_losses(net, X))  # as asked

@@ -198,7 +198,8 @@ class ActiveSet {
       sum += added[c];
     }
     const double z = team_.sum(sum) + scale;
-    const double pivot = 1 / (scale * scale * (at(members_[size_], members_[size_]) + shift_));
+    const int64_t j = members_[size_];
+    const double pivot = 1 / scale / (at(j, j) + shift_) / scale;  // scale^2 may overflow
     least_pivot_ = size_ == 0 || pivot < least_pivot_ ? pivot : least_pivot_;
     GS_ROLLED for (int64_t c = team_.rank(); c < size_; c += team_.size()) u_[c] += z * added[c];
     if (team_.rank() == 0) {
@@ -242,7 +243,7 @@ class ActiveSet {
   double* inverse_;  // R
   double shift_ = 0;
   int64_t size_ = 0;
-  double least_pivot_ = 1;  // of the tasks that have entered, as a part of M_jj
+  double least_pivot_ = 1;  // the least p^2 / M_jj of the tasks that entered since S was empty, those that left too
 };
 
 }  // namespace gs

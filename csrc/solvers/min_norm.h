@@ -58,8 +58,8 @@ class MinNorm {
   // Weights hold the best w.
   GS_HOST_DEVICE void descend(bool warm) {
     int64_t solves = 8 * tasks_ + 32;
-    // The lowest w^T G w, and the face minima since then: where gradients nearly depend on others, rounding makes some
-    // of them no lower, and sets would cycle.
+    // The lowest w^T G w, and how many face minima came since then: where gradients nearly depend on others, rounding
+    // makes some of them no lower, and sets would cycle.
     double lowest = INFINITY;
     int64_t stalls = 0;
     // The size of S from which to jump, once, from a cold start: fewer tasks take less time one after the other.
@@ -156,8 +156,9 @@ class MinNorm {
 
   // Moves w towards the shortest point of S's affine hull. True if it got there, false if a task left S on the way.
   GS_HOST_DEVICE bool move_to_face_minimum() {
-    // Rounding of R takes a part of u that the least pivot divides; each time leaves a millionth of that, or less.
-    for (double pivot = set_.least_pivot(); pivot < 1e-2; pivot *= 1e6) set_.refine();
+    // Rounding of R takes a part of u that the least pivot divides.
+    const double pivot = set_.least_pivot();
+    for (int turns = (pivot < 1e-4) + (pivot < 1e-8); turns > 0; turns--) set_.refine();
     total_ = set_.sum_of_u();
     double reach = INFINITY;
     int64_t blocking = -1;

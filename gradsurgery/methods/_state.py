@@ -43,7 +43,9 @@ def numbers_of(name: str, values: Iterable[Any] | Mapping[str, Any], device: tor
     try:
         numbers = [torch.as_tensor(value, dtype=torch.float64, device=device).detach().reshape(()) for value in each]
         return torch.stack(numbers)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
+            raise
         raise ValueError(f"{name} must hold one number per task, got {values!r}") from None
 
 
