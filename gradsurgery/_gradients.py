@@ -270,7 +270,7 @@ def _integers(values: Sequence[int], wanted: str) -> list[int]:
     numbers = []
     for value in values:
         number = as_integer(value)
-        if number is None:
+        if number is None or number >= 2**63:
             raise TypeError(f"segments must be a list of int, {wanted}, got {describe(value)} in it")
         numbers.append(number)
     return numbers

@@ -64,6 +64,7 @@ def test_gradients(function, grads, error, message):
         (ROWS, [0, 8.0], TypeError, "segments must be a list of int"),
         (LISTS, [0], ValueError, r"one segment id >= 0 for each of the 2 parameters, got \[0\]"),
         (LISTS, [0, -1], ValueError, "one segment id >= 0"),
+        (LISTS, [0, 2**63], TypeError, "segments must be a list of int"),
     ],
 )
 def test_segments(grads, segments, error, message):
