@@ -65,12 +65,12 @@ def exact_gram(rows: Tensor) -> Tensor:
     )
 
 
-def near_copies(tasks: int, seed: int) -> torch.Tensor:
-    """Rows of which most are an earlier one with either sign, to seven digits."""
-    rows = normal(tasks, 200, seed=seed)
+def near_copies(tasks: int, seed: int, columns: int = 200, distance: float = 1e-7) -> torch.Tensor:
+    """Rows of which most are an earlier one with either sign, but for ``distance`` times one of their own."""
+    rows = normal(tasks, columns, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for i in range(1, tasks):
         copied, negative, source = torch.rand(3, generator=generator, device="cpu").tolist()
         if copied < 0.6:
-            rows[i] = rows[int(source * i)] * (-1 if negative < 0.2 else 1) + 1e-7 * rows[i]
+            rows[i] = rows[int(source * i)] * (-1 if negative < 0.2 else 1) + distance * rows[i]
     return rows

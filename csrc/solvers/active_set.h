@@ -199,7 +199,7 @@ class ActiveSet {
     }
     const double z = team_.sum(sum) + scale;
     const int64_t j = members_[size_];
-    const double pivot = 1 / scale / (at(j, j) + shift_) / scale;  // scale^2 may overflow
+    const double pivot = 1 / (scale * scale * (at(j, j) + shift_));  // 0 where that overflows
     least_pivot_ = size_ == 0 || pivot < least_pivot_ ? pivot : least_pivot_;
     GS_ROLLED for (int64_t c = team_.rank(); c < size_; c += team_.size()) u_[c] += z * added[c];
     if (team_.rank() == 0) {
