@@ -127,25 +127,23 @@ def test_a_block_does_not_get_the_state_of_another(name, granularity):
 
 
 def test_a_parameter_that_moves_to_another_group_has_the_g_of_that_group():
-    first, second = (torch.nn.Parameter(torch.tensor([float(k), 1.0])) for k in (1, 2))
-    third = torch.nn.Parameter(torch.ones(2))
+    first, second, third = (torch.nn.Parameter(torch.tensor([float(k), 1.0])) for k in (1, 2, 3))
     groups = [{"params": [first, second]}, {"params": [third]}]
     optimizer = gradsurgery.PCGrad(torch.optim.SGD(groups, lr=0.0), granularity="per_group")
 
-    def gram():
-        total = first + second + third
-        return optimizer.backward([total.square().sum(), (first * second * third).sum()]).gram
+    def losses():
+        return [(first + second + third).square().sum(), (first * second * third).sum()]
 
-    gram()
-    own = optimizer.param_groups
-    optimizer.collect([(first + second).sum(), (first * second).sum()])
-    own[0]["params"].remove(first)
+    before = optimizer.backward(losses()).gram
+    groups = optimizer.param_groups
+    groups[1]["params"].insert(0, groups[0]["params"].pop())
+    moved = optimizer.backward(losses()).gram
+    fresh = gradsurgery.PCGrad(torch.optim.SGD(groups, lr=0.0), granularity="per_group")
+    torch.testing.assert_close(moved, fresh.backward(losses()).gram, rtol=0, atol=0)
+    assert not torch.equal(moved, before)
+    optimizer.collect(losses())
+    groups[0]["params"].clear()
     optimizer.combine()  # of what was there when it was collected
-    own[0]["params"].insert(0, first)
-    own[1]["params"].insert(0, own[0]["params"].pop())
-    moved = gram()
-    optimizer = gradsurgery.PCGrad(torch.optim.SGD(own, lr=0.0), granularity="per_group")
-    torch.testing.assert_close(moved, gram(), rtol=0, atol=0)
 
 
 def test_a_step_that_fails_settles_no_blocks():
