@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -39,14 +39,14 @@ def read_losses(name: str, losses: Any, shape: torch.Size, device: torch.device)
 
 def numbers_of(name: str, values: Iterable[Any] | Mapping[str, Any], device: torch.device) -> Tensor:
     """Return one number per task as float64 [T]; ValueError unless each is one and there are any."""
-    each = values.values() if isinstance(values, Mapping) else values
-    try:
-        numbers = [torch.as_tensor(value, dtype=torch.float64, device=device).detach().reshape(()) for value in each]
-        return torch.stack(numbers)
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
-            raise
-        raise ValueError(f"{name} must hold one number per task, got {values!r}") from None
+    numbers = []
+    with suppress(TypeError, ValueError):
+        each = list(values.values() if isinstance(values, Mapping) else values)
+        if not any(isinstance(value, Sequence) for value in each):
+            numbers = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in each]
+    if not numbers or any(number.numel() != 1 for number in numbers):
+        raise ValueError(f"{name} must hold one number per task, got {values!r}")
+    return torch.stack([number.reshape(()) for number in numbers])
 
 
 def state_on(method: str, own: Tensor | None, shape: torch.Size, initial: float, device: torch.device) -> Tensor:
