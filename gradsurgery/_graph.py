@@ -7,7 +7,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 from torch import Tensor
@@ -139,8 +138,9 @@ def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int
         depends(_edge(root), 1 << r)
     leaves: dict[int, int] = {}
     for node in reversed(_postorder(list(masks), stop_at)):
-        passing = type(node).__name__ in _PASSING
-        for edge, place in zip(node.next_functions, _places(node) if passing else repeat(None), strict=False):
+        edges = node.next_functions
+        places = _places(node) if type(node).__name__ in _PASSING else [None] * len(edges)
+        for edge, place in zip(edges, places, strict=True):
             depends(edge, masks[node] if place is None else of_output[node, place])
         if type(node).__name__ == "AccumulateGrad":
             leaves[id(node.variable)] = masks[node]

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from ._gradients import TaskGradients, parse, read_lists
 from ._shards import Shards
 from .backends import Backend, choose
-from .collect import Collected, sum_of
+from .collect import Collected
 from .combine import combine_of
 from .distributed import Replicas
 
@@ -112,5 +112,7 @@ def foreign_sums(collected: Collected, params: list[int], local: list[Tensor], w
         terms = [grad * weight.to(grad.dtype) for grad, weight in column if grad is not None]
         if parameter.grad is not None:
             terms.append(parameter.grad)
-        sums.append(sum_of(terms))
+        # Dense ones first: a sparse tensor takes no dense one.
+        first, *rest = sorted(terms, key=lambda term: term.layout is not torch.strided)
+        sums.append(sum(rest, first))
     return sums

@@ -81,7 +81,7 @@ class Collected:
         for mine, theirs in zip(self.grads, other.grads, strict=True):
             check_memory([mine, theirs])
         grads = [
-            [a if b is None else b if a is None else sum_of([a, b]) for a, b in zip(mine, theirs, strict=True)]
+            [_sum(a, b) for a, b in zip(mine, theirs, strict=True)]
             for mine, theirs in zip(self.grads, other.grads, strict=True)
         ]
         present = [a or b for a, b in zip(self.present, other.present, strict=True)]
@@ -118,11 +118,10 @@ class Collected:
             raise ValueError("either every micro-batch is given the scaler or none")
 
 
-def sum_of(terms: list[Tensor]) -> Tensor:
-    """Return the sum of dense and sparse tensors."""
-    # Dense ones first: a sparse tensor takes no dense one.
-    first, *rest = sorted(terms, key=lambda term: term.layout is not torch.strided)
-    return sum(rest, first)
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b if a.layout is torch.strided else b + a  # a sparse tensor takes no dense one
 
 
 @torch.enable_grad()

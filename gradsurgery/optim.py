@@ -231,8 +231,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         planner, processes = self._planner, self._processes
         # They are written over what was collected: after a failure averages are averaged again, the same to rounding.
         self._pending = collected = processes.average(collected)
-        info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
         collected.warn_of_nothing(stacklevel=6)
+        info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
         self._survey.began = True
         return info
 

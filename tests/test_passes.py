@@ -89,6 +89,21 @@ def test_outputs_that_a_wrapper_hands_on(way, wrapper):
     assert_same(collect(losses, parameters, features=net.features, **way).grads, expected)
 
 
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_tensors_that_retain_their_gradient(mode):
+    net = Net()
+    losses = net(X)
+    left, _ = net.features
+    (expected,) = torch.autograd.grad(sum(losses), left, retain_graph=True)
+    left.retain_grad()
+    collect(losses, list(net.parameters()), mode=mode)
+    if mode == "sequential":
+        torch.testing.assert_close(left.grad, expected)
+    else:
+        with pytest.raises(RuntimeError, match="vmap"):
+            left.grad.norm()
+
+
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("method", ["pcgrad", "gradnorm"])
 def test_training_steps_are_the_same(way, method):
