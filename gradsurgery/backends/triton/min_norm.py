@@ -53,25 +53,31 @@ def descend(gram, scale, shift, ridge, inverse, outer, b, noise, guarded, num_ta
     """Return v with M v >= b, v >= 0, v^T (M v - b) = 0 for the matrix() M with ``outer`` as its b.
 
     What is missing in M v >= b up to ``noise`` does not count. If ``guarded`` is 1, it ends where most is missing of a
-    task that depends on others: rounding made that up, and may have made M indefinite.
+    task that depends on others: rounding made that up, and may have made M indefinite. Of the solutions on active sets
+    it returns that of which least is missing: where gradients nearly depend on others, rounding lets sets cycle.
     """
     task = tl.arange(0, TASKS)
     table = matrix(gram, scale, shift, ridge, inverse, outer, num_tasks, TASKS)
     v = tl.zeros([TASKS], tl.float64)
     active = task < 0
     smallest = tl.full([], 1.0, tl.float64)
+    best = v
+    least = tl.full([], float("inf"), tl.float64)
+    highest = tl.full([], float("-inf"), tl.float64)
+    stalls = 0
     running = 1
     for _ in range(8 * num_tasks + 32):
         if running > 0:
             m = matrix(gram, scale, shift, ridge, inverse, outer, num_tasks, TASKS)
             z = solve(table, active, b)
             missing = b - tl.sum(m * z[None, :], 1)
-            refined = z + solve(table, active, missing)
-            rest = b - tl.sum(m * refined[None, :], 1)
-            # Where rounding made M indefinite, the table is that of a matrix nearby, and refinement leads astray.
-            better = largest(rest, active) < largest(missing, active)
-            z = tl.where(better, refined, z)
-            missing = tl.where(better, rest, missing)
+            for _ in range(tl.where(smallest < 1e-4, 3, 1)):
+                refined = z + solve(table, active, missing)
+                rest = b - tl.sum(m * refined[None, :], 1)
+                # Where rounding made M indefinite, the table is that of a matrix nearby, and refinement leads astray.
+                better = largest(rest, active) < largest(missing, active)
+                z = tl.where(better, refined, z)
+                missing = tl.where(better, rest, missing)
             blocked = active & (z <= 0)
             ratio = tl.where(blocked & (v > z), v / tl.where(blocked & (v > z), v - z, 1.0), 0.0)
             ratio = tl.where(blocked, ratio, float("inf"))
@@ -82,24 +88,56 @@ def descend(gram, scale, shift, ridge, inverse, outer, b, noise, guarded, num_ta
             worst = tl.max(excess, 0)
             found = tl.where(leaving, tl.where(ratio == reach, task, TASKS), tl.where(excess == worst, task, TASKS))
             k = tl.min(found, 0)
-            diagonal = tl.sum(tl.where(task[:, None] == task[None, :], table, 0.0), 1)
-            depends = ~leaving & (pick(diagonal, k, TASKS) < 1e-13)
-            if tl.where(depends, guarded, 0) > 0:
-                running = 0
-            elif leaving | (worst > 1e-14 * tl.sum(v, 0) + noise):
+            pivot = pick(diagonal(table, TASKS), k, TASKS)
+            depends = ~leaving & (pivot < 1e-13)
+            if ~leaving:
+                off = tl.maximum(worst, largest(missing, active))
+                ends = worst <= 1e-14 * tl.sum(v, 0) + noise
+                better = ends | (off <= least)
+                best = tl.where(better, v, best)
+                least = tl.where(better, off, least)
+                value = tl.sum(v * (b + missing), 0)
+                stalls = tl.where(value > highest, 0, stalls + 1)
+                highest = tl.maximum(highest, value)
+                smallest = tl.minimum(smallest, pivot)
+                if ends | (depends & (guarded > 0)) | (stalls >= 8 + num_tasks // 8):
+                    running = 0
+            if running > 0:
                 active = tl.where(task == k, ~leaving, active)
-                v = tl.where(task == k, 0.0, v)
-                # An exchange back loses what a small pivot has blown up: the table is then made anew.
-                anew = leaving & (smallest < 1e-8)
-                smallest = tl.where(anew, 1.0, smallest)
-                table = tl.where(anew, m, table)
-                for t in range(tl.where(anew, 0, k), tl.where(anew, num_tasks, k + 1)):
-                    if ~anew | (tl.max(((task == t) & active).to(tl.int32), 0) > 0):
-                        table, pivot = sweep(table, t, anew | ~leaving, TASKS)
-                        smallest = tl.minimum(smallest, tl.where(anew | ~leaving, pivot, 1.0))
-            else:
-                running = 0
-    return v
+                if smallest < 1e-8:
+                    table, active, smallest = invert(m, active, TASKS)
+                    v = tl.where(active, v, 0.0)
+                else:
+                    v = tl.where(task == k, 0.0, v)
+                    table = sweep(table, k, ~leaving, TASKS)[0]
+    return best
+
+
+@triton.jit
+def invert(table, active, TASKS: tl.constexpr):
+    """Bring the active set into a table of none, the largest pivot first, and none that is not above 1e-14.
+
+    Returns the table, the tasks that came in and the least pivot.
+    """
+    task = tl.arange(0, TASKS)
+    least = tl.full([], 1.0, tl.float64)
+    taken = task < 0
+    for _ in range(tl.sum(active.to(tl.int32), 0)):
+        pivots = tl.where(active & ~taken, diagonal(table, TASKS), float("-inf"))
+        pivot = tl.max(pivots, 0)
+        if pivot > 1e-14:
+            k = tl.min(tl.where(pivots == pivot, task, TASKS), 0)
+            table = sweep(table, k, True, TASKS)[0]
+            taken = taken | (task == k)
+            least = tl.minimum(least, pivot)
+    return table, taken, least
+
+
+@triton.jit
+def diagonal(table, TASKS: tl.constexpr):
+    """Return a table's diagonal."""
+    task = tl.arange(0, TASKS)
+    return tl.sum(tl.where(task[:, None] == task[None, :], table, 0.0), 1)
 
 
 @triton.jit
