@@ -30,7 +30,7 @@ def cone_projection(out, gram, preference, num_tasks, ridge: tl.float64, ALONE: 
         for _ in range(12):
             if running > 0:
                 scale, inverse, b, noise = terms(gram, u, ridge, num_tasks, TASKS)
-                v = u + inverse * descend(gram, scale, zeros, ridge, inverse, zeros, b, noise, 1, num_tasks, TASKS)
+                v = u + inverse * descend(gram, scale, zeros, ridge, inverse, zeros, b, noise, num_tasks, TASKS)
                 hv = tl.sum(load_gram(gram, num_tasks, TASKS) * v[None, :], 1) * scale + ridge * v
                 along = tl.where(inside, v / tl.where(inside, inverse, 1.0), 0.0)
                 if tl.sum(v * hv, 0) < -1e-13 * tl.sum(along * along, 0):
@@ -107,8 +107,7 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
             b = tl.where(stationary, cone_b, b)
             ridge = tl.where(stationary, 1e-12, 0.0)
             noise = tl.where(stationary, cone_noise, 0.0)
-            guarded = tl.where(stationary, 1, 0)
-            x = descend(gram, scale, shift, ridge, inverse, outer, b, noise, guarded, num_tasks, TASKS) * inverse
+            x = descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASKS) * inverse
             if stationary:
                 squared = tl.maximum(tl.sum(x * tl.sum(g * x[None, :], 1), 0), target)
                 weights = even + tl.sqrt(target / squared) * x  # not out of the ball, but for rounding

@@ -40,7 +40,7 @@ def exact(out, gram, num_tasks, TASKS: tl.constexpr):
             inverse_norm = tl.where(inside, 1.0 / norm, 0.0)
             b = tl.where(inside, least / norm, 0.0)
             zeros = tl.zeros([TASKS], tl.float64)
-            v = descend(gram, 1.0, zeros, 0.0, inverse_norm, b, b, 0.0, 0, num_tasks, TASKS)
+            v = descend(gram, 1.0, zeros, 0.0, inverse_norm, b, b, 0.0, num_tasks, TASKS)
             weights = v * inverse_norm * least
             weights = weights / tl.sum(weights, 0)
     else:
@@ -49,12 +49,12 @@ def exact(out, gram, num_tasks, TASKS: tl.constexpr):
 
 
 @triton.jit
-def descend(gram, scale, shift, ridge, inverse, outer, b, noise, guarded, num_tasks, TASKS: tl.constexpr):
+def descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASKS: tl.constexpr):
     """Return v with M v >= b, v >= 0, v^T (M v - b) = 0 for the matrix() M with ``outer`` as its b.
 
-    What is missing in M v >= b up to ``noise`` does not count. If ``guarded`` is 1, it ends where most is missing of a
-    task that depends on others: rounding made that up, and may have made M indefinite. Of the solutions on active sets
-    it returns that of which least is missing: where gradients nearly depend on others, rounding lets sets cycle.
+    What is missing in M v >= b up to ``noise`` does not count. Of the solutions on active sets it returns that of which
+    least is missing: where gradients nearly depend on others, rounding lets sets cycle. It ends where the task of which
+    most is missing makes the set dependent: rounding made that up, and may have made M indefinite.
     """
     task = tl.arange(0, TASKS)
     table = matrix(gram, scale, shift, ridge, inverse, outer, num_tasks, TASKS)
@@ -89,10 +89,10 @@ def descend(gram, scale, shift, ridge, inverse, outer, b, noise, guarded, num_ta
             found = tl.where(leaving, tl.where(ratio == reach, task, TASKS), tl.where(excess == worst, task, TASKS))
             k = tl.min(found, 0)
             pivot = pick(diagonal(table, TASKS), k, TASKS)
-            depends = ~leaving & (pivot < 1e-13)
             if ~leaving:
-                off = tl.maximum(worst, largest(missing, active))
-                ends = worst <= 1e-14 * tl.sum(v, 0) + noise
+                total = tl.sum(v, 0)
+                off = tl.maximum(worst, largest(missing, active)) / total
+                ends = worst <= 1e-14 * total + noise
                 better = ends | (off <= least)
                 best = tl.where(better, v, best)
                 least = tl.where(better, off, least)
@@ -100,12 +100,14 @@ def descend(gram, scale, shift, ridge, inverse, outer, b, noise, guarded, num_ta
                 stalls = tl.where(value > highest, 0, stalls + 1)
                 highest = tl.maximum(highest, value)
                 smallest = tl.minimum(smallest, pivot)
-                if ends | (depends & (guarded > 0)) | (stalls >= 8 + num_tasks // 8):
+                if ends | (stalls >= 8 + num_tasks // 8):
                     running = 0
             if running > 0:
                 active = tl.where(task == k, ~leaving, active)
                 if smallest < 1e-8:
-                    table, active, smallest = invert(m, active, TASKS)
+                    table, taken, smallest = invert(m, active, TASKS)
+                    running = tl.where(leaving, 1, tl.min((taken == active).to(tl.int32), 0))
+                    active = taken
                     v = tl.where(active, v, 0.0)
                 else:
                     v = tl.where(task == k, 0.0, v)
