@@ -38,7 +38,7 @@ def test_fairgrad_of_opposite_gradients_whose_gram_matrix_is_rounded(backend, ta
         assert solved
 
 
-@pytest.mark.parametrize("seed", range(31, 37))
+@pytest.mark.parametrize("seed", [*range(31, 37), 51])
 def test_projections_by_a_gram_matrix_that_is_not_quite_positive(backend, seed):
     random = np.random.default_rng(seed)
     tasks = int(random.integers(3, 10))
@@ -107,7 +107,7 @@ def test_many_dependent_gradients_take_the_reference_no_minute():
 
 def of_near_copies(backend, tasks, columns, distance):
     # Triton's interpreter has time for few. The last two of 17 tasks need the best weights, and a table made anew.
-    seeds = {"triton": (0, 3, 78, 233), "reference": range(100)}.get(backend, range(1000))
+    seeds = {"triton": (0, 1, 3, 78, 233), "reference": range(100)}.get(backend, range(1000))
     return torch.stack([near_copies(tasks, seed, columns, distance) for seed in seeds])
 
 
