@@ -55,12 +55,11 @@ class MinNorm {
   GS_HOST_DEVICE double at(int64_t i, int64_t j) const { return gram_[i * tasks_ + j]; }
 
   // Each function has one place here, as far as that goes: a GPU is to keep the instructions of all.
-  // Weights hold the best w.
   GS_HOST_DEVICE void descend(bool warm) {
     int64_t solves = 8 * tasks_ + 32;
     // The lowest w^T G w, and how many face minima came since then: where gradients nearly depend on others, rounding
-    // makes some of them no lower, and sets would cycle.
-    double lowest = INFINITY;
+    // makes some of them no lower, and sets would cycle. Weights hold the w of which least is missing.
+    double lowest = INFINITY, least = INFINITY;
     int64_t stalls = 0;
     // The size of S from which to jump, once, from a cold start: fewer tasks take less time one after the other.
     int64_t few = warm ? 0 : 2 + tasks_ / 16;
@@ -72,19 +71,14 @@ class MinNorm {
       while (!jumped && solves-- > 0 && !move_to_face_minimum()) {
       }
       const int64_t j = most_violating();
-      const bool lower = value_ < lowest;
-      if (lower || j < 0) {
-        lowest = value_;
-        copy(w_, weights_);
+      if (missing_ <= least) {
+        least = missing_;
+        GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
+        team_.sync();
       }
-      stalls = lower ? 0 : stalls + 1;
+      stalls = value_ < lowest ? 0 : stalls + 1;
+      if (stalls == 0) lowest = value_;
       if (j < 0 || solves <= 0 || stalls == 8 + tasks_ / 8) return;
-      if (stalls == 1) {  // begin anew at the best w, with an R that has lost nothing in updates
-        copy(weights_, w_);
-        jumped = false;
-        begins = true;
-        continue;
-      }
       if (jumped) set_.invert_factor();
       jumped = false;
       if (set_.size() == few) {
@@ -95,11 +89,6 @@ class MinNorm {
         set_.enter(j);
       }
     }
-  }
-
-  GS_HOST_DEVICE void copy(const double* from, double* to) {
-    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) to[i] = from[i];
-    team_.sync();
   }
 
   // S = the tasks with w > 0, but for those that depend on others, whose w becomes 0: R would be noise, and what is
@@ -140,16 +129,22 @@ class MinNorm {
     }
     team_.sum_each(spread, value);
     value_ = value;
-    double worst = -kTolerance * spread;
-    int64_t worst_task = -1;
+    double worst = -kTolerance * spread, inside = 0;
+    int64_t worst_task = -1, unused = 0;
     GS_ROLLED for (int64_t j = team_.rank(); j < tasks_; j += team_.size()) {
       const double excess = (gw[j] - value) / norm_[j];
-      if (w_[j] == 0 && excess < worst) {
-        worst = excess;
-        worst_task = j;
+      if (w_[j] == 0) {
+        if (excess < worst) {
+          worst = excess;
+          worst_task = j;
+        }
+      } else if (-std::fabs(excess) < inside) {
+        inside = -std::fabs(excess);
       }
     }
     team_.least(worst, worst_task);
+    team_.least(inside, unused);
+    missing_ = -std::fmin(worst, inside) / spread;
     team_.sync();
     return worst_task;
   }
@@ -191,8 +186,9 @@ class MinNorm {
   double* weights_;
   double *norm_, *w_;  // by task: |g_i|, the weights
   ActiveSet<Team> set_;
-  double total_ = 0;  // sum(u)
-  double value_ = 0;  // w^T G w
+  double total_ = 0;    // sum(u)
+  double value_ = 0;    // w^T G w
+  double missing_ = 0;  // the most in (G w)_t >= w^T G w, = where w_t > 0, over |g_t| sum_s w_s |g_s|
 };
 
 }  // namespace gs

@@ -42,21 +42,22 @@ def wolfe(gram: Tensor, start: Tensor | None = None) -> Tensor:
     alone = torch.zeros_like(squared_norms).scatter(-1, shortest, 1)
     settled = ~(shift > 0)  # a zero gradient is the shortest point itself
     weights = alone if start is None else torch.where(settled, alone, start)
-    best, lowest = weights, torch.full_like(shift, torch.inf)
+    best, least = weights, torch.full_like(shift, torch.inf)
+    lowest = least
     active = weights > 0
     at_minimum = torch.full_like(settled, start is None)
     eye = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
     for _ in range(8 * num_tasks + 32):
         gw = (gram @ weights[..., None]).squeeze(-1)
         value = (weights * gw).sum(-1, keepdim=True)
-        error = 1e-14 * (weights * norms).sum(-1, keepdim=True)
-        violation = torch.where(active, -torch.inf, (value - gw) / norms)
-        worst, joining = violation.max(-1, keepdim=True)
+        violation = (value - gw) / norms / (weights * norms).sum(-1, keepdim=True)
+        worst, joining = torch.where(active, -torch.inf, violation).max(-1, keepdim=True)
+        missing = torch.where(active, violation.abs(), violation).amax(-1, keepdim=True)
+        better = at_minimum & ~settled & (missing <= least)
+        best, least = torch.where(better, weights, best), torch.where(better, missing, least)
         # Where rounding no longer lets w^T G w descend, sets would cycle.
-        descends, optimal = value < lowest, worst <= error
-        better = at_minimum & ~settled & (descends | optimal)
-        best, lowest = torch.where(better, weights, best), torch.where(better, value, lowest)
-        settled = settled | (at_minimum & (optimal | ~descends))
+        settled = settled | (at_minimum & ((worst <= 1e-14) | (value >= lowest)))
+        lowest = torch.where(at_minimum, value, lowest)
         if all_done(settled):
             break
         joins = torch.zeros_like(active).scatter(-1, joining, at_minimum & ~settled)

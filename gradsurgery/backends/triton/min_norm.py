@@ -100,7 +100,7 @@ def descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASK
                 stalls = tl.where(value > highest, 0, stalls + 1)
                 highest = tl.maximum(highest, value)
                 smallest = tl.minimum(smallest, pivot)
-                if ends | (stalls >= 3):
+                if ends | (stalls >= 8 + num_tasks // 8):
                     running = 0
             if running > 0:
                 active = tl.where(task == k, ~leaving, active)
