@@ -111,7 +111,7 @@ def of_near_copies(backend, tasks, columns, distance):
     return torch.stack([near_copies(tasks, seed, columns, distance) for seed in seeds])
 
 
-@pytest.mark.parametrize(("shape", "most"), [((17, 8), 1e-13), ((24, 12), 1e-13), ((33, 40), 1e-11)])
+@pytest.mark.parametrize(("shape", "most"), [((12, 6), 1e-13), ((17, 8), 1e-13), ((24, 12), 1e-13), ((33, 40), 1e-11)])
 def test_min_norm_where_rounding_leads_up(backend, shape, most):
     """Some steps of Wolfe's algorithm lead to longer vectors, and sets cycle."""
     rows = of_near_copies(backend, *shape, 1e-5)
@@ -120,8 +120,8 @@ def test_min_norm_where_rounding_leads_up(backend, shape, most):
     missing = shortest.square().sum(-1) - (rows * shortest).sum(-1)
     worst = (missing / norms / (weights * norms).sum(-1, keepdim=True)).amax(-1)
     assert worst.quantile(0.5 if backend == "triton" else 0.9) <= most
-    assert worst.quantile(0.99) <= 2e-10
-    assert worst.max() <= 1e-8
+    assert worst.quantile(0.99) <= 2e-11
+    assert worst.max() <= 2e-10
 
 
 def test_min_norm_of_near_copies_whose_pivots_are_subnormal(backend):

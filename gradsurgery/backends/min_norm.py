@@ -43,7 +43,7 @@ def wolfe(gram: Tensor, start: Tensor | None = None) -> Tensor:
     settled = ~(shift > 0)  # a zero gradient is the shortest point itself
     weights = alone if start is None else torch.where(settled, alone, start)
     best, least = weights, torch.full_like(shift, torch.inf)
-    lowest = least
+    lowest, stalls = least, torch.zeros_like(shortest)
     active = weights > 0
     at_minimum = torch.full_like(settled, start is None)
     eye = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
@@ -56,8 +56,9 @@ def wolfe(gram: Tensor, start: Tensor | None = None) -> Tensor:
         better = at_minimum & ~settled & (missing <= least)
         best, least = torch.where(better, weights, best), torch.where(better, missing, least)
         # Where rounding no longer lets w^T G w descend, sets would cycle.
-        settled = settled | (at_minimum & ((worst <= 1e-14) | (value >= lowest)))
-        lowest = torch.where(at_minimum, value, lowest)
+        stalls = torch.where(at_minimum, torch.where(value < lowest, 0, stalls + 1), stalls)
+        lowest = torch.where(at_minimum, torch.minimum(value, lowest), lowest)
+        settled = settled | (at_minimum & ((worst <= 1e-14) | (stalls == 8 + num_tasks // 8)))
         if all_done(settled):
             break
         joins = torch.zeros_like(active).scatter(-1, joining, at_minimum & ~settled)
