@@ -101,6 +101,7 @@ INTERPRETED_NEVER = {"test_a_batch_is_its_problems", "test_cagrad_of_near_copies
 # Nor these, but by `make gpu-code`.
 INTERPRETED_WHOLE = {
     "test_cosines_of_half_as_many_dimensions[triton-101]",
+    "test_cagrad_of_near_copies_of_either_sign",
     "test_nash_mtl_is_fairgrad_on_a_leash",
     "test_rows_out_of_the_range_of_float32_products[70-(-20, 18)-torch.bfloat16]",
 }

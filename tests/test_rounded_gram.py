@@ -128,3 +128,16 @@ def test_min_norm_of_near_copies_whose_pivots_are_subnormal(backend):
     rows = of_near_copies(backend, 12, 6, 1e-9)
     weights = gradsurgery.min_norm_weights(rows @ rows.mT * 1e-300, backend=backend)
     torch.testing.assert_close(weights.sum(-1), torch.ones(len(rows), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("ball", [1.0, 2.0])
+@pytest.mark.parametrize(("shape", "seeds"), [((12, 6), (0, 2)), ((17, 8), (57, 58))])
+def test_cagrad_of_near_copies_of_either_sign(backend, shape, seeds, ball):
+    """Combinations of lambda g_t + g_0 are sought with lambda = 1e5 to 1e6, and what is missing there counts as much."""
+    rows = torch.stack([near_copies(shape[0], seed, shape[1], 1e-5) for seed in seeds])
+    mean = rows.mean(1, keepdim=True)
+    d = torch.stack([weigh("cagrad", g, backend, c=ball) for g in rows @ rows.mT])[:, None] @ rows
+    least, length = (rows @ d.mT).amin(1)[:, 0], mean.norm(dim=-1)[:, 0]
+    # No more than g_x . g_0 + c |g_0| |g_x| for any x, and here less than 1e-4 for the shortest g_x.
+    assert (least >= -1e-3 * length).all()
+    assert ((d - mean).norm(dim=-1)[:, 0] <= ball * length * 1.001).all()

@@ -32,9 +32,7 @@ class ActiveSet {
   GS_HOST_DEVICE double u(int64_t k) const { return u_[k]; }
   GS_HOST_DEVICE double shift() const { return shift_; }  // c
   GS_HOST_DEVICE void set_shift(double shift) { shift_ = shift; }
-  GS_HOST_DEVICE double least_pivot() const { return least_pivot_; }
   GS_HOST_DEVICE double* spare() const { return a_; }  // [T], which every change of the set writes over
-  GS_HOST_DEVICE void clear() { size_ = 0; }
 
   GS_HOST_DEVICE double sum_of_u() const {
     double total = 0;
@@ -42,9 +40,9 @@ class ActiveSet {
     return team_.sum(total);
   }
 
-  // The tasks that count, at once; false if tasks depend so much on others that they had better enter one by one.
+  // S = the tasks that count, without R.
   template <class Counts>
-  GS_HOST_DEVICE bool enter_together(const Counts& counts) {
+  GS_HOST_DEVICE void choose(const Counts& counts) {
     size_ = 0;
     for (int64_t i = 0; i < tasks_; i++) {
       if (!counts(i)) continue;
@@ -52,9 +50,49 @@ class ActiveSet {
       size_++;
     }
     team_.sync();
+  }
+
+  // R of S at once; false if tasks depend so much on others that they had better enter one by one.
+  GS_HOST_DEVICE bool enter_together() {
     if (!factor()) return false;
     invert_factor();
     return true;
+  }
+
+  // R of S: next that task which depends least on those before, so that R keeps most digits. Tasks that depend on
+  // others to working precision leave S, and their w becomes 0.
+  GS_HOST_DEVICE void enter_by_pivots(double* w) {
+    double* const left = c_;  // p^2 / M_ii of those that are to enter
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) left[i] = 0;
+    team_.sync();
+    GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) left[members_[k]] = 1;
+    team_.sync();
+    updated_ = false;
+    for (size_ = 0;;) {
+      double least = -1e-13;
+      int64_t next = -1;
+      GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        if (-left[i] >= least) continue;
+        least = -left[i];
+        next = i;
+      }
+      team_.least(least, next);
+      team_.sync();
+      if (next < 0) break;
+      enter(next);
+      const double* const added = row(size_ - 1);
+      GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+        if (i == next) left[i] = -1;
+        if (!(left[i] > 0)) continue;
+        double l = 0;
+        for (int64_t k = 0; k < size_; k++) l += added[k] * (at(i, members_[k]) + shift_);
+        left[i] = std::fmax(left[i] - l * l / (at(i, i) + shift_), 0.0);
+      }
+    }
+    GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
+      if (left[i] >= 0) w[i] = 0;
+    }
+    team_.sync();
   }
 
   // What is left of all tasks when those with negative u leave, all at once, until none is; L is in the place of R.
@@ -93,9 +131,8 @@ class ActiveSet {
     }
   }
 
-  // Task j enters S. With g its column of M its row of L is (l, p), l = R g, p^2 = M_jj - |l|^2. False, and j left out,
-  // if p^2 is not above `least` M_jj.
-  GS_HOST_DEVICE bool enter(int64_t j, double least = -INFINITY) {
+  // Task j enters S. With g its column of M its row of L is (l, p), l = R g, p^2 = M_jj - |l|^2.
+  GS_HOST_DEVICE void enter(int64_t j) {
     double *g = a_, *l = b_;
     GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) g[k] = at(j, members_[k]) + shift_;
     team_.sync();
@@ -105,18 +142,17 @@ class ActiveSet {
       squares += l[r] * l[r];
     }
     const double diagonal = at(j, j) + shift_, pivot = diagonal - team_.sum(squares);
-    if (!(pivot > least * diagonal)) return false;
     const double floor = 1e-14 * diagonal;  // below it, j is affinely dependent on S to working precision
     if (team_.rank() == 0) members_[size_] = j;
     team_.sync();
     append(1 / std::sqrt(pivot > floor ? pivot : floor));
-    return true;
   }
 
   // Removes member k. Rotations of row k with k+1, k+2, ... leave zeros in column k but in the row that was carried
   // along. Without that row and the column, R^T R is the inverse of the rest of M (a Schur complement).
   GS_HOST_DEVICE void leave(int64_t k) {
     double *carried = a_, *cosine = b_, *sine = u_, *squares = c_;
+    updated_ = true;
     size_--;
     double total = 0;
     for (int64_t r = k; r <= size_; r++) {
@@ -156,21 +192,35 @@ class ActiveSet {
     multiply_transposed(z_, u_);
   }
 
-  // Adds to u what is missing in M u = 1.
-  GS_HOST_DEVICE void refine() {
+  // Where pivots are small, adds to u what is missing in M u = 1: rounding of R takes a part of u that the least pivot
+  // divides. False if tasks that left have taken too many digits of R for that.
+  GS_HOST_DEVICE bool solve_accurately() {
     double *missing = b_, *product = c_;
-    const double shift = shift_ * sum_of_u();
-    GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
-      double sum = 1 - shift;
-      for (int64_t l = 0; l < size_; l++) sum -= at(members_[l], members_[k]) * u_[l];
-      missing[k] = sum;
+    for (int turn = 0; least_pivot_ < 1e-4; turn++) {
+      const double shift = shift_ * sum_of_u();
+      double least = 0;  // - |what is missing| / the terms it is left of
+      int64_t unused = 0;
+      GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
+        double sum = 1 - shift, terms = 1;
+        for (int64_t l = 0; l < size_; l++) {
+          const double term = at(members_[l], members_[k]) * u_[l];
+          sum -= term;
+          terms += std::fabs(term);
+        }
+        missing[k] = sum;
+        least = std::fmin(least, -std::fabs(sum) / terms);
+      }
+      team_.least(least, unused);
+      team_.sync();
+      if (least >= -4e-16) break;
+      if (turn == 3) return least >= -1e-13 || !updated_;
+      GS_ROLLED for (int64_t r = team_.rank(); r < size_; r += team_.size()) product[r] = dot(row(r), missing, r + 1);
+      team_.sync();
+      multiply_transposed(product, missing);
+      GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) u_[k] += missing[k];
+      team_.sync();
     }
-    team_.sync();
-    GS_ROLLED for (int64_t r = team_.rank(); r < size_; r += team_.size()) product[r] = dot(row(r), missing, r + 1);
-    team_.sync();
-    multiply_transposed(product, missing);
-    GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) u_[k] += missing[k];
-    team_.sync();
+    return true;
   }
 
  private:
@@ -243,6 +293,7 @@ class ActiveSet {
   double* inverse_;  // R
   double shift_ = 0;
   int64_t size_ = 0;
+  bool updated_ = false;    // R, as a task left
   double least_pivot_ = 1;  // the least p^2 / M_jj of the tasks that entered since S was empty, those that left too
 };
 

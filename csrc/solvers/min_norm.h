@@ -48,14 +48,14 @@ class MinNorm {
       weights_[i] = w_[i];
     }
     team_.sync();
-    if (descends) descend(warm);  // a zero gradient is the shortest point itself
+    if (descends) descend(shortest, warm);  // a zero gradient is the shortest point itself
   }
 
  private:
   GS_HOST_DEVICE double at(int64_t i, int64_t j) const { return gram_[i * tasks_ + j]; }
 
   // Each function has one place here, as far as that goes: a GPU is to keep the instructions of all.
-  GS_HOST_DEVICE void descend(bool warm) {
+  GS_HOST_DEVICE void descend(int64_t shortest, bool warm) {
     int64_t solves = 8 * tasks_ + 32;
     // The lowest w^T G w, and how many face minima came since then: where gradients nearly depend on others, rounding
     // makes some of them no lower, and sets would cycle. Weights hold the w of which least is missing.
@@ -63,14 +63,32 @@ class MinNorm {
     int64_t stalls = 0;
     // The size of S from which to jump, once, from a cold start: fewer tasks take less time one after the other.
     int64_t few = warm ? 0 : 2 + tasks_ / 16;
-    bool jumped = false;
-    bool begins = !warm || !set_.enter_together([w = w_](int64_t i) { return w[i] > 0; });
+    const auto positive = [w = w_](int64_t i) { return w[i] > 0; };
+    int64_t j = shortest;  // the task to join S; -1 if there is none
+    bool jumped = false, begins = false;
+    if (warm) {
+      j = -1;
+      set_.choose(positive);
+      begins = !set_.enter_together();
+    }
     for (;;) {
-      if (begins) enter_positive();
-      begins = false;
-      while (!jumped && solves-- > 0 && !move_to_face_minimum()) {
+      if (j >= 0) {
+        if (jumped) set_.invert_factor();
+        jumped = false;
+        if (set_.size() == few) {
+          few = 0;
+          jumped = jump();
+          begins = !jumped;
+          if (begins) set_.choose(positive);
+        } else {
+          set_.enter(j);
+        }
       }
-      const int64_t j = most_violating();
+      if (begins) set_.enter_by_pivots(w_);
+      begins = !jumped && !set_.solve_accurately();
+      j = -1;
+      if (begins || (!jumped && solves-- > 0 && !move_to_face_minimum())) continue;
+      j = most_violating();
       if (missing_ <= least) {
         least = missing_;
         GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
@@ -79,26 +97,6 @@ class MinNorm {
       stalls = value_ < lowest ? 0 : stalls + 1;
       if (stalls == 0) lowest = value_;
       if (j < 0 || solves <= 0 || stalls == 8 + tasks_ / 8) return;
-      if (jumped) set_.invert_factor();
-      jumped = false;
-      if (set_.size() == few) {
-        few = 0;
-        jumped = jump();
-        begins = !jumped;
-      } else {
-        set_.enter(j);
-      }
-    }
-  }
-
-  // S = the tasks with w > 0, but for those that depend on others, whose w becomes 0: R would be noise, and what is
-  // left of w moves to the minimum next.
-  GS_HOST_DEVICE void enter_positive() {
-    set_.clear();
-    for (int64_t i = 0; i < tasks_; i++) {
-      if (!(w_[i] > 0) || set_.enter(i, 1e-13)) continue;
-      if (team_.rank() == 0) w_[i] = 0;
-      team_.sync();
     }
   }
 
@@ -151,9 +149,6 @@ class MinNorm {
 
   // Moves w towards the shortest point of S's affine hull. True if it got there, false if a task left S on the way.
   GS_HOST_DEVICE bool move_to_face_minimum() {
-    // Rounding of R takes a part of u that the least pivot divides.
-    const double pivot = set_.least_pivot();
-    for (int turns = (pivot < 1e-4) + (pivot < 1e-8); turns > 0; turns--) set_.refine();
     total_ = set_.sum_of_u();
     double reach = INFINITY;
     int64_t blocking = -1;
