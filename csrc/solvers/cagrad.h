@@ -79,16 +79,20 @@ class CAGrad {
 
   GS_HOST_DEVICE double length_squared() const { return std::fmax(team_dot(team_, x_, gx_, tasks_), 0.0); }
 
-  // Whether g_x = 0 for some x, but for what rounding leaves of its terms. Then no lambda solves the problem if c >= 1;
+  // Whether g_x = 0 for some x, but for what rounding leaves of its terms, or of the conditions: by convexity no
+  // combination's square is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t). Then no lambda solves the problem if c >= 1;
   // were it sought, rounding of so large ones would hide that.
   GS_HOST_DEVICE bool is_stationary() {
     const double squared = minimize(1, 0);
-    double terms = 0;
+    double terms = 0, least = squared;
+    int64_t unused = 0;
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       terms += x_[i] * std::sqrt(gram_[i * (tasks_ + 1)]);
+      least = std::fmin(least, gx_[i]);
     }
     terms = team_.sum(terms);
-    return squared <= kCancelled * terms * terms;
+    team_.least(least, unused);
+    return squared <= std::fmax(kCancelled * terms * terms, 2 * (squared - least));
   }
 
   GS_HOST_DEVICE bool is_indefinite() {

@@ -148,10 +148,13 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
         last, last_value = high, excess(high)
     stationary = last_value < 0
     if c >= 1:
-        # No lambda solves the problem then, which rounding of large ones may hide.
+        # No lambda solves the problem then, which rounding of large ones may hide. Whatever x the solver found, by
+        # convexity no combination's square is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t).
         shortest = wolfe(gram)
         terms = (shortest * gram.diagonal(dim1=-2, dim2=-1).sqrt()).sum(-1, keepdim=True)
-        stationary = stationary | (_square(gram, shortest) <= 4e-14 * terms.square())
+        squared = _square(gram, shortest)
+        lacking = squared - (gram @ shortest[..., None]).squeeze(-1).amin(-1, keepdim=True)
+        stationary = stationary | (squared <= torch.maximum(4e-14 * terms.square(), 2 * lacking))
     settled = ~wanted | stationary
     for step in range(40):
         settled = settled | (high - low <= 1e-15 * high)

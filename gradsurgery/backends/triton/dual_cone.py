@@ -62,7 +62,8 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
     vectors lambda g_t + g_0. The lambda with |lambda g_x| = kappa is found by a bracketed secant on squares: first the
     bracket's ends, the upper one first, at 2^11.5 and if that is too low at 1e7, unless G is indefinite, where it would
     be but rounding. If that is too low as well, the gradients are Pareto-stationary, and the projection of g_0 on the
-    dual cone is next and last. For c >= 1 the shortest combination of the gradients, which tells that, comes first.
+    dual cone is next and last. For c >= 1 the shortest combination of the gradients, which tells that, comes first. If it
+    is x, no square is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t): by convexity, so that rounding may be left in x.
     """
     problem = tl.program_id(0).to(tl.int64)
     gram += problem * num_tasks * num_tasks
@@ -123,7 +124,8 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
                 settled = (ends > 2) & (tl.abs(value) <= 1e-12 * target)
                 if ends < 0:
                     size = tl.sum(x * tl.sqrt(diagonal), 0)
-                    stationary = squared <= 4e-14 * size * size
+                    lowest = tl.min(tl.where(inside, tl.sum(g * x[None, :], 1), float("inf")), 0)
+                    stationary = squared <= tl.maximum(4e-14 * size * size, 2 * (squared - lowest))
                     ends = 0
                 elif ends < 2:
                     high_value = value
