@@ -124,6 +124,16 @@ def test_min_norm_where_rounding_leads_up(backend, shape, most):
     assert worst.max() <= 2e-10
 
 
+def test_min_norm_of_copies_to_eight_digits(backend):
+    """Squared distances of 1e-16 are what rounding leaves; distances of 1e-8 are not."""
+    seeds = (1, 12, 49) if backend == "triton" else range(100)
+    rows = torch.stack([near_copies(8, seed, 4, 1e-8) for seed in seeds])
+    weights = gradsurgery.min_norm_weights(rows @ rows.mT, backend=backend)
+    shortest, norms = weights[:, None] @ rows, rows.norm(dim=-1)
+    missing = shortest.square().sum(-1) - (rows * shortest).sum(-1)
+    assert (missing / norms / (weights * norms).sum(-1, keepdim=True)).max() <= 1e-13
+
+
 def test_min_norm_of_near_copies_whose_pivots_are_subnormal(backend):
     rows = of_near_copies(backend, 12, 6, 1e-9)
     weights = gradsurgery.min_norm_weights(rows @ rows.mT * 1e-300, backend=backend)
@@ -133,7 +143,7 @@ def test_min_norm_of_near_copies_whose_pivots_are_subnormal(backend):
 @pytest.mark.parametrize("ball", [1.0, 2.0])
 @pytest.mark.parametrize(("shape", "seeds"), [((12, 6), (0, 2, 112)), ((17, 8), (57, 58, 279))])
 def test_cagrad_of_near_copies_of_either_sign(backend, shape, seeds, ball):
-    """Combinations of lambda g_t + g_0 are sought with lambda = 1e5 to 1e6, and what is missing there counts as much."""
+    """Combinations of lambda g_t + g_0 are sought with lambda = 1e5 to 1e6, and errors there count as much."""
     rows = torch.stack([near_copies(shape[0], seed, shape[1], 1e-5) for seed in seeds])
     mean = rows.mean(1, keepdim=True)
     d = torch.stack([weigh("cagrad", g, backend, c=ball) for g in rows @ rows.mT])[:, None] @ rows

@@ -89,7 +89,7 @@ class MinNorm {
       j = -1;
       if (begins || (!jumped && solves-- > 0 && !move_to_face_minimum())) continue;
       j = most_violating();
-      if (missing_ <= least) {
+      if (missing_ <= least || least == INFINITY) {  // also NaN, where G overflows
         least = missing_;
         GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
         team_.sync();

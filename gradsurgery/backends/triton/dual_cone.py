@@ -62,8 +62,8 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
     vectors lambda g_t + g_0. The lambda with |lambda g_x| = kappa is found by a bracketed secant on squares: first the
     bracket's ends, the upper one first, at 2^11.5 and if that is too low at 1e7, unless G is indefinite, where it would
     be but rounding. If that is too low as well, the gradients are Pareto-stationary, and the projection of g_0 on the
-    dual cone is next and last. For c >= 1 the shortest combination of the gradients, which tells that, comes first. If it
-    is x, no square is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t): by convexity, so that rounding may be left in x.
+    dual cone is next and last. For c >= 1 the shortest combination of the gradients, which tells that, comes first:
+    whatever x is found, by convexity no square is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t).
     """
     problem = tl.program_id(0).to(tl.int64)
     gram += problem * num_tasks * num_tasks
@@ -134,7 +134,7 @@ def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
                         least = tl.full([], float("inf"), tl.float64)
                         table = tl.where(task[:, None] == task[None, :], g / trace + 1e-12, g / trace)
                         for t in range(num_tasks):
-                            table, pivot = sweep(table, t, t >= 0, TASKS)
+                            table, pivot = sweep(table, t, True, TASKS)
                             least = tl.minimum(least, pivot)
                         stationary = least <= 1e-14  # sweep() takes no pivot below it
                     ends = tl.where((value < 0) & ~stationary, ends + 1, 2)

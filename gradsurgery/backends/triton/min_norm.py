@@ -53,8 +53,8 @@ def descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASK
     """Return v with M v >= b, v >= 0, v^T (M v - b) = 0 for the matrix() M with ``outer`` as its b.
 
     What is missing in M v >= b up to ``noise`` does not count. Of the solutions on active sets it returns that of which
-    least is missing: where gradients nearly depend on others, rounding lets sets cycle. It ends where the task of which
-    most is missing makes the set dependent: rounding made that up, and may have made M indefinite.
+    least is missing: where gradients nearly depend on others, rounding lets sets cycle. With a ``ridge`` it ends where
+    the task of which most is missing makes the set dependent: rounding made that up, and may have made M indefinite.
     """
     task = tl.arange(0, TASKS)
     table = matrix(gram, scale, shift, ridge, inverse, outer, num_tasks, TASKS)
@@ -90,10 +90,9 @@ def descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASK
             k = tl.min(found, 0)
             pivot = pick(diagonal(table, TASKS), k, TASKS)
             if ~leaving:
-                total = tl.sum(v, 0)
-                off = tl.maximum(worst, largest(missing, active)) / total
-                ends = worst <= 1e-14 * total + noise
-                better = ends | (off <= least)
+                off = tl.maximum(worst, largest(missing, active)) / tl.sum(v, 0)
+                ends = worst <= 1e-14 * tl.sum(v, 0) + noise
+                better = off <= least
                 best = tl.where(better, v, best)
                 least = tl.where(better, off, least)
                 value = tl.sum(v * (b + missing), 0)
@@ -105,7 +104,8 @@ def descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASK
             if running > 0:
                 active = tl.where(task == k, ~leaving, active)
                 if smallest < 1e-8:
-                    table, taken, smallest = invert(m, active, TASKS)
+                    floor = tl.where(ridge > 0, 1e-14, float("-inf"))
+                    table, taken, smallest = invert(m, active, floor, TASKS)
                     running = tl.where(leaving, 1, tl.min((taken == active).to(tl.int32), 0))
                     active = taken
                     v = tl.where(active, v, 0.0)
@@ -116,8 +116,8 @@ def descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASK
 
 
 @triton.jit
-def invert(table, active, TASKS: tl.constexpr):
-    """Bring the active set into a table of none, the largest pivot first, and none that is not above 1e-14.
+def invert(table, active, floor, TASKS: tl.constexpr):
+    """Bring the active set into a table of none, the largest pivot first, and none that is not above ``floor``.
 
     Returns the table, the tasks that came in and the least pivot.
     """
@@ -127,7 +127,7 @@ def invert(table, active, TASKS: tl.constexpr):
     for _ in range(tl.sum(active.to(tl.int32), 0)):
         pivots = tl.where(active & ~taken, diagonal(table, TASKS), float("-inf"))
         pivot = tl.max(pivots, 0)
-        if pivot > 1e-14:
+        if pivot > floor:
             k = tl.min(tl.where(pivots == pivot, task, TASKS), 0)
             table = sweep(table, k, True, TASKS)[0]
             taken = taken | (task == k)
