@@ -115,12 +115,14 @@ def functions_behind(losses: list[Tensor]) -> set[str]:
     return {type(node).__name__ for node in nodes if isinstance(node, BackwardCFunction)}
 
 
-def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int, int], list[int]]:
+def reach(
+    roots: Sequence[Root], stops: Sequence[Tensor] = (), names: set[str] | None = None
+) -> tuple[dict[int, int], list[int]]:
     """Walk from the roots to the leaves, each node once, and not beyond the stops.
 
     Returns:
         For the id of each leaf a bit mask, bit r where root r depends on it on a path without a stop; and such a mask
-        for each stop.
+        for each stop. The names of the functions on these paths join ``names``.
     """
     stop_at = {_edge(stop): s for s, stop in enumerate(stops)}
     stop_masks = [0] * len(stops)
@@ -139,6 +141,8 @@ def reach(roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> tuple[dict[int
     leaves: dict[int, int] = {}
     for node in reversed(_postorder(list(masks), stop_at)):
         edges = node.next_functions
+        if names is not None:
+            names.add(type(node).__name__)
         places = _places(node) if type(node).__name__ in _PASSING else [None] * len(edges)
         for edge, place in zip(edges, places, strict=True):
             depends(edge, masks[node] if place is None else of_output[node, place])

@@ -17,6 +17,9 @@ from ._graph import Root, edges_behind_functions, reach
 
 Rows = list[list[Tensor | None]]
 
+_WRONG_UNDER_VMAP = {"AsStridedScatterBackward0", "CdistBackward0"}
+"""Functions whose backward pass gives every task the first one's gradient there, without a word (torch 2.13)."""
+
 
 @dataclass(slots=True)
 class Passes:
@@ -107,7 +110,9 @@ class Passes:
     def _batched_from_losses(self) -> Rows:
         """All losses at once, but to the parameters of one task alone by a pass of their sum."""
         roots, factors = map(list, zip(*self.starts, strict=True))
-        masks, _ = reach(roots)
+        names: set[str] = set()
+        masks, _ = reach(roots, names=names)
+        _check_vmap(names)
         mask = [masks.get(id(p), 0) for p in self.parameters]
         rows: Rows = [[None] * len(mask) for _ in roots]
         owned = [p for p, m in enumerate(mask) if m.bit_count() == 1]
@@ -131,14 +136,15 @@ class Passes:
                 on a feature.
         """
         for f, feature in enumerate(features):
-            if feature._backward_hooks:
+            if feature._backward_hooks or feature.retains_grad:
                 raise ValueError(
-                    f"feature {f} has hooks, which the passes above and below it would both run: go on with its "
-                    "view_as(itself), and give that"
+                    f"feature {f} has hooks or retains its gradient, in which the passes above and below it would both "
+                    "take part: go on with its view_as(itself), and give that"
                 )
         below: dict[int, int] = {}
+        names: set[str] = set()
         for f, feature in enumerate(features):
-            leaves, reached = reach([feature], [*features[:f], *features[f + 1 :]])
+            leaves, reached = reach([feature], [*features[:f], *features[f + 1 :]], names)
             if any(reached):
                 raise ValueError(f"feature {f} depends on another one: name tensors that do not")
             for leaf in leaves:
@@ -172,6 +178,7 @@ class Passes:
         trunk = [p for p, m in enumerate(mask) if m]
         edges = self._edges(features)
         if self.batched:
+            _check_vmap(names)
             check_memory(rows)
             stacks = [
                 torch.stack([torch.zeros_like(f) if row[i] is None else row[i] for row in cotangents])  # type: ignore[misc]
@@ -241,6 +248,15 @@ class Passes:
             ) from error
 
 
+def _check_vmap(names: set[str]) -> None:
+    wrong = sorted(names & _WRONG_UNDER_VMAP)
+    if wrong:
+        raise RuntimeError(
+            f"the batched backward pass failed: torch.vmap gives wrong gradients of {wrong[0]} "
+            "(mode='sequential' goes back without vmap)"
+        )
+
+
 class OverwrittenError(RuntimeError):
     """A backward pass wrote over what another one had returned."""
 
@@ -259,4 +275,6 @@ def check_memory(rows: Rows) -> None:
 
 def _has_memory(grad: Tensor) -> bool:
     """Whether the address tells tensors apart: subclasses and sparse tensors hold others inside, some are nowhere."""
-    return type(grad) is Tensor and grad.layout is torch.strided and grad.numel() > 0 and not grad.is_meta
+    if type(grad) is not Tensor or grad.layout is not torch.strided:
+        return False
+    return grad.numel() > 0 and not grad.is_meta and not grad._is_zerotensor()

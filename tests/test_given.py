@@ -295,3 +295,15 @@ def test_a_state_of_numbers_belongs_to_no_task(kind):
     optimizer.backward({"a": shared.sum(), "b": shared.square().sum()})
     optimizer.backward({"a": shared.sum()})
     assert optimizer.method.steps == 2
+
+
+def test_a_state_that_nothing_restores():
+    class Forgetful(methods.Method):
+        def weights(self, gram, *, losses=None):
+            return torch.ones(len(gram), dtype=gram.dtype)
+
+        def state_dict(self):
+            return {"average": torch.ones(2)}
+
+    with pytest.raises(NotImplementedError, match="Forgetful has a state_dict, and needs a load_state_dict"):
+        Forgetful().load_state_dict({"average": torch.zeros(2)})

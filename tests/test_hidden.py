@@ -304,3 +304,13 @@ def test_a_trunk_that_is_unfrozen_later(wrap):
             optimizer.backward([(head(z) - n).square().mean() for n, head in enumerate(heads)])
         found.append(grads_of(modules))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("mode", "times"), [("sequential", 1 + 3), ("batched", 2)])
+def test_passes_compute_anew_what_a_checkpoint_covers(mode, times):
+    trunk = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5))
+    heads = torch.nn.ModuleList(torch.nn.Linear(5, 1) for _ in range(3))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([*trunk.parameters(), *heads.parameters()], lr=0.1))
+    z = checkpoint(trunk, X, use_reentrant=False)
+    optimizer.backward([head(z).square().mean() for head in heads], mode=mode)
+    assert trunk[1].num_batches_tracked == times

@@ -172,6 +172,27 @@ def test_what_vmap_cannot_take_is_named():
     assert p.grad is not None
 
 
+def test_what_vmap_gets_wrong_is_refused():
+    centers = nn.Parameter(torch.randn(10, 4, device=DEVICE))
+    heads = nn.ModuleList(nn.Linear(10, 1) for _ in range(2)).to(DEVICE)
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([centers, *heads.parameters()], lr=0.1))
+    features = (-torch.cdist(torch.randn(16, 4, device=DEVICE), centers).square()).exp()
+    losses = [(head(features) - t).square().mean() for t, head in enumerate(heads)]
+    for options in ({}, {"features": features}):
+        with pytest.raises(RuntimeError, match=r"wrong gradients of CdistBackward0 .*mode='sequential'"):
+            optimizer.backward(losses, mode="batched", retain_graph=True, **options)
+    # Above the features each loss has a pass of its own.
+    z = centers.tanh()
+    distances = [torch.cdist(z, z[:3] + t).square().mean() for t in range(2)]
+    optimizer.backward(distances, mode="batched", features=z)
+
+
+def test_gradients_of_zero_share_no_memory():
+    p = nn.Parameter(torch.randn(4, device=DEVICE))
+    gradsurgery.PCGrad(torch.optim.SGD([p], lr=0.1)).backward([torch.sgn(p).sum(), 2 * torch.sgn(p).sum()])
+    assert not p.grad.any()
+
+
 class Stop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -258,6 +279,9 @@ def test_errors():
     for features, came in [(net, "got Net$"), ([left, net], "got Net in it"), (3, "got int 3")]:
         with pytest.raises(TypeError, match=f"features must be a tensor with a graph.*, {came}"):
             optimizer.backward(losses, features=features)
+    right.retain_grad()
+    with pytest.raises(ValueError, match="feature 1 has hooks or retains its gradient"):
+        optimizer.backward(losses, features=[left, right])
     left.register_hook(lambda grad: grad / 2)
     with pytest.raises(ValueError, match="feature 0 has hooks"):
         optimizer.backward(losses, features=[left, right])

@@ -362,3 +362,23 @@ def test_gradients_of_a_subclass_of_parameters_are_plain():
         optimizer.backward([(X[:, :4] @ p).sum(), -(X[:, 2:] @ p).square().sum()])
         assert type(p.grad) is torch.Tensor
         optimizer.step()
+
+
+def test_a_task_that_reaches_nothing_shared_leaves_mgda_nothing_to_train():
+    net, own = two_task_net(), torch.nn.Linear(6, 1)
+    x = torch.linspace(-1, 1, 48).reshape(8, 6)
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([*net.parameters(), *own.parameters()], lr=0.1))
+    optimizer.backward([*two_losses(net, x), own(x).square().mean()])
+    assert not any(p.grad.any() for p in net["trunk"].parameters())
+    assert all(p.grad.any() for p in (*net["a"].parameters(), *own.parameters()))
+
+
+@pytest.mark.parametrize("method", ["cagrad", "nash_mtl", "fairgrad", "pcgrad"])
+def test_a_single_loss_is_scaled_with_its_head(method):
+    net = two_task_net()
+    loss = two_losses(net, torch.linspace(-1, 1, 48).reshape(8, 6))[0]
+    (plain,) = torch.autograd.grad(loss, net["a"].weight, retain_graph=True)
+    gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method).backward([loss])
+    ratio = net["a"].weight.grad / plain
+    torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
+    assert (abs(ratio[0, 0] - 1) < 1e-5) == (method == "pcgrad")

@@ -137,6 +137,8 @@ class Method:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Take over a state with the right keys."""
+        if state:
+            raise NotImplementedError(f"{type(self).__name__} has a state_dict, and needs a load_state_dict")
 
     def _mark(self) -> Any:
         """Return what ``_go_back`` needs to take the state back to what it is now."""
