@@ -111,7 +111,9 @@ class Collected:
 
     def _check_like(self, other: Collected) -> None:
         if self.tasks != other.tasks:
-            raise ValueError(f"every micro-batch must have the same tasks: had {self.tasks}, got {other.tasks}")
+            raise ValueError(
+                f"every micro-batch must have the same tasks in the same order: had {self.tasks}, got {other.tasks}"
+            )
         if [id(p) for p in self.parameters] != [id(p) for p in other.parameters]:
             raise ValueError("the optimizer's parameters changed between micro-batches: combine() before changing them")
         if (self.scale is None) != (other.scale is None):

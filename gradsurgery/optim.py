@@ -46,14 +46,15 @@ class SurgeryOptimizer(OptimizerWrapper):
     In a step of one loss all that it reaches is shared. Parameters that are not the wrapped optimizer's get no
     ``.grad``. Hooks of parameters run once for each loss, those after the accumulation of gradients not at all (with
     parameters that are spread over processes, reentrant checkpoints, and inside other functions whose backward calls
-    ``backward`` itself once for each loss, too). Where the method keeps
-    something of each task, every step must have the same tasks in the same order.
+    ``backward`` itself once for each loss, too). Where the method keeps something of each task, every step must have
+    the same tasks in the same order.
 
     Args:
         optimizer: the optimizer to wrap.
         method: a name of ``methods.available()``, or a ``Method``.
-        shared: the shared parameters. All other parameters then get the plain sum of their gradients. Default: those
-            that two or more losses reach, found anew at each backward.
+        shared: the shared parameters. All other parameters then get the plain sum of their gradients, or the weighted
+            one of methods that weight losses. Default: those that two or more losses reach, found anew at each
+            backward.
         granularity: "global" (one G for all shared parameters), "per_group" (one per parameter group) or "per_tensor".
         process_group: the processes that train the model together, each with a batch of its own. Task gradients and
             losses are averaged over them before surgery, as if one process had all batches. None: the default group if

@@ -379,7 +379,7 @@ def test_micro_batches_that_do_not_match():
     optimizer = gradsurgery.PCGrad(torch.optim.Adam(net.parameters()))
     x = torch.randn(4, 6)
     optimizer.collect(two_losses(net, x))
-    with pytest.raises(ValueError, match=r"same tasks: had \['0', '1'\], got \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"same tasks in the same order: had \['0', '1'\], got \['a', 'b'\]"):
         optimizer.collect(dict(zip("ab", two_losses(net, x), strict=True)))
     with pytest.raises(ValueError, match="every micro-batch is given the scaler or none"):
         optimizer.collect(two_losses(net, x), scaler=torch.amp.GradScaler(DEVICE))
