@@ -79,9 +79,9 @@ class CAGrad {
 
   GS_HOST_DEVICE double length_squared() const { return std::fmax(team_dot(team_, x_, gx_, tasks_), 0.0); }
 
-  // Whether g_x = 0 for some x, but for what rounding leaves of its terms, or of the conditions: by convexity no
-  // combination's square is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t). Then no lambda solves the problem if c >=
-  // 1; were it sought, rounding of so large ones would hide that.
+  // Whether g_x = 0 for some x, but for what rounding leaves of its terms, or of the conditions: by convexity no square
+  // is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t). If c >= 1 no lambda solves the problem then; were it sought,
+  // rounding of so large ones would hide that.
   GS_HOST_DEVICE bool is_stationary() {
     const double squared = minimize(1, 0);
     double terms = 0, least = squared;
