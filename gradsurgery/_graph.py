@@ -50,6 +50,7 @@ _KEEPING = (
     *("MaskedFillBackward0", "MaxBackward0", "MaximumBackward0", "MinimumBackward0", "MultiMarginLossBackward0"),
     *("NllLoss2DBackward0", "NllLossBackward0", "NormBackward0", "NormBackward1", "RsubBackward1", "SiluBackward0"),
     *("SoftmaxBackward0", "SoftMarginLossBackward0", "StdBackward0", "UnsafeViewBackward0", "VarBackward0"),
+    *("AddcdivBackward0", "AddcmulBackward0", "ClampMaxBackward0", "LerpBackward0", "LerpBackward1", "UnfoldBackward0"),
 )
 """Operators that keep losses apart. They are walked through, from a loss back to a stack that it is part of."""
 
