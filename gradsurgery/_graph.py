@@ -90,14 +90,14 @@ class Survey:
         """Look at the graph of these, and warn where gradients will not tell which parameters a loss reaches."""
         functions = functions_behind(losses)
         if self.functions is None or not self.functions.issuperset(functions):
-            nodes = _postorder([_edge(root)[0] for root in roots], {})
+            nodes = _postorder([_edge(root)[0] for root in roots], {}) if functions else []
             self.through_grad = self.through_grad or any(type(node).__name__ == _REENTRANT for node in nodes)
             self.hiding = self.hiding or any(map(_may_hide, nodes))
             self.functions = functions.union(self.functions or ())
             self.checked = False
         if self.infers_shared and not self.checked and not one_pass and len(roots) > 1:
             self.checked = True
-            if joins(roots):
+            if joins(roots, in_python=bool(functions)):
                 self.infers_shared = False
                 warnings.warn(
                     "losses depend on different outputs of one compiled function, checkpoint or sharded module, or are "
@@ -160,12 +160,13 @@ def _places(node: Any) -> list[int | None]:
     return [None if edge[0] is None else next(with_graph) for edge in node.next_functions]
 
 
-def joins(losses: Sequence[Root]) -> bool:
+def joins(losses: Sequence[Root], *, in_python: bool = True) -> bool:
     """Whether a function's backward pass gives zeros, not None, to what a loss does not depend on.
 
-    That is so where two losses depend on different outputs of one function, or are parts of what became of a stack.
+    That is so where two losses depend on different outputs of one function in Python, if there are any, or are parts of
+    what became of a stack.
     """
-    return _depend_on_outputs(losses) or _are_parts_of_stack(losses)
+    return (in_python and _depend_on_outputs(losses)) or _are_parts_of_stack(losses)
 
 
 def _are_parts_of_stack(losses: Sequence[Root]) -> bool:

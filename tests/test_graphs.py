@@ -10,7 +10,8 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import gradsurgery
-from conftest import grads_of, two_losses, two_task_net
+from conftest import AVAILABLE, grads_of, two_losses, two_task_net
+from gradsurgery import _graph
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
 
@@ -251,3 +252,17 @@ def test_multi_grad_hooks_of_parameters_do_not_work():
         optimizer.backward([weight.sum(), weight.square().sum()])
     assert weight.grad is None
     optimizer.backward([weight.sum(), weight.square().sum()])
+
+
+@pytest.mark.skipif("cpu" not in AVAILABLE, reason="needs the extension")
+def test_python_does_not_walk_deep_graphs(monkeypatch):
+    """Of a graph that it has walked, torch 2.13 frees one function inside the other, until the stack ends."""
+    monkeypatch.setattr(_graph, "_postorder", None)
+    monkeypatch.setattr(_graph, "_depend_on_outputs", None)
+    cell, heads = torch.nn.RNNCell(6, 3), torch.nn.ModuleList(torch.nn.Linear(3, 1) for _ in range(2))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([*cell.parameters(), *heads.parameters()], lr=0.1))
+    state = torch.zeros(8, 3)
+    for _ in range(5):
+        state = cell(X, state)
+    info = optimizer.backward([head(state).square().mean() for head in heads])
+    assert info.finite
