@@ -181,6 +181,9 @@ def test_what_vmap_gets_wrong_is_refused():
     for options in ({}, {"features": features}):
         with pytest.raises(RuntimeError, match=r"wrong gradients of CdistBackward0 .*mode='sequential'"):
             optimizer.backward(losses, mode="batched", retain_graph=True, **options)
+    scattered = torch.zeros(16, device=DEVICE).as_strided_scatter(centers[0], (4,), (2,))
+    with pytest.raises(RuntimeError, match="wrong gradients of AsStridedScatterBackward0"):
+        optimizer.backward([scattered.sum(), scattered.square().sum()], mode="batched")
     # Above the features each loss has a pass of its own.
     z = centers.tanh()
     distances = [torch.cdist(z, z[:3] + t).square().mean() for t in range(2)]

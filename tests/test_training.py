@@ -371,6 +371,12 @@ def test_a_task_that_reaches_nothing_shared_leaves_mgda_nothing_to_train():
     optimizer.backward([*two_losses(net, x), own(x).square().mean()])
     assert not any(p.grad.any() for p in net["trunk"].parameters())
     assert all(p.grad.any() for p in (*net["a"].parameters(), *own.parameters()))
+    groups = [{"params": net["trunk"][0].parameters()}, {"params": net["trunk"][2].parameters()}]
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(groups, lr=0.1), granularity="per_group")
+    optimizer.zero_grad()
+    optimizer.backward([*two_losses(net, x), net["trunk"][0](x).square().mean()])
+    assert net["trunk"][0].weight.grad.any()
+    assert not net["trunk"][2].weight.grad.any()
 
 
 @pytest.mark.parametrize("method", ["cagrad", "nash_mtl", "fairgrad", "pcgrad"])
