@@ -255,6 +255,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                       {"pcd", GS_PCD}};
   });
   m.def("functions_behind", &functions_behind);
+  m.def("read_graph", &read_graph);
   pybind11::class_<Lists>(m, "Lists")
       .def_static("read", &Lists::read)
       .def_static("read_matrix", &Lists::read_matrix)

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
@@ -15,253 +13,33 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ._extension import C
 
-Root = Tensor | GradientEdge
-"""What a backward pass begins at."""
-
-_REENTRANT = "CheckpointFunctionBackward"
-"""torch.utils.checkpoint's function with use_reentrant=True, and the like of other packages."""
-
-_JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward", _REENTRANT)
-"""torch.compile's functions, fully_shard's of a module's inputs, and checkpoints."""
+PARTS = ("UnbindBackward0", "SelectBackward0")
 
 _PASSING = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 """Functions whose outputs are their inputs, one by one: DistributedDataParallel's, and of hooks of whole modules."""
 
-_PARTS = ("UnbindBackward0", "SelectBackward0")
-_WIDE_PARTS = (
-    *(*_PARTS, "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0", "IndexBackward0", "GatherBackward0"),
-    *("IndexSelectBackward0", "MaskedSelectBackward0"),
-)
-_WHOLES = (
-    *("StackBackward0", "CatBackward0", "CopySlices", "IndexPutBackward0", "IndexAddBackward0", "ScatterBackward0"),
-    *("ScatterAddBackward0", "MaskedScatterBackward0"),
-)
-_KEEPING = (
-    *("BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0", "HuberLossBackward0", "PermuteBackward0"),
-    *("SigmoidBackward0", "TBackward0", "TanhBackward0", "TransposeBackward0"),
-    *("AbsBackward0", "AddBackward0", "ClampBackward0", "ClampBackward1", "ClampMinBackward0", "CloneBackward0"),
-    *("DivBackward0", "ExpBackward0", "L1LossBackward0", "Log1PBackward0", "LogBackward0", "MeanBackward0"),
-    *("MeanBackward1", "MseLossBackward0", "MulBackward0", "NanToNumBackward0", "NegBackward0", "PowBackward0"),
-    *("ReluBackward0", "ReshapeAliasBackward0", "SmoothL1LossBackward0", "SoftplusBackward0"),
-    *("SqrtBackward0", "SqueezeBackward0", "SqueezeBackward1", "SubBackward0", "SumBackward0"),
-    *("SumBackward1", "ToCopyBackward0", "UnsqueezeBackward0", "ViewBackward0", "WhereBackward0"),
-    *("AmaxBackward0", "EluBackward0", "ExpandBackward0", "GeluBackward0", "KlDivBackward0", "LeakyReluBackward0"),
-    *("LinalgVectorNormBackward0", "LogSigmoidBackward0", "LogSoftmaxBackward0", "LogsumexpBackward0"),
-    *("MaskedFillBackward0", "MaxBackward0", "MaximumBackward0", "MinimumBackward0", "MultiMarginLossBackward0"),
-    *("NllLoss2DBackward0", "NllLossBackward0", "NormBackward0", "NormBackward1", "RsubBackward1", "SiluBackward0"),
-    *("SoftmaxBackward0", "SoftMarginLossBackward0", "StdBackward0", "UnsafeViewBackward0", "VarBackward0"),
-    *("AddcdivBackward0", "AddcmulBackward0", "ClampMaxBackward0", "LerpBackward0", "LerpBackward1", "UnfoldBackward0"),
-)
-"""Operators that keep losses apart. They are walked through, from a loss back to a stack that it is part of."""
+Output = Tensor | GradientEdge
+"""What torch's passes begin at."""
+
+Edge = tuple[int, int]
+"""The number of a node, and which of its outputs; -1 where no graph is behind."""
 
 
-@dataclass(slots=True)
-class Survey:
-    """What the graphs of the steps so far tell: how passes must run, and whether shared parameters can be inferred.
+class Root(NamedTuple):
+    """What a backward pass begins at."""
 
-    A graph is looked through where it has functions in Python that none before had.
-    """
+    tensor: Tensor
+    place: int | None = None
+    """Of a part of a torch.stack, the place there of the tensor that the pass begins at in its stead."""
 
-    infers_shared: bool
-    """Whether shared parameters are inferred. Steps with one pass per loss check that they can be, until one warns."""
-    checked: bool = False
-    """Whether that was checked of the graph that was looked through last."""
-    functions: set[str] | None = None
-    """The names of the functions in Python; None before the first graph."""
-    through_grad: bool = False
-    """Whether passes must go by way of ``.grad``."""
-    hiding: bool = False
-    """Whether there are functions whose backward may call another pass."""
-    began: bool = False
-    """Whether there was a step of surgery."""
-    early_steps: int = 0
-    """Steps of the wrapped optimizer before that."""
+    def edge(self) -> GradientEdge:
+        """Return where the graph begins."""
+        if self.place is None:
+            return get_gradient_edge(self.tensor)
+        return GradientEdge(*self.tensor.grad_fn.next_functions[0][0].next_functions[self.place])  # type: ignore[union-attr]
 
-    def begin_step(self) -> None:
-        """Warn of the second step before any surgery; some checkpoints make one, to have a state to load into."""
-        self.early_steps += not self.began
-        if self.early_steps == 2 and not self.began:
-            warnings.warn(
-                "two steps without surgery: call this optimizer's backward(losses) in place of a loss's backward()",
-                stacklevel=3,
-            )
-
-    def take(self, losses: list[Tensor], roots: list[Root], one_pass: bool) -> None:
-        """Look at the graph of these, and warn where gradients will not tell which parameters a loss reaches."""
-        functions = functions_behind(losses)
-        if self.functions is None or not self.functions.issuperset(functions):
-            nodes = _postorder([_edge(root)[0] for root in roots], {}) if functions else []
-            self.through_grad = self.through_grad or any(type(node).__name__ == _REENTRANT for node in nodes)
-            self.hiding = self.hiding or any(map(_may_hide, nodes))
-            self.functions = functions.union(self.functions or ())
-            self.checked = False
-        if self.infers_shared and not self.checked and not one_pass and len(roots) > 1:
-            self.checked = True
-            if joins(roots, in_python=bool(functions)):
-                self.infers_shared = False
-                warnings.warn(
-                    "losses depend on different outputs of one compiled function, checkpoint or sharded module, or are "
-                    "computed from one stacked tensor, whose backward pass gives zeros to what a loss does not depend "
-                    "on: heads in it count as shared. Name the shared parameters by shared=, or keep trunk and heads "
-                    "apart there",
-                    stacklevel=7,
-                )
-
-
-def functions_behind(losses: list[Tensor]) -> set[str]:
-    """Return the names of the functions in Python that the losses depend on."""
-    if C is not None:
-        return C.functions_behind(losses)  # type: ignore[no-any-return]
-    nodes = _postorder([loss.grad_fn for loss in losses if loss.grad_fn is not None], {})
-    return {type(node).__name__ for node in nodes if isinstance(node, BackwardCFunction)}
-
-
-def reach(
-    roots: Sequence[Root], stops: Sequence[Tensor] = (), names: set[str] | None = None
-) -> tuple[dict[int, int], list[int]]:
-    """Walk from the roots to the leaves, each node once, and not beyond the stops.
-
-    Returns:
-        For the id of each leaf a bit mask, bit r where root r depends on it on a path without a stop; and such a mask
-        for each stop. The names of the functions on these paths join ``names``.
-    """
-    stop_at = {_edge(stop): s for s, stop in enumerate(stops)}
-    stop_masks = [0] * len(stops)
-    masks: defaultdict[Any, int] = defaultdict(int)
-    of_output: defaultdict[tuple[Any, int], int] = defaultdict(int)
-
-    def depends(edge: tuple[Any, int], mask: int) -> None:
-        if edge in stop_at:
-            stop_masks[stop_at[edge]] |= mask
-        elif edge[0] is not None:
-            masks[edge[0]] |= mask
-            of_output[edge] |= mask
-
-    for r, root in enumerate(roots):
-        depends(_edge(root), 1 << r)
-    leaves: dict[int, int] = {}
-    for node in reversed(_postorder(list(masks), stop_at)):
-        edges = node.next_functions
-        if names is not None:
-            names.add(type(node).__name__)
-        places = _places(node) if type(node).__name__ in _PASSING else [None] * len(edges)
-        for edge, place in zip(edges, places, strict=True):
-            depends(edge, masks[node] if place is None else of_output[node, place])
-        if type(node).__name__ == "AccumulateGrad":
-            leaves[id(node.variable)] = masks[node]
-    return leaves, stop_masks
-
-
-def _places(node: Any) -> list[int | None]:
-    """Return for each input of a function of ``_PASSING`` the output that it is; None for one without a graph."""
-    # Outputs that are no tensors count, too. The first argument of DistributedDataParallel's function is the module.
-    skipped = type(node).__name__ == "_DDPSinkBackward"
-    with_graph = (place - skipped for place, needed in enumerate(node.needs_input_grad) if needed)
-    return [None if edge[0] is None else next(with_graph) for edge in node.next_functions]
-
-
-def joins(losses: Sequence[Root], *, in_python: bool = True) -> bool:
-    """Whether a function's backward pass gives zeros, not None, to what a loss does not depend on.
-
-    That is so where two losses depend on different outputs of one function in Python, if there are any, or are parts of
-    what became of a stack.
-    """
-    return (in_python and _depend_on_outputs(losses)) or _are_parts_of_stack(losses)
-
-
-def _are_parts_of_stack(losses: Sequence[Root]) -> bool:
-    """Whether losses are parts of a tensor whose columns were stacked from tensors with leaves of their own."""
-    if len(losses) < 2:
-        return False
-    common = set.intersection(*(_behind_parts(_edge(loss)[0]) for loss in losses))
-    return any(map(_has_leaves_of_some_inputs, _before(list(common), _WHOLES)))
-
-
-def _has_leaves_of_some_inputs(node: Any) -> bool:
-    """Whether there are leaves that one input of a function depends on, and another does not."""
-    edges = [GradientEdge(*edge) for edge in node.next_functions if edge[0] is not None]
-    return len(set(reach(edges)[0].values())) > 1
-
-
-def _behind_parts(start: Any) -> set[Any]:
-    """Return what a loss is computed from by parts of it, back to the last operator that may mix columns."""
-    found, seen = set(), set()
-    stack = [(start, False)]
-    while stack:
-        node, behind = stack.pop()
-        if node is None or (node, behind) in seen:
-            continue
-        seen.add((node, behind))
-        if behind:
-            found.add(node)
-        takes_part = type(node).__name__ in _WIDE_PARTS
-        if takes_part or type(node).__name__ in _KEEPING:
-            stack += [(edge[0], behind or takes_part) for edge in node.next_functions]
-    return found
-
-
-def _before(nodes: list[Any], names: Sequence[str]) -> list[Any]:
-    """Return the first nodes with one of the names on the ways from these through what mixes no columns."""
-    found, stack, seen = [], list(nodes), set(nodes)
-    while stack:
-        node = stack.pop()
-        if type(node).__name__ in names:
-            found.append(node)
-        elif type(node).__name__ in _KEEPING:
-            following = {edge[0] for edge in node.next_functions if edge[0] is not None} - seen
-            seen |= following
-            stack += following
-    return found
-
-
-def _depend_on_outputs(losses: Sequence[Root]) -> bool:
-    entries: dict[Any, set[frozenset[int]]] = defaultdict(set)
-    for loss in losses:
-        outputs: dict[Any, set[int]] = defaultdict(set)
-        stack, seen = [_edge(loss)], set()
-        while stack:
-            node, output = stack.pop()
-            joining = type(node).__name__ in _JOINING
-            if joining or _may_hide(node):
-                outputs[node].add(output)
-            if not joining and node not in seen:
-                seen.add(node)
-                stack.extend(edge for edge in node.next_functions if edge[0] is not None)
-        for node, of_loss in outputs.items():
-            entries[node].add(frozenset(of_loss))
-    several = [node for node, found in entries.items() if len(found) > 1]
-    return any(type(node).__name__ in _JOINING or _has_leaves_of_some_inputs(node) for node in several)
-
-
-def edges_behind_functions(
-    roots: Sequence[Root], parameters: Sequence[Tensor], stops: Sequence[Tensor] = ()
-) -> list[GradientEdge]:
-    """Return an edge out of each function that a pass to these parameters and stops would not come to.
-
-    A pass that names the edges, too, runs those functions. Their backward may call another pass, whose gradients of
-    parameters that are not in the graph it leaves in ``.grad``, as those of reversible layers do.
-    """
-    known = {id(p) for p in parameters}
-    stop_at = {_edge(stop): s for s, stop in enumerate(stops)}
-    starts = [edge[0] for edge in map(_edge, roots) if edge not in stop_at]
-    leading, found = set(), []
-    for node in _postorder(starts, stop_at):
-        edges = [edge for edge in node.next_functions if edge[0] is not None]
-        if type(node).__name__ == "AccumulateGrad":
-            leads = id(node.variable) in known
-        else:
-            leads = any(edge in stop_at or edge[0] in leading for edge in edges)
-        if not leads and edges and _may_hide(node):
-            found.append(GradientEdge(*edges[0]))
-            leads = True
-        if leads:
-            leading.add(node)
-    return found
-
-
-def _may_hide(node: Any) -> bool:
-    """Whether it is a function in Python, other than torch's own."""
-    return isinstance(node, BackwardCFunction) and not type(node)._forward_cls.__module__.startswith("torch.")  # type: ignore[attr-defined]
+    def output(self) -> Output:
+        return self.tensor if self.place is None else self.edge()
 
 
 def root_of(loss: Tensor) -> Root | None:
@@ -271,17 +49,17 @@ def root_of(loss: Tensor) -> Root | None:
     """
     node = loss.grad_fn
     name = type(node).__name__
-    if name not in _PARTS or loss._backward_hooks:
-        return loss
+    if name not in PARTS or loss._backward_hooks:
+        return Root(loss)
     whole: Any = node.next_functions[0][0]  # type: ignore[union-attr]
     if type(whole).__name__ != "StackBackward0":
-        return loss
+        return Root(loss)
     num_dims = loss.dim() + 1
     if _signed(whole._saved_dim) % num_dims != _signed(node._saved_dim) % num_dims:  # type: ignore[union-attr]
-        return loss
+        return Root(loss)
     place = loss.output_nr if name == "UnbindBackward0" else _signed(node._saved_index)  # type: ignore[union-attr]
-    edge = whole.next_functions[place]
-    return None if edge[0] is None else GradientEdge(*edge)
+    place %= len(whole.next_functions)
+    return None if whole.next_functions[place][0] is None else Root(loss, place)
 
 
 def _signed(number: int) -> int:
@@ -289,24 +67,129 @@ def _signed(number: int) -> int:
     return number if number < 2**63 else number - 2**64
 
 
-def _edge(root: Root) -> tuple[Any, int]:
-    edge = get_gradient_edge(root) if isinstance(root, Tensor) else root
-    return edge.node, edge.output_nr
+def functions_behind(losses: list[Tensor]) -> set[str]:
+    """Return the names of the functions in Python that the losses depend on."""
+    if C is not None:
+        return C.functions_behind(losses)  # type: ignore[no-any-return]
+    return {type(function).__name__ for function in Graph.behind([Root(loss) for loss in losses]).functions.values()}
 
 
-def _postorder(starts: list[Any], stop_at: dict[tuple[Any, int], int]) -> list[Any]:
-    """Return all nodes, each behind those that it depends on."""
-    order: list[Any] = []
-    seen = set()
-    stack = [(node, False) for node in starts]
+class Reach(NamedTuple):
+    """Masks, bit r where a path leads from root r without a stop."""
+
+    leaves: dict[int, int]
+    """By the id of each leaf that a root depends on."""
+    stops: list[int]
+    nodes: list[int]
+
+
+class Graph(NamedTuple):
+    """Autograd's graph behind some roots. The nodes have numbers, higher than those of what they depend on."""
+
+    roots: list[Edge]
+    names: list[str]
+    """Of the nodes' types."""
+    edges: list[tuple[Edge, ...]]
+    """Of each node's inputs."""
+    leaves: dict[int, Tensor]
+    functions: dict[int, Any]
+    """The nodes that are functions in Python."""
+
+    @classmethod
+    def behind(cls, roots: Sequence[Root]) -> Graph:
+        """Read the graph. Of what Python walked through, torch 2.13 frees one node inside the other: depths crash."""
+        return cls(*C.read_graph(roots)) if C is not None else _walk(roots)
+
+    def reach(self, roots: Sequence[Edge], stops: Sequence[Edge] = ()) -> Reach:
+        """Go from the roots to the leaves, and not beyond the stops."""
+        masks = [0] * len(self.names)
+        stop_masks = dict.fromkeys(stops, 0)
+        passing: dict[int, dict[int, int]] = {n: defaultdict(int) for n in self.functions if self.names[n] in _PASSING}
+
+        def depends(edge: Edge, mask: int) -> None:
+            node, output = edge
+            if edge in stop_masks:
+                stop_masks[edge] |= mask
+            elif node >= 0:
+                masks[node] |= mask
+                if node in passing:
+                    passing[node][output] |= mask
+
+        for r, root in enumerate(roots):
+            depends(root, 1 << r)
+        for node in reversed(range(len(masks))):
+            if node in passing:
+                for edge, place in zip(self.edges[node], self._places(node), strict=True):
+                    depends(edge, masks[node] if place is None else passing[node][place])
+            elif masks[node]:
+                for edge in self.edges[node]:
+                    depends(edge, masks[node])
+        leaves = {id(leaf): masks[node] for node, leaf in self.leaves.items() if masks[node]}
+        return Reach(leaves, [stop_masks[stop] for stop in stops], masks)
+
+    def _places(self, node: int) -> list[int | None]:
+        """Return for each input of a function of ``_PASSING`` the output that it is; None for one without a graph."""
+        # Outputs that are no tensors count, too. DistributedDataParallel's function takes the module first.
+        skipped = self.names[node] == "_DDPSinkBackward"
+        needed = self.functions[node].needs_input_grad
+        with_graph = (place - skipped for place, needs_grad in enumerate(needed) if needs_grad)
+        return [None if behind < 0 else next(with_graph) for behind, _ in self.edges[node]]
+
+    def may_hide(self, node: int) -> bool:
+        """Whether it is a function in Python, other than torch's own, whose backward may call another pass."""
+        function = self.functions.get(node)
+        return function is not None and not type(function)._forward_cls.__module__.startswith("torch.")
+
+    def edges_behind_functions(
+        self, parameters: Sequence[Tensor], reached: Reach | None = None, stops: Sequence[Edge] = ()
+    ) -> list[GradientEdge]:
+        """Return an edge out of each reached function that a pass to these parameters and stops would not come to.
+
+        Without ``reached`` all of the graph is. A pass that names the edges, too, runs those functions. Their backward may call another pass, whose gradients of
+        parameters that are not in the graph it leaves in ``.grad``, as those of reversible layers do.
+        """
+        known, ends = {id(p) for p in parameters}, set(stops)
+        leads = [False] * (len(self.names) + 1)  # one more, where no graph is behind
+        for node, leaf in self.leaves.items():
+            leads[node] = id(leaf) in known
+        found = []
+        for node, edges in enumerate(self.edges):
+            for edge in edges:
+                if leads[edge[0]] or edge in ends:
+                    leads[node] = True
+                    break
+            else:
+                behind = [place for place, edge in enumerate(edges) if edge[0] >= 0]
+                if behind and self.may_hide(node) and (reached is None or reached.nodes[node]):
+                    found.append(GradientEdge(*self.functions[node].next_functions[behind[0]]))
+                    leads[node] = True
+        return found
+
+
+def _walk(roots: Sequence[Root]) -> Graph:
+    """Read the graph without the extension."""
+    numbers: dict[Any, int] = {}
+
+    def number(edge: Any) -> Edge:
+        return -1 if edge[0] is None else numbers[edge[0]], edge[1]
+
+    starts = [root.edge() for root in roots]
+    graph = Graph([], [], [], {}, {})
+    stack = [(start.node, False) for start in reversed(starts)]
     while stack:
         node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
+        if node in numbers:
+            continue
+        if not done:
             stack.append((node, True))
-            stack.extend(
-                (edge[0], False) for edge in node.next_functions if edge[0] is not None and edge not in stop_at
-            )
-    return order
+            stack.extend((edge[0], False) for edge in reversed(node.next_functions) if edge[0] is not None)
+            continue
+        if type(node).__name__ == "AccumulateGrad":
+            graph.leaves[len(numbers)] = node.variable  # type: ignore[attr-defined]
+        elif isinstance(node, BackwardCFunction):
+            graph.functions[len(numbers)] = node
+        graph.names.append(type(node).__name__)
+        graph.edges.append(tuple(map(number, node.next_functions)))
+        numbers[node] = len(numbers)
+    graph.roots.extend((numbers[start.node], start.output_nr) for start in starts)
+    return graph

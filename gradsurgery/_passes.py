@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ._dtensor import part_of
-from ._graph import Root, edges_behind_functions, reach
+from ._graph import Graph, Output, Root
 
 Rows = list[list[Tensor | None]]
 
@@ -51,14 +51,11 @@ class Passes:
                 )
 
     def _go_back(
-        self, outputs: Sequence[Root], inputs: Sequence[Tensor], grads: Sequence[Tensor], edges: list[Any], keep: bool
+        self, outputs: Sequence[Output], inputs: Sequence[Tensor], grads: Sequence[Tensor], edges: list[Any], keep: bool
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of the inputs alone; the pass goes to the edges, too."""
         found = torch.autograd.grad(outputs, [*inputs, *edges], grads, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
         return found[: len(inputs)]
-
-    def _edges(self, roots: Sequence[Root], stops: Sequence[Tensor] = ()) -> list[GradientEdge]:
-        return edges_behind_functions(roots, self.parameters, stops) if self.hiding else []
 
     def _add_hidden(self, row: list[Tensor | None]) -> None:
         """Add to a row what functions have left in ``.grad``, and clear it."""
@@ -77,9 +74,10 @@ class Passes:
         if self.batched:
             return self._batched_from_losses()
         rows: Rows = []
-        edges = self._edges([root for root, _ in self.starts])
+        roots = [root for root, _ in self.starts]
+        edges = Graph.behind(roots).edges_behind_functions(self.parameters) if self.hiding else []
         for (root, factor), keep in self._with_keep(self.starts):
-            rows.append([*self._go_back([root], self.parameters, [factor], edges, keep)])
+            rows.append([*self._go_back([root.output()], self.parameters, [factor], edges, keep)])
             self._add_hidden(rows[-1])
         check_memory(rows)
         return rows
@@ -96,7 +94,7 @@ class Passes:
         parameters: list[Any] = self.parameters
         rows: Rows = []
         for (root, factor), keep in self._with_keep(self.starts):
-            torch.autograd.backward([root], [factor], retain_graph=keep)
+            torch.autograd.backward([root.output()], [factor], retain_graph=keep)
             rows.append([part_of(p.grad, p) if sharded and p.grad is not None else p.grad for p in parameters])
             for p in parameters:
                 p.grad = None
@@ -110,22 +108,23 @@ class Passes:
     def _batched_from_losses(self) -> Rows:
         """All losses at once, but to the parameters of one task alone by a pass of their sum."""
         roots, factors = map(list, zip(*self.starts, strict=True))
-        names: set[str] = set()
-        masks, _ = reach(roots, names=names)
-        _check_vmap(names)
-        mask = [masks.get(id(p), 0) for p in self.parameters]
-        rows: Rows = [[None] * len(mask) for _ in roots]
+        graph = Graph.behind(roots)
+        _check_vmap(set(graph.names))
+        outputs = [root.output() for root in roots]
+        leaves = graph.reach(graph.roots).leaves
+        mask = [leaves.get(id(p), 0) for p in self.parameters]
+        rows: Rows = [[None] * len(mask) for _ in outputs]
         owned = [p for p, m in enumerate(mask) if m.bit_count() == 1]
         shared = [p for p, m in enumerate(mask) if m.bit_count() > 1]
-        edges = self._edges(roots)
+        edges = graph.edges_behind_functions(self.parameters) if self.hiding else []
         if owned:
             inputs = [self.parameters[p] for p in owned]
-            of_sum = self._go_back(roots, inputs, factors, [], self.retain_graph or bool(shared or edges))
+            of_sum = self._go_back(outputs, inputs, factors, [], self.retain_graph or bool(shared or edges))
             for p, grad in zip(owned, of_sum, strict=True):
                 rows[mask[p].bit_length() - 1][p] = grad
         units = torch.eye(len(rows), dtype=factors[0].dtype, device=factors[0].device)
         cotangents = [units[t].to(f).reshape(-1, *[1] * f.dim()) * f for t, f in enumerate(factors)]
-        self._fill_batched(rows, shared, mask, roots, cotangents, edges)
+        self._fill_batched(rows, shared, mask, outputs, cotangents, edges)
         return rows
 
     def by_features(self, features: Sequence[Tensor]) -> Rows:
@@ -141,30 +140,28 @@ class Passes:
                     f"feature {f} has hooks or retains its gradient, in which the passes above and below it would both "
                     "take part: go on with its view_as(itself), and give that"
                 )
-        below: dict[int, int] = {}
-        names: set[str] = set()
-        for f, feature in enumerate(features):
-            leaves, reached = reach([feature], [*features[:f], *features[f + 1 :]], names)
-            if any(reached):
+        graph = Graph.behind([*(root for root, _ in self.starts), *map(Root, features)])
+        starts, stops = graph.roots[: len(self.starts)], graph.roots[len(self.starts) :]
+        for f, stop in enumerate(stops):
+            others = [*stops[:f], *stops[f + 1 :]]
+            if others and any(graph.reach([stop], others).stops):
                 raise ValueError(f"feature {f} depends on another one: name tensors that do not")
-            for leaf in leaves:
-                below[leaf] = below.get(leaf, 0) | 1 << f
-        above, of_features = reach([root for root, _ in self.starts], features)
-        if not all(of_features):
+        below, above = graph.reach(stops), graph.reach(starts, stops)
+        if not all(above.stops):
             raise ValueError(
-                f"no loss depends on feature {of_features.index(0)} (a model with hooks, or one in "
+                f"no loss depends on feature {above.stops.index(0)} (a model with hooks, or one in "
                 "DistributedDataParallel with unused parameters, returns copies of what its outputs come of)"
             )
-        both = [p for p, owner in enumerate(self.parameters) if id(owner) in above and id(owner) in below]
+        both = [p for p, owner in enumerate(self.parameters) if id(owner) in above.leaves and id(owner) in below.leaves]
         if both:
             raise ValueError(f"parameters {both} are used above and below the features, which must part the two")
         rows: Rows = [[None] * len(self.parameters) for _ in self.starts]
         cotangents: Rows = []
-        edges = self._edges([root for root, _ in self.starts], features)
+        edges = graph.edges_behind_functions(self.parameters, above, stops) if self.hiding else []
         for t, ((root, factor), keep) in enumerate(self._with_keep(self.starts)):
-            own = [p for p, owner in enumerate(self.parameters) if above.get(id(owner), 0) >> t & 1]
+            own = [p for p, owner in enumerate(self.parameters) if above.leaves.get(id(owner), 0) >> t & 1]
             inputs = [*features, *(self.parameters[p] for p in own)]
-            found = self._go_back([root], inputs, [factor], edges, keep)
+            found = self._go_back([root.output()], inputs, [factor], edges, keep)
             cotangents.append(list(found[: len(features)]))
             for p, grad in zip(own, found[len(features) :], strict=True):
                 rows[t][p] = grad
@@ -173,12 +170,12 @@ class Passes:
         # Bit t: some feature that loss t depends on depends on the parameter.
         mask = [0] * len(self.parameters)
         for p, owner in enumerate(self.parameters):
-            for f, tasks in enumerate(of_features):
-                mask[p] |= tasks * (below.get(id(owner), 0) >> f & 1)
+            for f, tasks in enumerate(above.stops):
+                mask[p] |= tasks * (below.leaves.get(id(owner), 0) >> f & 1)
         trunk = [p for p, m in enumerate(mask) if m]
-        edges = self._edges(features)
+        edges = graph.edges_behind_functions(self.parameters, below) if self.hiding else []
         if self.batched:
-            _check_vmap(names)
+            _check_vmap({name for name, mask in zip(graph.names, below.nodes, strict=True) if mask})
             check_memory(rows)
             stacks = [
                 torch.stack([torch.zeros_like(f) if row[i] is None else row[i] for row in cotangents])  # type: ignore[misc]
@@ -206,7 +203,7 @@ class Passes:
         rows: Rows,
         params: list[int],
         mask: list[int],
-        outputs: Sequence[Root],
+        outputs: Sequence[Output],
         cotangents: list[Tensor],
         edges: list[GradientEdge],
     ) -> None:
@@ -225,7 +222,7 @@ class Passes:
 
     def _vmapped(
         self,
-        outputs: Sequence[Root],
+        outputs: Sequence[Output],
         inputs: list[Tensor],
         cotangents: list[Tensor],
         edges: list[GradientEdge],

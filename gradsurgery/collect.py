@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ._checks import check_choice, check_count, describe
 from ._dtensor import is_sharded, local_part
-from ._graph import Survey, root_of
+from ._graph import Root, root_of
 from ._passes import Passes, check_memory
+from ._survey import Survey
 
 if TYPE_CHECKING:
     from ._shards import Shards
@@ -175,7 +176,7 @@ def collect(
     given = [loss for loss in each if loss is not None]
     # A hook of the stack itself runs in passes that begin above it.
     hooked = isinstance(losses, Tensor) and bool(losses._backward_hooks)
-    roots = [loss if loss is None or hooked else root_of(loss) for loss in each]
+    roots = [None if loss is None else Root(loss) if hooked else root_of(loss) for loss in each]
     present = [task for task, loss in zip(tasks, each, strict=True) if loss is not None]
     through_grad = hiding = False
     if survey is not None:
@@ -198,7 +199,7 @@ def collect(
         weights = weigh(tasks, values)
         terms = [(loss * weight.to(loss)).reshape(()) for weight, loss in zip(weights.unbind(), given, strict=True)]
         total = sum((term.to(terms[0].device) for term in terms[1:]), terms[0])
-        each, roots, mode, chunk_size, features = [total], [total], "sequential", None, None
+        each, roots, mode, chunk_size, features = [total], [Root(total)], "sequential", None, None
     scale = None if scaler is None else scaler.scale(torch.ones((), device=given[0].device))
     starts = [
         (root, torch.ones_like(loss) if scale is None else scale.to(loss, copy=True).expand_as(loss))  # type: ignore[arg-type]

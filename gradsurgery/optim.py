@@ -13,11 +13,11 @@ from torch import Tensor, distributed
 from . import methods
 from ._checks import describe
 from ._compiling import takes, untraced
-from ._graph import Survey
 from ._operate import backward_once, operate
 from ._passes import OverwrittenError
 from ._plan import Planner, check_method
 from ._shards import processes_of
+from ._survey import Survey
 from ._wrapper import OptimizerWrapper
 from .backends import check_name
 from .collect import Collected, Losses, collect, holds_weights

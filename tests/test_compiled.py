@@ -7,7 +7,8 @@ import torch
 import gradsurgery
 from conftest import grads_of, on_cpu, two_losses, two_task_net
 from gradsurgery._compiling import capturing
-from gradsurgery._graph import joins
+from gradsurgery._graph import Graph, Root
+from gradsurgery._survey import joins
 
 pytestmark = on_cpu
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -145,14 +146,17 @@ class CompiledFunction(torch.autograd.Function):
 
 
 def test_what_joins_losses():
+    def joined(losses):
+        return joins(Graph.behind([*map(Root, losses)]))
+
     net = two_task_net()
-    assert not joins(two_losses(net, X))
+    assert not joined(two_losses(net, X))
     z = net["trunk"](X)
     (single,) = CompiledFunction.apply(z)
-    assert not joins([single.sum(), single.square().sum()])
+    assert not joined([single.sum(), single.square().sum()])
     first, second = CompiledFunction.apply(z, 2 * z)
-    assert not joins([first.sum() + second.sum(), second.sum() * first.sum()])
-    assert joins([first.sum() + second.sum(), second.sum()])
-    assert joins([first.sum(), net["a"](second).sum()])
-    assert joins([single.sum(), first[0, 0], second[0, 0]])
-    assert not joins([first[0, 0], first[0, 1]])
+    assert not joined([first.sum() + second.sum(), second.sum() * first.sum()])
+    assert joined([first.sum() + second.sum(), second.sum()])
+    assert joined([first.sum(), net["a"](second).sum()])
+    assert joined([single.sum(), first[0, 0], second[0, 0]])
+    assert not joined([first[0, 0], first[0, 1]])

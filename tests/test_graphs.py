@@ -254,15 +254,46 @@ def test_multi_grad_hooks_of_parameters_do_not_work():
     optimizer.backward([weight.sum(), weight.square().sum()])
 
 
+class Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+WALKED = {
+    "named": lambda state: ([state], {}),
+    "batched": lambda state: ([state], {"mode": "batched"}),
+    "features": lambda state: ([state], {"features": state}),
+    "function": lambda state: ([Same.apply(state)], {}),
+}
+
+
 @pytest.mark.skipif("cpu" not in AVAILABLE, reason="needs the extension")
-def test_python_does_not_walk_deep_graphs(monkeypatch):
-    """Of a graph that it has walked, torch 2.13 frees one function inside the other, until the stack ends."""
-    monkeypatch.setattr(_graph, "_postorder", None)
-    monkeypatch.setattr(_graph, "_depend_on_outputs", None)
-    cell, heads = torch.nn.RNNCell(6, 3), torch.nn.ModuleList(torch.nn.Linear(3, 1) for _ in range(2))
-    optimizer = gradsurgery.PCGrad(torch.optim.SGD([*cell.parameters(), *heads.parameters()], lr=0.1))
-    state = torch.zeros(8, 3)
-    for _ in range(5):
-        state = cell(X, state)
-    info = optimizer.backward([head(state).square().mean() for head in heads])
-    assert info.finite
+@pytest.mark.parametrize("way", WALKED)
+def test_deep_graphs(way):
+    """Of a graph that Python has walked, torch 2.13 frees one function inside the other, until the stack ends."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([weight], lr=0.1))
+    state = weight * 1
+    for _ in range(40_000):
+        state = state * 1
+    (state,), passes = WALKED[way](state)
+    assert optimizer.backward([state.sum(), -state[0]], **passes).finite
+
+
+def test_the_graph_is_the_same_without_the_extension(monkeypatch):
+    net = two_task_net()
+    z = Same.apply(net["trunk"](X)).tanh()
+    halves = z.split(3, 1)
+    stacked = torch.stack([net["a"](z).mean(), halves[0].exp().sum(), -halves[1].detach().sum(), halves[1].sum()])
+    roots = [_graph.Root(stacked[0]), *(_graph.Root(stacked[p], p) for p in (3, 1, 0)), _graph.Root(net["b"].weight)]
+    graph = _graph.Graph.behind(roots)
+    monkeypatch.setattr(_graph, "C", None)
+    assert _graph.Graph.behind(roots) == graph
+    assert graph.names[graph.roots[-1][0]] == "AccumulateGrad"
+    assert {"SameBackward", "SplitBackward0", "StackBackward0"} < set(graph.names)
+    assert all(source < node for node, edges in enumerate(graph.edges) for source, _ in edges)

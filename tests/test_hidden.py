@@ -5,10 +5,12 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from conftest import grads_of, on_cpu
+from gradsurgery._graph import Graph, Root
 
 pytestmark = on_cpu
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -314,3 +316,19 @@ def test_passes_compute_anew_what_a_checkpoint_covers(mode, times):
     z = checkpoint(trunk, X, use_reentrant=False)
     optimizer.backward([head(z).square().mean() for head in heads], mode=mode)
     assert trunk[1].num_batches_tracked == times
+
+
+def test_passes_name_an_edge_where_nothing_else_leads_through_a_function():
+    layers = [torch.nn.Linear(6, 6) for _ in range(3)]
+    x, own = X.clone().requires_grad_(), torch.nn.Parameter(torch.ones(6))
+    z, twice = Hiding.apply(layers[0], x), 2 * x
+    y = Hiding.apply(layers[1], z) + Hiding.apply(layers[2], twice) + Hiding.apply(layers[0], own * x)
+
+    def nodes(stops):
+        graph = Graph.behind([Root(y.sum()), *map(Root, stops)])
+        reached = graph.reach(graph.roots[:1], graph.roots[1:])
+        return [edge.node for edge in graph.edges_behind_functions([own], reached, graph.roots[1:])]
+
+    assert nodes([]) == [get_gradient_edge(x).node, twice.grad_fn]
+    assert nodes([z]) == [twice.grad_fn]
+    assert nodes([z, twice]) == []

@@ -10,7 +10,7 @@ from torch.nn.parallel.distributed import _DDPSink
 
 import gradsurgery
 from conftest import two_losses, two_task_net
-from gradsurgery._graph import reach
+from gradsurgery._graph import Graph, Root
 from gradsurgery.collect import collect
 from inputs import DEVICE
 
@@ -294,10 +294,12 @@ def test_errors():
 
 def test_reach_without_a_graph_in_between():
     leaf, other = (torch.ones((), requires_grad=True) for _ in range(2))
-    masks, stops = reach([leaf, leaf * other, other.expand(2).sum()])
-    assert masks == {id(leaf): 3, id(other): 6}
-    assert stops == []
+    graph = Graph.behind([Root(leaf), Root(leaf * other), Root(other.expand(2).sum())])
+    reach = graph.reach(graph.roots)
+    assert reach.leaves == {id(leaf): 3, id(other): 6}
+    assert reach.stops == []
     z = leaf * 2
-    masks, stops = reach([z, z + other], [z])
-    assert masks == {id(other): 2}
-    assert stops == [3]
+    graph = Graph.behind([Root(z), Root(z + other)])
+    reach = graph.reach(graph.roots, graph.roots[:1])
+    assert reach.leaves == {id(other): 2}
+    assert reach.stops == [3]
