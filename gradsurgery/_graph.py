@@ -145,9 +145,9 @@ class Graph(NamedTuple):
     ) -> list[GradientEdge]:
         """Return an edge out of each reached function that a pass to these parameters and stops would not come to.
 
-        Without ``reached``, of all functions. A pass that names the edges, too, runs those functions. Their backward may
-        call another pass, whose gradients of parameters that are not in the graph it leaves in ``.grad``, as those of
-        reversible layers do.
+        Without ``reached``, of all functions. A pass that names the edges, too, runs those functions. Their backward
+        may call another pass, whose gradients of parameters that are not in the graph it leaves in ``.grad``, as those
+        of reversible layers do.
         """
         known, ends = {id(p) for p in parameters}, set(stops)
         leads = [False] * (len(self.names) + 1)  # one more, where no graph is behind
