@@ -175,7 +175,7 @@ def operate(
         gram, weights = (None if value is None else value[0] for value in (gram, weights))
     if collected.batches > 1:
         gram, weights = gram[..., -num_tasks:, -num_tasks:], weights[..., -num_tasks:]  # type: ignore[index]
-    return SurgeryInfo(collected.tasks, gram, weights)
+    return SurgeryInfo(collected.tasks, gram, weights, None if whole else [*plan.blocks])
 
 
 def backward_once(

@@ -20,10 +20,15 @@ class SurgeryInfo:
 
     Attributes:
         tasks: the tasks' names, or their indices as strings.
+        segments: what each segment is of: the place of a group in ``param_groups``, or a parameter; empty
+            where nothing is shared, None for granularity "global".
     """
 
-    def __init__(self, tasks: list[str], gram: Tensor | None, weights: Tensor | None) -> None:
+    def __init__(
+        self, tasks: list[str], gram: Tensor | None, weights: Tensor | None, segments: list[Any] | None = None
+    ) -> None:
         self.tasks = tasks
+        self.segments = segments
         self._gram = gram
         self._weights = weights
 

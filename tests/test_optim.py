@@ -101,6 +101,7 @@ def test_granularity(granularity, backend):
     info = optimizer.backward(losses)
     blocks = [[0], [1, 2, 3]] if granularity == "per_group" else [[0], [1], [2], [3]]
     assert info.gram.shape == (len(blocks), 2, 2)
+    assert list(map(id, info.segments)) == list(map(id, [0, 1] if granularity == "per_group" else trunk))
     for s, block in enumerate(blocks):
         rows = torch.stack([torch.cat([row[p].reshape(-1) for p in block]) for row in grads])
         expected = gradsurgery.aggregate(rows, "mgda", backend="reference")
