@@ -17,29 +17,33 @@ _REENTRANT = "CheckpointFunctionBackward"
 _JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward", _REENTRANT)
 """torch.compile's functions, fully_shard's of a module's inputs, and checkpoints."""
 
-_WIDE_PARTS = (
-    *(*PARTS, "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0", "IndexBackward0", "GatherBackward0"),
-    *("IndexSelectBackward0", "MaskedSelectBackward0"),
+_WIDE_PARTS = frozenset(PARTS).union(
+    """
+    GatherBackward0 IndexBackward0 IndexSelectBackward0 MaskedSelectBackward0 SliceBackward0 SplitBackward0
+    SplitWithSizesBackward0
+    """.split()
 )
-_WHOLES = (
-    *("StackBackward0", "CatBackward0", "CopySlices", "IndexPutBackward0", "IndexAddBackward0", "ScatterBackward0"),
-    *("ScatterAddBackward0", "MaskedScatterBackward0"),
+_WHOLES = frozenset(
+    """
+    CatBackward0 CopySlices IndexAddBackward0 IndexPutBackward0 MaskedScatterBackward0 ScatterAddBackward0
+    ScatterBackward0 StackBackward0
+    """.split()
 )
-_KEEPING = (
-    *("BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0", "HuberLossBackward0", "PermuteBackward0"),
-    *("SigmoidBackward0", "TBackward0", "TanhBackward0", "TransposeBackward0"),
-    *("AbsBackward0", "AddBackward0", "ClampBackward0", "ClampBackward1", "ClampMinBackward0", "CloneBackward0"),
-    *("DivBackward0", "ExpBackward0", "L1LossBackward0", "Log1PBackward0", "LogBackward0", "MeanBackward0"),
-    *("MeanBackward1", "MseLossBackward0", "MulBackward0", "NanToNumBackward0", "NegBackward0", "PowBackward0"),
-    *("ReluBackward0", "ReshapeAliasBackward0", "SmoothL1LossBackward0", "SoftplusBackward0"),
-    *("SqrtBackward0", "SqueezeBackward0", "SqueezeBackward1", "SubBackward0", "SumBackward0"),
-    *("SumBackward1", "ToCopyBackward0", "UnsqueezeBackward0", "ViewBackward0", "WhereBackward0"),
-    *("AmaxBackward0", "EluBackward0", "ExpandBackward0", "GeluBackward0", "KlDivBackward0", "LeakyReluBackward0"),
-    *("LinalgVectorNormBackward0", "LogSigmoidBackward0", "LogSoftmaxBackward0", "LogsumexpBackward0"),
-    *("MaskedFillBackward0", "MaxBackward0", "MaximumBackward0", "MinimumBackward0", "MultiMarginLossBackward0"),
-    *("NllLoss2DBackward0", "NllLossBackward0", "NormBackward0", "NormBackward1", "RsubBackward1", "SiluBackward0"),
-    *("SoftmaxBackward0", "SoftMarginLossBackward0", "StdBackward0", "UnsafeViewBackward0", "VarBackward0"),
-    *("AddcdivBackward0", "AddcmulBackward0", "ClampMaxBackward0", "LerpBackward0", "LerpBackward1", "UnfoldBackward0"),
+_KEEPING = frozenset(
+    """
+    AbsBackward0 AddBackward0 AddcdivBackward0 AddcmulBackward0 AmaxBackward0 BinaryCrossEntropyBackward0
+    BinaryCrossEntropyWithLogitsBackward0 ClampBackward0 ClampBackward1 ClampMaxBackward0 ClampMinBackward0
+    CloneBackward0 DivBackward0 EluBackward0 ExpBackward0 ExpandBackward0 GeluBackward0 HuberLossBackward0
+    KlDivBackward0 L1LossBackward0 LeakyReluBackward0 LerpBackward0 LerpBackward1 LinalgVectorNormBackward0
+    Log1PBackward0 LogBackward0 LogSigmoidBackward0 LogSoftmaxBackward0 LogsumexpBackward0 MaskedFillBackward0
+    MaxBackward0 MaximumBackward0 MeanBackward0 MeanBackward1 MinimumBackward0 MseLossBackward0 MulBackward0
+    MultiMarginLossBackward0 NanToNumBackward0 NegBackward0 NllLoss2DBackward0 NllLossBackward0 NormBackward0
+    NormBackward1 PermuteBackward0 PowBackward0 ReluBackward0 ReshapeAliasBackward0 RsubBackward1 SigmoidBackward0
+    SiluBackward0 SmoothL1LossBackward0 SoftMarginLossBackward0 SoftmaxBackward0 SoftplusBackward0 SqrtBackward0
+    SqueezeBackward0 SqueezeBackward1 StdBackward0 SubBackward0 SumBackward0 SumBackward1 TBackward0 TanhBackward0
+    ToCopyBackward0 TransposeBackward0 UnfoldBackward0 UnsafeViewBackward0 UnsqueezeBackward0 VarBackward0
+    ViewBackward0 WhereBackward0
+    """.split()
 )
 """Operators that keep losses apart. They are walked through, from a loss back to a stack that it is part of."""
 
