@@ -16,7 +16,8 @@ class SurgeryInfo:
 
     Everything is a tensor on the gradients' device, computed when it is asked for; nothing synchronises with the
     host but :meth:`to_dict`. Shapes are given for granularity "global"; the others put a leading dimension of
-    segments before each. Values are unscaled where a gradient scaler was given.
+    segments before each, a single one of zeros where nothing is shared. Values are unscaled where a gradient scaler was
+    given.
 
     Attributes:
         tasks: the tasks' names, or their indices as strings.

@@ -173,8 +173,12 @@ def test_dtp_weights_are_focal():
 @pytest.mark.parametrize(
     ("kpis", "wanted"),
     [
-        *((kpis, r"be T numbers in \[0, 1\]") for kpis in ([0.5, 1.1], [-0.1, 0.5], [math.nan, 0.5], f64([[0.5]]))),
-        *((kpis, "hold one number per task") for kpis in (0.5, [], [[0.5]], [[0.5, 0.1]], ["a", "b"], [None])),
+        *((kpis, r"be T numbers in \[0, 1\]") for kpis in ([0.5, 1.1], [-0.1, 0.5], [math.nan, 0.5])),
+        *((kpis, r"be T numbers in \[0, 1\]") for kpis in (f64([[0.5]]), f64([0.5]) + 0j)),
+        *(
+            (kpis, "hold one number per task")
+            for kpis in (0.5, [], [[0.5]], [[0.5, 0.1]], ["a", "b"], [None], [f64(0.5) + 1j])
+        ),
     ],
 )
 def test_kpis_that_cannot_be(kpis, wanted):

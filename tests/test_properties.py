@@ -28,7 +28,6 @@ def with_value(attribute, *values):
 
 
 HELD = (
-    "yes",
     "not if l2, loss or loss+ with original",
     "but for reg_eps",
     "T = 2",
@@ -101,12 +100,26 @@ def test_not_linear_in_factors_on_the_gradients(name):
     assert (both - apart).norm() > 1e-6 * apart.norm()
 
 
-@pytest.mark.parametrize("name", ["nash_mtl", "imtl_g", "config", "famo", "gls", "scale_invariant", "stch"])
+@pytest.mark.parametrize("name", ["nash_mtl", "config", "famo", "gls", "scale_invariant", "stch"])
 def test_factors_on_losses_do_not_turn_the_direction(name):
     rows, losses = conflicting(5, 1), torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
     factors = torch.tensor([1.0, 10.0, 0.1, 3.0, 100.0], dtype=torch.float64)
     one, other = direction(name, rows, losses), direction(name, factors[:, None] * rows, factors * losses)
     torch.testing.assert_close(one / one.norm(), other / other.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("imtl_g", [[1, 0.2, 0], [1, -0.2, 0], [1, 0, 0.05]]), ("config", [[1, 0], [-0.9, 0.1], [-0.9, -0.4]])],
+)
+def test_factors_on_losses_may_reverse_the_direction(name, rows):
+    """ConFIG's of dependent gradients only."""
+    rows = torch.tensor(rows, dtype=torch.float64)
+    one, other = direction(name, rows), direction(name, torch.tensor([[1.0], [1.0], [0.01]]).double() * rows)
+    torch.testing.assert_close(one / one.norm(), -other / other.norm())
+    if name == "imtl_g":
+        assert (rows @ one > 0).all()
+        assert (rows @ other < 0).all()
 
 
 @pytest.mark.parametrize("granularity", ["per_group", "per_tensor"])

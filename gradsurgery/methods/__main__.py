@@ -55,8 +55,9 @@ Where to begin, as far as properties tell:
 * Try `sum` first. It takes one backward pass, and surgery does not always improve accuracy.
 * `pcgrad` changes least: where no two tasks conflict d is the sum, so that the learning rate may stay as it is.
 * If no task may get worse, to first order: `upgrad`, `dualproj` or `mgda`.
-* If losses have different units: `nash_mtl`, `imtl_g` or `config`, and with one backward pass `famo`, `gls`,
-  `scale_invariant` or `stch`, for positive losses. Factors on the losses do not turn their directions.
+* If losses have different units: `nash_mtl`, or `config` of independent gradients, and with one backward pass `famo`,
+  `gls`, `scale_invariant` or `stch`, for positive losses. Factors on the losses do not turn their directions. They may
+  reverse that of `imtl_g`, whose equal projections may be negative.
 * If one task matters, and the others are to make some progress: `pcd`.
 * If some of many tasks may bring corrupt gradients: `krum`, `trimmed_mean` or `coordinate_median`.
 

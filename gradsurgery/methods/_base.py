@@ -127,7 +127,7 @@ class Method:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; ValueError if keys or shapes are others."""
+        """Restore what ``state_dict`` returned; ValueError for keys or shapes that it never returns."""
         if set(state) != set(self.state_dict()):
             raise ValueError(
                 f"state of method {self.name!r} must have the keys {sorted(self.state_dict())}, got {sorted(state)}"

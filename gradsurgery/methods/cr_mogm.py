@@ -24,8 +24,8 @@ class CRMOGM(Method):
     w_k = alpha w_{k-1} + (1 - alpha) v_k with the weights v_k of another method at step k, so that the weights depend
     less on the batch that they weigh. w_1 = v_1.
 
-    Conventions: a step whose v is not finite has weights v, and does not enter the average. Whether losses are needed
-    and heads weighted is as with the other method.
+    Conventions: a step whose v is not finite has weights that are not, and does not enter the average. Whether losses
+    are needed and heads weighted is as with the other method.
     Scale: the other method's. State: w, and the other method's. Cost: the other method's.
 
     Args:

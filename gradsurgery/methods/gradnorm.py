@@ -23,7 +23,7 @@ class GradNorm(Method):
     Each step uses the current weights and then updates them, in closed form: no second backward pass. The weights
     start at 1 and sum to T. They are loss weights: they also multiply the gradients of the heads. A step whose norms or
     losses are not finite, or whose losses are negative, leaves them as they are, and has NaN weights only for such
-    norms. State: the weights, and the losses of the first step, which stand for L(0).
+    norms. State: the weights, and each task's first loss that is positive and finite, which stands for L(0).
 
     Args:
         alpha: restoring force, >= 0; 0 equalises the gradient norms.

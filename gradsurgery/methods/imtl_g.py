@@ -14,8 +14,9 @@ class IMTLG(SolverMethod):
 
     Conventions: eigenvalues of K up to T 2^-23 of the largest one, float32's rounding, count as 0; for dependent
     gradients the projections are equal in the sense of least squares, with the pseudo-inverse of K, which does not
-    depend on the gradients' lengths (TorchJD takes that of G). Weights may be negative. Where they sum to 0 but for
-    rounding, as for opposite gradients, they are all 0; so is that of a zero gradient.
+    depend on the gradients' lengths (TorchJD takes that of G). Weights may be negative, and so
+    may the projections: d then conflicts with every task, and with other lengths of the same gradients with none. Where
+    the weights sum to 0 but for rounding, as for opposite gradients, they are all 0; so is that of a zero gradient.
     Scale: sums to 1. No state. Cost: O(T^3).
     """
 

@@ -28,7 +28,7 @@ class NashMTL(SolverMethod):
 
     name = "nash_mtl"
     scale = "norm max_norm"
-    non_conflicting = "yes"
+    non_conflicting = "where not stationary"
     cost = "T^3"
 
     def __init__(self, max_norm: float = 1.0) -> None:
