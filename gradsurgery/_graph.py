@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ._extension import C
 
-PARTS = ("UnbindBackward0", "SelectBackward0")
+_PARTS = ("UnbindBackward0", "SelectBackward0")
 
 _PASSING = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 """Functions whose outputs are their inputs, one by one: DistributedDataParallel's, and of hooks of whole modules."""
@@ -49,7 +49,7 @@ def root_of(loss: Tensor) -> Root | None:
     """
     node = loss.grad_fn
     name = type(node).__name__
-    if name not in PARTS or loss._backward_hooks:
+    if name not in _PARTS or loss._backward_hooks:
         return Root(loss)
     whole: Any = node.next_functions[0][0]  # type: ignore[union-attr]
     if type(whole).__name__ != "StackBackward0":

@@ -1,65 +1,36 @@
 # SPDX-License-Identifier: MIT
-"""What autograd's graphs tell about the passes through them, and of losses that they do not keep apart."""
+"""What the steps so far tell: how backward passes must run, and whether shared parameters can be inferred."""
 
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from ._graph import PARTS, Graph, Root, functions_behind
+from ._compiling import capturing
+from ._graph import Graph, Root, functions_behind
+
+if TYPE_CHECKING:
+    from ._shards import Shards
+    from .collect import Collected
+    from .distributed import Replicas
 
 _REENTRANT = "CheckpointFunctionBackward"
 """torch.utils.checkpoint's function with use_reentrant=True, and the like of other packages."""
 
-_JOINING = ("CompiledFunctionBackward", "RegisterPostBackwardFunctionBackward", _REENTRANT)
-"""torch.compile's functions, fully_shard's of a module's inputs, and checkpoints."""
-
-_WIDE_PARTS = frozenset(PARTS).union(
-    """
-    GatherBackward0 IndexBackward0 IndexSelectBackward0 MaskedSelectBackward0 SliceBackward0 SplitBackward0
-    SplitWithSizesBackward0
-    """.split()
-)
-_WHOLES = frozenset(
-    """
-    CatBackward0 CopySlices IndexAddBackward0 IndexPutBackward0 MaskedScatterBackward0 ScatterAddBackward0
-    ScatterBackward0 StackBackward0
-    """.split()
-)
-_KEEPING = frozenset(
-    """
-    AbsBackward0 AddBackward0 AddcdivBackward0 AddcmulBackward0 AmaxBackward0 BinaryCrossEntropyBackward0
-    BinaryCrossEntropyWithLogitsBackward0 ClampBackward0 ClampBackward1 ClampMaxBackward0 ClampMinBackward0
-    CloneBackward0 DivBackward0 EluBackward0 ExpBackward0 ExpandBackward0 GeluBackward0 HuberLossBackward0
-    KlDivBackward0 L1LossBackward0 LeakyReluBackward0 LerpBackward0 LerpBackward1 LinalgVectorNormBackward0
-    Log1PBackward0 LogBackward0 LogSigmoidBackward0 LogSoftmaxBackward0 LogsumexpBackward0 MaskedFillBackward0
-    MaxBackward0 MaximumBackward0 MeanBackward0 MeanBackward1 MinimumBackward0 MseLossBackward0 MulBackward0
-    MultiMarginLossBackward0 NanToNumBackward0 NegBackward0 NllLoss2DBackward0 NllLossBackward0 NormBackward0
-    NormBackward1 PermuteBackward0 PowBackward0 ReluBackward0 ReshapeAliasBackward0 RsubBackward1 SigmoidBackward0
-    SiluBackward0 SmoothL1LossBackward0 SoftMarginLossBackward0 SoftmaxBackward0 SoftplusBackward0 SqrtBackward0
-    SqueezeBackward0 SqueezeBackward1 StdBackward0 SubBackward0 SumBackward0 SumBackward1 TBackward0 TanhBackward0
-    ToCopyBackward0 TransposeBackward0 UnfoldBackward0 UnsafeViewBackward0 UnsqueezeBackward0 VarBackward0
-    ViewBackward0 WhereBackward0
-    """.split()
-)
-"""Operators that keep losses apart. They are walked through, from a loss back to a stack that it is part of."""
-
 
 @dataclass(slots=True)
 class Survey:
-    """What the graphs of the steps so far tell: how passes must run, and whether shared parameters can be inferred.
-
-    A graph is looked through where it has functions in Python that none before had.
-    """
+    """What graphs with functions in Python that none before had, and the first gradients that came of them, tell."""
 
     infers_shared: bool
-    """Whether shared parameters are inferred. Steps with one pass per loss check that they can be, until one warns."""
+    """Whether shared parameters are inferred, until a warning that they cannot be."""
     checked: bool = False
-    """Whether that was checked of the graph that was looked through last."""
-    functions: set[str] | None = None
+    """Whether the gradients were looked at since there were new functions in Python."""
+    functions: frozenset[str] | None = None
     """The names of the functions in Python; None before the first graph."""
     through_grad: bool = False
     """Whether passes must go by way of ``.grad``."""
@@ -79,103 +50,66 @@ class Survey:
                 stacklevel=3,
             )
 
-    def take(self, losses: list[Tensor], roots: list[Root], one_pass: bool) -> None:
-        """Look at the graph of these, and warn where gradients will not tell which parameters a loss reaches."""
+    def take(self, losses: list[Tensor], roots: list[Root]) -> None:
+        """Look at the graph of these."""
         functions = functions_behind(losses)
-        is_new = self.functions is None or not self.functions.issuperset(functions)
-        self.checked = self.checked and not is_new
-        checks = self.infers_shared and not self.checked and not one_pass and len(roots) > 1
-        if not is_new and not checks:
+        known = self.functions or frozenset()
+        if functions <= known:
             return
+        self.functions = known | functions
+        self.checked = False
         graph = Graph.behind(roots)
-        self.functions = functions.union(self.functions or ())
         self.through_grad = self.through_grad or _REENTRANT in graph.names
         self.hiding = self.hiding or any(map(graph.may_hide, graph.functions))
-        if checks:
-            self.checked = True
-            if joins(graph):
+
+    def check(self, collected: Collected, processes: Replicas | Shards) -> None:
+        """Warn of shared parameters that one task alone trains, where another gives zeros.
+
+        So the backward pass of a function with several outputs does, where a loss does not depend on all. A task that
+        gives zeros to all shared parameters, as for a batch without its labels, tells nothing.
+
+        Args:
+            collected: the task gradients, which are read on the host.
+            processes: those that hold parts of them.
+        """
+        if not self.infers_shared or self.checked or capturing(collected.losses.device):
+            return
+        self.checked = True
+        shared = [p for p, count in enumerate(collected.reach) if count > 1]
+        # After the first step processes may not agree that there are new functions, and the sum would wait.
+        if not shared or (self.began and processes.shards is not None):
+            return
+        trains = processes.total(_are_not_zero(collected, shared))
+        try:
+            trained_by = [{t for t, value in enumerate(column) if value} for column in trains.T.tolist()]
+        except (NotImplementedError, RuntimeError):  # fake tensors and those on "meta" have no values
+            return
+        telling = set().union(*trained_by)
+        for p, tasks in zip(shared, trained_by, strict=True):
+            reaching = {r % len(collected.tasks) for r, row in enumerate(collected.grads) if row[p] is not None}
+            rest = telling & reaching - tasks
+            if len(tasks) == 1 and rest:
                 self.infers_shared = False
+                own, other = (collected.tasks[min(of)] for of in (tasks, rest))
                 warnings.warn(
-                    "losses depend on different outputs of one compiled function, checkpoint or sharded module, or are "
-                    "computed from one stacked tensor, whose backward pass gives zeros to what a loss does not depend "
-                    "on: heads in it count as shared. Name the shared parameters by shared=, or keep trunk and heads "
-                    "apart there",
-                    stacklevel=7,
+                    f"loss {other!r} gives gradients of zeros to parameters that loss {own!r} alone trains, and they "
+                    "count as shared: so do heads where losses are cut from one tensor, or come out of one compiled "
+                    "function, checkpoint or sharded module. Name the shared parameters by shared=, or keep trunk and "
+                    "heads apart there",
+                    stacklevel=6,
                 )
+                return
 
 
-def joins(graph: Graph) -> bool:
-    """Whether a function's backward pass gives zeros, not None, to what a loss does not depend on.
-
-    That is so where two losses, the roots of the graph, depend on different outputs of one function in Python, or are
-    parts of what became of a stack.
-    """
-    return _depend_on_outputs(graph) or _are_parts_of_stack(graph)
+def _are_not_zero(collected: Collected, parameters: list[int]) -> Tensor:
+    """Return in how many batches a task's gradient of each of these parameters is not zero, [T, len(parameters)]."""
+    device = collected.losses.device
+    rows = [torch.stack([_is_not_zero(row[p], device) for p in parameters]) for row in collected.grads]
+    return torch.stack(rows).view(collected.batches, -1, len(parameters)).sum(0, dtype=torch.float64)
 
 
-def _are_parts_of_stack(graph: Graph) -> bool:
-    """Whether losses are parts of a tensor whose columns were stacked from tensors with leaves of their own."""
-    if len(graph.roots) < 2:
-        return False
-    common = set.intersection(*(_behind_parts(graph, node) for node, _ in graph.roots))
-    return any(_has_leaves_of_some_inputs(graph, node) for node in _wholes_before(graph, common))
-
-
-def _has_leaves_of_some_inputs(graph: Graph, node: int) -> bool:
-    """Whether there are leaves that one input of a function depends on, and another does not."""
-    edges = [edge for edge in graph.edges[node] if edge[0] >= 0]
-    return len(set(graph.reach(edges).leaves.values())) > 1
-
-
-def _behind_parts(graph: Graph, start: int) -> set[int]:
-    """Return what a loss is computed from by parts of it, back to the last operator that may mix columns."""
-    found, seen = set(), set()
-    stack = [(start, False)]
-    while stack:
-        node, behind = stack.pop()
-        if node < 0 or (node, behind) in seen:
-            continue
-        seen.add((node, behind))
-        if behind:
-            found.add(node)
-        takes_part = graph.names[node] in _WIDE_PARTS
-        if takes_part or graph.names[node] in _KEEPING:
-            stack += [(source, behind or takes_part) for source, _ in graph.edges[node]]
-    return found
-
-
-def _wholes_before(graph: Graph, nodes: set[int]) -> list[int]:
-    """Return the first stacks on the ways from these through what mixes no columns."""
-    found, stack, seen = [], list(nodes), set(nodes)
-    while stack:
-        node = stack.pop()
-        if graph.names[node] in _WHOLES:
-            found.append(node)
-        elif graph.names[node] in _KEEPING:
-            following = {source for source, _ in graph.edges[node] if source >= 0} - seen
-            seen |= following
-            stack += following
-    return found
-
-
-def _depend_on_outputs(graph: Graph) -> bool:
-    """Whether losses depend on different outputs of one function in Python, and of different leaves by them."""
-    joining = {node for node in graph.functions if graph.names[node] in _JOINING}
-    watched = joining.union(filter(graph.may_hide, graph.functions))
-    if not watched:
-        return False
-    entries: dict[int, set[frozenset[int]]] = defaultdict(set)
-    for loss in graph.roots:
-        outputs: dict[int, set[int]] = defaultdict(set)
-        stack, seen = [loss], set()
-        while stack:
-            node, output = stack.pop()
-            if node in watched:
-                outputs[node].add(output)
-            if node not in joining and node not in seen:
-                seen.add(node)
-                stack.extend(edge for edge in graph.edges[node] if edge[0] >= 0)
-        for node, of_loss in outputs.items():
-            entries[node].add(frozenset(of_loss))
-    several = [node for node, found in entries.items() if len(found) > 1]
-    return any(node in joining or _has_leaves_of_some_inputs(graph, node) for node in several)
+def _is_not_zero(grad: Tensor | None, device: torch.device) -> Tensor:
+    if grad is None or grad.layout is not torch.strided or not grad.numel():
+        return torch.zeros((), dtype=torch.bool, device=device)
+    largest: Tensor = torch.linalg.vector_norm(grad, torch.inf)  # any() would allocate N bytes
+    return largest.ne(0).to(device)

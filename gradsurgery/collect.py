@@ -180,7 +180,7 @@ def collect(
     present = [task for task, loss in zip(tasks, each, strict=True) if loss is not None]
     through_grad = hiding = False
     if survey is not None:
-        survey.take(given, [r for r in roots if r is not None], weigh is not None)
+        survey.take(given, [r for r in roots if r is not None])
         through_grad, hiding = survey.through_grad, survey.hiding
     if shards is not None:
         if mode != "sequential" or features is not None:

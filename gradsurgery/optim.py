@@ -70,10 +70,11 @@ class SurgeryOptimizer(OptimizerWrapper):
         TypeError, ValueError: an argument is not what it must be.
 
     Warns:
-        UserWarning: shared parameters cannot be inferred, because one compiled function, re-entrant checkpoint or stack
-            yields what several losses are computed from; pass ``shared``. It is looked for at the first step, and where
-            the losses depend on functions in Python that they did not before. Or no loss depends on any of the
-            parameters. Or two ``step()`` came before any surgery.
+        UserWarning: shared parameters are trained by one loss alone, and another gives gradients of zeros, as where one
+            stack, compiled function or re-entrant checkpoint yields what several losses are computed from; pass
+            ``shared``. The first step looks for such gradients, on the host, and so does one whose losses depend on
+            functions in Python that none did before. Or no loss depends on any of the parameters. Or two ``step()``
+            came before any surgery.
     """
 
     def __init__(
@@ -233,6 +234,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         # They are written over what was collected: after a failure averages are averaged again, the same to rounding.
         self._pending = collected = processes.average(collected)
         collected.warn_of_nothing(stacklevel=6)
+        self._survey.check(collected, processes)
         info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
         self._survey.began = True
         return info

@@ -5,10 +5,8 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import grads_of, on_cpu, two_losses, two_task_net
+from conftest import grads_of, on_cpu, two_task_net
 from gradsurgery._compiling import capturing
-from gradsurgery._graph import Graph, Root
-from gradsurgery._survey import joins
 
 pytestmark = on_cpu
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -64,13 +62,14 @@ def test_a_whole_model_with_its_shared_parameters_named(whole):
 def test_a_whole_model_is_warned_of_once(whole):
     net, compiled = whole
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
-    with pytest.warns(UserWarning, match="heads in it count as shared. Name the shared parameters") as caught:
+    with pytest.warns(UserWarning, match="they count as shared.*Name the shared parameters") as caught:
         optimizer.backward(losses_of(compiled(X)))
     assert [w.filename for w in caught] == [__file__]
     optimizer.backward(losses_of(compiled(X)))
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    optimizer.collect(losses_of(compiled(X)))
     with pytest.warns(UserWarning, match="Name the shared parameters") as caught:
-        optimizer.collect(losses_of(compiled(X)))
+        optimizer.combine()
     assert [w.filename for w in caught] == [__file__]
 
 
@@ -131,32 +130,3 @@ def test_vmap_does_not_take_a_compiled_function(whole):
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), shared=[*net.parts["trunk"].parameters()])
     with pytest.raises(RuntimeError, match=r"compiled backward function within vmap.*mode='sequential' goes back"):
         optimizer.backward(losses_of(compiled(X)), mode="batched")
-
-
-class CompiledFunction(torch.autograd.Function):
-    """What torch.compile names its functions."""
-
-    @staticmethod
-    def forward(ctx, *values):
-        return tuple(2 * value for value in values)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return tuple(2 * grad for grad in grads)
-
-
-def test_what_joins_losses():
-    def joined(losses):
-        return joins(Graph.behind([*map(Root, losses)]))
-
-    net = two_task_net()
-    assert not joined(two_losses(net, X))
-    z = net["trunk"](X)
-    (single,) = CompiledFunction.apply(z)
-    assert not joined([single.sum(), single.square().sum()])
-    first, second = CompiledFunction.apply(z, 2 * z)
-    assert not joined([first.sum() + second.sum(), second.sum() * first.sum()])
-    assert joined([first.sum() + second.sum(), second.sum()])
-    assert joined([first.sum(), net["a"](second).sum()])
-    assert joined([single.sum(), first[0, 0], second[0, 0]])
-    assert not joined([first[0, 0], first[0, 1]])

@@ -4,7 +4,6 @@
 import subprocess
 import sys
 
-import pytest
 import torch
 
 import processes
@@ -109,8 +108,7 @@ def check_error(found, name):
         assert message in results[name]
 
 
-# One test, for the processes are started once. Checkpoints have several outputs.
-@pytest.mark.filterwarnings("ignore:losses depend on different outputs")
+# One test, for the processes are started once.
 def test_two_processes(tmp_path):
     found, wrong = run(tmp_path), {}
     checks = [*((check_case, name) for name in CASES), (check_groups, "groups"), *((check_error, e) for e in ERRORS)]

@@ -326,5 +326,5 @@ def test_wrong_arguments_leave_the_first_step_first():
 
     with pytest.raises(ValueError, match="mode must be one of"):
         optimizer.backward(losses(), mode="sequentially")
-    with pytest.warns(UserWarning, match="computed from one stacked tensor"):
+    with pytest.warns(UserWarning, match="Name the shared parameters by shared="):
         optimizer.backward(losses())

@@ -77,6 +77,13 @@ def test_losses_and_parameters_of_other_classes():
     assert all(type(v) is torch.Tensor for v in optimizer.method.state_dict().values() if isinstance(v, torch.Tensor))
 
 
+def test_shared_parameters_without_elements():
+    weight, empty = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(0, 3))
+    y = weight + empty.sum()
+    gradsurgery.PCGrad(torch.optim.SGD([weight, empty], lr=0.1)).backward([y.sum(), -y[0]])
+    assert empty.grad.shape == (0, 3)
+
+
 def test_parameters_without_memory():
     net = two_task_net().to("meta")
     gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1)).backward(two_losses(net, X.to("meta")))

@@ -118,7 +118,21 @@ def classified(net, z):
     return [cross_entropy(part, torch.arange(len(z)) % 2) for part in logits]
 
 
+@torch.library.custom_op("gradsurgery_tests::squares_of_two", mutates_args=())
+def squares_of_two(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+    return [a.square(), b.square()]
+
+
+squares_of_two.register_autograd(
+    lambda ctx, grads: tuple(2 * x * grad for x, grad in zip(ctx.saved_tensors, grads, strict=True)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
 JOINED = {
+    "own operator": lambda net, z: [y.mean() for y in squares_of_two(net["a"](z), net["b"](z))],
+    "one output": lambda net, z: Doubled.apply(torch.stack([net["a"](z).mean(), net["b"](z).mean()]))[0].unbind(),
+    "flipped": lambda net, z: of_columns(both(net, z).flip(1))[::-1],
+    "rolled and repeated": lambda net, z: of_columns(both(net, z).repeat(2, 1).roll(2, 1)),
     "classes": classified,
     "rows by task": routed,
     "gathered": lambda net, z: of_parts(both(net, z), lambda o, t: o.gather(1, torch.full((len(z), 1), t))),
@@ -155,7 +169,7 @@ JOINED = {
 def test_what_becomes_of_a_stack_is_warned_of(join):
     net = two_task_net()
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
-    with pytest.warns(UserWarning, match="computed from one stacked tensor"):
+    with pytest.warns(UserWarning, match="loss '1' gives gradients of zeros to parameters that loss '0' alone trains"):
         optimizer.backward(join(net, net["trunk"](X)))
     optimizer.backward(join(net, net["trunk"](X)))  # once
     named = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), shared=net["trunk"].parameters())
@@ -167,7 +181,16 @@ APART = {
     "joined features": lambda net, z: two_losses_of(net, torch.cat([z[:, :4], z[:, 4:]], 1)),
     "two losses of all": lambda net, z: [both(net, z).square().mean(), both(net, z).abs().mean()],
     "two losses of one tensor": lambda net, z: (lambda o: [o.square().mean(), o.norm()])(both(net, z)),
+    "old and new classes": lambda net, z: [cross_entropy(part, torch.arange(4) % 2) for part in both(net, z).split(4)],
+    "a task without labels": lambda net, z: [loss * (t > 0) for t, loss in enumerate(of_columns(both(net, z)))],
+    "tasks without labels, and one apart": lambda net, z: [*of_columns(both(net, z) * torch.tensor([1, 0])), z.mean()],
+    "a head of zeros": lambda net, z: of_zeros(net, z),
 }
+
+
+def of_zeros(net, z):
+    torch.nn.init.zeros_(net["a"].weight)
+    return [(net["a"](z) - 1).square().mean(), net["b"](z).norm()]
 
 
 def two_losses_of(net, z):
@@ -216,7 +239,7 @@ def test_functions_with_an_output_for_each_head_are_warned_of():
     net = two_task_net()
     z = net["trunk"](X)
     losses = [y.square().mean() for y in Doubled.apply(net["a"](z), net["b"](z))]
-    with pytest.warns(UserWarning, match="different outputs of one compiled function"):
+    with pytest.warns(UserWarning, match="Name the shared parameters by shared="):
         gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)).backward(losses)
     # Not so where all that is below belongs to both.
     left, right = Doubled.apply(net["trunk"](X), net["trunk"](X))
@@ -230,7 +253,7 @@ def test_checkpoints_around_the_heads_are_warned_of():
     net = two_task_net()
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
     losses = checkpoint(lambda x: tuple(two_losses(net, x)), X.clone().requires_grad_(), use_reentrant=True)
-    with pytest.warns(UserWarning, match="different outputs of one compiled function, checkpoint or"):
+    with pytest.warns(UserWarning, match="Name the shared parameters by shared="):
         optimizer.backward(list(losses))
 
 
