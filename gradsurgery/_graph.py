@@ -71,7 +71,7 @@ def functions_behind(losses: list[Tensor]) -> set[str]:
     """Return the names of the functions in Python that the losses depend on."""
     if C is not None:
         return C.functions_behind(losses)  # type: ignore[no-any-return]
-    return {type(function).__name__ for function in Graph.behind([Root(loss) for loss in losses]).functions.values()}
+    return {type(function).__name__ for function in Graph.of([Root(loss) for loss in losses]).functions.values()}
 
 
 class Reach(NamedTuple):
@@ -96,9 +96,19 @@ class Graph(NamedTuple):
     """The nodes that are functions in Python."""
 
     @classmethod
-    def behind(cls, roots: Sequence[Root]) -> Graph:
+    def of(cls, roots: Sequence[Root]) -> Graph:
         """Read the graph. Of what Python walked through, torch 2.13 frees one node inside the other: depths crash."""
         return cls(*C.read_graph(roots)) if C is not None else _walk(roots)
+
+    def behind(self, node: int) -> set[int]:
+        """Return the nodes that a node leads to."""
+        found: set[int] = set()
+        left = [node]
+        while left:
+            following = {source for source, _ in self.edges[left.pop()] if source >= 0} - found
+            found |= following
+            left += following
+        return found
 
     def reach(self, roots: Sequence[Edge], stops: Sequence[Edge] = ()) -> Reach:
         """Go from the roots to the leaves, and not beyond the stops."""
@@ -142,18 +152,18 @@ class Graph(NamedTuple):
 
     def edges_behind_functions(
         self, parameters: Sequence[Tensor], reached: Reach | None = None, stops: Sequence[Edge] = ()
-    ) -> list[GradientEdge]:
-        """Return an edge out of each reached function that a pass to these parameters and stops would not come to.
+    ) -> dict[int, GradientEdge]:
+        """Return edges out of the reached functions that a pass to these parameters and stops would not come to.
 
-        Without ``reached``, of all functions. A pass that names the edges, too, runs those functions. Their backward
-        may call another pass, whose gradients of parameters that are not in the graph it leaves in ``.grad``, as those
-        of reversible layers do.
+        By the node that each leads to; without ``reached``, of all functions. A pass that names the edges, too, runs
+        those functions. Their backward may call another pass, whose gradients of parameters that are not in the graph
+        it leaves in ``.grad``, as those of reversible layers do.
         """
         known, ends = {id(p) for p in parameters}, set(stops)
         leads = [False] * (len(self.names) + 1)  # one more, where no graph is behind
         for node, leaf in self.leaves.items():
             leads[node] = id(leaf) in known
-        found = []
+        found = {}
         for node, edges in enumerate(self.edges):
             for edge in edges:
                 if leads[edge[0]] or edge in ends:
@@ -162,7 +172,7 @@ class Graph(NamedTuple):
             else:
                 behind = [place for place, edge in enumerate(edges) if edge[0] >= 0]
                 if behind and self.may_hide(node) and (reached is None or reached.nodes[node]):
-                    found.append(GradientEdge(*self.functions[node].next_functions[behind[0]]))
+                    found[edges[behind[0]][0]] = GradientEdge(*self.functions[node].next_functions[behind[0]])
                     leads[node] = True
         return found
 

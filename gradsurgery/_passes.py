@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ._dtensor import part_of
+from ._features import check_ends, part, refuse_both
 from ._graph import Graph, Output, Root
 
 Rows = list[list[Tensor | None]]
+Edges = Mapping[int, GradientEdge]
+"""Those that a pass goes to besides."""
 
 _WRONG_UNDER_VMAP = {"AsStridedScatterBackward0", "CdistBackward0"}
 """Functions whose backward pass gives every task the first one's gradient there, without a word (torch 2.13)."""
@@ -51,10 +54,10 @@ class Passes:
                 )
 
     def _go_back(
-        self, outputs: Sequence[Output], inputs: Sequence[Tensor], grads: Sequence[Tensor], edges: list[Any], keep: bool
+        self, outputs: Sequence[Output], inputs: Sequence[Tensor], grads: Sequence[Tensor], edges: Edges, keep: bool
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of the inputs alone; the pass goes to the edges, too."""
-        found = torch.autograd.grad(outputs, [*inputs, *edges], grads, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
+        found = torch.autograd.grad(outputs, [*inputs, *edges.values()], grads, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
         return found[: len(inputs)]
 
     def _add_hidden(self, row: list[Tensor | None]) -> None:
@@ -75,7 +78,7 @@ class Passes:
             return self._batched_from_losses()
         rows: Rows = []
         roots = [root for root, _ in self.starts]
-        edges = Graph.behind(roots).edges_behind_functions(self.parameters) if self.hiding else []
+        edges = Graph.of(roots).edges_behind_functions(self.parameters) if self.hiding else {}
         for (root, factor), keep in self._with_keep(self.starts):
             rows.append([*self._go_back([root.output()], self.parameters, [factor], edges, keep)])
             self._add_hidden(rows[-1])
@@ -108,7 +111,7 @@ class Passes:
     def _batched_from_losses(self) -> Rows:
         """All losses at once, but to the parameters of one task alone by a pass of their sum."""
         roots, factors = map(list, zip(*self.starts, strict=True))
-        graph = Graph.behind(roots)
+        graph = Graph.of(roots)
         _check_vmap(set(graph.names))
         outputs = [root.output() for root in roots]
         leaves = graph.reach(graph.roots).leaves
@@ -116,10 +119,10 @@ class Passes:
         rows: Rows = [[None] * len(mask) for _ in outputs]
         owned = [p for p, m in enumerate(mask) if m.bit_count() == 1]
         shared = [p for p, m in enumerate(mask) if m.bit_count() > 1]
-        edges = graph.edges_behind_functions(self.parameters) if self.hiding else []
+        edges = graph.edges_behind_functions(self.parameters) if self.hiding else {}
         if owned:
             inputs = [self.parameters[p] for p in owned]
-            of_sum = self._go_back(outputs, inputs, factors, [], self.retain_graph or bool(shared or edges))
+            of_sum = self._go_back(outputs, inputs, factors, {}, self.retain_graph or bool(shared or edges))
             for p, grad in zip(owned, of_sum, strict=True):
                 rows[mask[p].bit_length() - 1][p] = grad
         units = torch.eye(len(rows), dtype=factors[0].dtype, device=factors[0].device)
@@ -131,33 +134,15 @@ class Passes:
         """Go from each loss to the features and the parameters above them, then from the features to those below.
 
         Raises:
-            ValueError: a feature depends on another one, or has hooks; a parameter is above and below; no loss depends
-                on a feature.
+            ValueError: the features do not part the graph.
         """
-        for f, feature in enumerate(features):
-            if feature._backward_hooks or feature.retains_grad:
-                raise ValueError(
-                    f"feature {f} has hooks or retains its gradient, in which the passes above and below it would both "
-                    "take part: go on with its view_as(itself), and give that"
-                )
-        graph = Graph.behind([*(root for root, _ in self.starts), *map(Root, features)])
+        graph = Graph.of([*(root for root, _ in self.starts), *map(Root, features)])
         starts, stops = graph.roots[: len(self.starts)], graph.roots[len(self.starts) :]
-        for f, stop in enumerate(stops):
-            others = [*stops[:f], *stops[f + 1 :]]
-            if others and any(graph.reach([stop], others).stops):
-                raise ValueError(f"feature {f} depends on another one: name tensors that do not")
-        below, above = graph.reach(stops), graph.reach(starts, stops)
-        if not all(above.stops):
-            raise ValueError(
-                f"no loss depends on feature {above.stops.index(0)} (a model with hooks, or one in "
-                "DistributedDataParallel with unused parameters, returns copies of what its outputs come of)"
-            )
-        both = [p for p, owner in enumerate(self.parameters) if id(owner) in above.leaves and id(owner) in below.leaves]
-        if both:
-            raise ValueError(f"parameters {both} are used above and below the features, which must part the two")
+        below, above = part(graph, starts, stops, self.parameters)
         rows: Rows = [[None] * len(self.parameters) for _ in self.starts]
         cotangents: Rows = []
-        edges = graph.edges_behind_functions(self.parameters, above, stops) if self.hiding else []
+        edges = graph.edges_behind_functions(self.parameters, above, stops) if self.hiding else {}
+        check_ends(graph, stops, [*edges, *(node for node, leaf in graph.leaves.items() if id(leaf) in above.leaves)])
         for t, ((root, factor), keep) in enumerate(self._with_keep(self.starts)):
             own = [p for p, owner in enumerate(self.parameters) if above.leaves.get(id(owner), 0) >> t & 1]
             inputs = [*features, *(self.parameters[p] for p in own)]
@@ -173,7 +158,8 @@ class Passes:
             for f, tasks in enumerate(above.stops):
                 mask[p] |= tasks * (below.leaves.get(id(owner), 0) >> f & 1)
         trunk = [p for p, m in enumerate(mask) if m]
-        edges = graph.edges_behind_functions(self.parameters, below) if self.hiding else []
+        refuse_both(p for p in trunk if any(row[p] is not None for row in rows))
+        edges = graph.edges_behind_functions(self.parameters, below) if self.hiding else {}
         if self.batched:
             _check_vmap({name for name, mask in zip(graph.names, below.nodes, strict=True) if mask})
             check_memory(rows)
@@ -205,7 +191,7 @@ class Passes:
         mask: list[int],
         outputs: Sequence[Output],
         cotangents: list[Tensor],
-        edges: list[GradientEdge],
+        edges: Edges,
     ) -> None:
         """Fill in the gradients of ``params`` from cotangents [T, ...] of the outputs, where the mask says so."""
         if not params and not edges:
@@ -225,7 +211,7 @@ class Passes:
         outputs: Sequence[Output],
         inputs: list[Tensor],
         cotangents: list[Tensor],
-        edges: list[GradientEdge],
+        edges: Edges,
         keep: bool,
     ) -> Sequence[Tensor]:
         def go_back(*grads: Tensor) -> tuple[Tensor, ...]:

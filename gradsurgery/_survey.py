@@ -58,7 +58,7 @@ class Survey:
             return
         self.functions = known | functions
         self.checked = False
-        graph = Graph.behind(roots)
+        graph = Graph.of(roots)
         self.through_grad = self.through_grad or _REENTRANT in graph.names
         self.hiding = self.hiding or any(map(graph.may_hide, graph.functions))
 

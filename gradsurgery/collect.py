@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._checks import check_choice, check_count, describe
 from ._dtensor import is_sharded, local_part
+from ._features import check_features
 from ._graph import Root, root_of
 from ._passes import Passes, check_memory
 from ._survey import Survey
@@ -171,7 +172,7 @@ def collect(
             raise ValueError(f'chunk_size is for mode="batched", got {chunk_size!r} with mode={mode!r}')
         check_count("chunk_size", chunk_size)
     features = [features] if isinstance(features, Tensor) else features
-    _check_features(features)
+    check_features(features)
     tasks, each = _check_losses(losses, partial)
     given = [loss for loss in each if loss is not None]
     # A hook of the stack itself runs in passes that begin above it.
@@ -227,19 +228,6 @@ def holds_weights(losses: Losses, partial: bool) -> bool:
     """Whether the losses' dtype is precise enough to multiply weights in. 16 bits are not: T passes are taken then."""
     each = _check_losses(losses, partial)[1]
     return not any(loss is not None and loss.dtype in (torch.bfloat16, torch.float16) for loss in each)
-
-
-def _check_features(features: Sequence[Tensor] | None) -> None:
-    if features is None:
-        return
-    wanted = "features must be a tensor with a graph, or a non-empty list of them"
-    if not isinstance(features, Sequence):
-        raise TypeError(f"{wanted}, got {describe(features)}")
-    for feature in features:
-        if not isinstance(feature, Tensor):
-            raise TypeError(f"{wanted}, got {describe(feature)} in it")
-    if not features or not all(feature.requires_grad for feature in features):
-        raise ValueError(wanted)
 
 
 def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor | None]]:

@@ -298,9 +298,9 @@ def test_the_graph_is_the_same_without_the_extension(monkeypatch):
     halves = z.split(3, 1)
     stacked = torch.stack([net["a"](z).mean(), halves[0].exp().sum(), -halves[1].detach().sum(), halves[1].sum()])
     roots = [_graph.Root(stacked[0]), *(_graph.Root(stacked[p], p) for p in (3, 1, 0)), _graph.Root(net["b"].weight)]
-    graph = _graph.Graph.behind(roots)
+    graph = _graph.Graph.of(roots)
     monkeypatch.setattr(_graph, "C", None)
-    assert _graph.Graph.behind(roots) == graph
+    assert _graph.Graph.of(roots) == graph
     assert graph.names[graph.roots[-1][0]] == "AccumulateGrad"
     assert {"SameBackward", "SplitBackward0", "StackBackward0"} < set(graph.names)
     assert all(source < node for node, edges in enumerate(graph.edges) for source, _ in edges)

@@ -106,6 +106,25 @@ def test_a_branch_beside_the_features():
     torch.testing.assert_close(*found)
 
 
+def test_a_layer_below_the_features_that_is_hidden_above_them():
+    net = Net(None)
+    z = net["1"](X).tanh()
+    losses = net.losses(Hiding.apply(net["1"], z))
+    with pytest.raises(ValueError, match=r"parameters \[0, 1\] are used above and below the features"):
+        gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)).backward(losses, features=z)
+    assert not any(p.grad is not None for p in net.parameters())
+
+
+def test_hidden_functions_between_features():
+    net = Net(None)
+    left, right = net["1"](X).tanh().chunk(2, 1)
+    hidden = Hiding.apply(torch.nn.Linear(3, 3), right)
+    with pytest.raises(ValueError, match="feature 0 comes out of a function on which feature 1 depends"):
+        gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)).backward(
+            net.losses(torch.cat([left, hidden], 1)), features=[left, hidden]
+        )
+
+
 @pytest.mark.parametrize("features", [False, True])
 def test_nothing_but_what_is_hidden(features):
     found = []
@@ -325,9 +344,9 @@ def test_passes_name_an_edge_where_nothing_else_leads_through_a_function():
     y = Hiding.apply(layers[1], z) + Hiding.apply(layers[2], twice) + Hiding.apply(layers[0], own * x)
 
     def nodes(stops):
-        graph = Graph.behind([Root(y.sum()), *map(Root, stops)])
+        graph = Graph.of([Root(y.sum()), *map(Root, stops)])
         reached = graph.reach(graph.roots[:1], graph.roots[1:])
-        return [edge.node for edge in graph.edges_behind_functions([own], reached, graph.roots[1:])]
+        return [edge.node for edge in graph.edges_behind_functions([own], reached, graph.roots[1:]).values()]
 
     assert nodes([]) == [get_gradient_edge(x).node, twice.grad_fn]
     assert nodes([z]) == [twice.grad_fn]

@@ -84,9 +84,55 @@ def test_outputs_that_a_wrapper_hands_on(way, wrapper):
         # Among them, as DistributedDataParallel gives it all that a module returns, what has no graph and no tensors.
         _, _, *losses, _, left, right = _DDPSink.apply(lambda: sink, 3, X, *net(X)[:3], None, *net.features)
     assert_same(collect(losses, parameters, retain_graph=True, **way).grads, expected)
-    with pytest.raises(ValueError, match="a model with hooks, or one in DistributedDataParallel"):
+    with pytest.raises(ValueError, match="a model with hooks, one in DistributedDataParallel"):
         collect(losses, parameters, features=[left, right], retain_graph=True, **way)
     assert_same(collect(losses, parameters, features=net.features, **way).grads, expected)
+
+
+@pytest.mark.parametrize("way", [{}, *WAYS], ids=str)
+def test_features_that_are_outputs_of_one_function(way):
+    """Of which another one comes by way of more functions: torch would run these in the passes above, too."""
+    encoder, decoder, head = nn.Linear(6, 8).double(), nn.Linear(4, 6).double(), nn.Linear(8, 3).double()
+    parameters = [*encoder.parameters(), *decoder.parameters(), *head.parameters()]
+
+    def run(viewed, features):
+        mean, log_variance = encoder(X).chunk(2, 1)
+        mean = mean.view_as(mean) if viewed else mean
+        deviation = (log_variance / 2).exp()
+        losses = [decoder(mean + deviation).square().mean(), head(torch.cat([mean, deviation], 1)).square().mean()]
+        return collect(losses, parameters, features=features(mean, log_variance, deviation), **way).grads
+
+    expected = run(False, lambda *_: None)
+    with pytest.raises(ValueError, match="feature 0 comes out of a function on which feature 1 depends by another"):
+        run(False, lambda mean, _, deviation: [mean, deviation])
+    assert_same(run(True, lambda mean, _, deviation: [mean, deviation]), expected)
+    assert_same(run(False, lambda mean, log_variance, _: [mean, log_variance]), expected)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.main, self.side = nn.Linear(6, 4).double(), nn.Linear(6, 4).double()
+
+    def forward(self, x):
+        return self.main(x), self.side(x)
+
+
+def test_features_beside_an_output_of_a_module_with_hooks():
+    pair, head = Pair(), nn.Linear(4, 1).double()
+    pair.register_full_backward_hook(lambda *_: None)
+    parameters = [*pair.parameters(), *head.parameters()]
+
+    def run(features):
+        main, side = pair(X.clone().requires_grad_())
+        feature, side = main.tanh(), side.view_as(side)
+        return collect([head(feature).mean(), (feature * side).mean()], parameters, features=features(feature, side))
+
+    with pytest.raises(
+        ValueError, match="feature 0 depends on a function by whose other outputs losses"
+    ):
+        run(lambda feature, _: feature)
+    assert_same(run(lambda *both: both).grads, run(lambda *_: None).grads)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
@@ -294,12 +340,12 @@ def test_errors():
 
 def test_reach_without_a_graph_in_between():
     leaf, other = (torch.ones((), requires_grad=True) for _ in range(2))
-    graph = Graph.behind([Root(leaf), Root(leaf * other), Root(other.expand(2).sum())])
+    graph = Graph.of([Root(leaf), Root(leaf * other), Root(other.expand(2).sum())])
     reach = graph.reach(graph.roots)
     assert reach.leaves == {id(leaf): 3, id(other): 6}
     assert reach.stops == []
     z = leaf * 2
-    graph = Graph.behind([Root(z), Root(z + other)])
+    graph = Graph.of([Root(z), Root(z + other)])
     reach = graph.reach(graph.roots, graph.roots[:1])
     assert reach.leaves == {id(other): 2}
     assert reach.stops == [3]
