@@ -75,6 +75,7 @@ def check_ends(graph: Graph, stops: Sequence[Edge], others: Iterable[int]) -> No
             )
         if beyond.intersection(others):
             raise ValueError(
-                f"feature {f} depends on a function by whose other outputs losses depend on more parameters, as that of "
-                "a module's full backward hooks may be: give those outputs, too"
+                f"passes from the losses would run on through feature {f}, which depends on a function by whose other "
+                "outputs losses depend on more parameters, such as that of a module's full backward hooks (give those "
+                "outputs, too), or on the input of a function in Python (call that with the input's view_as(itself))"
             )

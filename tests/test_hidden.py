@@ -125,6 +125,25 @@ def test_hidden_functions_between_features():
         )
 
 
+def test_a_hidden_branch_from_what_a_feature_depends_on():
+    found = []
+    for hidden in ("2", None):
+        net = Net(hidden)
+        optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+
+        def backward(branch, net=net, optimizer=optimizer):
+            x = 2 * X.clone().requires_grad_()
+            z = net["1"](x).tanh()
+            optimizer.backward(net.losses(z + net.at("2", branch(x))), features=z)
+
+        if hidden:
+            with pytest.raises(ValueError, match="run on through feature 0, .* or on the input of a function in Python"):
+                backward(lambda x: x)
+        backward(lambda x: x.view_as(x))
+        found.append(grads_of(net))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("features", [False, True])
 def test_nothing_but_what_is_hidden(features):
     found = []

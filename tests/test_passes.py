@@ -129,7 +129,7 @@ def test_features_beside_an_output_of_a_module_with_hooks():
         return collect([head(feature).mean(), (feature * side).mean()], parameters, features=features(feature, side))
 
     with pytest.raises(
-        ValueError, match="feature 0 depends on a function by whose other outputs losses"
+        ValueError, match="run on through feature 0, which depends on a function by whose other outputs"
     ):
         run(lambda feature, _: feature)
     assert_same(run(lambda *both: both).grads, run(lambda *_: None).grads)
