@@ -142,7 +142,8 @@ class Passes:
         rows: Rows = [[None] * len(self.parameters) for _ in self.starts]
         cotangents: Rows = []
         edges = graph.edges_behind_functions(self.parameters, above, stops) if self.hiding else {}
-        check_ends(graph, stops, [*edges, *(node for node, leaf in graph.leaves.items() if id(leaf) in above.leaves)])
+        known = above.leaves.keys() & map(id, self.parameters)
+        check_ends(graph, stops, [*edges, *(node for node, leaf in graph.leaves.items() if id(leaf) in known)])
         for t, ((root, factor), keep) in enumerate(self._with_keep(self.starts)):
             own = [p for p, owner in enumerate(self.parameters) if above.leaves.get(id(owner), 0) >> t & 1]
             inputs = [*features, *(self.parameters[p] for p in own)]
