@@ -24,11 +24,23 @@ def test_a_weight_that_is_all_but_nothing(backend):
 
 
 def test_steps_that_lead_away_at_first(backend):
-    """To stop short of those by which the equation gets worse for a while would take more than the 100 steps."""
+    """To stop short of those by which the equation gets worse for a while would take more steps than there are."""
     rows = torch.tensor([[-1.0, 4, -2], [-400, -400, -800], [10, 40, 0]], dtype=torch.float64, device=DEVICE)
     gram = gradsurgery.gram(rows)
     w = weigh("fairgrad", gram, backend, alpha=50.0)
     torch.testing.assert_close((gram @ w) * w ** (1 / 50), torch.ones_like(w), rtol=1e-9, atol=0)
+
+
+def test_problems_of_many_steps(backend):
+    """Of eight gradients in four dimensions; after 100 steps |d| was 121. The value is that after 5,000."""
+    if INTERPRETED and backend == "triton":
+        pytest.skip("takes a quarter of a minute")
+    rows = torch.tensor([[3, -2.5, -3.5, -2], [-2, 6, -1, -8], [-0.75, 0.5, 1.5, 1]], dtype=torch.float64) * 1024
+    small = [[144, -96, 112, -128], [1 / 8, -1 / 2, -3 / 4, 3 / 8], [-1, 1 / 4, -5 / 4, -7 / 4]]
+    least = [[5 / 1024, -1 / 1024, 3 / 1024, 3 / 1024], [1 / 16, -1 / 128, -5 / 128, 3 / 128]]
+    rows = torch.cat([rows, torch.tensor(small + least, dtype=torch.float64)]).to(DEVICE)
+    d = weigh("fairgrad", gradsurgery.gram(rows), backend, alpha=50.0) @ rows
+    assert d.norm().item() == pytest.approx(70.2451, rel=1e-3)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 5.0, 50.0, 100.0])

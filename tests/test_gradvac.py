@@ -55,6 +55,19 @@ def test_gradvac_is_algorithm_1(backend, tasks):
     torch.testing.assert_close(method.state_dict()["targets"].cpu(), targets, rtol=1e-9, atol=1e-9)
 
 
+def test_gradvac_of_lengths_that_differ_beyond_measure(backend):
+    """Squares of their ratios overflow."""
+    rows = normal(3, 8, seed=2) * torch.tensor([[2.0**300], [1.0], [2.0**-300]], dtype=torch.float64, device=DEVICE)
+    targets = torch.full((3, 3), 0.9, dtype=torch.float64, device="cpu")
+    for seed in range(4):
+        method = methods.get("gradvac", beta=0.0, seed=seed)
+        method.load_state_dict({**method.state_dict(), "targets": targets})
+        order = gradsurgery.task_order(3, seed=seed, step=0, device=DEVICE)
+        got = method.weights(gradsurgery.gram(rows), backend=backend) @ rows
+        expected = explicit_gradvac(rows.cpu(), order, 0.0, targets)
+        torch.testing.assert_close(got.cpu() / 2.0**300, expected / 2.0**300, rtol=1e-9, atol=1e-9)
+
+
 def test_gradvac_starts_as_pcgrad(backend):
     gram = gradsurgery.gram(hostile(8)["conflicting"] + 0.1 * normal(8, 37, seed=3))
     got = methods.get("gradvac", beta=0.0, seed=2).weights(gram, backend=backend)

@@ -181,6 +181,15 @@ def test_cosines_of_half_as_many_dimensions(backend, seed):
     )
 
 
+def test_lengths_whose_squares_are_subnormal(backend):
+    """Beside the others' the first gradient counts as 0: the two have weights as if alone."""
+    rows = torch.tensor([[1, 2, 0], [3, 0, 1], [0, 1, 2]], dtype=torch.float64, device=DEVICE)
+    rows[0] *= 1e-160
+    weights = weigh("aligned_mtl", gradsurgery.gram(rows), backend)
+    expected = 2 / 3 * weigh("aligned_mtl", gradsurgery.gram(rows[1:]), backend)
+    torch.testing.assert_close(weights, torch.cat([torch.zeros_like(weights[:1]), expected]), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["imtl_g", "config"])
 def test_opposite_gradients_have_no_common_angle(backend, name):
     rows = normal(6, 40)

@@ -37,8 +37,9 @@ GS_HOST_DEVICE void gradvac_row(const Team& team, const double* gram, int64_t nu
         v[l] += coefficient * gram[j * num_tasks + l];
       }
       if (team.rank() == 0) weights[j] += coefficient;
-      squared += coefficient * (2 * product + coefficient * other * other);
-      terms += coefficient * coefficient * other * other;
+      const double length = coefficient * other;  // of what is added
+      squared += coefficient * 2 * product + length * length;
+      terms += length * length;
       if (!(squared > kCancelled * terms)) squared = 0;
     }
     if (team.rank() == 0) target[j] = (1 - beta) * target[j] + beta * rho;

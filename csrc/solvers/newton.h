@@ -139,7 +139,7 @@ class Newton {
   double* tried_;                       // what becomes y
   double *cosines_, *rows_;
   double largest_ = 0;
-  int steps_ = 100;
+  int steps_ = 400;
 };
 
 // The weights, all shortened by one factor so that |d| <= max_norm.

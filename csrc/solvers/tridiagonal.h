@@ -14,15 +14,16 @@ inline void add(double factor, const double* x, int64_t count, double* y) {
   for (int64_t i = 0; i < count; i++) y[i] += factor * x[i];
 }
 
-// Turns a symmetric A, rows `stride` values apart, into Q^T for an orthogonal Q with a tridiagonal Q^T A Q, whose
-// diagonal and what is below it are written, each of A's size.
+// Turns a symmetric A of entries <= 1, rows `stride` values apart, into Q^T for an orthogonal Q with a tridiagonal
+// Q^T A Q, whose diagonal and what is below it are written, each of A's size.
 inline void tridiagonalize(double* rows, int64_t stride, int64_t size, double* diagonal, double* below) {
   double w[GS_MAX_TASKS];
   for (int64_t k = 0; k + 1 < size; k++) {
     // The reflection I - v v^T takes the column below the diagonal to a multiple of its first axis. v stays in row k.
     const int64_t first = k + 1, left = size - first;
     double* const v = rows + k * stride + first;
-    const double length = std::sqrt(dot(v, v, left));
+    const double squares = dot(v, v, left);
+    const double length = squares > 1e-280 ? std::sqrt(squares) : 0;  // of a subnormal the reflection would be none
     const double end = v[0] > 0 ? -length : length;
     diagonal[k] = rows[k * stride + k];
     below[k] = end;

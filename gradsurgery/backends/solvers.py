@@ -91,13 +91,12 @@ def gradvac(gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tens
     gram, goals = gram.view(-1, num_tasks, num_tasks), targets.view(-1, num_tasks, num_tasks)
     finite = is_finite(gram)
     rows = torch.arange(num_tasks, device=gram.device)
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    norms = squares.sqrt()
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     c = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     goals_after = goals.clone()
     for j in order.T.unbind():
         product = (c * gram[:, j]).sum(-1)
-        squared, terms = ((c @ gram) * c).sum(-1), (c.square() @ squares[..., None]).squeeze(-1)
+        squared, terms = ((c @ gram) * c).sum(-1), (c * norms[..., None, :]).square().sum(-1)
         norm = torch.where(squared > _CANCELLED * terms, squared, 0).sqrt()
         counts = (norm > 0) & (norms[:, j] > 0) & (j != rows)
         rho = torch.where(counts, product / norm / norms[:, j], 0).clamp(-1, 1)
@@ -214,7 +213,7 @@ def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
         error = missing / pull
         return pull, missing, torch.where((y > _LEAST_Y) | (error > 0), error, 0).norm(dim=-1, keepdim=True)
 
-    for _ in range(100):
+    for _ in range(400):
         matrix = cosines + ridge[..., None] * eye
         pull, missing, residual = measure(y)
         settled = settled | ~(residual > 1e-15)

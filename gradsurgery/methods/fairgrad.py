@@ -15,8 +15,9 @@ class FairGrad(SolverMethod):
 
     Conventions: as :class:`NashMTL`'s, but where gradients are Pareto-stationary and no solution exists, the ridge's d
     has the order of 1e-12^(1 / (1 + alpha)): 1e-6 for alpha = 1, but 0.1 for 10, where it may conflict. Some problems
-    of alpha above 500 end short of the solution, after 100 steps. The weights of gradients that are shorter than the
-    longest one by 10^(300 alpha) may underflow to 0: by 1e30 at alpha = 0.1, by 1,000 at 0.01.
+    of alpha >= 50, of many dependent gradients, end short of the solution, after 400 steps. The weights of gradients
+    that are shorter than the longest one by 10^(300 alpha) may underflow to 0: by 1e30 at alpha = 0.1, by 1,000 at
+    0.01.
     Scale: factors s on all gradients multiply d by s^((1 - alpha) / (1 + alpha)). No state. Cost: O(T^3).
 
     Args:

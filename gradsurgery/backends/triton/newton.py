@@ -52,7 +52,7 @@ def fairgrad(out, gram, num_tasks, alpha: tl.float64, limit: tl.float64, TASKS: 
         y = start
         last = tl.full([], float("inf"), tl.float64)
         running = 1
-        for _ in range(100):
+        for _ in range(400):
             if running > 0:
                 matrix = tl.where(is_diagonal, 1 + ridge, cosines)
                 pull = c * power_of(y, -power)
