@@ -162,7 +162,7 @@ class Passes:
         refuse_both(p for p in trunk if any(row[p] is not None for row in rows))
         edges = graph.edges_behind_functions(self.parameters, below) if self.hiding else {}
         if self.batched:
-            _check_vmap({name for name, mask in zip(graph.names, below.nodes, strict=True) if mask})
+            _check_vmap({name for name, reached in zip(graph.names, below.nodes, strict=True) if reached})
             check_memory(rows)
             stacks = [
                 torch.stack([torch.zeros_like(f) if row[i] is None else row[i] for row in cotangents])  # type: ignore[misc]
