@@ -30,6 +30,8 @@ class Survey:
     """Whether shared parameters are inferred, until a warning that they cannot be."""
     checked: bool = False
     """Whether the gradients were looked at since there were new functions in Python."""
+    suspected: bool = False
+    """Whether they were, and must be once more."""
     functions: frozenset[str] | None = None
     """The names of the functions in Python; None before the first graph."""
     through_grad: bool = False
@@ -65,8 +67,9 @@ class Survey:
     def check(self, collected: Collected, processes: Replicas | Shards) -> None:
         """Warn of shared parameters that one task alone trains, where another gives zeros.
 
-        So the backward pass of a function with several outputs does, where a loss does not depend on all. A task that
-        gives zeros to all shared parameters, as for a batch without its labels, tells nothing.
+        So the backward pass of a function with several outputs does, where a loss does not depend on all. If two tasks
+        do so to each other it is certain; else it may come of a layer that begins at zero, and must be so at the next
+        step, too. A task that gives zeros to all shared parameters, as for a batch without its labels, tells nothing.
 
         Args:
             collected: the task gradients, which are read on the host.
@@ -74,10 +77,10 @@ class Survey:
         """
         if not self.infers_shared or self.checked or capturing(collected.losses.device):
             return
-        self.checked = True
+        # After the first step processes may not agree that there are new functions, and their sum would wait.
+        self.checked = processes.shards is not None and self.began and not self.suspected
         shared = [p for p, count in enumerate(collected.reach) if count > 1]
-        # After the first step processes may not agree that there are new functions, and the sum would wait.
-        if not shared or (self.began and processes.shards is not None):
+        if self.checked or not shared:
             return
         trains = processes.total(_are_not_zero(collected, shared))
         try:
@@ -85,20 +88,24 @@ class Survey:
         except (NotImplementedError, RuntimeError):  # fake tensors and those on "meta" have no values
             return
         telling = set().union(*trained_by)
+        pairs = set()
         for p, tasks in zip(shared, trained_by, strict=True):
-            reaching = {r % len(collected.tasks) for r, row in enumerate(collected.grads) if row[p] is not None}
-            rest = telling & reaching - tasks
-            if len(tasks) == 1 and rest:
-                self.infers_shared = False
-                own, other = (collected.tasks[min(of)] for of in (tasks, rest))
-                warnings.warn(
-                    f"loss {other!r} gives gradients of zeros to parameters that loss {own!r} alone trains, and they "
-                    "count as shared: so do heads where losses are cut from one tensor, or come out of one compiled "
-                    "function, checkpoint or sharded module. Name the shared parameters by shared=, or keep trunk and "
-                    "heads apart there",
-                    stacklevel=6,
-                )
-                return
+            if len(tasks) == 1:
+                reaching = {r % len(collected.tasks) for r, row in enumerate(collected.grads) if row[p] is not None}
+                pairs |= {(min(tasks), t) for t in telling & reaching - tasks}
+        certain = pairs if self.suspected else {(own, other) for own, other in pairs if (other, own) in pairs}
+        self.suspected = bool(pairs)
+        self.checked = bool(certain) or not pairs
+        if certain:
+            self.infers_shared = False
+            own, other = (collected.tasks[t] for t in min(certain))
+            warnings.warn(
+                f"loss {other!r} gives gradients of zeros to parameters that loss {own!r} alone trains, and they count "
+                "as shared: so do heads where losses are cut from one tensor, or come out of one compiled function, "
+                "checkpoint or sharded module. Name the shared parameters by shared=, or keep trunk and heads apart "
+                "there",
+                stacklevel=6,
+            )
 
 
 def _are_not_zero(collected: Collected, parameters: list[int]) -> Tensor:

@@ -200,7 +200,46 @@ def two_losses_of(net, z):
 @pytest.mark.parametrize("losses", APART.values(), ids=APART)
 def test_what_is_apart_is_not_warned_of(losses):
     net = two_task_net()
-    gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)).backward(losses(net, net["trunk"](X)))
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward(losses(net, net["trunk"](X)))
+        optimizer.step()
+
+
+def test_a_layer_of_zeros_that_two_losses_share_is_not_warned_of():
+    """They give zeros to the trunk, and so train less than the third one, until it has moved."""
+    net = two_task_net()
+    torch.nn.init.zeros_(net["b"].weight)
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    for _ in range(3):
+        z = net["trunk"](X)
+        b = net["b"](z) - 1
+        optimizer.backward([net["a"](z).square().mean(), b.square().mean(), b.abs().mean()])
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_zeros_from_one_side_are_warned_of_at_the_second_step():
+    net = two_task_net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        for step in range(3):
+            z = net["trunk"](X)
+            logits, embedding = Doubled.apply(net["a"](z), z)
+            optimizer.backward({"class": logits.square().mean(), "metric": embedding.square().mean()})
+            assert len(warned) == min(step, 1)
+    assert "loss 'metric' gives gradients of zeros to parameters that loss 'class' alone trains" in str(
+        warned[0].message
+    )
+
+
+def test_a_first_step_of_one_loss_does_not_count():
+    net = two_task_net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    optimizer.backward([two_losses(net, X)[0]])
+    with pytest.warns(UserWarning, match="Name the shared parameters"):
+        optimizer.backward(of_columns(both(net, net["trunk"](X))))
 
 
 class Ones(gradsurgery.methods.Method):
