@@ -170,6 +170,12 @@ def test_dtp_weights_are_focal():
     torch.testing.assert_close(step(ends, f64([1.0, 1.0])), f64([-math.log(1e-6) * (1 - 1e-6), 0.0]))
 
 
+def test_kpis_are_not_printed_where_they_are_right(monkeypatch):
+    """On a GPU that would read them on the host."""
+    monkeypatch.setattr(torch.Tensor, "__repr__", None)
+    new("dtp").update(f64([0.5, 0.25]))
+
+
 @pytest.mark.parametrize(
     ("kpis", "wanted"),
     [

@@ -42,7 +42,8 @@ def numbers_of(name: str, values: Iterable[Any] | Mapping[str, Any], device: tor
     numbers = []
     with suppress(TypeError, ValueError):
         each = list(values.values() if isinstance(values, Mapping) else values)
-        if not any(isinstance(value, Sequence) or getattr(value, "is_complex", bool)() for value in each):
+        are_complex = any(isinstance(value, Tensor) and value.is_complex() for value in each)
+        if not are_complex and not any(isinstance(value, Sequence) for value in each):
             numbers = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in each]
     if not numbers or any(number.numel() != 1 for number in numbers):
         raise ValueError(f"{name} must hold one number per task, got {values!r}")

@@ -54,13 +54,11 @@ class DTP(LossMethod):
             ValueError: these are no T numbers in [0, 1].
         """
         given = kpis if isinstance(kpis, Tensor) else numbers_of("kpis", kpis, torch.device("cpu"))
-        error = ValueError(f"kpis must be T numbers in [0, 1], got {kpis!r}")
-        if given.dim() != 1 or not len(given) or given.is_complex():
-            raise error
-        values = given.detach().to(torch.float64)
+        values = given.detach().real.to(torch.float64)
         valid = ((values >= 0) & (values <= 1)).all()[None]
-        if values.device.type == "cpu" and not valid:
-            raise error
+        is_vector = values.dim() == 1 and len(values) > 0 and not given.is_complex()
+        if not is_vector or (values.device.type == "cpu" and not valid):
+            raise ValueError(f"kpis must be T numbers in [0, 1], got {kpis!r}")
         if self._state is not None:
             values, valid = (value.to(self._state["kpis"].device) for value in (values, valid))
         k, updated = (self._state_for(values)[name] for name in self.state_names)
