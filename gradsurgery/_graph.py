@@ -19,7 +19,7 @@ _PASSING = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 """Functions whose outputs are their inputs, one by one: DistributedDataParallel's, and of hooks of whole modules."""
 
 Output = Tensor | GradientEdge
-"""What torch's passes begin at."""
+"""What torch's passes take."""
 
 Edge = tuple[int, int]
 """The number of a node, and which of its outputs; -1 where no graph is behind."""
@@ -39,6 +39,7 @@ class Root(NamedTuple):
         return GradientEdge(*self.tensor.grad_fn.next_functions[0][0].next_functions[self.place])  # type: ignore[union-attr]
 
     def output(self) -> Output:
+        """Return what torch's passes take."""
         return self.tensor if self.place is None else self.edge()
 
 

@@ -32,8 +32,8 @@ class Survey:
     """Whether the gradients were looked at since there were new functions in Python."""
     suspected: bool = False
     """Whether they were, and must be once more."""
-    functions: frozenset[str] | None = None
-    """The names of the functions in Python; None before the first graph."""
+    functions: frozenset[str] = frozenset()
+    """The names of the functions in Python."""
     through_grad: bool = False
     """Whether passes must go by way of ``.grad``."""
     hiding: bool = False
@@ -55,10 +55,9 @@ class Survey:
     def take(self, losses: list[Tensor], roots: list[Root]) -> None:
         """Look at the graph of these."""
         functions = functions_behind(losses)
-        known = self.functions or frozenset()
-        if functions <= known:
+        if functions <= self.functions:
             return
-        self.functions = known | functions
+        self.functions |= functions
         self.checked = False
         graph = Graph.of(roots)
         self.through_grad = self.through_grad or _REENTRANT in graph.names
