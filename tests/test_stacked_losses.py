@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from conftest import grads_of, two_losses, two_task_net
+from gradsurgery import _survey
 from inputs import DEVICE
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -207,17 +208,22 @@ def test_what_is_apart_is_not_warned_of(losses):
         optimizer.step()
 
 
-def test_a_layer_of_zeros_that_two_losses_share_is_not_warned_of():
-    """They give zeros to the trunk, and so train less than the third one, until it has moved."""
+@pytest.mark.parametrize(("zeros", "times"), [(False, 1), (True, 2)])
+def test_a_layer_of_zeros_that_two_losses_share_is_not_warned_of(zeros, times, monkeypatch):
+    """They leave the trunk to the third one until it moves, so that the second step reads gradients on the host, too."""
+    read, are_not_zero = [], _survey._are_not_zero
+    monkeypatch.setattr(_survey, "_are_not_zero", lambda *given: read.append(given) or are_not_zero(*given))
     net = two_task_net()
-    torch.nn.init.zeros_(net["b"].weight)
+    if zeros:
+        torch.nn.init.zeros_(net["b"].weight)
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
-    for _ in range(3):
+    for _ in range(4):
         z = net["trunk"](X)
         b = net["b"](z) - 1
         optimizer.backward([net["a"](z).square().mean(), b.square().mean(), b.abs().mean()])
         optimizer.step()
         optimizer.zero_grad()
+    assert len(read) == times
 
 
 def test_zeros_from_one_side_are_warned_of_at_the_second_step():
