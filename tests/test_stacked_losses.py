@@ -210,7 +210,7 @@ def test_what_is_apart_is_not_warned_of(losses):
 
 @pytest.mark.parametrize(("zeros", "times"), [(False, 1), (True, 2)])
 def test_a_layer_of_zeros_that_two_losses_share_is_not_warned_of(zeros, times, monkeypatch):
-    """They leave the trunk to the third one until it moves, so that the second step reads gradients on the host, too."""
+    """They leave the trunk to the third one until it moves, so that the second step reads on the host, too."""
     read, are_not_zero = [], _survey._are_not_zero
     monkeypatch.setattr(_survey, "_are_not_zero", lambda *given: read.append(given) or are_not_zero(*given))
     net = two_task_net()
