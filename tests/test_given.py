@@ -83,17 +83,32 @@ def test_what_a_method_was_given_can_be_read():
         assert all(hasattr(methods.get(name), option) for option in options)
 
 
-def test_named_optimizers_show_their_options():
-    shown = inspect.signature(gradsurgery.CAGrad).parameters
-    assert list(shown) == ["optimizer", "c", "rescale", "shared", "granularity", "process_group", "backend"]
-    net = two_task_net()
-    assert gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1), "mean", 7).method.seed == 7
+OTHER_OPTIONS = {
+    "alpha": 0.7, "beta": 0.6, "c": 0.3, "combine": "normalized", "lr": 0.1, "max_iter": 9, "max_norm": 2.0,
+    "normalization": "l2", "pref": [1.0, 2.0], "reduction": "mean", "reg_eps": 1e-3,
+    "rescale": 1, "scale_mode": "median", "seed": 7, "solver": "frank_wolfe", "tau": 0.1, "tol": 1e-3,
+}  # fmt: skip
 
-    class Mine(gradsurgery.CAGrad):
-        def __init__(self, parameters):
-            super().__init__(torch.optim.SGD(parameters, lr=0.1))
 
-    assert list(inspect.signature(Mine).parameters) == ["parameters"]
+def test_named_optimizers_take_the_options_of_their_methods():
+    parameter = torch.nn.Parameter(X)
+    adam = torch.optim.Adam([parameter])
+    named = [value for value in vars(gradsurgery.named).values() if hasattr(methods, getattr(value, "__name__", ""))]
+    assert len(named) == 14
+    for optimizer in named:
+        method = getattr(methods, optimizer.__name__)
+        first, *options, common = inspect.signature(optimizer).parameters.values()
+        assert (first.name, str(common)) == ("optimizer", "**common: 'Unpack[Common]'")
+        assert [o.replace(annotation="") for o in options] == [
+            o.replace(annotation="") for o in inspect.signature(method).parameters.values()
+        ]
+        others = {o.name: [parameter] if o.name == "norm_parameters" else OTHER_OPTIONS[o.name] for o in options}
+        assert repr(optimizer(adam, **others).method) == repr(method(**others))
+        assert repr(optimizer(adam, *others.values(), backend="reference").method) == repr(method(**others))
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, as .* is, got list"):
+        gradsurgery.PCGrad([parameter], lr=0.1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'c'"):
+        gradsurgery.PCGrad(adam, c=0.5)
 
 
 def test_a_head_that_one_of_three_batches_reaches_gets_a_third():
