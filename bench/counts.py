@@ -55,4 +55,4 @@ def synchronisations(call: Callable[[], object], device: torch.device) -> int | 
 
 def _events(found: profile) -> list[Any]:
     """Return what was recorded, without the tree that profile.events() makes of it: a call may have 100,000."""
-    return found.profiler.kineto_results.events()  # type: ignore[no-any-return, union-attr]
+    return found.profiler.kineto_results.events()

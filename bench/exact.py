@@ -22,6 +22,12 @@ def exact_gram(gradients: Tensor) -> Tensor:
     return products
 
 
+def gram_error(exact: Tensor, products: Tensor) -> float:
+    """Return the largest |G_ij - exact| / (|g_i| |g_j|)."""
+    norms = exact.diagonal().sqrt()
+    return ((products - exact).abs() / norms / norms[:, None]).max().item()
+
+
 def direction_error(gradients: Tensor, weights: Tensor, direction: Tensor | list[Tensor]) -> float:
     """Return |d - d_exact| / |d_exact| with the float64 direction of these weights."""
     if not isinstance(direction, Tensor):

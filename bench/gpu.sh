@@ -87,7 +87,9 @@ part_sanitize() {
   local tool option failed=0 ours=() running=()
   # Our kernels alone, by whichever option this version has; else all.
   for option in --kernel-regex --kernel-name --filter; do
-    ! compute-sanitizer "$option" kns=gs3gpu true > /dev/null 2>&1 || { ours=("$option" kns=gs3gpu); break; }
+    # "true" uses no GPU, which would be an error by itself.
+    ! compute-sanitizer --require-cuda-init no "$option" kns=gs3gpu true > /dev/null 2>&1 ||
+      { ours=("$option" kns=gs3gpu); break; }
   done
   local options=(--error-exitcode 99 --launch-timeout 0 --report-api-errors no)
   # Side by side: each keeps one processor busy.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 import gradsurgery as gs
 from gradsurgery.methods._base import SolverMethod
 
-from .exact import direction_error, exact_gram
+from .exact import direction_error, exact_gram, gram_error
 from .gpu_timing import FLAT, OURS, TRITON, Call, Case, Spec
+from .others import blockwise_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STAGES = ("gram", "combine", "chain")
@@ -34,6 +35,9 @@ SOLVED = [name for name in gs.methods.available() if isinstance(gs.methods.get(n
 """The methods whose weights one solver yields."""
 BESIDE = (2, 8, 32, 128)
 """T of the matrices whose products PyTorch computes as well."""
+MM, BMM = "torch.mm", "torch.bmm by blocks"
+BLOCKS = 528
+"""Of columns, four for each multiprocessor of the largest GPU."""
 
 Gradients = Tensor | list[list[Tensor]]
 Out = Tensor | list[Tensor]
@@ -119,7 +123,7 @@ def prepare(bench: Bench, spec: Spec) -> Case:
         if bench.device.type == "cuda":
             calls[TRITON] = ours(bench, spec, lists, "triton")
         if spec.stage == "chain":
-            calls["torch.cat + mm + mv"] = [_cat_products(rows) for rows in lists]
+            calls["torch.cat + mm + mv"] = [_cat_products(spec, rows) for rows in lists]
         return _stage_case(bench, spec, calls, lists[0], _joined(lists[0]))
     matrices = bench.matrices(spec, spec.form == "misaligned")
     calls = {OURS: ours(bench, spec, matrices)}
@@ -128,8 +132,7 @@ def prepare(bench: Bench, spec: Spec) -> Case:
     if spec.form == "misaligned":
         calls[FLAT] = ours(bench, spec, bench.matrices(spec))
     elif spec.tasks in BESIDE and spec.cache == "cold":
-        name, products = _products(spec, matrices)
-        calls[name] = products
+        calls |= _products(spec, matrices)
     return _stage_case(bench, spec, calls, matrices[0], matrices[0])
 
 
@@ -146,35 +149,34 @@ def ours(bench: Bench, spec: Spec, sets: list[Gradients], backend: str | None = 
     return [partial(gs.aggregate, grads, method, out=_out(grads), backend=backend) for grads in sets]
 
 
-def _products(spec: Spec, matrices: list[Tensor]) -> tuple[str, list[Call]]:
-    """Return PyTorch's name and calls: in the gradients' dtype, and without the work on T x T."""
+def _products(spec: Spec, matrices: list[Tensor]) -> dict[str, list[Call]]:
+    """Return PyTorch's calls: in the gradients' dtype, and without the work on T x T."""
+    if spec.stage == "gram":
+        columns = max(1, spec.size // BLOCKS)
+        return {
+            MM: [partial(torch.mm, matrix, matrix.T) for matrix in matrices],
+            BMM: [partial(blockwise_products, matrix, columns) for matrix in matrices],
+        }
     weights = _weights(spec, matrices[0].dtype, matrices[0].device)
 
-    def gram(matrix: Tensor, _: Tensor) -> None:
+    def combine(matrix: Tensor, out: Tensor) -> Tensor:
+        return torch.mv(matrix.T, weights, out=out)
+
+    def chain(matrix: Tensor, out: Tensor) -> Tensor:
         torch.mm(matrix, matrix.T)
+        return combine(matrix, out)
 
-    def combine(matrix: Tensor, out: Tensor) -> None:
-        torch.mv(matrix.T, weights, out=out)
-
-    def chain(matrix: Tensor, out: Tensor) -> None:
-        gram(matrix, out)
-        combine(matrix, out)
-
-    name, function = {
-        "gram": ("torch.mm", gram),
-        "combine": ("torch.mv", combine),
-        "chain": ("torch.mm + mv", chain),
-    }[spec.stage]
-    return name, [partial(function, matrix, _out(matrix)) for matrix in matrices]
+    name, function = {"combine": ("torch.mv", combine), "chain": ("torch.mm + mv", chain)}[spec.stage]
+    return {name: [partial(function, matrix, _out(matrix)) for matrix in matrices]}
 
 
-def _cat_products(rows: list[list[Tensor]]) -> Call:
-    weights = torch.linspace(0.5, 1.5, len(rows), dtype=rows[0][0].dtype, device=rows[0][0].device)
+def _cat_products(spec: Spec, rows: list[list[Tensor]]) -> Call:
+    weights = _weights(spec, rows[0][0].dtype, rows[0][0].device)
 
-    def call() -> None:
+    def call() -> Tensor:
         matrix = _joined(rows)
         torch.mm(matrix, matrix.T)
-        torch.mv(matrix.T, weights)
+        return torch.mv(matrix.T, weights)
 
     return call
 
@@ -186,25 +188,28 @@ def _joined(rows: list[list[Tensor]]) -> Tensor:
 
 def _stage_case(bench: Bench, spec: Spec, calls: dict[str, list[Call]], first: Gradients, matrix: Tensor) -> Case:
     """Add floors and errors; ``matrix`` holds the first set of gradients."""
-    result = ours(bench, spec, [first])[0]
+    exact = cache(partial(exact_gram, matrix))
 
-    def error() -> float:
+    def error(contender: str) -> float:
+        backend = {OURS: bench.backend, TRITON: "triton"}.get(contender)
+        # A PCGrad object of its own, whose first step this is.
+        call = calls[contender][0] if backend is None else ours(bench, spec, [first], backend)[0]
         if spec.stage == "gram":
-            exact = exact_gram(matrix)
-            norms = exact.diagonal().sqrt()
-            return ((result() - exact).abs() / norms / norms[:, None]).max().item()
-        if spec.stage == "combine":
+            return gram_error(exact(), call())
+        if backend is None:
+            weights = _weights(spec, matrix.dtype, bench.device)
+        elif spec.stage == "combine":
             weights = _weights(spec, torch.float64, bench.device)
         else:
-            # The call is the first of its PCGrad object. The backend under test has no part in these weights.
-            weights = gs.pcgrad_weights(exact_gram(matrix).cpu(), seed=0, step=0).to(bench.device)
-        return direction_error(matrix, weights, result())
+            # The backend under test has no part in these weights.
+            weights = gs.pcgrad_weights(exact().cpu(), seed=0, step=0).to(bench.device)
+        return direction_error(matrix, weights, call())
 
     direction_bytes = spec.bytes // spec.tasks
     return Case(
         spec,
         calls,
-        error,
+        {contender: partial(error, contender) for contender in calls if contender != FLAT},
         read_bytes=0 if spec.stage == "combine" else spec.bytes,
         copy_bytes=0 if spec.stage == "gram" else spec.bytes + direction_bytes,
     )
@@ -225,7 +230,7 @@ def _solver_case(bench: Bench, spec: Spec) -> Case:
         inputs = [_random_grams(bench, spec.tasks, spec.batch)]
     calls: list[Call] = [partial(function, gram, backend=bench.backend, **options) for gram in inputs]
 
-    def error() -> float:
+    def error(calls: list[Call]) -> float:
         gram = inputs[0].cpu()
         exact = function(gram, backend="reference")
         off = calls[0]().cpu() - exact
@@ -235,7 +240,7 @@ def _solver_case(bench: Bench, spec: Spec) -> Case:
     contenders = {OURS: calls}
     if bench.device.type == "cuda" and method not in SOLVED:
         contenders[TRITON] = [partial(function, gram, backend="triton", **options) for gram in inputs]
-    return Case(spec, contenders, error)
+    return Case(spec, contenders, {name: partial(error, calls) for name, calls in contenders.items()})
 
 
 def _random_grams(bench: Bench, tasks: int, count: int) -> Tensor:

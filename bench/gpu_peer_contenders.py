@@ -31,7 +31,7 @@ class Contender:
     weights: Tensor | None
     """Those of the exact direction of a first call, in float64; None where random orders leave nothing to expect."""
     captured: bool
-    """Measured as a CUDA graph too."""
+    """Measured as a CUDA graph too; not what waits for the host, or has it draw orders, which a graph would freeze."""
 
 
 def contenders(bench: Bench, spec: Spec, matrices: list[Tensor], exact: Tensor) -> Iterator[Contender]:

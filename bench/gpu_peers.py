@@ -3,7 +3,7 @@
 
 Run ``bench/gpu.sh --peers``, or ``python -m bench.gpu_peers`` from the repository's root. Inputs take turns that
 together exceed the level-2 cache twice. Each contender is timed as a program calls it ("eager": enqueued in a row, with
-one wait at the end), and as a CUDA graph where it does not wait for the GPU.
+one wait at the end), and as a CUDA graph where the host has no part in it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 
 import torch
@@ -23,7 +23,7 @@ from .gpu_ceilings import measure as measure_ceilings
 from .gpu_peer_contenders import METHODS, Contender, contenders
 from .gpu_peer_targets import PeerRow, judge
 from .gpu_report import parse_options, print_ceilings, print_targets, provenance, store
-from .gpu_timing import OURS, TRITON, Call, Spec, eager_sampler, graph_sampler, interleave, quantiles
+from .gpu_timing import OURS, TRITON, Call, Spec, eager_sampler, failure, graph_sampler, interleave, quantiles
 from .turns import Foresight
 
 CAP_S = 0.5
@@ -63,20 +63,22 @@ def main() -> int:
     print_ceilings(ceilings)
     rows: list[PeerRow] = []
     clock = Clock(device, plan, ceilings)
-    for bench, specs in _inputs(plan, device):
-        for spec in specs:
-            if bench is None or time.monotonic() > deadline:
-                why = "the memory is too small" if bench is None else "the time is up"
-                rows.append(PeerRow(**asdict(spec), note=f"left out: {why}"))
-                continue
-            measured = clock.measure(bench, spec)
-            print_case(spec, measured)
-            rows += measured
-    verdicts = judge(rows)
-    print_targets(verdicts)
-    path = store(options.output, "gpu-peers", options.command, origin, rows, verdicts, ceilings=ceilings)
-    left_out = sum(row.note.startswith("left out") for row in rows)
-    print(f"\n{len(rows)} rows in {path}; {left_out} cases left out")
+    try:
+        for bench, specs in _inputs(plan, device):
+            for spec in specs:
+                if bench is None or time.monotonic() > deadline:
+                    why = "the memory is too small" if bench is None else "the time is up"
+                    rows.append(PeerRow(**asdict(spec), note=f"left out: {why}"))
+                    continue
+                measured = clock.measure(bench, spec)
+                print_case(spec, measured)
+                rows += measured
+    finally:  # also of a run that is cut off
+        verdicts = judge(rows)
+        print_targets(verdicts)
+        store(options.output, "gpu-peers", options.command, origin, rows, verdicts, ceilings=ceilings)
+        left_out = sum(row.note.startswith("left out") for row in rows)
+        print(f"{left_out} cases left out")
     return int(any(row.note.startswith("failed") and row.contender in (OURS, TRITON) for row in rows))
 
 
@@ -123,10 +125,10 @@ class Clock:
                 self.describe(row, contender, matrices[0], calls)
                 samplers[len(rows) - 1] = eager_sampler(calls, self.device)
                 if contender.captured and self.device.type == "cuda":
-                    rows.append(replace(row, how="graph", peak_mb=None, launches=None, synchronisations=None))
+                    rows.append(PeerRow(**asdict(spec), contender=row.contender, floor_us=row.floor_us, how="graph"))
                     samplers[len(rows) - 1] = graph_sampler(calls, self.device)
-            except (ImportError, RuntimeError, TypeError, ValueError) as error:
-                rows[-1].note = f"failed: {(str(error) or repr(error)).splitlines()[0][:200]}"
+            except Exception as error:  # of whatever type a compiler raises
+                rows[-1].note = failure(error)
         for index, times in interleave(samplers, self.plan.seconds).items():
             self._enter(rows[index], times)
         if self.device.type == "cuda":
@@ -136,14 +138,14 @@ class Clock:
         ours = {row.how: row.median_us for row in rows if row.contender == OURS}
         for row in rows:
             if row.contender != OURS and row.median_us and ours.get(row.how):
-                row.x_ours = row.median_us / ours[row.how]  # type: ignore[operator]
+                row.x_ours = row.median_us / ours[row.how]
         return rows
 
     def describe(self, row: PeerRow, contender: Contender, first: torch.Tensor, calls: list[Call]) -> None:
         """Enter everything but times: the error of a first call, and what the first of the calls does."""
         result = contender.calls([first])[0]()
         if contender.weights is not None:
-            row.error = direction_error(first, contender.weights, result)  # type: ignore[arg-type]
+            row.error = direction_error(first, contender.weights, result)
         row.peak_mb = peak_bytes(calls[0], self.device) / 1e6
         counted = self.plan.counted if row.contender in (OURS, TRITON) else self.plan.counted[:1]
         if row.size in counted:
@@ -153,7 +155,7 @@ class Clock:
     def _enter(self, row: PeerRow, times: list[float]) -> None:
         row.rounds = len(times)
         row.p20_us, row.median_us, row.p80_us = quantiles(times)
-        row.x_floor = row.median_us / row.floor_us  # type: ignore[operator]
+        row.x_floor = row.median_us / row.floor_us
         if row.how == "eager":
             self._foresight.add((row.stage, row.contender, row.size, row.dtype), row.tasks, row.median_us / 1e6)
 

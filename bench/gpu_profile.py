@@ -71,8 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     cases = [Range.of(spec) for spec in specs(options.scale)]
-    path = store(options.output, "gpu-profile", "bench/gpu.sh --profile", provenance(device), cases, [])
-    print(f"{len(cases)} cases, named in {path}", flush=True)
+    store(options.output, "gpu-profile", "bench/gpu.sh --profile", provenance(device), cases, [])
     bench = Bench.create(device, 0, max(case.spec.bytes for case in cases) + (1 << 20))
     for case in cases:
         call = prepare(bench, case.spec).calls[OURS][0]

@@ -34,8 +34,10 @@ def parse_options(module: str, description: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few sizes and few rounds")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try this script out")
     parser.add_argument("--budget", type=float, default=420, help="seconds after which the other cases are left out")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the JSON")
+    parser.add_argument("--output", type=Path, help=f"the folder of the JSON; a whole run's on a GPU: {RESULTS.name}")
     options = parser.parse_args()
+    if options.output is None and options.device == "cuda" and not options.quick:
+        options.output = RESULTS
     if not gs.backends()[options.device].startswith("available"):
         parser.error(f"the {options.device} backend cannot be measured: {gs.backends()[options.device]}")
     options.command = f"python -m {module} --device {options.device}{' --quick' * options.quick}"
@@ -89,15 +91,17 @@ def print_targets(verdicts: list[dict[str, Any]]) -> None:
 
 
 def store(
-    folder: Path,
+    folder: Path | None,
     benchmark: str,
     command: str,
     origin: dict[str, object],
     rows: Sequence[DataclassInstance],
     verdicts: list[dict[str, Any]],
     **measured: object,
-) -> Path:
-    """Write a run as JSON, named after the benchmark and the machine."""
+) -> None:
+    """Write a run as JSON, named after the benchmark and the machine; without a folder, nothing."""
+    if folder is None:
+        return
     machine = origin["machine"]
     assert isinstance(machine, dict)
     slug = re.sub(r"[^a-z0-9]+", "-", str(machine["name"]).lower()).strip("-") if "capability" in machine else "cpu"
@@ -105,7 +109,7 @@ def store(
     content = {**origin, "command": command, **measured, "rows": [asdict(row) for row in rows], "targets": verdicts}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    print(f"{len(rows)} rows in {path}")
 
 
 def _line(where: list[str], figures: list[str]) -> str:

@@ -21,7 +21,7 @@ from .gpu_cases import DTYPES, SOLVED, STAGES, Bench, columns, prepare
 from .gpu_ceilings import measure as measure_ceilings
 from .gpu_report import parse_options, print_ceilings, print_heading, print_row, print_targets, provenance, store
 from .gpu_targets import judge
-from .gpu_timing import Row, Spec, measure
+from .gpu_timing import OURS, TRITON, Row, Spec, failure, measure
 
 SOLVES = [(stage, tasks, 1) for stage in ("pcgrad_weights", "min_norm_weights") for tasks in (8, 64)]
 SOLVES += [("pcgrad_weights", 8, 1000), ("min_norm_weights", 8, 1000)]
@@ -83,33 +83,35 @@ def main() -> int:
     print()
     print_heading()
     rows: list[Row] = []
-    failures = 0
     bench, specs = _inputs(plan, device)
-    for spec in specs:
-        unmeasured = Row(**asdict(spec))
-        if time.monotonic() > deadline:
-            unmeasured.note = "left out: the time is up"
-            rows.append(unmeasured)
-            continue
-        try:
-            measured = measure(prepare(bench, spec), device, plan.seconds, ceilings)
-            if device.type == "cuda":
-                # Memory of the case's graphs serves no other case until it is given back.
-                torch.cuda.empty_cache()
-        except (RuntimeError, ValueError, TypeError) as error:
-            failures += 1
-            unmeasured.note = f"failed: {error}"
-            measured = [unmeasured]
-        for row in measured:
-            print_row(row)
-        rows += measured
-    print()
-    verdicts = judge(rows)
-    print_targets(verdicts)
-    path = store(options.output, "gpu-stages", options.command, origin, rows, verdicts, ceilings=ceilings)
-    left_out = sum(row.note.startswith("left out") for row in rows)
-    print(f"\n{len(rows)} rows in {path}; {failures} cases failed, {left_out} left out")
-    return 1 if failures else 0
+    try:
+        for spec in specs:
+            if time.monotonic() > deadline:
+                rows.append(Row(**asdict(spec), note="left out: the time is up"))
+                continue
+            rows += _measured(bench, spec, plan.seconds, ceilings)
+    finally:  # also of a run that is cut off
+        print()
+        verdicts = judge(rows)
+        print_targets(verdicts)
+        store(options.output, "gpu-stages", options.command, origin, rows, verdicts, ceilings=ceilings)
+        failed, left_out = (sum(row.note.startswith(why) for row in rows) for why in ("failed", "left out"))
+        print(f"{failed} failed, {left_out} cases left out")
+    return int(any(row.note.startswith("failed") and row.contender in (OURS, TRITON) for row in rows))
+
+
+def _measured(bench: Bench, spec: Spec, seconds: float, ceilings: dict[str, float]) -> list[Row]:
+    """Return a case's rows, and print them: one that says why if ours failed."""
+    try:
+        rows = measure(prepare(bench, spec), bench.device, seconds, ceilings)
+        if bench.device.type == "cuda":
+            # Memory of the case's graphs serves no other case until it is given back.
+            torch.cuda.empty_cache()
+    except Exception as error:
+        rows = [Row(**asdict(spec), note=failure(error))]
+    for row in rows:
+        print_row(row)
+    return rows
 
 
 def _inputs(plan: Plan, device: torch.device) -> tuple[Bench, Iterator[Spec]]:

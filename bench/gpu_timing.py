@@ -64,8 +64,8 @@ class Case:
 
     spec: Spec
     calls: dict[str, list[Call]]
-    error: Callable[[], float]
-    """Relative error of our result against a float64 one."""
+    errors: dict[str, Callable[[], float]]
+    """Relative error of a contender's result against a float64 one."""
     read_bytes: int = 0
     """What a stage that only reads has to move, and below one that writes as well."""
     copy_bytes: int = 0
@@ -99,10 +99,13 @@ def measure(case: Case, device: torch.device, seconds: float, ceilings: dict[str
     for name, calls in case.calls.items():
         try:
             samplers[name] = sampler(calls, device)
-        except RuntimeError as error:
+            if name in case.errors:
+                rows[name].error = case.errors[name]()
+        except Exception as error:  # of whatever type a compiler raises
             if name == OURS:
                 raise
-            rows[name].note = f"failed: {error}"
+            samplers.pop(name, None)
+            rows[name].note = failure(error)
     floor_us = (case.read_bytes / ceilings["read GB/s"] + case.copy_bytes / ceilings["copy GB/s"]) / 1e3
     for name, times in interleave(samplers, seconds).items():
         row = rows[name]
@@ -117,13 +120,17 @@ def measure(case: Case, device: torch.device, seconds: float, ceilings: dict[str
             rows[name].x_ours = rows[name].median_us / rows[OURS].median_us
     if FLAT in samplers:
         rows[OURS].x_flat = rows[OURS].median_us / rows[FLAT].median_us
-    rows[OURS].error = case.error()
     return list(rows.values())
+
+
+def failure(error: Exception) -> str:
+    """Return the note of what failed, one short line."""
+    return f"failed: {(str(error) or repr(error)).splitlines()[0][:200]}"
 
 
 def quantiles(times: list[float]) -> list[float]:
     """Return the 20th percentile, the median and the 80th percentile in microseconds."""
-    return (1e6 * numpy.quantile(times, (0.2, 0.5, 0.8))).tolist()  # type: ignore[no-any-return]
+    return (1e6 * numpy.quantile(times, (0.2, 0.5, 0.8))).tolist()
 
 
 def interleave(samplers: dict[Name, Callable[[], float]], seconds: float) -> dict[Name, list[float]]:

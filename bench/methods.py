@@ -10,6 +10,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torchjd import aggregation
 import gradsurgery as gs
 
 from .cases import task_gradients
-from .exact import exact_gram
+from .exact import direction_error, exact_gram
 from .tables import print_rows, print_targets, provenance, store
 from .targets import Target
 from .timing import OURS, Case, Clock
@@ -40,21 +41,21 @@ TARGETS = [
 
 
 def torchjd_weightings() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return TorchJD's functions of G, by our methods' names."""
+    """Return TorchJD's functions of G, by our methods' names and with their numbers."""
     return {
         "aligned_mtl": aggregation.AlignedMTLWeighting(),
         "cagrad": aggregation.CAGradWeighting(c=0.5),
         "cr_mogm": aggregation.CRMOGMWeighting(aggregation.MGDAWeighting()),
         "dualproj": aggregation.DualProjWeighting(),
         "fairgrad": aggregation.FairGradWeighting(1.0),
-        "gradvac": aggregation.GradVacWeighting(),
+        "gradvac": aggregation.GradVacWeighting(beta=0.01),
         "imtl_g": aggregation.IMTLGWeighting(),
         "krum": aggregation.KrumWeighting(0),
         "mgda": aggregation.MGDAWeighting(),
-        "modo": aggregation.MoDoWeighting(),
+        "modo": aggregation.MoDoWeighting(gamma=1e-3),
         "pcd": aggregation.PCDWeighting(),
         "pcgrad": aggregation.PCGradWeighting(),
-        "sdmgrad": aggregation.SDMGradWeighting(),
+        "sdmgrad": aggregation.SDMGradWeighting(lr=5.0),
         "upgrad": aggregation.UPGradWeighting(),
     }
 
@@ -77,11 +78,17 @@ def weights_case(name: str, tasks: int) -> Case:
     calls: dict[str, Callable[[], Tensor]] = {OURS: lambda: method.weights(gram, backend="cpu")}
     theirs, of_rows = torchjd_weightings(), torchjd_of_rows(tasks)
     factor = torch.linalg.cholesky(gram)
+    errors: dict[str, Callable[[Tensor], float]] = {}
+    if not method.state_dict():  # or a call depends on those before it
+        exact = gs.methods.get(name).weights(gram, backend="reference")
+        of_directions = partial(direction_error, factor, exact)
+        errors = dict.fromkeys((OURS, "torchjd"), lambda weights: of_directions(weights.double() @ factor))
     if name in theirs and not (name == "krum" and tasks < 3):  # which TorchJD refuses
         calls["torchjd"] = lambda: theirs[name](gram)
     elif name in of_rows:
         calls["torchjd"] = lambda: of_rows[name](factor)
-    return Case(f"{name} weights", tasks, None, "float64", calls)
+        errors["torchjd"] = of_directions
+    return Case(f"{name} weights", tasks, None, "float64", calls, errors)
 
 
 def aggregate_case(name: str, gradients: Tensor) -> Case:
@@ -97,14 +104,18 @@ def aggregate_case(name: str, gradients: Tensor) -> Case:
     }
     if theirs is not None:
         calls["torchjd"] = lambda: theirs(gradients)
-    return Case(name, *gradients.shape, "float32", calls)
+    errors = {}
+    if not method.state_dict():
+        exact = gs.methods.get(name).weights(exact_gram(gradients), backend="reference")
+        errors = dict.fromkeys((OURS, "torchjd"), partial(direction_error, gradients, exact))
+    return Case(name, *gradients.shape, "float32", calls, errors)
 
 
 def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(prog="python -m bench.methods", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the JSON goes")
+    parser.add_argument("--output", type=Path, help=f"where the JSON goes; a whole run's: {RESULTS.name}")
     options = parser.parse_args()
     if not gs.backends()["cpu"].startswith("available"):
         parser.error(f"the cpu backend cannot be measured: {gs.backends()['cpu']}")
@@ -118,9 +129,10 @@ def main() -> None:
     for case in _cases((2, 8) if options.quick else TASKS, 10**4 if options.quick else SIZE):
         print(f"{case.stage} T={case.tasks} N={case.size}", file=sys.stderr)
         rows += clock.measure(case)
-    print_rows(console, rows)
+    print_rows(console, rows, origin["machine"])
     print_targets(console, rows, TARGETS)
-    store(options.output, f"python -m bench.methods{' --quick' if options.quick else ''}", origin, rows, TARGETS)
+    if output := options.output or (None if options.quick else RESULTS):
+        store(output, f"python -m bench.methods{' --quick' if options.quick else ''}", origin, rows, TARGETS)
 
 
 def _cases(tasks: tuple[int, ...], size: int) -> Iterator[Case]:

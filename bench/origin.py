@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import gradsurgery as gs
 
 
-def origin(machine: dict[str, object], packages: Iterable[str] = ()) -> dict[str, object]:
+def origin(machine: dict[str, object], packages: Iterable[str] = ()) -> dict[str, Any]:
     """Return the machine, the versions, also of those of the other packages that are there, the commit and the date."""
     return {
         "machine": machine,
@@ -33,10 +34,11 @@ def origin(machine: dict[str, object], packages: Iterable[str] = ()) -> dict[str
 
 
 def host() -> dict[str, object]:
-    """Return the processor, its cores, torch's threads and what else runs."""
+    """Return the processor, its cores and cache, torch's threads and what else runs."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
+        "cache_bytes": _last_cache_bytes(),
         "threads": torch.get_num_threads(),
         "load_at_start": round(os.getloadavg()[0], 2),
     }
@@ -63,6 +65,12 @@ def _cpu_model() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def _last_cache_bytes() -> int | None:
+    """Return the size of the last level of the first core's cache, where Linux tells it."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=None)
 
 
 def _installed(packages: Iterable[str]) -> dict[str, str]:

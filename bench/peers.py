@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--only", choices=["stages", "peers"], help="half of the cases")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the JSON goes")
+    parser.add_argument("--output", type=Path, help=f"where the JSON goes; a whole run's: {RESULTS.name}")
     options = parser.parse_args()
     if not gs.backends()["cpu"].startswith("available"):
         parser.error(f"the cpu backend cannot be measured: {gs.backends()['cpu']}")
@@ -71,10 +71,11 @@ def main() -> None:
     for case in _cases(plan, options.only):
         print(f"{case.stage} T={case.tasks} N={case.size} {case.dtype}", file=sys.stderr)
         rows += clock.measure(case)
-    print_rows(console, rows)
+    print_rows(console, rows, origin["machine"])
     print_targets(console, rows, TARGETS)
     flags = (" --quick" if options.quick else "") + (f" --only {options.only}" if options.only else "")
-    store(options.output, f"python -m bench.peers{flags}", origin, rows, TARGETS)
+    if output := options.output or (None if flags else RESULTS):
+        store(output, f"python -m bench.peers{flags}", origin, rows, TARGETS)
 
 
 def _fits(tasks: int, size: int) -> bool:

@@ -19,7 +19,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from . import plots
-from .timing import ALLOCATING
+from .gpu_targets import judge
+from .gpu_timing import Row
+from .timing import ALLOCATING, MIN_ROUNDS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -36,15 +38,18 @@ GPU_SHOWN += [(method, 8, 10**5) for method in ("mgda", "upgrad", "cagrad")]
 
 def cpu_section(run: dict[str, Any]) -> str:
     """Return the Markdown for one stored run."""
-    medians = {
-        (row["stage"], row["contender"], row["tasks"], row["size"]): row["median_ms"]
+    rows = {
+        (row["stage"], row["contender"], row["tasks"], row["size"]): row
         for row in run["rows"]
         if row["dtype"] == "float32" and row["median_ms"] is not None
     }
 
     def times(stage: str, contender: str, tasks: int, size: int) -> str:
-        other = medians.get((stage, contender, tasks, size))
-        return "-" if other is None else f"{other / medians[stage, 'gradsurgery', tasks, size]:.1f}x"
+        other = rows.get((stage, contender, tasks, size))
+        if other is None:
+            return "-"
+        ratio = other["median_ms"] / rows[stage, "gradsurgery", tasks, size]["median_ms"]
+        return f"{ratio:.1f}x" if other["rounds"] >= MIN_ROUNDS else f"about {ratio:.0f}x"
 
     lines = [
         "From float32 task gradients [T, N] to the direction: the time of one call here, which writes to a given `out`",
@@ -55,7 +60,9 @@ def cpu_section(run: dict[str, Any]) -> str:
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for tasks, size in SHOWN:
-        pcgrad, mgda = (f"{medians[stage, 'gradsurgery', tasks, size]:.2f} ms" for stage in ("pcgrad", "mgda"))
+        pcgrad, mgda = (
+            f"{rows[stage, 'gradsurgery', tasks, size]['median_ms']:.2f} ms" for stage in ("pcgrad", "mgda")
+        )
         contenders = (ALLOCATING, "torchjd", "pytorch_optimizer", "plain loop")
         others = [times("pcgrad", name, tasks, size) for name in contenders]
         of_mgda = [times("mgda", name, tasks, size) for name in contenders[:2]]
@@ -65,7 +72,8 @@ def cpu_section(run: dict[str, Any]) -> str:
     lines += [
         "",
         "MGDA is not the same work everywhere: the weights here are exact, torchjd's are those of at most 100",
-        "Frank-Wolfe steps. Surgery is one part of a step: the T backward passes before it remain.",
+        f'Frank-Wolfe steps. "About": there was time for fewer than {MIN_ROUNDS} calls. Surgery is one part of a step:',
+        "the T backward passes before it remain.",
         "",
         f"Medians of one run of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch "
         f"{versions['torch']}, torchjd {versions['torchjd']}, pytorch_optimizer {versions['pytorch_optimizer']}; "
@@ -123,7 +131,7 @@ def gpu_section(run: dict[str, Any]) -> str:
     }
 
     def cell(*key: object) -> str:
-        row = rows[key]  # type: ignore[index]
+        row = rows[key]
         return f"{row['median_us']:.0f} ({100 / row['x_floor']:.0f} %)"
 
     lines = [
@@ -139,13 +147,12 @@ def gpu_section(run: dict[str, Any]) -> str:
         for dtype in plots.BYTES
         for tasks in (2, 8, 32)
     ]
-    missed = sum(verdict["met"] is False for verdict in run["targets"])
-    met = sum(verdict["met"] is True for verdict in run["targets"])
+    verdicts = [verdict["met"] for verdict in judge([Row(**row) for row in run["rows"]])]
     lines += [
         "",
         f"Medians of `{run['command']}`; torch {run['versions']['torch']}, CUDA {run['versions']['cuda']}; commit "
         f"{run['commit'][:12]}, {run['date'][:10]}.",
-        f"Of the targets of `bench/gpu_targets.py` it met {met} and missed {missed}:",
+        f"Of the targets of `bench/gpu_targets.py` it met {verdicts.count(True)} and missed {verdicts.count(False)}:",
         f"[{GPU.relative_to(ROOT)}]({GPU.relative_to(ROOT)}). What changed since then and what it brought:",
         "[bench/NOTES.md](bench/NOTES.md#the-solvers-and-what-the-last-changes-brought).",
         "",
@@ -166,7 +173,8 @@ def gpu_peers_section(run: dict[str, Any]) -> str:
     least, most = (find(products, key=lambda row: row["x_ours"]) for find in (min, max))
     lines = [
         f"Whole calls on one {run['machine']['name']}, float32: microseconds of a call among many and of one in a CUDA",
-        "graph, and the others' calls as multiples of the former. `stack + mm + mv` computes no weights; in graphs it",
+        "graph, and the others' calls as multiples of the former. `stack + mm + mv` first copies rows into the matrix",
+        "that the others are given, and computes no weights; in graphs it",
         f"takes {least['x_ours']:.1f} (T = {least['tasks']}, N = {least['size']:,}, {least['dtype']}) to",
         f"{most['x_ours']:.0f} times as long as PCGrad.",
         "",

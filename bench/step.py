@@ -21,6 +21,7 @@ import torch
 
 from .counts import peak_bytes
 from .gpu_report import RESULTS, print_targets, provenance, store
+from .gpu_timing import failure
 from .step_contenders import METHODS, PARTS, Step, contenders
 from .step_models import WORKLOADS, MultiTaskModel, Workload
 from .step_targets import judge
@@ -74,12 +75,13 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: smaller models")
     parser.add_argument("--seconds", type=float, default=4, help="for each contender of a model")
     parser.add_argument("--only", choices=[w.name for w in WORKLOADS], help="one of the models")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the JSON")
+    parser.add_argument("--output", type=Path, help=f"the folder of the JSON; a whole run's: {RESULTS.name}")
     options = parser.parse_args()
     device = torch.device(options.device)
     origin = provenance(device)
     print(f"{origin['machine']}\n{origin['versions']}\ncommit {origin['commit']}")
     command = " ".join(["python -m bench.step", *sys.argv[1:]])
+    output = options.output or (None if options.only else RESULTS)
     rows: list[Row] = []
     for workload in WORKLOADS:
         if options.only in (None, workload.name):
@@ -87,9 +89,8 @@ def main() -> int:
             print_rows(measured)
             rows += measured
             # Each time, for a run that is cut off.
-            path = store(options.output, "step", command, origin, rows, judge(rows, device.type))
+            store(output, "step", command, origin, rows, judge(rows, device.type))
     print_targets(judge(rows, device.type))
-    print(f"{len(rows)} rows in {path}")
     return int(any(row.note for row in rows if row.contender.startswith(METHODS)))
 
 
@@ -115,8 +116,8 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> list[Ro
             once = sum(_time(step, device).values())
             gc.collect()  # or what earlier steps left in cycles would be freed meanwhile
             row.peak_mb = peak_bytes(partial(_time, step, device), device) / 1e6
-        except (ImportError, RuntimeError, TypeError, ValueError) as error:
-            row.note = f"failed: {str(error).splitlines()[0][:200]}"
+        except Exception as error:  # of whatever type another package raises
+            row.note = failure(error)
             continue
         steps[name], planned[name] = step, max(5, min(200, int(seconds / once)))
     times = take_turns({name: partial(_time, step, device) for name, step in steps.items()}, planned, gc.collect)

@@ -31,7 +31,7 @@ def contenders(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Ste
     found: dict[str, Callable[[], Step]] = {PLAIN: lambda: _plain(make())}
     for method in METHODS:
         for name, arguments in _ways(has_heads).items():
-            found[f"{method}, {name}"] = lambda method=method, a=arguments: _ours(make(), method, a)  # type: ignore[misc]
+            found[f"{method}, {name}"] = lambda method=method, a=arguments: _ours(make(), method, a)
     found |= _others(make)
     return found
 
@@ -51,7 +51,6 @@ def _plain(model: MultiTaskModel) -> Step:
     optimizer = _optimizer(model)
 
     def step(part: Part) -> None:
-        optimizer.zero_grad()
         with part("forward"):
             loss = torch.stack(model.losses()).sum()
         with part("backward"):
@@ -59,14 +58,24 @@ def _plain(model: MultiTaskModel) -> Step:
         with part("optimizer"):
             optimizer.step()
 
-    return step
+    return _leaving_nothing(model, optimizer, step)
+
+
+def _leaving_nothing(model: MultiTaskModel, optimizer: torch.optim.Optimizer, step: Step) -> Step:
+    """Return the step with an end, in no part, that frees what would count as there before the next one."""
+
+    def whole(part: Part) -> None:
+        step(part)
+        optimizer.zero_grad()
+        model.features = []  # it keeps the graph
+
+    return whole
 
 
 def _ours(model: MultiTaskModel, method: str, arguments: dict[str, Any]) -> Step:
     optimizer = gs.SurgeryOptimizer(_optimizer(model), method)
 
     def step(part: Part) -> None:
-        optimizer.zero_grad()
         with part("forward"):
             losses = model.losses()
         way = {**arguments, "features": model.features} if "features" in arguments else arguments
@@ -77,7 +86,7 @@ def _ours(model: MultiTaskModel, method: str, arguments: dict[str, Any]) -> Step
         with part("optimizer"):
             optimizer.step()
 
-    return step
+    return _leaving_nothing(model, optimizer, step)
 
 
 def _others(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Step]]:
@@ -96,7 +105,7 @@ def _others(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Step]]
     else:
         for aggregator in (aggregation.PCGrad, aggregation.MGDA, aggregation.UPGrad):
             name = f"torchjd {aggregator.__name__}"
-            found[name] = lambda aggregator=aggregator: _torchjd(make(), aggregator(), None)  # type: ignore[misc]
+            found[name] = lambda aggregator=aggregator: _torchjd(make(), aggregator(), None)
         found[ONE_BY_ONE] = lambda: _torchjd(make(), aggregation.PCGrad(), 1)
     return found
 
@@ -106,7 +115,6 @@ def _common(model: MultiTaskModel, pcgrad: Any) -> Step:
     optimizer = pcgrad.PCGrad(_optimizer(model))
 
     def step(part: Part) -> None:
-        optimizer.zero_grad()
         with part("forward"):
             losses = model.losses()
         with part("backward"):
@@ -118,7 +126,7 @@ def _common(model: MultiTaskModel, pcgrad: Any) -> Step:
         with part("optimizer"):
             optimizer.step()
 
-    return step
+    return _leaving_nothing(model, optimizer, step)
 
 
 def _torchjd(model: MultiTaskModel, aggregator: Any, chunk: int | None) -> Step:
@@ -129,7 +137,6 @@ def _torchjd(model: MultiTaskModel, aggregator: Any, chunk: int | None) -> Step:
     trunk: list[Tensor] = list(model.trunk())
 
     def step(part: Part) -> None:
-        optimizer.zero_grad()
         with part("forward"):
             losses = model.losses()
         with part("backward"):
@@ -142,4 +149,4 @@ def _torchjd(model: MultiTaskModel, aggregator: Any, chunk: int | None) -> Step:
         with part("optimizer"):
             optimizer.step()
 
-    return step
+    return _leaving_nothing(model, optimizer, step)

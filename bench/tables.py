@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -19,12 +20,12 @@ from .targets import Target, judge
 from .timing import OURS, Row
 
 
-def provenance() -> dict[str, object]:
+def provenance() -> dict[str, Any]:
     """Return the machine, the versions, the commit and the date."""
     return origin({**host(), "backend": gs.backends()["cpu"]}, ("torchjd", "pytorch_optimizer"))
 
 
-def print_rows(console: Console, rows: list[Row]) -> None:
+def print_rows(console: Console, rows: list[Row], machine: dict[str, Any]) -> None:
     """Print one table, the contenders of a case below each other."""
     headings = ["stage", "T", "N", "dtype", "contender", "median", "p20 .. p80", "x ours", "error", "rounds"]
     table = Table(*headings, box=box.SIMPLE, title="Time of one call in milliseconds")
@@ -41,10 +42,11 @@ def print_rows(console: Console, rows: list[Row]) -> None:
         table.add_section()
     console.print(table)
     console.print("Error: relative, against float64; - where random orders leave nothing to compare with.")
-    console.print("At N = 1e7 gradients take 40 MB to 1.3 GB and exceed the caches; smaller ones may fit.")
+    if machine["cache_bytes"] is not None:
+        console.print(f"The last level of the cache holds {machine['cache_bytes'] / 1e6:.0f} MB.")
     for row in rows:
         if row.note:
-            where = f"{row.stage} T={row.tasks} N={row.size:g} {row.dtype}"
+            where = f"{row.stage} T={row.tasks}{'' if row.size is None else f' N={row.size:g}'} {row.dtype}"
             console.print(f"{where}, {row.contender}: {row.note}")
 
 

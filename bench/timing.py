@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy
@@ -17,12 +17,16 @@ from .turns import Foresight, take_turns
 OURS = "gradsurgery"
 ALLOCATING = "gradsurgery, no out="
 FLOOR = "J.sum()"
-"""The time of one read of the gradients. It computes nothing of a stage, so it has no error."""
+"""The time of one read of the gradients."""
+MM = "torch.mm(J, J.T)"
+BMM = "torch.bmm by blocks"
+"""PyTorch's products of blocks of columns, which read J faster than one product of long rows."""
 
 MIN_ROUNDS = 3
 MAX_ROUNDS = 100
 MIN_SAMPLE_S = 5e-3
-"""Shorter calls are timed in batches, so that inputs that fit in the cache are measured in the cache."""
+"""Shorter calls are timed in batches. An untimed call comes before each sample, so that every contender finds of its
+inputs what the cache holds."""
 CAP_S = 15.0
 """About the most that a contender gets in one case; it is skipped where one call should take longer."""
 
@@ -37,8 +41,8 @@ class Case:
     """N, None for work on T x T alone."""
     dtype: str
     calls: dict[str, Callable[[], Tensor]]
-    error: Callable[[Tensor], float] | None = None
-    """Relative error of a contender's result against a float64 one; None where results are random."""
+    errors: dict[str, Callable[[Tensor], float]] = field(default_factory=dict)
+    """Relative error of a contender's result against a float64 one, for those whose results can be foreseen."""
 
 
 @dataclass
@@ -79,8 +83,8 @@ class Clock:
             row.rounds = len(times)
             row.p20_ms, row.median_ms, row.p80_ms = (1e3 * numpy.quantile(times, (0.2, 0.5, 0.8))).tolist()
             self._foresight.add((row.stage, name, row.size, row.dtype), row.tasks, row.median_ms / 1e3)
-            if case.error is not None and name != FLOOR:
-                row.error = case.error(timed[name]())
+            if name in case.errors:
+                row.error = case.errors[name](timed[name]())
         return list(rows.values())
 
 
@@ -90,19 +94,22 @@ def _interleave(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[
     planned: dict[str, int] = {}
     samplers = {}
     for name, call in calls.items():
-        once = _seconds(call, 1)
-        # The cost of a first call is lost in one that takes a second, and repeating it costs time.
-        first[name] = [once] if once > 1 else []
-        once = once if once > 1 else _seconds(call, 1)
+        once = _seconds(call, 1, warm=False)
+        # What a first call costs is lost in one that takes a second, and so is what caches hold.
+        slow = once > 1
+        first[name] = [once] if slow else []
+        once = once if slow else _seconds(call, 1, warm=False)
         batch = math.ceil(MIN_SAMPLE_S / once)
-        rounds = min(max(MIN_ROUNDS, int(seconds / (once * batch))), int(CAP_S / once), MAX_ROUNDS)
+        rounds = min(max(MIN_ROUNDS, int(seconds / (once * (batch + 1)))), int(CAP_S / once), MAX_ROUNDS)
         planned[name] = max(0, rounds - len(first[name]))
-        samplers[name] = partial(_seconds, call, batch)
+        samplers[name] = partial(_seconds, call, batch, warm=not slow)
     times = take_turns(samplers, planned)
     return {name: first[name] + times[name] for name in calls}
 
 
-def _seconds(call: Callable[[], Tensor], batch: int) -> float:
+def _seconds(call: Callable[[], Tensor], batch: int, warm: bool) -> float:
+    if warm:
+        call()
     begin = time.perf_counter()
     for _ in range(batch):
         call()

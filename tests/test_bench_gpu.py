@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import gradsurgery
-from bench import gpu_cases, gpu_ceilings, gpu_stages, gpu_targets
+from bench import gpu_cases, gpu_ceilings, gpu_stages, gpu_targets, gpu_timing
 from bench.gpu_timing import FLAT, OURS, Row
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,8 @@ def test_results_agree_with_float64(quick_run):
     for row in stored["rows"]:
         if row["contender"] == OURS:
             assert row["error"] <= (1e-6 if row["stage"] == "gram" else bounds[row["dtype"]]), row
+        elif row["contender"] != FLAT:
+            assert 0 < row["error"] < 1e-2, row
 
 
 @needs_cpu_backend
@@ -87,6 +90,50 @@ def test_targets_are_judged_and_printed(quick_run):
         assert (verdict["met"] is None) == (verdict["measured"] is None)
     assert any(verdict["met"] is not None for verdict in stored["targets"])
     assert "300 MB" in next(verdict["target"] for verdict in stored["targets"] if verdict["met"] is None)
+
+
+@needs_cpu_backend
+def test_a_run_that_is_cut_off_stores_what_it_has(monkeypatch, tmp_path):
+    cases = iter([1])
+
+    def measure(*arguments):
+        if next(cases, None) is None:
+            raise KeyboardInterrupt
+        return gpu_timing.measure(*arguments)
+
+    monkeypatch.setattr(gpu_stages, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["gpu_stages", "--quick", "--device", "cpu", "--output", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        gpu_stages.main()
+    (stored,) = tmp_path.iterdir()
+    assert {row["median_us"] > 0 for row in json.loads(stored.read_text())["rows"]} == {True}
+
+
+class CompilationError(Exception):
+    """As Triton's is, no RuntimeError."""
+
+
+def test_another_contenders_failure_is_noted():
+    def fail():
+        raise CompilationError("no such instruction\nat 1:1")
+
+    calls = {OURS: [lambda: None], gpu_timing.TRITON: [fail]}
+    case = gpu_timing.Case(gpu_timing.Spec("gram", "flat", 2, 100, "float32", "hot"), calls, {})
+    ceilings = {"read GB/s": 1.0, "copy GB/s": 1.0}
+    ours, triton = gpu_timing.measure(case, torch.device("cpu"), 0.001, ceilings)
+    assert ours.median_us > 0
+    assert (triton.median_us, triton.note) == (None, "failed: no such instruction")
+    with pytest.raises(CompilationError):
+        gpu_timing.measure(replace(case, calls={OURS: [fail]}), torch.device("cpu"), 0.001, ceilings)
+
+
+@needs_cpu_backend
+def test_a_trial_stores_nothing(monkeypatch):
+    monkeypatch.setattr(gpu_stages, "_specs", lambda plan: [])
+    monkeypatch.setattr(sys, "argv", ["gpu_stages", "--quick", "--device", "cpu"])
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "bench/results").iterdir()}
+    assert gpu_stages.main() == 0
+    assert {path: path.stat().st_mtime_ns for path in (ROOT / "bench/results").iterdir()} == before
 
 
 @needs_cpu_backend

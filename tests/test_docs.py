@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: MIT
 """What README and docs say is executed."""
 
-import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch._functorch.config as functorch_config
 
 import gradsurgery
-from bench import report
 from conftest import on_cpu
 
 ROOT = Path(__file__).parent.parent
@@ -70,21 +67,3 @@ def test_tables_name_every_method_and_backend():
         assert f"| `{method}` |" in README
     for backend in gradsurgery.backends():
         assert f"| `{backend}` |" in README
-
-
-def test_figures_and_plots_are_what_the_stored_results_say(tmp_path):
-    assert report.differences(ROOT) == []
-    for source, _ in report.SECTIONS.values():
-        assert not json.loads(source.read_text())["commit"].endswith("-dirty")
-    (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/steps.svg"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "README.md").write_text(README.replace("| 2 | float32 | 2", "| 2 | float32 | 1"))
-    assert report.differences(tmp_path) == ["README.md", "docs/bandwidth.svg"]
-    steps = tmp_path / "docs/steps.svg"
-    for text in (steps.read_text().replace("resnet", "resnet-18"), (ROOT / "docs/bandwidth.svg").read_text()):
-        steps.write_text(text)
-        assert report.differences(tmp_path) == ["README.md", *report.PLOTS]
-    report.write(tmp_path)
-    assert report.differences(tmp_path) == []
-    assert (tmp_path / "README.md").read_text() == README

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""README's figures and plots follow from the stored results."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from bench import report
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_figures_and_plots_are_what_the_stored_results_say(tmp_path):
+    assert report.differences(ROOT) == []
+    for source, _ in report.SECTIONS.values():
+        assert not json.loads(source.read_text())["commit"].endswith("-dirty")
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/steps.svg"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "README.md").write_text(README.replace("| 2 | float32 | 2", "| 2 | float32 | 1"))
+    assert report.differences(tmp_path) == ["README.md", "docs/bandwidth.svg"]
+    steps = tmp_path / "docs/steps.svg"
+    for text in (steps.read_text().replace("resnet", "resnet-18"), (ROOT / "docs/bandwidth.svg").read_text()):
+        steps.write_text(text)
+        assert report.differences(tmp_path) == ["README.md", *report.PLOTS]
+    report.write(tmp_path)
+    assert report.differences(tmp_path) == []
+    assert (tmp_path / "README.md").read_text() == README
