@@ -65,7 +65,7 @@ def check_word(name: str, value: Any) -> int:
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """Return the value; ValueError unless it is one of the choices."""
-    if value not in choices:
+    if isinstance(value, Tensor) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
     return value
 

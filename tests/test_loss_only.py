@@ -236,8 +236,10 @@ def test_losses_that_cannot_be(name):
     ("name", "options", "message"),
     [
         ("uw", {"lr": -1.0}, "lr must be >= 0 and finite, got -1.0"),
-        ("imtl_l", {"initial": math.inf}, "initial must be finite, got inf"),
-        ("uw", {"initial": [[1.0]]}, "initial must be T finite numbers"),
+        ("imtl_l", {"initial": math.inf}, "initial must be from -700 to 700, got inf"),
+        ("uw", {"initial": [[1.0]]}, "initial must be T numbers from -700 to 700"),
+        ("uw", {"initial": [1.0, -701.0]}, "initial must be T numbers from -700 to 700"),
+        ("uw", {"initial": []}, "initial must be T numbers from -700 to 700"),
         ("dwa", {"window": 0}, "window must be an int >= 1, got 0"),
         ("dwa", {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ("dtp", {"gamma": -1.0}, "gamma must be >= 0 and finite, got -1.0"),

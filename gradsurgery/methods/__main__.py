@@ -31,10 +31,10 @@ Written by `python -m gradsurgery.methods` from the classes; the README says wha
 equations, conventions, options and sources.
 
 * *options*: with their defaults; `pref=None` weighs all tasks alike.
-* *scale*: what the direction is like for orthogonal task gradients of equal length: their sum, their mean, or the
-  weights' own convention.
+* *scale*: what the direction is like for orthogonal task gradients of equal length: their sum (`graddrop`: on
+  average), their mean, or the weights' own convention.
 * *conflicts with no task*: whether no task gradient has a negative product with the direction.
-* *linear*: whether the direction is linear in factors a_t > 0 on the task gradients.
+* *linear*: whether the direction is linear in factors a_t > 0 on the task gradients that are the same at all steps.
 * *state*: what `state_dict` holds, with default options.
 * *fixed tasks*: whether every step must have the first one's tasks, because the state holds something for each.
   Options that hold a number for each task have that effect, too.
@@ -56,8 +56,8 @@ Where to begin, as far as properties tell:
 * `pcgrad` changes least: where no two tasks conflict d is the sum, so that the learning rate may stay as it is.
 * If no task may get worse, to first order: `upgrad`, `dualproj` or `mgda`.
 * If losses have different units: `nash_mtl`, or `config` of independent gradients, and with one backward pass `famo`,
-  `gls`, `scale_invariant` or `stch`, for positive losses. Factors on the losses do not turn their directions. They may
-  reverse that of `imtl_g`, whose equal projections may be negative.
+  `gls`, `scale_invariant` or `stch`, for positive losses. Factors on the losses, from the first step on, do not turn
+  their directions. They may reverse that of `imtl_g`, whose equal projections may be negative.
 * If one task matters, and the others are to make some progress: `pcd`.
 * If some of many tasks may bring corrupt gradients: `krum`, `trimmed_mean` or `coordinate_median`.
 

@@ -159,6 +159,11 @@ class BufferedMethod(Method):
         combine(
             [flat, [g for row in given.rows for g in row]], weights, segments=segments, out=flat, backend=given.backend
         )
+        if short := [b for b in flat if b.dtype == torch.float16]:
+            # What became infinite would stay so.
+            most = torch.finfo(torch.float16).max
+            torch._foreach_clamp_min_(short, -most)
+            torch._foreach_clamp_max_(short, most)
         return self._buffers
 
     def _keep(self, **new: Tensor) -> None:

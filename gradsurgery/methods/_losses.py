@@ -119,8 +119,12 @@ class LossMethod(Method):
         return first.shape
 
 
+_LARGEST = 700.0
+"""Of s: e^s is then finite, and s can come back."""
+
+
 class TrainedScales(LossMethod):
-    """Weights that are a function of T numbers s, which plain gradient descent trains.
+    """Weights that are a function of T numbers s, which plain gradient descent trains, and which stay within 700 of 0.
 
     Args:
         lr: step on s, >= 0.
@@ -132,11 +136,20 @@ class TrainedScales(LossMethod):
     def __init__(self, lr: float = 0.025, initial: float | Sequence[float] | Tensor = 0.0) -> None:
         self.lr = check_not_negative("lr", lr)
         one = not isinstance(initial, Sequence) and getattr(initial, "ndim", 0) == 0
-        self.initial = check_number("initial", initial) if one else PerTask("initial", initial)  # type: ignore[arg-type]
-        if isinstance(self.initial, float) and not math.isfinite(self.initial):
-            raise ValueError(f"initial must be finite, got {initial}")
+        if one:
+            self.initial: float | PerTask = check_number("initial", initial)
+            if not abs(self.initial) <= _LARGEST:
+                raise ValueError(f"initial must be from -{_LARGEST:g} to {_LARGEST:g}, got {initial}")
+        else:
+            wanted = f"numbers from -{_LARGEST:g} to {_LARGEST:g}"
+            self.initial = PerTask("initial", initial, wanted, lambda values: values.abs() <= _LARGEST)  # type: ignore[arg-type]
 
     def _initial(self, losses: Tensor) -> dict[str, Tensor]:
         if isinstance(self.initial, float):
             return {"s": torch.full_like(losses, self.initial)}
         return {"s": self.initial.on(losses.device, losses.shape[-1], self.name).expand_as(losses).clone()}
+
+    def _descend(self, counts: Tensor, s: Tensor, slope: Tensor) -> None:
+        """Take a step on s, where it counts and does not overflow."""
+        moved = s - self.lr * slope
+        self._keep(counts, s=torch.where(moved.abs() < math.inf, moved.clamp(-_LARGEST, _LARGEST), moved))

@@ -98,7 +98,11 @@ class PerTask:
             raise TypeError(f"{name} must be T {wanted}, got {values!r}") from None
         # Traced values cannot be looked at.
         looked_at = not torch.compiler.is_compiling()
-        if self.values.dim() != 1 or (looked_at and not (self.values.isfinite() & valid(self.values)).all()):
+        if (
+            self.values.dim() != 1
+            or not len(self.values)
+            or (looked_at and not (self.values.isfinite() & valid(self.values)).all())
+        ):
             raise ValueError(f"{name} must be T {wanted}, got {values!r}")
 
     def __repr__(self) -> str:

@@ -82,5 +82,7 @@ class CRMOGM(Method):
         weights = state["weights"]
         if weights is not None and (not isinstance(weights, Tensor) or weights.dim() == 0):
             raise ValueError(f"weights must be a tensor [..., T] or None, got {describe(weights)}")
+        if not isinstance(state["method"], dict):
+            raise ValueError(f"method must be the other method's state, a dict, got {describe(state['method'])}")
         self.method.load_state_dict(state["method"])
         self._w = None if weights is None else taken_over(self._w, weights)

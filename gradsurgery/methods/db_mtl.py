@@ -16,10 +16,10 @@ class DBMTL(BufferedMethod):
     With the gradients of the losses' logarithms, h_t = g_t / L_t, step k averages b_t <- c b_t + (1 - c) h_t, c = beta
     / k^sigma, b = 0 at first; then d = sum_t (max_s |b_s| / |b_t|) b_t: all averages made as long as the longest.
 
-    Conventions: no epsilons (the authors': 1e-8 on the loss and on the norm). Losses must be positive, else the weights
-    are NaN and the state stays; a zero b_t has weight 0. Heads get their plain gradients. b has the gradients' dtype,
-    in which h_t must be finite: in float16 a loss of 1e-6 makes b infinite for good. In bfloat16 b stops to follow
-    where 1 - c is below 2^-9.
+    Conventions: no epsilons (the authors': 1e-8 on the loss and on the norm). A loss of 0 leaves its b_t as it is; if
+    one is negative the weights are NaN and the state stays. A zero b_t has weight 0. Heads get their plain gradients. b
+    has the gradients' dtype: in bfloat16 it stops to follow where 1 - c is below 2^-9, in float16 its entries stop at
+    65,504, as with a loss of 1e-6.
     Scale: a sum of vectors as long as the longest average. State: b and k. Memory: T N. G and the weights are those of
     b.
 
@@ -45,10 +45,11 @@ class DBMTL(BufferedMethod):
     def _replace(self, given: Given) -> Rows:
         assert given.losses is not None
         assert self._state is not None
-        self._finite = self._finite & (given.losses > 0).all()
+        losses = given.losses
+        self._finite = self._finite & (losses >= 0).all()
         step = self._state["step"] + 1
-        keep = self.beta / step.double() ** self.sigma
-        buffers = self._average(given, keep, (1 - keep) / given.losses)
+        keep = torch.where(losses > 0, self.beta / step.double() ** self.sigma, 1)
+        buffers = self._average(given, keep, torch.where(losses > 0, (1 - keep) / losses, 0))
         self._keep(step=step)
         return buffers
 

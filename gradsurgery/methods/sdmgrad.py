@@ -40,7 +40,7 @@ class SDMGrad(SimplexMethod):
     num_batches = 3
     needs = "G, of 1 or 3 batches"
     scale = "sums to 1"
-    cost = "T^2"
+    cost = "num_iter T^2"
 
     def __init__(
         self,

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""What a step with losses out of the ordinary leaves behind."""
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import USABLE
+from inputs import DEVICE, normal
+
+methods = gradsurgery.methods
+
+
+def direction(method, losses, rows, backend=None):
+    losses = torch.tensor(losses, dtype=torch.float64, device=DEVICE)
+    return gradsurgery.aggregate(rows, method, losses=losses, backend=backend)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize(("name", "loss"), [("moco", 1e9), ("db_mtl", 1e-9)])
+def test_what_does_not_fit_float16_does_not_last(name, loss, backend):
+    rows, method = normal(2, 50, torch.float16), methods.get(name)
+    for losses in ([1, 1], [1, loss], *20 * [[1, 1]]):
+        d = direction(method, losses, rows, backend)
+        assert all(b.isfinite().all() for row in method.state_dict()["buffers"] for b in row)
+    assert d.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["moco", "db_mtl"])
+def test_a_negative_loss_leaves_what_is_kept_as_it_is(name):
+    rows, method = normal(2, 50), methods.get(name)
+    direction(method, [1, 1], rows)
+    before = method.state_dict()
+    assert direction(method, [1, -1], rows).isnan().all()
+    torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_loss_of_zero_leaves_its_averaged_logarithm_as_it_is():
+    rows, method = normal(2, 50), methods.get("db_mtl")
+    direction(method, [1, 1], rows)
+    before = method.state_dict()["buffers"]
+    assert direction(method, [1, 0], rows).isfinite().all()
+    after = method.state_dict()["buffers"]
+    assert torch.equal(after[1][0], before[1][0])
+    assert not torch.equal(after[0][0], before[0][0])
+
+
+@pytest.mark.parametrize(("name", "end", "step"), [("uw", -700, 0.5), ("imtl_l", 700, 1.0)])
+def test_scales_come_back_from_losses_of_zero(name, end, step):
+    method, gram = methods.get(name, lr=300.0), torch.eye(2, dtype=torch.float64, device=DEVICE)
+    for _ in range(6):
+        weights = method.weights(gram, losses=torch.zeros(2, device=DEVICE))
+    assert weights.isfinite().all()
+    assert method.state_dict()["s"].tolist() == [end, end]
+    # A loss of which the slope is twice that of 0, and of the other sign.
+    losses = torch.full((2,), 2 * step, dtype=torch.float64, device=DEVICE) / weights
+    method.weights(gram, losses=losses)
+    assert method.state_dict()["s"].tolist() == pytest.approx([end - end / 700 * 300 * step] * 2)
