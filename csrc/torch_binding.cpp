@@ -295,5 +295,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              return lists.aggregate(solve, out, accumulate);
            })
       .def("targets", &Lists::targets);
+  m.def("shares_memory", &shares_memory);
   m.def("assign_grads", &assign_grads);
 }

@@ -314,6 +314,29 @@ PyObject* Lists::first_of(int64_t p) const {
   return first_[p];
 }
 
+std::optional<bool> shares_memory(pybind11::handle rows) {
+  const Items tasks(rows.ptr());
+  if (tasks.size < 1 || is_watched()) return std::nullopt;
+  const std::vector<Items> each(tasks.data, tasks.data + tasks.size);
+  const int64_t params = each[0].size;
+  if (params < 0 || std::any_of(each.begin(), each.end(), [&](const Items& row) { return row.size != params; })) {
+    return std::nullopt;
+  }
+  std::vector<const void*> addresses;
+  for (int64_t p = 0; p < params; p++) {
+    addresses.clear();
+    for (const Items& row : each) {
+      if (row.data[p] == Py_None) continue;
+      const Tensor* const tensor = plain_tensor(row.data[p]);
+      if (!tensor) return std::nullopt;
+      if (tensor->numel() > 0) addresses.push_back(tensor->const_data_ptr());
+    }
+    std::sort(addresses.begin(), addresses.end(), std::less<>());
+    if (std::adjacent_find(addresses.begin(), addresses.end()) != addresses.end()) return true;
+  }
+  return false;
+}
+
 void assign_grads(pybind11::handle parameters, pybind11::handle grads) {
   const Items owners(parameters.ptr()), values(grads.ptr());
   TORCH_CHECK_VALUE(owners.size == values.size, "there must be as many gradients as parameters");

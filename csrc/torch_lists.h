@@ -57,6 +57,10 @@ class Lists {
   std::shared_ptr<const std::vector<pybind11::object>> held_;  // all gradients
 };
 
+// Whether any parameter's gradients, of lists as Lists::read takes them, begin at the same address. None: the caller
+// has to look closer.
+std::optional<bool> shares_memory(pybind11::handle rows);
+
 // Makes each tensor of a list the .grad of its parameter; for lists that Lists::targets took and made.
 void assign_grads(pybind11::handle parameters, pybind11::handle grads);
 

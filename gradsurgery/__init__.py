@@ -9,8 +9,9 @@ from . import methods
 from ._constant import NotDifferentiableError
 from .aggregate import aggregate
 from .backends import backends
+from .collect import Losses
 from .combine import combine
-from .diagnostics import SurgeryInfo
+from .diagnostics import NotComputedError, SurgeryInfo
 from .functional import gradnorm_update, min_norm_weights, pcgrad_weights, task_order
 from .gram import gram
 from .named import (
@@ -44,8 +45,10 @@ __all__ = [
     "FairGrad",
     "GradNorm",
     "GradVac",
+    "Losses",
     "MConFIG",
     "NashMTL",
+    "NotComputedError",
     "NotDifferentiableError",
     "PCGrad",
     "SurgeryInfo",

@@ -16,7 +16,7 @@ def check_number(name: str, value: Any) -> float:
     if type(value) in (float, int):  # torch.compile traces no more than this
         return float(value)
     try:
-        if isinstance(value, str):
+        if isinstance(value, (str, bool)):
             raise TypeError
         return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
@@ -64,10 +64,12 @@ def check_word(name: str, value: Any) -> int:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    """Return the value; ValueError unless it is one of the choices."""
-    if isinstance(value, Tensor) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-    return value
+    """Return the choice that the value equals; ValueError unless there is one."""
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):  # an array may equal several
+        for choice in choices:
+            if value == choice:
+                return choice
+    raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def list_of(parameters: Iterable[Tensor], name: str) -> list[Tensor]:
@@ -92,6 +94,11 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
+
+
+def describe_with_dtype(value: Any) -> str:
+    """Return what a value is, a tensor with its dtype."""
+    return f"{describe(value)} in {value.dtype}" if isinstance(value, Tensor) else describe(value)
 
 
 def describe_dtype(value: Any) -> str:

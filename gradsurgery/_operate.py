@@ -166,8 +166,8 @@ def operate(
     operation = Operation(method, collected, grads, plan, processes, backend, backend_name, whole)
     with Rollback(method, grads.device):
         gram, weights = operation.write(out[:begin], accumulate, begin_to_write)
-        if plain:
-            there = set() if method.weights_losses or collected.batches > 1 else {i - begin for i in done}
+        there = set() if method.weights_losses or collected.batches > 1 else {i - begin for i in done if i >= begin}
+        if len(there) < len(plain):
             add_plain(grads, plain, of_losses(weights), out[begin:], accumulate, there, backend)
         processes.assign(parameters, local, [*out, *sums])
     planner.remember(plan, collected)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ._dtensor import part_of
+from ._extension import C
 from ._features import check_ends, part, refuse_both
 from ._graph import Graph, Output, Root
 
@@ -247,14 +248,23 @@ class OverwrittenError(RuntimeError):
 
 def check_memory(rows: Rows) -> None:
     """Raise OverwrittenError where passes, a row each, returned gradients in the same memory."""
+    if len(rows) < 2:
+        return
+    shared = None if C is None else C.shares_memory(rows)
+    if _shares_memory(rows) if shared is None else shared:
+        raise OverwrittenError(
+            "backward passes returned gradients in the same memory, where one writes over the other's: each must "
+            "return tensors of its own, which those of torch.cuda.make_graphed_callables do not (capture the whole "
+            "step instead), nor functions that return a saved gradient as it is (clone it there)"
+        )
+
+
+def _shares_memory(rows: Rows) -> bool:
     for column in zip(*rows, strict=True):
         addresses = [grad.data_ptr() for grad in column if grad is not None and _has_memory(grad)]
         if len(set(addresses)) < len(addresses):
-            raise OverwrittenError(
-                "backward passes returned gradients in the same memory, where one writes over the other's: each must "
-                "return tensors of its own, which those of torch.cuda.make_graphed_callables do not (capture the whole "
-                "step instead), nor functions that return a saved gradient as it is (clone it there)"
-            )
+            return True
+    return False
 
 
 def _has_memory(grad: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._checks import check_choice, list_of
+from ._checks import check_choice, describe, list_of
 from ._shards import Shards
 from .collect import Collected
 from .methods import Method
@@ -128,7 +128,7 @@ class Planner:
 
     def __init__(self, method: Method, named: Iterable[Tensor] | None, granularity: str) -> None:
         self.method = method
-        self._by_task = method.tells_tasks_apart
+        self._by_task: bool | None = None  # not known before a step, which may turn a number into a state for each task
         self.named = None if named is None else list_of(named, "shared")
         self.granularity = granularity
         self._plan: Plan | None = None  # that of the last step
@@ -160,6 +160,8 @@ class Planner:
         """Return the method's state from what ``state_dict`` returned as "surgery"; ValueError if it is another's."""
         if surgery is None:
             return None
+        if not isinstance(surgery, dict):
+            raise ValueError(f"surgery must hold a method's state by its name, got {describe(surgery)}")
         name, states = self.method.name, surgery.values()
         if not all(isinstance(own, dict) for own in states) or (name not in surgery and any(states)):
             raise ValueError(f"the state must be that of method {name!r}, got that of {', '.join(map(repr, surgery))}")
@@ -167,9 +169,13 @@ class Planner:
 
     def check_state(self, state: dict[str, Any], num_parameters: int) -> None:
         """Raise ValueError unless what ``state_dict`` returned, but for the method's own state, can be restored."""
-        for name in ("shared", "blocks") if self.granularity == "per_tensor" else ("shared",):
-            if not set(state.get(name, [])) <= set(range(num_parameters)):
-                raise ValueError(f"{name} must hold places of {num_parameters} parameters, got {state[name]}")
+        for name in ("shared", "blocks"):
+            places = state.get(name, [])
+            if not isinstance(places, list) or not all(isinstance(place, int) for place in places):
+                raise ValueError(f"{name} must be a list of places, got {describe(places)}")
+            of_parameters = name == "shared" or self.granularity == "per_tensor"
+            if of_parameters and not set(places) <= set(range(num_parameters)):
+                raise ValueError(f"{name} must hold places of {num_parameters} parameters, got {places}")
         tasks = state.get("tasks", {})
         if not isinstance(tasks, dict) or set(tasks.values()) != set(range(len(tasks))):
             raise ValueError(f"tasks must hold a place for each name, got {tasks!r}")
@@ -192,7 +198,9 @@ class Planner:
             )
 
     def remember_tasks(self, tasks: list[str]) -> None:
-        """Take note of the tasks of a step."""
+        """Take note of the tasks of a step that is done."""
+        if self._by_task is None:
+            self._by_task = self.method.tells_tasks_apart
         if self._by_task:
             self._tasks = tasks
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -94,15 +94,18 @@ class OptimizerWrapper(torch.optim.Optimizer):
         """Register a hook of the wrapped optimizer's step; it is called with this optimizer in the other's place."""
         return self.optimizer.register_step_post_hook(lambda inner, args, kwargs: hook(self, (self, *args[1:]), kwargs))
 
-    def __getattr__(self, name: str) -> Any:
-        # What some optimizers have besides, such as train() and eval(). GradScaler asks for private ones, to set others
-        # here that the wrapped one would need.
-        if name.startswith("_") or "optimizer" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        try:
-            return getattr(self.optimizer, name)
-        except AttributeError as error:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}; nor: {error}") from None
+    if not TYPE_CHECKING:  # or a checker would take any name
+
+        def __getattr__(self, name: str) -> Any:
+            # What some optimizers have besides, such as train() and eval(). GradScaler asks for private ones, to set
+            # others here that the wrapped one would need.
+            if name.startswith("_") or "optimizer" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            try:
+                return getattr(self.optimizer, name)
+            except AttributeError as error:
+                why = f"{type(self).__name__!r} object has no attribute {name!r}; nor: {error}"
+                raise AttributeError(why) from None
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler leaves a bound step behind, which belongs to this object alone, as hooks do.

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ _ABSENT = (
     "for a task that another call has, and so does backward() for methods that take absent losses"
 )
 
-Losses = Sequence[Tensor | None] | Tensor | Mapping[str, Tensor | None]
+Losses: TypeAlias = Iterable[Tensor | None] | Tensor | Mapping[Any, Tensor | None]
+"""One scalar per task, in an order that stays, or by name."""
 
 
 @dataclass(slots=True)
@@ -193,9 +194,7 @@ def collect(
             "with use_reentrant=False take both"
         )
     there = [loss is not None for loss in each]
-    absent = torch.zeros((), dtype=torch.float64, device=given[0].device)
-    values = torch.stack([absent if loss is None else loss.detach().to(absent).reshape(()) for loss in each])
-    values = values.as_subclass(Tensor)  # whatever class the losses are of
+    values = _values(each, given)
     if weigh is not None:
         weights = weigh(tasks, values)
         terms = [(loss * weight.to(loss)).reshape(()) for weight, loss in zip(weights.unbind(), given, strict=True)]
@@ -223,6 +222,23 @@ def collect(
     return Collected(tasks, list(parameters), grads, values, there, scale)
 
 
+def _values(each: list[Tensor | None], given: list[Tensor]) -> Tensor:
+    """Return the losses as float64 [T], detached; 0 for an absent one."""
+    scalars = [loss.detach().reshape(()) for loss in given]
+    alike = len(given) == len(each) and len({(loss.dtype, loss.device) for loss in scalars}) == 1
+    if not alike:
+        absent = torch.zeros((), dtype=torch.float64, device=given[0].device)
+        scalars = [absent if loss is None else loss.detach().to(absent).reshape(()) for loss in each]
+    # A plain tensor, whatever class the losses are of.
+    return torch.stack(scalars).to(torch.float64).as_subclass(Tensor)
+
+
+def listed(losses: Losses) -> Losses:
+    """Return losses that can be gone through more than once."""
+    again = (Tensor, Mapping, Sequence, Set)
+    return list(losses) if isinstance(losses, Iterable) and not isinstance(losses, again) else losses
+
+
 @torch.enable_grad()
 def holds_weights(losses: Losses, partial: bool) -> bool:
     """Whether the losses' dtype is precise enough to multiply weights in. 16 bits are not: T passes are taken then."""
@@ -244,7 +260,10 @@ def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
         tasks, scalars = [str(t) for t in range(len(losses))], list(losses)
     else:
-        raise TypeError(f"losses must be a sequence, a 1-D tensor or a dict of losses, got {type(losses).__name__}")
+        raise TypeError(
+            f"losses must be a sequence or another iterable, a 1-D tensor or a dict of losses, got "
+            f"{type(losses).__name__}"
+        )
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"losses must have names that differ as strings, got {tasks}")
     if all(loss is None for loss in scalars):

@@ -11,6 +11,10 @@ from torch import Tensor
 _FIELDS = ("gram", "weights", "norms", "cosines", "conflicts", "magnitude_similarity", "update_norm", "finite")
 
 
+class NotComputedError(ValueError, AttributeError):
+    """A step did not compute what it is asked for; ``hasattr`` says so, too."""
+
+
 class SurgeryInfo:
     """The Gram matrix and weights of one step, and what follows from them.
 
@@ -41,11 +45,11 @@ class SurgeryInfo:
     def gram(self) -> Tensor:
         """Inner products of the task gradients over the shared parameters, float64 [T, T].
 
-        ValueError where the step computed none: ``backward`` takes one pass for methods that need none, and
-        coordinate-wise methods read the gradients once.
+        NotComputedError, a ValueError, where the step computed none: ``backward`` takes one pass for methods that need
+        none, and coordinate-wise methods read the gradients once.
         """
         if self._gram is None:
-            raise ValueError(
+            raise NotComputedError(
                 "this step computed no G: its method works coordinate by coordinate, or weighs by the losses alone "
                 "(collect() and combine() compute G for the latter)"
             )
@@ -53,9 +57,9 @@ class SurgeryInfo:
 
     @property
     def weights(self) -> Tensor:
-        """The weights of d = sum_t w_t g_t, float64 [T]; ValueError for coordinate-wise methods, which have none."""
+        """The weights of d = sum_t w_t g_t, float64 [T]; coordinate-wise methods have none (NotComputedError)."""
         if self._weights is None:
-            raise ValueError("a coordinate-wise method has no weights")
+            raise NotComputedError("a coordinate-wise method has no weights")
         return self._weights
 
     @property
@@ -97,7 +101,10 @@ class SurgeryInfo:
         return self.gram.isfinite().all(-1).all(-1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as Python numbers and nested lists, by one copy to the host; None for what is not there."""
+        """Return tasks and tensors as Python numbers and nested lists, by one copy to the host.
+
+        None stands for what is not there. ``segments``, which may be parameters, are left out.
+        """
         fields = [] if self._weights is None else ["weights"]
         if self._gram is not None:
             fields += ["gram", "norms", "cosines", "conflicts", "magnitude_similarity", "finite"]

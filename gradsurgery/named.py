@@ -80,7 +80,7 @@ class GradNorm(_NamedOptimizer):
         optimizer: Optimizer,
         alpha: float = 1.5,
         lr: float = 0.025,
-        norm_parameters: Sequence[Tensor] | None = None,
+        norm_parameters: Iterable[Tensor] | None = None,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(optimizer, methods.GradNorm(alpha, lr, norm_parameters), **common)

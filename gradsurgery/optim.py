@@ -20,7 +20,7 @@ from ._shards import processes_of
 from ._survey import Survey
 from ._wrapper import OptimizerWrapper
 from .backends import check_name
-from .collect import Collected, Losses, collect, holds_weights
+from .collect import Collected, Losses, collect, holds_weights, listed
 from .diagnostics import SurgeryInfo
 from .methods._base import Rollback
 from .methods._state import numbers_of
@@ -122,8 +122,9 @@ class SurgeryOptimizer(OptimizerWrapper):
         """Go back from the losses, operate on the task gradients, and add the result to ``.grad``.
 
         Args:
-            losses: one scalar per task: a sequence, a 1-D tensor, or a dict from name to scalar. None for a loss that
-                this step lacks, where the method takes that (``takes_absent``): its task has no gradients then.
+            losses: one scalar per task: a sequence or another iterable, a 1-D tensor, or a dict from name to scalar.
+                None for a loss that this step lacks, where the method takes that (``takes_absent``): its task has no
+                gradients then.
             scaler: a gradient scaler. The losses are given unscaled; ``.grad`` comes out scaled, for
                 ``scaler.unscale_`` and ``scaler.step``; the method sees unscaled values.
             retain_graph: keep the graph after the last pass.
@@ -136,13 +137,19 @@ class SurgeryOptimizer(OptimizerWrapper):
                 or batched. Every parameter must lie either above or below the features, and every feature must be used
                 by some loss and have no hooks.
 
+        Returns:
+            G, the weights and what follows from them, on the gradients' device.
+
         Raises:
             ValueError, TypeError: a loss or a gradient is not what it must be, or another process has other tasks or
                 parameters. Gradients and state are then unchanged, except what ``fully_shard`` itself retains from a
                 failed pass.
+            OverwrittenError: a RuntimeError; passes returned gradients in the same memory. What was collected before
+                is forgotten, too, for they may have written over it.
             RuntimeError: the batched pass failed, for example because vmap does not support an operator. Gradients and
                 state are then unchanged.
         """
+        losses = listed(losses)
         before, takes_absent = self._pending, self.method.takes_absent
         passes: dict[str, Any] = {
             "scaler": scaler,
@@ -191,7 +198,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         # With several batches, a call's tasks are those of its batch.
         partial = self.method.takes_absent or self.method.num_batches == 1
         passes = {"retain_graph": retain_graph, "mode": mode, "chunk_size": chunk_size, "features": features}
-        self._collect(losses, partial, scaler=scaler, **passes)
+        self._collect(listed(losses), partial, scaler=scaler, **passes)
 
     def _collect(self, losses: Losses, partial: bool, **passes: Any) -> None:
         before, batches = self._pending, self.method.num_batches
@@ -210,6 +217,9 @@ class SurgeryOptimizer(OptimizerWrapper):
         """Operate on what was collected, add the result to ``.grad``, and forget what was collected.
 
         Directions are written over collected gradients that nobody else holds.
+
+        Returns:
+            As :meth:`backward`.
 
         Raises:
             ValueError: nothing was collected, or not all tasks, or another number of batches than the method takes.

@@ -51,6 +51,26 @@ def test_a_checkpoint_with_other_tasks_changes_nothing(tasks):
     assert str(optimizer.state_dict()) == before
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"surgery": [1]}, "surgery must hold a method's state by its name, got list"),
+        ({"shared": 5}, "shared must be a list of places, got int 5"),
+        ({"shared": [7]}, r"shared must hold places of 1 parameters, got \[7\]"),
+        ({"blocks": 5}, "blocks must be a list of places, got int 5"),
+        ({"blocks": ["a"]}, "blocks must be a list of places, got list"),
+    ],
+)
+@pytest.mark.parametrize("granularity", ["global", "per_group", "per_tensor"])
+def test_a_checkpoint_that_cannot_be_changes_nothing(changed, message, granularity):
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    optimizer = gradsurgery.SurgeryOptimizer(sgd, "gradvac", granularity=granularity)
+    before = str(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict({**optimizer.state_dict(), **changed})
+    assert str(optimizer.state_dict()) == before
+
+
 def train(net, optimizer, steps, start=0):
     for step in range(start, start + steps):
         optimizer.zero_grad()

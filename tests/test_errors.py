@@ -316,8 +316,9 @@ class Untouched:
         (lambda a, b: [a, b.detach()], ValueError, "loss '1' has no graph to go back through"),
         (lambda a, b: {"left": a, "right": 3.0}, TypeError, "loss 'right' must be a tensor, got float 3.0 "),
         (lambda a, b: {1: a, "1": b}, ValueError, r"names that differ as strings, got \['1', '1'\]"),
-        (lambda a, b: 3.0, TypeError, "a sequence, a 1-D tensor or a dict of losses, got float"),
+        (lambda a, b: 3.0, TypeError, "a 1-D tensor or a dict of losses, got float"),
         (lambda a, b: "ab", TypeError, "got str"),
+        (lambda a, b: {a, b}, TypeError, "got set"),
     ],
 )
 def test_losses(losses, error, message):

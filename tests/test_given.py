@@ -63,7 +63,7 @@ def test_a_method_of_ones_own_needs_neither_name_nor_backends():
         optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), Own(), backend=backend)
         assert optimizer.backward(two_losses(net, X)).weights.tolist() == [0.5, 0.5]
         assert "(Own(), granularity='global'" in repr(optimizer)
-    with pytest.raises(ValueError, match="method 'custom' must return weights of shape"):
+    with pytest.raises(ValueError, match="method 'Wrong' must return weights of shape"):
         gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), Wrong()).backward(two_losses(net, X))
 
 
@@ -181,13 +181,6 @@ def test_an_average_of_gradnorm_reads_its_norm_parameters():
         infos.append(info.weights)
     assert (infos[0] - 1).abs().min() > 1e-4
     torch.testing.assert_close(infos[0], infos[1])
-
-
-def test_an_average_of_a_step_that_is_not_finite():
-    method, gram = methods.CRMOGM("mgda", alpha=0.5), torch.diag(torch.tensor([1.0, 3.0]).double())
-    before = method.weights(gram)
-    assert method.weights(gram * torch.nan).isnan().all()
-    torch.testing.assert_close(method.weights(gram), before)
 
 
 def named_losses(net, names):

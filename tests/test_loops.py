@@ -73,6 +73,31 @@ def test_accelerate(plain, tmp_path):
     check(net, optimizer.optimizer, plain)
 
 
+def test_accelerate_in_micro_batches():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    plain, net = Net(), Net()
+    expected, (optimizer, _) = make(plain)[0], make(net)
+    for first, second in zip(*[iter(loader())] * 2, strict=False):
+        expected.zero_grad()
+        for x in (first, second):
+            expected.collect([loss / 2 for loss in plain(x)])
+        expected.combine()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        expected.step()
+    model, optimizer, batches = accelerator.prepare(net, optimizer, loader())
+    for x in batches:
+        with accelerator.accumulate(model):  # as docs/training.md has it
+            each = [loss / accelerator.gradient_accumulation_steps for loss in model(x)]
+            optimizer.optimizer.collect(each, scaler=accelerator.scaler)
+            if accelerator.sync_gradients:
+                optimizer.optimizer.combine()
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
 def scaler_of(trainer):
     """As docs/training.md has it."""
     return getattr(trainer.precision_plugin, "scaler", None)

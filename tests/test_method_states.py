@@ -230,9 +230,19 @@ def test_weights_are_constants_to_autograd(name):
 
 
 def test_states_that_cannot_be():
-    state = {"weights": torch.ones(()), "method": methods.get("mgda").state_dict()}
-    with pytest.raises(ValueError, match=r"weights must be a tensor \[..., T\] or None, got a tensor of shape \(\)"):
-        methods.get("cr_mogm").load_state_dict(state)
+    for weights in (torch.ones((), dtype=torch.float64), torch.ones(2), torch.ones(2, dtype=torch.complex128)):
+        wanted = r"weights must be a tensor \[..., T\] in torch.float64, got a tensor of shape \(.*\) in torch"
+        with pytest.raises(ValueError, match=wanted):
+            methods.get("cr_mogm").load_state_dict({"weights": weights, "method": {}})
+        for name in ("modo", "sdmgrad"):
+            with pytest.raises(ValueError, match=wanted):
+                methods.get(name).load_state_dict({"weights": weights})
+    for state in (None, torch.ones(2)):
+        with pytest.raises(ValueError, match="method must be the other method's state, a dict, got"):
+            methods.get("cr_mogm").load_state_dict({"weights": None, "method": state})
+    weights = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"must be of one shape, got a tensor of shape .* and NoneType"):
+        methods.get("gradnorm").load_state_dict({"weights": weights, "initial_losses": None})
     with torch.device("meta"):
         assert methods.get("pcgrad").state_dict()["step"].device.type == "cpu"
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The ways back from losses to task gradients: all yield the same."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.parallel.distributed import _DDPSink
 
 import gradsurgery
 from conftest import two_losses, two_task_net
+from gradsurgery import _passes
 from gradsurgery._graph import Graph, Root
 from gradsurgery.collect import collect
 from inputs import DEVICE
@@ -287,6 +289,24 @@ def test_passes_that_write_to_the_same_memory_are_an_error(way):
     with pytest.raises(RuntimeError, match="returned gradients in the same memory"):
         optimizer.backward(losses, **options)
     assert w.grad is None
+
+
+def test_gradients_in_the_same_memory_are_found_in_any_place():
+    a, b, c, empty = torch.ones(4), torch.ones(4), torch.ones(3), torch.ones(0)
+    sparse = torch.eye(2).to_sparse()
+    for rows, shared in (
+        ([[a, None], [b, c], [None, c]], True),
+        ([[a, c], [b, None], [a[1:], None]], False),
+        ([[a, empty], [b, empty]], False),
+        ([[a, b], [b, a]], False),
+        ([[sparse, a], [sparse, b]], False),
+        ([[sparse, a], [None, a]], True),
+        ([[None], [None]], False),
+        ([[a], [a[:2]]], True),
+    ):
+        assert _passes._shares_memory(rows) == shared
+        with pytest.raises(_passes.OverwrittenError) if shared else nullcontext():
+            _passes.check_memory(rows)
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "modo"])  # whose batches are summed, and kept apart

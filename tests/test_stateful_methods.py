@@ -354,11 +354,11 @@ def test_cr_mogm_takes_after_the_other_method():
     assert not methods.get("cr_mogm", method="uw").needs_gram
     assert methods.get("cr_mogm", method="modo").num_batches == 3
     averaged = methods.get("cr_mogm", method=methods.MGDA(), alpha=0.5)
-    good, bad = gradsurgery.gram(normal(3, 9)), torch.full((3, 3), torch.nan, dtype=torch.float64)
-    first = averaged.weights(good)
-    torch.testing.assert_close(first, methods.MGDA().weights(good))
-    assert averaged.weights(bad).isnan().all()
+    good, other = (gradsurgery.gram(normal(3, 9, seed=k)) for k in range(2))
+    first, then = (methods.MGDA().weights(gram) for gram in (good, other))
     torch.testing.assert_close(averaged.weights(good), first)
+    assert averaged.weights(good * torch.nan).isnan().all()
+    torch.testing.assert_close(averaged.weights(other), (first + then) / 2)
     with pytest.raises(ValueError, match=r"has the shape \(3,\), G needs \(4,\)"):
         averaged.weights(gradsurgery.gram(normal(4, 9)))
 

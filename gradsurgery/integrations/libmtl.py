@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..backends import check_name
 from ..methods import CoordinateMethod, Method, resolve
 from ..optim import SurgeryOptimizer
 
@@ -30,7 +31,9 @@ def weighting(
     Raises:
         ValueError, TypeError: as ``methods.get`` does.
     """
-    resolve(method, method_options)  # what is wrong with it is said here, not in the trainer
+    # What is wrong with them is said here, not in the trainer.
+    resolve(method, method_options)
+    check_name(backend)
 
     class Configured(SurgeryWeighting):
         _method = method

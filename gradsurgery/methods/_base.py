@@ -16,7 +16,7 @@ from .._checks import check_word, describe
 from .._compiling import capturing, takes
 from .._constant import constant
 from .._extension import SOLVER_NUMBERS, NativeSolver
-from ..backends import choose
+from ..backends import check_name, choose
 from ..backends.problems import is_finite
 from ..functional import check_gram, new_problems
 from ._state import PerTask, making_state
@@ -28,8 +28,8 @@ class Method:
     Constructors raise ValueError for an option that is out of its range.
     """
 
-    name: ClassVar[str] = "custom"
-    """Lower snake case of the paper's name; what messages call it."""
+    name: ClassVar[str] = "Method"
+    """Lower snake case of the paper's name, or that of a user's class; what messages and checkpoints call it."""
     needs_losses: bool = False
     needs_gram: bool = True
     """Whether the weights depend on G. If not, only its shape, its device and whether it is finite are used, and the
@@ -90,6 +90,8 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls) and cls.name in {base.__name__ for base in cls.__mro__}:
+            cls.name = cls.__name__
         cls._takes_backend = takes(cls.weights, "backend")
 
     def __repr__(self) -> str:
@@ -215,6 +217,7 @@ class FixedMethod(Method):
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights; NaN where G is not finite."""
+        check_name(backend)
         problems = check_gram(gram)
         weights = torch.where(is_finite(problems), self._fixed(problems), torch.nan)
         return constant(f"{self.name} weights", weights, [gram])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import describe
+from .._checks import describe, describe_with_dtype
 from .._constant import constant
 from ..backends.problems import are_finite, is_finite
 from ..combine import combine
@@ -210,8 +210,7 @@ class BufferedMethod(Method):
         for name, like in wanted.items():
             value = state[name]
             if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
-                got = f"{describe(value)} in {value.dtype}" if isinstance(value, Tensor) else describe(value)
-                raise ValueError(f"{name} must be {describe(like)} in {like.dtype}, got {got}")
+                raise ValueError(f"{name} must be {describe_with_dtype(like)}, got {describe_with_dtype(value)}")
         if self._buffers is not None:
             _check_alike(self._buffers, len(kept), kept[0], self.name)
         if self._buffers and self._state and [b.dtype for b in self._buffers[0]] == [b.dtype for b in kept[0]]:

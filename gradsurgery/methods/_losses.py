@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import check_not_negative, check_number, describe
+from .._checks import check_not_negative, check_number, describe, describe_with_dtype
 from .._constant import constant
+from ..backends import check_name
 from ..backends.problems import are_finite, is_finite
 from ..functional import check_gram
 from ._base import Method
@@ -45,12 +46,13 @@ class LossMethod(Method):
         Args:
             gram: [..., T, T].
             losses: [T], or [..., T] for one set for each problem.
-            backend: not needed.
+            backend: a name of :func:`gradsurgery.backends`, of which none is needed.
 
         Raises:
             ValueError: the losses, the state or an option are for another number of tasks, or losses are missing.
             RuntimeError: the first call is captured in a CUDA graph.
         """
+        check_name(backend)
         problems = check_gram(gram)
         values = read_losses(self.name, losses, gram.shape[:-1], gram.device)
         counts = self._counts(values) & is_finite(problems)
@@ -107,7 +109,7 @@ class LossMethod(Method):
         for name, wanted in like.items():
             value = state[name]
             if not isinstance(value, Tensor) or value.shape != wanted.shape or value.dtype != wanted.dtype:
-                raise ValueError(f"{name} must be {describe(wanted)} in {wanted.dtype}, got {describe(value)}")
+                raise ValueError(f"{name} must be {describe_with_dtype(wanted)}, got {describe_with_dtype(value)}")
         if self._state is not None and self._state[self.state_names[0]].shape == first.shape:
             for name, value in state.items():
                 self._state[name].copy_(value)

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import describe
 from .._constant import constant
 from ..backends.problems import are_finite
 from ..functional import check_gram
 from ._base import Method
-from ._state import state_on, taken_over
+from ._state import check_state, state_on, taken_over
 
 
 class SimplexMethod(Method):
@@ -50,7 +49,4 @@ class SimplexMethod(Method):
         return {"weights": None if self._w is None else self._w.clone()}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        weights = state["weights"]
-        if weights is not None and (not isinstance(weights, Tensor) or weights.dim() == 0):
-            raise ValueError(f"weights must be a tensor [..., T], got {describe(weights)}")
-        self._w = None if weights is None else taken_over(self._w, weights)
+        self._w = taken_over(self._w, check_state("weights", state["weights"]))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import describe
+from .._checks import describe, describe_with_dtype
 from .._compiling import capturing
 
 
@@ -63,10 +63,17 @@ def state_on(method: str, own: Tensor | None, shape: torch.Size, initial: float,
     return own
 
 
-def taken_over(own: Tensor | None, value: Tensor) -> Tensor:
-    """Return a state's float64 tensor with that value: itself where the shape allows, as a captured graph reads it."""
-    if own is None or own.shape != value.shape:
-        return value.to(torch.float64, copy=True)
+def check_state(name: str, value: Any, wanted: str = "[..., T]") -> Tensor | None:
+    """Return a state's tensor from a ``state_dict``, or None; ValueError unless it is in float64 and has dimensions."""
+    if value is None or (isinstance(value, Tensor) and value.dtype is torch.float64 and value.dim() > 0):
+        return value
+    raise ValueError(f"{name} must be a tensor {wanted} in torch.float64, got {describe_with_dtype(value)}")
+
+
+def taken_over(own: Tensor | None, value: Tensor | None) -> Tensor | None:
+    """Return a state's tensor with that value: itself where the shape allows, as a captured graph reads it."""
+    if own is None or value is None or own.shape != value.shape:
+        return None if value is None else value.clone()
     return own.copy_(value)
 
 

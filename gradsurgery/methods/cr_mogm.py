@@ -15,7 +15,7 @@ from ..functional import check_gram
 from ._base import Method, weigh
 from ._buffered import BufferedMethod
 from ._coordinate import CoordinateMethod
-from ._state import state_on, taken_over
+from ._state import check_state, state_on, taken_over
 
 
 class CRMOGM(Method):
@@ -79,10 +79,8 @@ class CRMOGM(Method):
         return {"weights": None if self._w is None else self._w.clone(), "method": self.method.state_dict()}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        weights = state["weights"]
-        if weights is not None and (not isinstance(weights, Tensor) or weights.dim() == 0):
-            raise ValueError(f"weights must be a tensor [..., T] or None, got {describe(weights)}")
+        weights = check_state("weights", state["weights"])
         if not isinstance(state["method"], dict):
             raise ValueError(f"method must be the other method's state, a dict, got {describe(state['method'])}")
         self.method.load_state_dict(state["method"])
-        self._w = None if weights is None else taken_over(self._w, weights)
+        self._w = taken_over(self._w, weights)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .._constant import constant
 from ..backends import choose
 from ..functional import new_problems
 from ._base import Method
-from ._state import read_losses, state_on, taken_over
+from ._state import check_state, read_losses, state_on, taken_over
 
 
 class GradNorm(Method):
@@ -39,7 +39,7 @@ class GradNorm(Method):
     needs = "diag G, losses"
     scale = "sums to T"
 
-    def __init__(self, alpha: float = 1.5, lr: float = 0.025, norm_parameters: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, alpha: float = 1.5, lr: float = 0.025, norm_parameters: Iterable[Tensor] | None = None) -> None:
         self.alpha = check_not_negative("alpha", alpha)
         self.lr = check_not_negative("lr", lr)
         given = None if norm_parameters is None else list_of(norm_parameters, "norm_parameters")
@@ -67,12 +67,12 @@ class GradNorm(Method):
         return {"weights": weights, "initial_losses": initial_losses}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        weights, initial_losses = state["weights"], state["initial_losses"]
-        if weights is None and initial_losses is None:
-            self._state = None
-            return
-        for name, value in state.items():
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape != getattr(weights, "shape", None):
-                raise ValueError(f"{name} must be a tensor [..., T] like the other one, got {describe(value)}")
+        weights, initial_losses = (check_state(name, state[name]) for name in ("weights", "initial_losses"))
+        if getattr(weights, "shape", None) != getattr(initial_losses, "shape", None):
+            raise ValueError(
+                f"weights and initial_losses must be of one shape, got {describe(weights)} and "
+                f"{describe(initial_losses)}"
+            )
         own_weights, own_losses = self._state or (None, None)
-        self._state = (taken_over(own_weights, weights), taken_over(own_losses, initial_losses))
+        restored = taken_over(own_weights, weights), taken_over(own_losses, initial_losses)
+        self._state = None if weights is None else restored  # type: ignore[assignment]

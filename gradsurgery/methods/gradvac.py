@@ -13,7 +13,7 @@ from .._constant import constant
 from ..backends import choose
 from ..functional import new_problems
 from ._base import SteppedMethod
-from ._state import state_on, taken_over
+from ._state import check_state, state_on, taken_over
 
 
 class GradVac(SteppedMethod):
@@ -62,10 +62,8 @@ class GradVac(SteppedMethod):
         return {"targets": None if self._targets is None else self._targets.clone(), **super().state_dict()}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        targets = state["targets"]
-        if targets is not None and not (
-            isinstance(targets, Tensor) and targets.dim() >= 2 and targets.shape[-1] == targets.shape[-2]
-        ):
+        targets = check_state("targets", state["targets"], "[..., T, T]")
+        if targets is not None and (targets.dim() < 2 or targets.shape[-1] != targets.shape[-2]):
             raise ValueError(f"targets must be a tensor [..., T, T], got {describe(targets)}")
         super()._restore(state)
-        self._targets = None if targets is None else taken_over(self._targets, targets)
+        self._targets = taken_over(self._targets, targets)

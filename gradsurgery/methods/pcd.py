@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_fraction, describe
+from .._checks import check_fraction
 from .._constant import constant
 from ..backends import choose
 from ..backends.problems import is_finite
 from ..functional import new_problems
 from ._base import Method
-from ._state import PerTask, state_on, taken_over
+from ._state import PerTask, check_state, state_on, taken_over
 
 
 class PCD(Method):
@@ -86,7 +86,4 @@ class PCD(Method):
         return {"averages": None if self._averages is None else self._averages.clone()}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        averages = state["averages"]
-        if averages is not None and (not isinstance(averages, Tensor) or averages.dim() == 0):
-            raise ValueError(f"averages must be a tensor [..., T] of squares' averages, got {describe(averages)}")
-        self._averages = None if averages is None else taken_over(self._averages, averages)
+        self._averages = taken_over(self._averages, check_state("averages", state["averages"]))

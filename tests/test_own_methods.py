@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""What users write: methods, ways to pass losses, and questions to what a step returns."""
+
+import pytest
+import torch
+
+import gradsurgery
+from conftest import two_losses, two_task_net
+
+methods = gradsurgery.methods
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+
+
+class Averaged(methods.Method):
+    """Weights by a running mean of the losses, which is a number before the first step."""
+
+    needs_losses = True
+
+    def __init__(self):
+        self.mean = 0.0
+
+    def weights(self, gram, *, losses=None):
+        self.mean = 0.9 * self.mean + 0.1 * losses
+        return 1 / self.mean
+
+    def state_dict(self):
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = state["mean"]
+
+
+class Other(Averaged):
+    pass
+
+
+class Named(Averaged):
+    name = "averaged"
+
+
+class Seeded(methods.PCGrad):
+    pass
+
+
+def wrapped(method):
+    net = two_task_net()
+    return net, gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+
+
+def named_losses(net, names):
+    return dict(zip(names, two_losses(net, X), strict=True))
+
+
+def test_a_number_that_becomes_a_state_for_each_task():
+    net, optimizer = wrapped(Averaged())
+    optimizer.backward(named_losses(net, "ab"))
+    for losses in (named_losses(net, "ba"), two_losses(net, X)):
+        with pytest.raises(ValueError, match="every step must have the same tasks in the same order"):
+            optimizer.backward(losses)
+    assert optimizer.state_dict()["tasks"] == {"a": 0, "b": 1}
+    net, resumed = wrapped(Averaged())
+    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"had \['a', 'b'\], got \['b', 'a'\]"):
+        resumed.backward(named_losses(net, "ba"))
+
+
+def test_a_class_without_a_name_is_called_by_its_own():
+    assert [c.name for c in (Averaged, Other, Named, Seeded)] == ["Averaged", "Other", "averaged", "pcgrad"]
+    state = wrapped(Other())[1].state_dict()
+    _, optimizer = wrapped(Averaged())
+    with pytest.raises(ValueError, match="the state must be that of method 'Averaged', got that of 'Other'"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "uw"])
+@pytest.mark.parametrize("passed", [dict.values, lambda losses: iter(losses.values())])
+def test_losses_of_any_iterable(method, passed):
+    net, optimizer = wrapped(method)
+    with pytest.raises(TypeError, match=r"losses must be .*, got dict_items"):
+        optimizer.backward(named_losses(net, "ab").items())
+    optimizer.backward(passed(named_losses(net, "ab")))
+    found = [p.grad.clone() for p in net.parameters()]
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
+    optimizer.zero_grad()
+    optimizer.backward(two_losses(net, X))
+    assert all(torch.equal(a, p.grad) for a, p in zip(found, net.parameters(), strict=True))
+
+
+def test_what_a_step_did_not_compute():
+    net, optimizer = wrapped("uw")
+    info = optimizer.backward(two_losses(net, X))
+    assert hasattr(info, "weights")
+    assert not any(hasattr(info, name) for name in ("gram", "norms", "cosines", "conflicts", "update_norm", "finite"))
+    with pytest.raises(ValueError, match="this step computed no G"):
+        info.conflicts  # noqa: B018
