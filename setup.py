@@ -13,6 +13,7 @@ that nvcc knows, and PTX.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,9 @@ def choose_build() -> str:
         import torch  # noqa: F401
     except ImportError:
         sys.exit(NO_TORCH)
-    why_not = {"cpu": why_not_cpu(), "cuda": why_not_cpu() or why_not_cuda()}
+    why_not = {"cpu": complaint(), "cuda": complaint() or why_not_cuda()}
+    if why_not["cpu"] and "CXX" in os.environ:
+        sys.exit(f"gradsurgery: $CXX is of no use: {why_not['cpu']}")
     if wanted == "auto":
         if why_not["cpu"]:
             print(f"gradsurgery: {why_not['cpu']}", file=sys.stderr)
@@ -60,33 +63,39 @@ def compiler() -> list[str]:
     return os.environ.get("CXX", "c++").split()
 
 
-def why_not_cpu() -> str:
-    command = [*compiler(), "-fsyntax-only", "-x", "c++", "-"]
+def complaint(header: str = "cstdint", *flags: str) -> str:
+    """Why the compiler does not compile a file that includes a header; empty if it does."""
+    command = [*compiler(), "-std=c++20", *flags, "-fsyntax-only", "-x", "c++", "-"]
     try:
-        tried = subprocess.run(command, input="", text=True, capture_output=True)
+        tried = subprocess.run(command, input=f"#include <{header}>\n", text=True, capture_output=True)
     except OSError:
-        return "neither $CXX nor c++ was found"
-    return "" if tried.returncode == 0 else f"{command[0]} does not compile an empty file: {tried.stderr.strip()}"
+        return f"{command[0]} was not found"
+    return "" if tried.returncode == 0 else f"{command[0]} does not compile #include <{header}>: {tried.stderr.strip()}"
 
 
 def openmp_flags() -> list[str]:
     """-fopenmp where the compiler has OpenMP: at::parallel_for is of it, in a header, and else runs on one thread."""
-    command = [*compiler(), "-fopenmp", "-fsyntax-only", "-x", "c++", "-"]
-    found = subprocess.run(command, input="#include <omp.h>", text=True, capture_output=True)
-    if found.returncode == 0:
+    why = complaint("omp.h", "-fopenmp")
+    if not why:
         return ["-fopenmp"]
-    print(f"gradsurgery: kernels for the CPU will run on one thread:\n{found.stderr}", file=sys.stderr)
+    print(f"gradsurgery: kernels for the CPU will run on one thread:\n{why}", file=sys.stderr)
     return []
 
 
 def why_not_cuda() -> str:
     import torch
+    from torch.utils.cpp_extension import CUDA_HOME
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if nvcc() is None:
         return "no nvcc was found, in $CUDA_HOME or elsewhere"
-    return ""
+    said = subprocess.run([nvcc(), "--version"], text=True, capture_output=True).stdout
+    release = re.search(r"release (\d+)\.\d+", said)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc()} is of CUDA {release[0] if release else '(unknown)'}, torch of CUDA {torch.version.cuda}"
+    # Where nvcc is a link or a script, torch may take another folder for the toolkit's.
+    return complaint("cuda_runtime_api.h", f"-I{CUDA_HOME}/include")
 
 
 def nvcc() -> str | None:
@@ -111,6 +120,9 @@ def choose_architectures() -> None:
 
 def extension_arguments(build: str) -> dict:
     if build == "none":
+        if "editable_wheel" in sys.argv:  # which would go on using what an earlier build left
+            for library in ROOT.glob("gradsurgery/_C*.so"):
+                library.unlink()
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
@@ -132,11 +144,18 @@ def extension_arguments(build: str) -> dict:
         sources=sources,
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc" / "include")],
         depends=headers,
-        define_macros=[("GS_WITH_CUDA", None)] if build == "cuda" else [],
+        # Its functions are its own: another library's of the same names would replace exported ones.
+        define_macros=[("GS_API", ""), *([("GS_WITH_CUDA", None)] if build == "cuda" else [])],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]},
         extra_link_args=openmp,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+    class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.force = True  # without ninja, objects of another build would count as up to date
+
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
 build = choose_build()

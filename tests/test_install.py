@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The package without its extension, and what setup.py says when it cannot build."""
 
+import ctypes
 import importlib
 import os
 import re
@@ -17,6 +18,7 @@ import torch.utils.cpp_extension
 
 import gradsurgery
 from conftest import USABLE, on_cpu
+from gradsurgery import _extension
 from gradsurgery.backends import native
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +87,11 @@ def without_torch(monkeypatch, folder):
 
 
 def without_compiler(monkeypatch, folder):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def with_mistyped_compiler(monkeypatch, folder):
     monkeypatch.setenv("CXX", str(folder / "absent"))
 
 
@@ -98,13 +105,25 @@ def without_nvcc(monkeypatch, folder):
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(folder))
 
 
-def with_cuda(monkeypatch, folder):
+def with_cuda(monkeypatch, folder, release="13.0", header="cuda_runtime_api.h"):
     without_nvcc(monkeypatch, folder)
     monkeypatch.setenv("CUDA_HOME", str(folder))
-    compiler = folder / "bin" / "nvcc"
-    compiler.parent.mkdir()
-    compiler.write_text("#!/bin/sh\necho compute_75 compute_80 compute_90")
-    compiler.chmod(0o755)
+    for name, text in {
+        "bin/nvcc": f"#!/bin/sh\necho release {release}, compute_75 compute_80 compute_90",
+        f"include/{header}": "",
+    }.items():
+        path = folder / name
+        path.parent.mkdir()
+        path.write_text(text)
+        path.chmod(0o755)
+
+
+def with_older_cuda(monkeypatch, folder):
+    with_cuda(monkeypatch, folder, release="12.4")
+
+
+def with_nvcc_alone(monkeypatch, folder):
+    with_cuda(monkeypatch, folder, header="other.h")
 
 
 def a_compiler(monkeypatch, folder, script):
@@ -112,6 +131,12 @@ def a_compiler(monkeypatch, folder, script):
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
+
+
+def with_older_compiler(monkeypatch, folder):
+    a_compiler(monkeypatch, folder, 'case "$*" in *c++20*) echo unknown >&2; exit 1;; esac')
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
 def with_broken_compiler(monkeypatch, folder):
@@ -133,9 +158,17 @@ def as_it_is(monkeypatch, folder):
         (without_torch, "auto", "pip install --no-build-isolation ."),
         (without_cuda, "cuda", "is built without CUDA"),
         (without_nvcc, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: no nvcc"),
-        (without_compiler, "cpu", "GRADSURGERY_BUILD=cpu cannot be met: neither $CXX nor c++ was found"),
-        (with_broken_compiler, "cpu", "c++ does not compile an empty file: no licence"),
-        (without_compiler, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: neither $CXX nor c++ was found"),
+        (with_older_cuda, "cuda", "bin/nvcc is of CUDA release 12.4, torch of CUDA 13.0"),
+        (with_nvcc_alone, "cuda", "does not compile #include <cuda_runtime_api.h>"),
+        (without_compiler, "cpu", "GRADSURGERY_BUILD=cpu cannot be met: c++ was not found"),
+        (without_compiler, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: c++ was not found"),
+        (
+            with_older_compiler,
+            "cpu",
+            "GRADSURGERY_BUILD=cpu cannot be met: c++ does not compile #include <cstdint>: unknown",
+        ),
+        (with_mistyped_compiler, "auto", "$CXX is of no use: "),
+        (with_broken_compiler, "auto", "c++ does not compile #include <cstdint>: no licence"),
     ],
 )
 def test_a_build_that_cannot_be(machine, choice, message, compiled, monkeypatch, tmp_path):
@@ -149,10 +182,13 @@ def test_a_build_that_cannot_be(machine, choice, message, compiled, monkeypatch,
     [
         (without_torch, "none", "none"),
         (without_compiler, "auto", "none"),
-        (with_broken_compiler, "auto", "none"),
+        (with_older_compiler, "auto", "none"),
+        (with_mistyped_compiler, "none", "none"),
         (without_a_name, "cpu", "cpu"),
         (as_it_is, "cpu", "cpu"),
         (without_cuda, "auto", "cpu"),
+        (with_older_cuda, "auto", "cpu"),
+        (with_nvcc_alone, "auto", "cpu"),
         (with_cuda, "auto", "cuda"),
         (with_cuda, "cuda", "cuda"),
     ],
@@ -172,10 +208,28 @@ def test_compilers_without_openmp(has_openmp, monkeypatch, capfd, tmp_path):
     extensions = []
     monkeypatch.setattr(setuptools, "setup", lambda ext_modules, cmdclass: extensions.extend(ext_modules))
     run("cpu", "--version", monkeypatch)
-    assert ("will run on one thread:\n-fopenmp " in capfd.readouterr().err) == (not has_openmp)
+    assert ("will run on one thread:" in capfd.readouterr().err) == (not has_openmp)
     (extension,) = extensions
     assert ("-fopenmp" in extension.extra_compile_args["cxx"]) == has_openmp
     assert extension.extra_link_args == ["-fopenmp"] * has_openmp
+
+
+@pytest.mark.parametrize(("command", "left"), [("editable_wheel", []), ("bdist_wheel", ["_C.so"])])
+def test_an_editable_install_without_the_extension_removes_an_earlier_one(command, left, monkeypatch, tmp_path):
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "gradsurgery").mkdir()
+    (tmp_path / "gradsurgery" / "_C.so").touch()
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    monkeypatch.setattr(setuptools, "setup", lambda: None)
+    run("none", command, monkeypatch)
+    assert [path.name for path in (tmp_path / "gradsurgery").iterdir()] == left
+
+
+@pytest.mark.skipif("cpu" not in USABLE, reason="needs the compiled extension")
+def test_the_extension_keeps_its_kernels_to_itself():
+    library = ctypes.CDLL(_extension.C.__file__)
+    assert hasattr(library, "PyInit__C")
+    assert not hasattr(library, "gs_version")
 
 
 @pytest.mark.skipif("cpu" not in USABLE, reason="needs the compiled extension")

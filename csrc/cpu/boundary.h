@@ -13,11 +13,16 @@ namespace gs {
 constexpr int64_t kMaxBatch = int64_t{1} << 40;
 constexpr int64_t kMaxElements = int64_t{1} << 52;
 
-inline gs_status check(const gs_gradients& g) {
-  GS_REQUIRE(g.num_tasks >= 1, "num_tasks must be at least 1, got %lld", (long long)g.num_tasks);
-  if (g.num_tasks > GS_MAX_TASKS) {
-    return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)g.num_tasks);
+inline gs_status check_tasks(int64_t num_tasks) {
+  GS_REQUIRE(num_tasks >= 1, "num_tasks must be at least 1, got %lld", (long long)num_tasks);
+  if (num_tasks > GS_MAX_TASKS) {
+    return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)num_tasks);
   }
+  return GS_OK;
+}
+
+inline gs_status check(const gs_gradients& g) {
+  if (const gs_status status = check_tasks(g.num_tasks)) return status;
   GS_REQUIRE(g.num_params >= 0, "num_params must be >= 0, got %lld", (long long)g.num_params);
   GS_REQUIRE(g.num_segments >= 1 && g.num_segments <= INT32_MAX, "num_segments must be in 1..2^31-1, got %lld",
              (long long)g.num_segments);
@@ -42,13 +47,8 @@ inline gs_status check(const gs_gradients* grads) {
 }
 
 inline gs_status check_problems(int64_t batch, int64_t num_tasks) {
-  GS_REQUIRE(batch >= 0 && batch <= kMaxBatch && num_tasks >= 1,
-             "batch must be in 0..2^40 and num_tasks at least 1, got %lld and %lld", (long long)batch,
-             (long long)num_tasks);
-  if (num_tasks > GS_MAX_TASKS) {
-    return fail(GS_UNSUPPORTED, "num_tasks must be at most %d, got %lld", GS_MAX_TASKS, (long long)num_tasks);
-  }
-  return GS_OK;
+  GS_REQUIRE(batch >= 0 && batch <= kMaxBatch, "batch must be in 0..2^40, got %lld", (long long)batch);
+  return check_tasks(num_tasks);
 }
 
 inline gs_status check_simplex_steps(const double* matrix, int64_t batch, int64_t num_tasks, int64_t num_iter,
@@ -190,8 +190,8 @@ class Workspace {
 
 inline gs_status check_workspace(const void* workspace, int64_t given, int64_t needed) {
   GS_REQUIRE(given >= needed, "workspace must hold %lld bytes, got %lld", (long long)needed, (long long)given);
-  GS_REQUIRE(needed == 0 || (workspace && reinterpret_cast<uintptr_t>(workspace) % 64 == 0),
-             "workspace must be aligned to 64 bytes");
+  GS_REQUIRE(needed == 0 || workspace, "workspace must not be NULL");
+  GS_REQUIRE(needed == 0 || reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "workspace must be aligned to 64 bytes");
   return GS_OK;
 }
 

@@ -39,7 +39,7 @@ int64_t weighting_scratch_bytes(gs_weighting weighting, int64_t num_tasks) {
 }  // namespace gs
 
 gs_status gs_task_order_cpu(int64_t num_tasks, uint64_t seed, uint64_t step, int64_t* order) {
-  if (const gs_status status = gs::check_problems(1, num_tasks)) return status;
+  if (const gs_status status = gs::check_tasks(num_tasks)) return status;
   GS_REQUIRE(order, "order must not be NULL");
   for (int64_t i = 0; i < num_tasks; i++) gs::task_order_row(num_tasks, seed, step, i, order + i * num_tasks);
   return GS_OK;

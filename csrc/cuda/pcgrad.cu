@@ -112,7 +112,7 @@ gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const 
 }  // namespace gs::gpu
 
 gs_status gs_task_order_cuda(int64_t num_tasks, uint64_t seed, const int64_t* step, int64_t* order, gs_stream stream) {
-  if (const gs_status status = gs::check_problems(1, num_tasks)) return status;
+  if (const gs_status status = gs::check_tasks(num_tasks)) return status;
   GS_REQUIRE(step && order, "step and order must not be NULL");
   return gs::gpu::launch(gs::gpu::task_order_kernel, (num_tasks + 31) / 32, 32, 0, stream, num_tasks, seed, step,
                          order);

@@ -180,8 +180,10 @@ def resolve(method: str | Method, options: dict[str, Any]) -> Method:
     if isinstance(method, str):
         return get(method, **options)
     if not isinstance(method, Method):
-        given = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
-        raise TypeError(f"method must be a name or a Method object, got {given}")
+        is_class = isinstance(method, type)
+        cls = method if is_class else type(method)
+        given = f"{'the class' if is_class else 'a'} {cls.__module__}.{cls.__qualname__}"
+        raise TypeError(f"method must be a name or a Method, as gradsurgery.methods.MGDA() is one, got {given}")
     if options:
         raise ValueError(f"options {sorted(options)} go with a method's name, got a {type(method).__name__} object")
     return method

@@ -5,9 +5,10 @@
 //
 // Conventions, for every function:
 //   * sizes and offsets are int64_t, in elements; T x T data is float64, row-major and contiguous;
-//   * the library never allocates: the caller passes outputs, which need no alignment but their type's, and a
-//     workspace, aligned to 64 bytes, of at least the size that the matching gs_*_workspace_bytes names (never
-//     negative, -1 for invalid arguments);
+//   * the library never allocates: the caller passes gradients and outputs, which need no alignment but their type's,
+//     and a workspace, aligned to 64 bytes, of at least the size that the matching gs_*_workspace_bytes names (-1 for
+//     invalid arguments);
+//   * numbers are checked where a comment bounds them; elsewhere any, NaN too, give some result;
 //   * a batch is at most 2^40;
 //   * a status comes back; gs_last_error() is the message of the last failure on this thread;
 //   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or of a GPU's
@@ -18,13 +19,16 @@
 //   * the _cuda functions only enqueue work, on a stream of the current device: gradients, outputs, T x T data and
 //     workspace are memory of that device, while gs_gradients with its arrays and the array of outputs are read on the
 //     host during the call.
-// A worker thread needs 512 KiB of stack, built with a sanitizer 2 MiB.
+// A thread that computes, the caller's or a worker, needs 512 KiB of stack, built with a sanitizer 2 MiB.
 #ifndef GRADSURGERY_GRADSURGERY_H_
 #define GRADSURGERY_GRADSURGERY_H_
 
 #include <stdint.h>
 
+// Empty for a copy of the kernels that is linked into another library, which then keeps them to itself.
+#ifndef GS_API
 #define GS_API __attribute__((visibility("default")))
+#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -115,8 +119,8 @@ typedef struct gs_gradients {
 } gs_gradients;
 
 // A parallel loop: run(context, count, body, arg) calls body(arg, i) once for each i in 0..count-1, in any order
-// and on any threads, and returns when all are done. Where it or run is NULL, all runs on the calling
-// thread.
+// and on any threads, and returns when all are done. Where it or run is NULL, all runs on the calling thread. What run
+// throws passes through to the caller, with outputs half written.
 typedef struct gs_parallel {
   void (*run)(void* context, int64_t count, void (*body)(void* arg, int64_t index), void* arg);
   void* context;
@@ -143,8 +147,8 @@ GS_API gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* wor
 
 // The direction d_p = sum_t weights[segment(p), t] g_{t,p}, summed in float64 in ascending t and rounded once to the
 // parameter's dtype, to 16-bit formats by way of float32. weights is [S, T], out [P]. A gradient whose weight is 0 is
-// not read. out[p] may be NULL (skipped) or equal one of g_{t,p}, but must not share memory with other gradients; with
-// accumulate != 0 the direction is added to what out[p] holds.
+// not read. out[p] may be NULL (skipped) or equal one of g_{t,p}, but must not share memory with other gradients or
+// outputs; with accumulate != 0 the direction is added to what out[p] holds.
 GS_API int64_t gs_combine_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
                                 void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
