@@ -197,7 +197,7 @@ GRAM = torch.eye(3)
             TypeError,
             "losses must be real, got torch.complex64",
         ),
-        (lambda: gradsurgery.aggregate(ROWS, 3), TypeError, r"method must be a name or a Method, as .* is one, got a builtins\.int"),
+        (lambda: gradsurgery.aggregate(ROWS, 3), TypeError, r"name or a Method, as .* is one, got a builtins\.int"),
         (lambda: gradsurgery.aggregate(ROWS, "gradnorm"), ValueError, "method 'gradnorm' needs losses="),
         (
             lambda: gradsurgery.aggregate(ROWS, gradsurgery.methods.get("pcgrad"), seed=1),

@@ -85,7 +85,7 @@ def test_integers_of_any_kind(integer):
         (lambda: methods.get("PC_Grad"), ValueError, r"got 'PC_Grad' \(did you mean 'pcgrad'\?\)"),
         (lambda: methods.get("x"), ValueError, "got 'x'$"),
         (lambda: methods.get(3), ValueError, "got 3$"),
-        (lambda: methods.resolve(methods.MGDA, {}), TypeError, r"a Method, as .* is one, got the class gradsurgery\.methods\.mgda\.MGDA"),
+        (lambda: methods.resolve(methods.MGDA, {}), TypeError, r"one, got the class gradsurgery\.methods\.mgda\.MGDA"),
         (lambda: methods.Method().weights(torch.eye(2)), NotImplementedError, r"Method must define weights\(gram"),
         (lambda: gradsurgery.gram([]), TypeError, "non-empty list .*, got an empty list"),
         (lambda: gradsurgery.gram(torch.eye(2).numpy()), TypeError, "non-empty list .*, got ndarray"),
