@@ -98,7 +98,7 @@ class Graph(NamedTuple):
 
     @classmethod
     def of(cls, roots: Sequence[Root]) -> Graph:
-        """Read the graph. Of what Python walked through, torch 2.13 frees one node inside the other: depths crash."""
+        """Read the graph, in C++ if it can be: torch 2.13 frees nodes that Python has held by recursion."""
         return cls(*C.read_graph(roots)) if C is not None else _walk(roots)
 
     def behind(self, node: int) -> set[int]:

@@ -80,18 +80,16 @@ class Operation:
         self, method: BufferedMethod, out: list[Any], accumulate: bool, before: Callable[[Tensor | None], None]
     ) -> tuple[Tensor, Tensor]:
         """Do the same with what the method keeps in place of the task gradients."""
-        scale, grads = self.collected.scale, self.grads
-        backend = choose(self.backend_name, grads.device, method.num_terms * grads.num_tasks)
-        rows = [[row[p] for p in self.plan.shared] for row in self.collected.grads]
-        losses = self.collected.losses if method.needs_losses else None
-        counted, total = self._counted(), self.processes.total
-        kept = method.replace(rows, losses, scale, self.backend_name, counted, total)
-        gram = total(gram_of(parse(kept, [0 if here else 1 for here in counted]), self.backend)[:1])
-        weights = self._weigh(gram)
-        terms, factors = method.terms(rows, kept, weights[0], scale)
+        collected, device = self.collected, self.grads.device
+        backend = choose(self.backend_name, device, method.num_terms * self.grads.num_tasks)
+        rows = [[row[p] for p in self.plan.shared] for row in collected.grads]
+        step = method.step(
+            rows, collected.losses, collected.scale, self.backend_name, self._counted(), self.processes.total
+        )
+        weights = step.weights[None]
         before(weights)
-        combine_of(parse(terms, None), factors, out, accumulate, backend)
-        return gram, weights
+        combine_of(parse(step.terms, None), step.factors, out, accumulate, backend)
+        return step.gram[None], weights
 
     def _gram(self) -> tuple[Tensor, Tensor]:
         """Return G of all shared parameters, and the G that the weights come from."""

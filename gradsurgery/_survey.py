@@ -24,7 +24,10 @@ _REENTRANT = "CheckpointFunctionBackward"
 
 @dataclass(slots=True)
 class Survey:
-    """What graphs with functions in Python that none before had, and the first gradients that came of them, tell."""
+    """What the graphs of the steps so far, and the first gradients that came of them, tell about the passes.
+
+    Only a graph with functions in Python that no earlier one had is looked through.
+    """
 
     infers_shared: bool
     """Whether shared parameters are inferred, until a warning that they cannot be."""

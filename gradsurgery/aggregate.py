@@ -13,7 +13,7 @@ from ._extension import NativeSolver
 from ._gradients import Grads, TaskGradients, parse
 from .backends import Backend, choose
 from .combine import Direction, check_out, combine, combine_by_rule_of, combine_of, new_out
-from .gram import gram, gram_of
+from .gram import gram_of
 from .methods import CoordinateMethod, Method, resolve
 from .methods._base import Rollback, weigh
 from .methods._buffered import BufferedMethod
@@ -142,10 +142,8 @@ def _aggregate_buffers(
     if not touched:
         return [None] * len(rows[0]) if out is None else out
     choose(backend, grads.device, method.num_terms * len(rows))  # raises before anything changes
-    replaced = method.replace(kept, losses if method.needs_losses else None, None, backend)
-    weights = weigh(method, gram(replaced, backend=backend), losses, backend)
-    terms, factors = method.terms(kept, replaced, weights, None)
-    found = combine(terms, factors, out=None if out is None else [outs[p] for p in touched], backend=backend)
+    step = method.step(kept, losses, None, backend)
+    found = combine(step.terms, step.factors, out=None if out is None else [outs[p] for p in touched], backend=backend)
     if out is not None:
         return out
     each: list[Any] = [None] * len(rows[0])

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -179,7 +180,7 @@ def collect(
     # A hook of the stack itself runs in passes that begin above it.
     hooked = isinstance(losses, Tensor) and bool(losses._backward_hooks)
     roots = [None if loss is None else Root(loss) if hooked else root_of(loss) for loss in each]
-    present = [task for task, loss in zip(tasks, each, strict=True) if loss is not None]
+    present = [loss is not None for loss in each]
     through_grad = hiding = False
     if survey is not None:
         survey.take(given, [r for r in roots if r is not None])
@@ -187,13 +188,13 @@ def collect(
     if shards is not None:
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
-        shards.check_same(present, given[0].device)  # before the hooks average what does not belong together
+        # Before the hooks average what does not belong together.
+        shards.check_same([*compress(tasks, present)], given[0].device)
     elif through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
             "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "
             "with use_reentrant=False take both"
         )
-    there = [loss is not None for loss in each]
     values = _values(each, given)
     if weigh is not None:
         weights = weigh(tasks, values)
@@ -219,7 +220,7 @@ def collect(
     if len(starts) < len(roots):
         found = iter(grads)
         grads = [[None] * len(parameters) if root is None else next(found) for root in roots]
-    return Collected(tasks, list(parameters), grads, values, there, scale)
+    return Collected(tasks, list(parameters), grads, values, present, scale)
 
 
 def _values(each: list[Tensor | None], given: list[Tensor]) -> Tensor:

@@ -72,9 +72,9 @@ class SurgeryOptimizer(OptimizerWrapper):
     Warns:
         UserWarning: shared parameters are trained by one loss alone, and another gives gradients of zeros, as where one
             stack, compiled function or re-entrant checkpoint yields what several losses are computed from; pass
-            ``shared``. The first step looks for such gradients, on the host, and so does the second if they are of one
-            loss only, and one whose losses depend on functions in Python that none did before. Or no loss depends on
-            any of the parameters. Or two ``step()`` came before any surgery.
+            ``shared``. The first step looks for such gradients, on the host. So does the second, if they were of one
+            loss only, and later ones whose losses depend on functions in Python that are new. Or no loss depends on any
+            of the parameters. Or two ``step()`` came before any surgery.
     """
 
     def __init__(

@@ -83,7 +83,7 @@ INTERPRETED_TASKS = {
     "test_worst_rounding_of_a_float32_chain": 17,
 }
 
-# Of these: the parameters that stand for others, and tests of many problems or tasks.
+# Of the tests of solvers: which values of a parameter stand for all, and which tests take many problems or tasks.
 SOLVERS = ("test_gram_methods", "test_cagrad", "test_pcd", "test_rounded_gram")
 INTERPRETED_METHODS = {
     "case": "rank deficient",

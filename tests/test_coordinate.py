@@ -229,6 +229,15 @@ def test_there_are_no_weights(method):
         make(method, 3).weights(torch.eye(3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", ["db_mtl", "excess_mtl", "m_config", "moco"])
+def test_kept_gradients_have_no_weights_of_a_gram_matrix(name):
+    method = gradsurgery.methods.get(name)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"method '{name}' weighs gradients that it keeps: use gradsurgery"):
+            method.weights(torch.eye(3, dtype=torch.float64), losses=torch.ones(3))
+        gradsurgery.aggregate(normal(3, 5), method, losses=torch.ones(3))
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [

@@ -154,27 +154,6 @@ def test_excess_risks_in_several_chunks(monkeypatch):
     assert (results[0][-1] != 1).all()
 
 
-@pytest.mark.parametrize("name", ["db_mtl", "excess_mtl", "moco", "m_config"])
-def test_weights_of_kept_gradients_keep_the_contract_of_weights(name):
-    method, rows, losses = methods.get(name), normal(3, 5), torch.tensor([1.0, 2.0, 3.0])
-    gradsurgery.aggregate(rows, method, losses=losses)
-    before = method.state_dict()
-    for wrong in (torch.eye(4), torch.ones(3, 2), torch.ones(2, 3, 3)):
-        with pytest.raises(ValueError, match="gram must be"):
-            method.weights(wrong)
-    for wrong in (torch.eye(3).long(), [[1.0]]):
-        with pytest.raises(TypeError, match="gram must be a real floating-point tensor"):
-            method.weights(wrong)
-    weights = method.weights(torch.full((3, 3), torch.nan))
-    assert weights.dtype == torch.float64
-    assert weights.isnan().all()
-    torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
-    restored = methods.get(name)
-    restored.load_state_dict(before)
-    for each in (method, restored):
-        assert each.weights(torch.eye(3)).isfinite().all()
-
-
 class WithoutBackend:
     def weights(self, gram, *, losses=None):
         return gram.diagonal(dim1=-2, dim2=-1)
@@ -250,12 +229,6 @@ def test_states_that_cannot_be():
 @pytest.mark.parametrize("normalization", ["l2", "loss", "loss+"])
 def test_weights_of_rescaled_gradients_are_constants(normalization):
     expect_constants(methods.MGDA(normalization))
-
-
-def test_weights_of_kept_gradients_are_constants():
-    method = methods.get("moco")
-    gradsurgery.aggregate(normal(3, 5), method, losses=torch.ones(3))
-    expect_constants(method)
 
 
 def test_averages_of_weights_with_a_graph_keep_none_of_it():

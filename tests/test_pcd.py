@@ -72,6 +72,13 @@ def test_two_tasks_in_closed_form(backend):
         torch.testing.assert_close(direction, x * rows[0].norm() / x.norm())
 
 
+def test_there_is_no_direction_where_nothing_is_left_of_opposites(backend):
+    row = normal(1, 50)
+    for rows in (torch.cat([row, -row]), torch.cat([row, -row, 2 * row]), torch.cat([row, -(1 - 1e-12) * row])):
+        weights = methods.get("pcd", tau=0.0).weights(rows @ rows.T, backend=backend)
+        assert weights.tolist() == [0.0] * len(rows)
+
+
 @on_cpu
 @pytest.mark.parametrize("tau", [0.0, 0.02, 1.0, [0.1, 0.7, 0.0]])
 @pytest.mark.parametrize("case", HOSTILE)

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._checks import describe, describe_with_dtype
-from .._constant import constant
 from ..backends.problems import are_finite, is_finite
 from ..combine import combine
-from ..functional import check_gram
 from ..gram import gram
 from ._base import Method
 from ._state import keep_state, making_state, read_losses
@@ -23,25 +22,56 @@ Rows = Sequence[Sequence[Tensor | None]]
 Buffers = list[list[Tensor]]
 
 
-@dataclass(slots=True)
+@dataclass
 class Given:
-    """What ``BufferedMethod.replace`` was given, with the unscaled G [T, T] of the rows."""
+    """What a step was given, and what follows from it."""
 
     rows: Rows
-    gram: Tensor
+    """T lists of P task gradients, None where there is none; every parameter has one."""
     losses: Tensor | None
+    """[T] float64, where the method needs them."""
     scale: Tensor | None
+    """The gradient scaler's factor on ``rows``, []; None: 1."""
     backend: str | None
     counted: Sequence[bool]
+    """Of each parameter, whether it is part of this process's sums."""
     total: Callable[[Tensor], Tensor]
+    """From this process's sums to those over all processes, where gradients are sharded."""
+    gram: Tensor
+    """G [T, T] of the rows, unscaled."""
+    finite: Tensor
+    """Whether gradients and losses are, bool []; else the step leaves the state as it was."""
+
+    @cached_property
+    def present(self) -> Tensor:
+        """Whether each task has a gradient, bool [T]."""
+        present = torch.ones(len(self.rows), dtype=torch.bool, device=self.gram.device)
+        for t in absent(self.rows):
+            present[t].fill_(False)  # an assignment would copy from the host
+        return present
+
+
+class Step(NamedTuple):
+    """What comes of a step: G [T, T] of the rows that the method keeps, their weights [T], and d as a sum of terms."""
+
+    gram: Tensor
+    weights: Tensor
+    terms: Rows
+    factors: Tensor
+    """[number of terms]; d has the scale of the step's rows."""
+
+
+def absent(rows: Rows) -> list[int]:
+    """Return the tasks without any gradient."""
+    return [t for t, row in enumerate(rows) if all(g is None for g in row)]
 
 
 class BufferedMethod(Method):
-    """A method that keeps tensors as large as the gradients; G and d are taken of what ``replace`` returns.
+    """A method that keeps tensors as large as the gradients; G and d are taken of rows that it puts in their place.
 
-    ``replace`` comes first in a step, ``weights`` second, ``terms`` third. Buffers are T lists of P tensors; a task
-    without a gradient counts as a zero one. A step with a gradient that is not finite leaves the state as it was, and
-    its weights are NaN. State: the buffers, and float64 or int64 tensors by name, all on the gradients' device.
+    Buffers are T lists of P tensors; a task without a gradient counts as a zero one. A step with a gradient that is not
+    finite leaves the state as it was, and its weights are NaN. State: the buffers, and float64 or int64 tensors by
+    name, all on the gradients' device.
     """
 
     needs: ClassVar[str] = "gradients"
@@ -52,10 +82,8 @@ class BufferedMethod(Method):
 
     _buffers: Buffers | None = None
     _state: dict[str, Tensor] | None = None
-    _finite: Tensor
-    """Whether the step's gradients and losses are, bool []."""
 
-    def replace(
+    def step(
         self,
         rows: Rows,
         losses: Tensor | None,
@@ -63,22 +91,38 @@ class BufferedMethod(Method):
         backend: str | None,
         counted: Sequence[bool] | None = None,
         total: Callable[[Tensor], Tensor] = lambda numbers: numbers,
-    ) -> Rows:
-        """Return the T lists of P gradients to take G and d of, and update the buffers.
-
-        Args:
-            rows: T lists of P task gradients, None where there is none; every parameter has one.
-            losses: [T] float64, where ``needs_losses``.
-            scale: the gradient scaler's factor on ``rows``, []; None: 1. The result is without it.
-            backend: a name of :func:`gradsurgery.backends`; None chooses.
-            counted: of each parameter, whether it is part of this process's sums; None: all are.
-            total: from this process's sums to those over all processes, where gradients are sharded.
-        """
+    ) -> Step:
+        """Take a step: update the state, and return what d is the sum of. Arguments are those of ``Given``."""
         self._begin(rows)
         counted = [True for _ in rows[0]] if counted is None else counted
         segments = [0 if here else 1 for here in counted]
         # It raises unless each task has like gradients of a parameter.
         products = total(gram(rows, segments=segments, backend=backend)[0])
+        if scale is not None:
+            products = products / scale.double().square()
+        finite = is_finite(products)[0]
+        if self.needs_losses:
+            losses = read_losses(self.name, losses, products.shape[:-1], products.device)
+            finite = finite & are_finite(losses)[0]
+        self._prepare(rows, products)
+        given = Given(rows, losses, scale, backend, counted, total, products, finite)
+        kept = self._replace(given)
+        problem = total(gram(kept, segments=segments, backend=backend)[0])
+        weights = self._weigh(given, problem)
+        weights = torch.where(given.finite & is_finite(problem), weights, torch.nan)
+        return Step(problem, weights, *self._terms(given, kept, weights))
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """Raise ValueError: the weights are those of gradients that the method keeps."""
+        raise ValueError(
+            f"method {self.name!r} weighs gradients that it keeps: use gradsurgery.aggregate or SurgeryOptimizer"
+        )
+
+    def _begin(self, rows: Rows) -> None:
+        """Check the rows before anything changes."""
+
+    def _prepare(self, rows: Rows, products: Tensor) -> None:
+        """Make the state for these rows and their G, or bring it to their dtypes and device; ValueError if others'."""
         first = [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
         dtypes = [self._kept_in(g.dtype) for g in first]
         if self._buffers is not None:
@@ -87,12 +131,6 @@ class BufferedMethod(Method):
                 # The model's dtype has changed.
                 with making_state(self.name, self._buffers[0][0].device):
                     self._buffers = [[b.to(d) for b, d in zip(row, dtypes, strict=True)] for row in self._buffers]
-        if scale is not None:
-            products = products / scale.double().square()
-        self._finite = is_finite(products)[0]
-        if losses is not None:
-            losses = read_losses(self.name, losses, products.shape[:-1], products.device)
-            self._finite = self._finite & are_finite(losses)[0]
         if self._buffers is None or self._state is None:
             with making_state(self.name, products.device):
                 self._buffers = [
@@ -103,40 +141,18 @@ class BufferedMethod(Method):
             with making_state(self.name, products.device):
                 self._buffers = [[b.to(products.device) for b in row] for row in self._buffers]
                 self._state = {name: value.to(products.device) for name, value in self._state.items()}
-        return self._replace(Given(rows, products, losses, scale, backend, counted, total))
-
-    def _begin(self, rows: Rows) -> None:
-        """Check the rows before anything changes."""
 
     def _replace(self, given: Given) -> Rows:
-        """Update the buffers; return the rows to take G and d of."""
+        """Update the buffers; return the rows to take G and d of, unscaled. It may find the step not to be finite."""
         raise NotImplementedError
 
-    def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Return the weights [T] for the G [T, T] of what ``replace`` returned."""
-        problem = check_gram(gram)
-        state = self._started()
-        assert self._buffers is not None
-        num_tasks = len(self._buffers)
-        if gram.shape != (num_tasks, num_tasks):
-            raise ValueError(f"gram must be [{num_tasks}, {num_tasks}], got shape {tuple(gram.shape)}")
-        weights = self._weigh(problem, state, backend)
-        weights = torch.where(self._finite & is_finite(problem), weights, torch.nan)
-        return constant(f"{self.name} weights", weights, [gram])
-
-    def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
-        """Return the weights from a G and the tensors besides the buffers; anything for a G that is not finite."""
+    def _weigh(self, given: Given, gram: Tensor) -> Tensor:
+        """Return the weights for the G of what ``_replace`` returned; anything for a G that is not finite."""
         raise NotImplementedError
 
-    def terms(self, rows: Rows, kept: Rows, weights: Tensor, scale: Tensor | None) -> tuple[Rows, Tensor]:
-        """Return what d is the weighted sum of, and the weights.
-
-        Args:
-            rows, scale: as in ``replace``. d has the scale of ``rows``.
-            kept: what ``replace`` returned.
-            weights: [T], the weights of ``kept``.
-        """
-        return kept, weights if scale is None else weights * scale.double()
+    def _terms(self, given: Given, kept: Rows, weights: Tensor) -> tuple[Rows, Tensor]:
+        """Return what d is the weighted sum of, and the weights; ``kept`` is what ``_replace`` returned."""
+        return kept, weights if given.scale is None else weights * given.scale.double()
 
     def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of the buffers of gradients of this dtype."""
@@ -151,8 +167,8 @@ class BufferedMethod(Method):
         assert self._buffers is not None
         if given.scale is not None:
             factor = factor / given.scale.double()
-        kept = torch.where(self._finite, keep, 1).expand_as(factor)
-        weights = torch.stack([kept, torch.where(self._finite, factor, 0)], 1)
+        kept = torch.where(given.finite, keep, 1).expand_as(factor)
+        weights = torch.stack([kept, torch.where(given.finite, factor, 0)], 1)
         # One call for all of them: two "tasks" with T P "parameters", and a segment for each task.
         flat: list[Any] = [b for row in self._buffers for b in row]
         segments = [t for t, row in enumerate(given.rows) for _ in row]
@@ -166,18 +182,10 @@ class BufferedMethod(Method):
             torch._foreach_clamp_max_(short, most)
         return self._buffers
 
-    def _keep(self, **new: Tensor) -> None:
+    def _keep(self, given: Given, **new: Tensor) -> None:
         """Write the new state in a finite step."""
         assert self._state is not None
-        keep_state(self._state, new, self._finite)
-
-    def _started(self) -> dict[str, Tensor]:
-        """Return the tensors besides the buffers; ValueError before the first step."""
-        if self._state is None:
-            raise ValueError(
-                f"method {self.name!r} weighs gradients that it keeps: use gradsurgery.aggregate or SurgeryOptimizer"
-            )
-        return self._state
+        keep_state(self._state, new, given.finite)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the buffers and the other tensors; None each before the first step."""
@@ -220,7 +228,6 @@ class BufferedMethod(Method):
             for name, value in self._state.items():
                 value.copy_(state[name])
         else:
-            self._finite = torch.ones((), dtype=torch.bool)
             self._buffers = [[b.clone() for b in row] for row in kept]
             self._state = {name: state[name].clone() for name in self.state_names}
 

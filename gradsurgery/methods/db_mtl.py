@@ -46,13 +46,13 @@ class DBMTL(BufferedMethod):
         assert given.losses is not None
         assert self._state is not None
         losses = given.losses
-        self._finite = self._finite & (losses >= 0).all()
+        given.finite = given.finite & (losses >= 0).all()
         step = self._state["step"] + 1
         keep = torch.where(losses > 0, self.beta / step.double() ** self.sigma, 1)
         buffers = self._average(given, keep, torch.where(losses > 0, (1 - keep) / losses, 0))
-        self._keep(step=step)
+        self._keep(given, step=step)
         return buffers
 
-    def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
+    def _weigh(self, given: Given, gram: Tensor) -> Tensor:
         norms = gram.diagonal().sqrt()
         return torch.where(norms > 0, norms.max() / norms, 0)

@@ -49,14 +49,14 @@ class ExcessMTL(BufferedMethod):
         assert self._buffers is not None
         assert self._state is not None
         rows, scale = given.rows, given.scale
-        of_each = [self._excess(row, r, given.counted, scale) for row, r in zip(rows, self._buffers, strict=True)]
+        of_each = [self._excess(given, row, roots) for row, roots in zip(rows, self._buffers, strict=True)]
         excess = given.total(torch.stack(of_each))
         started = self._state["first"] > 0
         first = torch.where(started, self._state["first"], excess)
         growth = torch.where(started, self.eta * excess / first, 0)
         # A weight that has become 0 may grow again.
         w = len(rows) * (self._state["w"].clamp(min=torch.finfo(torch.float64).tiny).log() + growth).softmax(0)
-        self._keep(w=w, first=first)
+        self._keep(given, w=w, first=first)
         if scale is None:
             return rows
         unscaled = combine([[g for row in rows for g in row]], 1 / scale.double().reshape(1), backend=given.backend)
@@ -67,21 +67,21 @@ class ExcessMTL(BufferedMethod):
         # Sums of 16-bit squares would stop to grow, or overflow.
         return torch.promote_types(dtype, torch.float32)
 
-    def _excess(
-        self, row: Sequence[Tensor | None], roots: list[Tensor], counted: Sequence[bool], scale: Tensor | None
-    ) -> Tensor:
+    def _excess(self, given: Given, row: Sequence[Tensor | None], roots: list[Tensor]) -> Tensor:
         """Return e of one task, float64 [], and add its squares to S, whose root does not overflow."""
         total = torch.zeros((), dtype=torch.float64, device=roots[0].device)
-        items = [item for item in zip(row, roots, counted, strict=True) if item[0] is not None and item[0].numel() > 0]
+        items = [
+            item for item in zip(row, roots, given.counted, strict=True) if item[0] is not None and item[0].numel() > 0
+        ]
         ends = accumulate(root.nbytes for _, root, _ in items)
         # Many small parameters at a time: a few operations for all of them, and little memory.
         keys = ((end // _CHUNK_BYTES, here) for end, (_, _, here) in zip(ends, items, strict=True))
         for (_, here), chunk in groupby(zip(keys, items, strict=True), lambda item: item[0]):
             gradients, kept, _ = (list(values) for values in zip(*(item for _, item in chunk), strict=True))
             before = _flatten_dense_tensors(kept)
-            size = torch.where(self._finite, _flatten_dense_tensors(gradients), 0).to(before.dtype)
-            if scale is not None:
-                size /= scale.to(size.dtype)
+            size = torch.where(given.finite, _flatten_dense_tensors(gradients), 0).to(before.dtype)
+            if given.scale is not None:
+                size /= given.scale.to(size.dtype)
             root = torch.hypot(before, size)
             torch._foreach_copy_(kept, _unflatten_dense_tensors(root, kept))
             root.clamp_(min=torch.finfo(root.dtype).tiny)  # 0 / 0 is 0 here
@@ -89,5 +89,6 @@ class ExcessMTL(BufferedMethod):
                 total += torch.div(size, root, out=root).mul_(size).sum(dtype=torch.float64)
         return total
 
-    def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
-        return state["w"]
+    def _weigh(self, given: Given, gram: Tensor) -> Tensor:
+        assert self._state is not None
+        return self._state["w"]

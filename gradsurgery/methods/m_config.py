@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_fraction
-from ._buffered import BufferedMethod, Given, Rows
+from ._buffered import BufferedMethod, Given, Rows, absent
 from .config import ConFIG
 
 
@@ -46,25 +46,17 @@ class MConFIG(BufferedMethod):
     state_names = ("step", "counts", "previous")
     num_terms = 2
 
-    _present: Tensor
-
     def __init__(self, beta: float = 0.9, pref: Sequence[float] | Tensor | None = None) -> None:
         self.beta = check_fraction("beta", beta, one=False)
         self._config = ConFIG(pref)
         self.pref = self._config.pref
 
     def _begin(self, rows: Rows) -> None:
-        """Note which tasks have gradients."""
-        absent = [t for t, row in enumerate(rows) if all(g is None for g in row)]
-        if self._buffers is None and absent:
-            raise ValueError(f"the first step of method {self.name!r} needs gradients of every task, not of {absent}")
-        device = next(g for row in rows for g in row if g is not None).device
-        present = torch.ones(len(rows), dtype=torch.bool, device=device)
-        for t in absent:
-            present[t].fill_(False)  # an assignment would copy from the host
+        if self._buffers is None and (missing := absent(rows)):
+            raise ValueError(f"the first step of method {self.name!r} needs gradients of every task, not of {missing}")
         if self.pref is not None:
+            device = next(g for row in rows for g in row if g is not None).device
             self.pref.on(device, len(rows), self.name)  # raises before anything changes
-        self._present = present
 
     def _initial(self, gram: Tensor) -> dict[str, Tensor]:
         counts = torch.zeros(len(gram), dtype=torch.int64, device=gram.device)
@@ -72,28 +64,29 @@ class MConFIG(BufferedMethod):
 
     def _replace(self, given: Given) -> Rows:
         assert self._state is not None
-        counts = self._state["counts"] + self._present
-        new = torch.where(self._present, (1 - self.beta) / self._total(counts), 0)
+        counts = self._state["counts"] + given.present
+        new = torch.where(given.present, (1 - self.beta) / self._total(counts), 0)
         averages = self._average(given, 1 - new, new)
-        self._keep(step=self._state["step"] + 1, counts=counts)
+        self._keep(given, step=self._state["step"] + 1, counts=counts)
         return averages
 
-    def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
-        return self._config.weights(gram, backend=backend)
+    def _weigh(self, given: Given, gram: Tensor) -> Tensor:
+        return self._config.weights(gram, backend=given.backend)
 
-    def terms(self, rows: Rows, kept: Rows, weights: Tensor, scale: Tensor | None) -> tuple[Rows, Tensor]:
+    def _terms(self, given: Given, kept: Rows, weights: Tensor) -> tuple[Rows, Tensor]:
         """Return the averages and the gradients, of which d is the sum with the weights that come with them."""
-        step, counts, previous = (self._started()[name] for name in self.state_names)
+        assert self._state is not None
+        step, counts, previous = (self._state[name] for name in self.state_names)
         m = self._total(step) * weights
         # m_(k-1) was of averages a' of before; a gradient g moved one to a, with beta a' = r a - (1 - beta) g / b.
         before = torch.where(counts > 1, self._total(counts - 1), 1)
-        ratio = torch.where(self._present, self._total(counts) / before, self.beta)
+        ratio = torch.where(given.present, self._total(counts) / before, self.beta)
         of_averages = (m - ratio * previous) / (1 - self.beta)
         of_gradients = previous / before
-        self._keep(previous=m)
-        if scale is not None:
-            of_averages = of_averages * scale.double()
-        return [*kept, *rows], torch.cat([of_averages, of_gradients])
+        self._keep(given, previous=m)
+        if given.scale is not None:
+            of_averages = of_averages * given.scale.double()
+        return [*kept, *given.rows], torch.cat([of_averages, of_gradients])
 
     def _total(self, count: Tensor) -> Tensor:
         """Return the sum of an average's factors, 1 - beta^n."""

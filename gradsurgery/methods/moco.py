@@ -51,18 +51,20 @@ class MoCo(BufferedMethod):
     def _replace(self, given: Given) -> Rows:
         assert given.losses is not None
         assert self._state is not None
-        self._finite = self._finite & (given.losses >= 0).all()
+        given.finite = given.finite & (given.losses >= 0).all()
         step = self._state["step"] + 1
         beta = self.beta / step.double().sqrt()
         norms = given.gram.diagonal().sqrt()
         factor = torch.where(norms > 0, beta * given.losses / norms, 0)
         buffers = self._average(given, 1 - beta, factor)
-        self._keep(step=step)
+        self._keep(given, step=step)
         return buffers
 
-    def _weigh(self, gram: Tensor, state: dict[str, Tensor], backend: str | None) -> Tensor:
-        step, w = (state[name] for name in self.state_names)
+    def _weigh(self, given: Given, gram: Tensor) -> Tensor:
+        assert self._state is not None
+        step, w = (self._state[name] for name in self.state_names)
         matrix = gram + self.rho * torch.eye(len(w), dtype=w.dtype, device=w.device)
         # The step's length is on the device.
-        self._keep(w=simplex_steps(self.gamma / step.double().sqrt() * matrix, w, 1.0, 0.0, 1, backend))
+        moved = simplex_steps(self.gamma / step.double().sqrt() * matrix, w, 1.0, 0.0, 1, given.backend)
+        self._keep(given, w=moved)
         return w
