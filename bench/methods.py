@@ -24,12 +24,10 @@ from .cases import task_gradients
 from .exact import direction_error, exact_gram
 from .tables import print_rows, print_targets, provenance, store
 from .targets import Target
-from .timing import OURS, Case, Clock
+from .timing import OURS, PCGRAD, Case, Clock
 
 RESULTS = Path(__file__).parent / "results" / "cpu-methods.json"
 METHODS = [name for name in gs.methods.available() if gs.methods.get(name).needs.startswith("G")]
-PCGRAD = "gradsurgery pcgrad"
-"""What every method's whole aggregation is held to."""
 TASKS = (2, 8, 32, 64)
 SIZE = 10**7
 TARGETS = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Write the README's figures and plots from the stored results: ``python -m bench.report``.
+"""Write figures and plots of README and NOTES.md from the stored results: ``python -m bench.report``.
 
 With ``--check`` nothing is written, and what disagrees with the stored results is an error.
 """
@@ -21,14 +21,23 @@ from matplotlib.figure import Figure
 from . import plots
 from .gpu_targets import judge
 from .gpu_timing import Row
+from .report_notes import methods_table, steps_table
 from .timing import ALLOCATING, MIN_ROUNDS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-CPU, CPU_STEPS, GPU, GPU_PEERS, STEPS = (
+CPU, CPU_STEPS, CPU_METHODS, GPU, GPU_PEERS, STEPS = (
     RESULTS / f"{name}.json"
-    for name in ("cpu-peers", "step-cpu", "gpu-stages-nvidia-h200", "gpu-peers-nvidia-h200", "step-nvidia-h200")
+    for name in (
+        "cpu-peers",
+        "step-cpu",
+        "cpu-methods",
+        "gpu-stages-nvidia-h200",
+        "gpu-peers-nvidia-h200",
+        "step-nvidia-h200",
+    )
 )
+OTHER_CPU = RESULTS / "cpu-peers-intel-xeon.json"
 MARK = "results: none yet"
 """What stands in a plot in place of its mark."""
 SHOWN = [(2, 10**5), (2, 10**6), (8, 10**6), (2, 10**7), (8, 10**7), (32, 10**7)]
@@ -81,8 +90,22 @@ def cpu_section(run: dict[str, Any]) -> str:
         "All rows, with spreads, bfloat16 and errors:",
         "[bench/results/cpu-peers.json](bench/results/cpu-peers.json). How they are taken:",
         "[bench/NOTES.md](bench/NOTES.md).",
+        "",
+        *_on_another(json.loads(OTHER_CPU.read_text())),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _on_another(run: dict[str, Any]) -> list[str]:
+    """Return what a run on another processor says of the largest case."""
+    case = [row for row in run["rows"] if (row["stage"], row["tasks"], row["size"]) == ("pcgrad", 8, 10**7)]
+    medians = {row["contender"]: row["median_ms"] for row in case if row["dtype"] == "float32"}
+    torchjd, common = (medians[name] / medians["gradsurgery"] for name in ("torchjd", "pytorch_optimizer"))
+    return [
+        f"Factors depend on the machine: on {run['machine']['cpu']} torchjd takes {torchjd:.1f}x and pytorch_optimizer",
+        f"{common:.0f}x the time of PCGrad at T = 8, N = 1e7",
+        f"([{OTHER_CPU.name}]({OTHER_CPU.relative_to(ROOT)}), commit {run['commit'][:12]}).",
+    ]
 
 
 def cpu_steps_section(run: dict[str, Any]) -> str:
@@ -210,12 +233,19 @@ def steps_section(run: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-SECTIONS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
-    "benchmark": (CPU, cpu_section),
-    "cpu-steps": (CPU_STEPS, cpu_steps_section),
-    "gpu": (GPU, gpu_section),
-    "gpu-peers": (GPU_PEERS, gpu_peers_section),
-    "steps": (STEPS, steps_section),
+Section = tuple[Path, Callable[[dict[str, Any]], str]]
+SECTIONS: dict[str, dict[str, Section]] = {
+    "README.md": {
+        "benchmark": (CPU, cpu_section),
+        "cpu-steps": (CPU_STEPS, cpu_steps_section),
+        "gpu": (GPU, gpu_section),
+        "gpu-peers": (GPU_PEERS, gpu_peers_section),
+        "steps": (STEPS, steps_section),
+    },
+    "bench/NOTES.md": {
+        "methods": (CPU_METHODS, methods_table),
+        "step-table": (CPU_STEPS, steps_table),
+    },
 }
 PLOTS: dict[str, tuple[Path, Callable[[dict[str, Any]], Figure]]] = {
     "docs/bandwidth.svg": (GPU, plots.bandwidth),
@@ -223,9 +253,9 @@ PLOTS: dict[str, tuple[Path, Callable[[dict[str, Any]], Figure]]] = {
 }
 
 
-def with_sections(text: str) -> str:
-    """Return the README's text with the sections that the stored results yield."""
-    for name, (source, section) in SECTIONS.items():
+def with_sections(text: str, sections: dict[str, Section]) -> str:
+    """Return a page's text with the sections that the stored results yield."""
+    for name, (source, section) in sections.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         before, rest = text.split(begin)
         text = before + begin + section(json.loads(source.read_text())) + end + rest.split(end)[1]
@@ -239,8 +269,8 @@ def digest(source: Path, text: str) -> str:
 
 def differences(root: Path) -> list[str]:
     """Return what in this folder does not agree with the stored results."""
-    readme = (root / "README.md").read_text()
-    found = [] if with_sections(readme) == readme else ["README.md"]
+    pages = {page: (root / page).read_text() for page in SECTIONS}
+    found = [page for page, text in pages.items() if with_sections(text, SECTIONS[page]) != text]
     for name, (source, _) in PLOTS.items():
         text = (root / name).read_text() if (root / name).exists() else ""
         mark = re.search(r"results: ([0-9a-f]+)", text)
@@ -250,9 +280,9 @@ def differences(root: Path) -> list[str]:
 
 
 def write(root: Path) -> None:
-    """Write the README's sections and the plots."""
-    readme = root / "README.md"
-    readme.write_text(with_sections(readme.read_text()))
+    """Write the pages' sections and the plots."""
+    for page, sections in SECTIONS.items():
+        (root / page).write_text(with_sections((root / page).read_text(), sections))
     for name, (source, plot) in PLOTS.items():
         file = io.StringIO()
         plot(json.loads(source.read_text())).savefig(file, format="svg", metadata={"Date": None, "Description": MARK})

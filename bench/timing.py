@@ -16,6 +16,8 @@ from .turns import Foresight, take_turns
 
 OURS = "gradsurgery"
 ALLOCATING = "gradsurgery, no out="
+PCGRAD = "gradsurgery pcgrad"
+"""What every other method's whole aggregation is held to."""
 FLOOR = "J.sum()"
 """The time of one read of the gradients."""
 MM = "torch.mm(J, J.T)"

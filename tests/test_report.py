@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""README's figures and plots follow from the stored results."""
+"""Figures and plots of README and NOTES.md follow from the stored results."""
 
 import json
 import shutil
@@ -17,10 +17,11 @@ README = (ROOT / "README.md").read_text()
 
 def test_figures_and_plots_are_what_the_stored_results_say(tmp_path):
     assert report.differences(ROOT) == []
-    for source, _ in report.SECTIONS.values():
+    for source, _ in [section for sections in report.SECTIONS.values() for section in sections.values()]:
         assert not json.loads(source.read_text())["commit"].endswith("-dirty")
-    (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/steps.svg"):
+    for folder in ("docs", "bench"):
+        (tmp_path / folder).mkdir()
+    for name in ("README.md", "docs/steps.svg", "bench/NOTES.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "README.md").write_text(README.replace("| 2 | float32 | 2", "| 2 | float32 | 1"))
     assert report.differences(tmp_path) == ["README.md", "docs/bandwidth.svg"]
@@ -28,6 +29,9 @@ def test_figures_and_plots_are_what_the_stored_results_say(tmp_path):
     for text in (steps.read_text().replace("resnet", "resnet-18"), (ROOT / "docs/bandwidth.svg").read_text()):
         steps.write_text(text)
         assert report.differences(tmp_path) == ["README.md", *report.PLOTS]
+    notes = tmp_path / "bench/NOTES.md"
+    notes.write_text(notes.read_text().replace("| `upgrad` | ", "| `upgrad` | 1"))
+    assert report.differences(tmp_path) == ["README.md", "bench/NOTES.md", *report.PLOTS]
     report.write(tmp_path)
     assert report.differences(tmp_path) == []
     assert (tmp_path / "README.md").read_text() == README

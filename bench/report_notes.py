@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""The tables of NOTES.md that report.py writes from stored results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .step_contenders import COMMON, ONE_BY_ONE, PLAIN
+from .timing import OURS, PCGRAD
+
+MODELS = {
+    "rl": "10 tasks with batches of their own, 3 x 400 hidden",
+    "resnet": "ResNet-18 of width 16, 10 binary heads",
+    "scene": "encoder-decoder, 3 tasks",
+    "transformer": "2 layers, 4 text domains, all parameters shared",
+}
+STEPS = {
+    "sum of losses": (PLAIN,),
+    "ours, sequential": ("pcgrad, sequential",),
+    "ours, features and batched": ("pcgrad, features, batched", "pcgrad, batched"),
+    "pytorch_optimizer": (COMMON,),
+    "torchjd": ("torchjd PCGrad",),
+    "torchjd, one by one": (ONE_BY_ONE,),
+}
+"""Contenders by column, the first that a model has."""
+
+
+def methods_table(run: dict[str, Any]) -> str:
+    """Return the table of every Gram method."""
+    medians = {
+        (row["stage"], row["contender"], row["tasks"], row["size"]): row["median_ms"]
+        for row in run["rows"]
+        if row["median_ms"] is not None
+    }
+    counts = sorted({row["tasks"] for row in run["rows"]})
+    lines = [
+        f"On {_where(run)}:",
+        "",
+        f"| method | {' | '.join(f'T = {tasks}' for tasks in counts)} | aggregation |",
+        f"|---|{'--:|' * (len(counts) + 1)}",
+    ]
+    for name, size in dict.fromkeys((row["stage"], row["size"]) for row in run["rows"] if row["size"]):
+        cells = []
+        for tasks in counts:
+            ours, theirs = (medians.get((f"{name} weights", who, tasks, None)) for who in (OURS, "torchjd"))
+            cells.append(f"{ours * 1e3:.3g}" + ("" if theirs is None else f" ({_short(theirs / ours)} x)"))
+        whole, pcgrad = (medians[name, who, 8, size] for who in (OURS, PCGRAD))
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {whole / pcgrad:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def steps_table(run: dict[str, Any]) -> str:
+    """Return the table of whole training steps."""
+    rows = {(row["workload"], row["contender"]): row for row in run["rows"]}
+    lines = [
+        f"On {_where(run)}; milliseconds, in brackets those of surgery:",
+        "",
+        f"| model | {' | '.join(STEPS)} |",
+        f"|---|{'---|' * len(STEPS)}",
+    ]
+    for model, description in MODELS.items():
+        cells = []
+        for contenders in STEPS.values():
+            row = next(rows[model, name] for name in contenders if (model, name) in rows)
+            surgery = row["parts_ms"]["surgery"]
+            cells.append(_short(row["median_ms"]) + (f" ({_short(surgery)})" if surgery else ""))
+        lines.append(f"| {model}: {description} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _where(run: dict[str, Any]) -> str:
+    machine = run["machine"]
+    return f"{machine['threads']} cores of {machine['cpu']}, commit {run['commit'][:12]}, {run['date'][:10]}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
