@@ -43,7 +43,7 @@ def methods_table(run: dict[str, Any]) -> str:
         cells = []
         for tasks in counts:
             ours, theirs = (medians.get((f"{name} weights", who, tasks, None)) for who in (OURS, "torchjd"))
-            cells.append(f"{ours * 1e3:.3g}" + ("" if theirs is None else f" ({_short(theirs / ours)} x)"))
+            cells.append(_short(ours * 1e3) + ("" if theirs is None else f" ({_short(theirs / ours)} x)"))
         whole, pcgrad = (medians[name, who, 8, size] for who in (OURS, PCGRAD))
         lines.append(f"| `{name}` | {' | '.join(cells)} | {whole / pcgrad:.2f} |")
     return "\n".join(lines) + "\n"

@@ -80,7 +80,11 @@ def main() -> int:
     device = torch.device(options.device)
     origin = provenance(device)
     print(f"{origin['machine']}\n{origin['versions']}\ncommit {origin['commit']}")
-    command = " ".join(["python -m bench.step", *sys.argv[1:]])
+    command = "python -m bench.step" + "".join(
+        f" --{name} {value}"
+        for name, value in vars(options).items()
+        if name != "output" and value != parser.get_default(name)
+    )
     output = options.output or (None if options.only else RESULTS)
     rows: list[Row] = []
     for workload in WORKLOADS:
