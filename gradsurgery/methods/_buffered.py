@@ -11,12 +11,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import describe, describe_with_dtype
+from .._checks import describe
 from ..backends.problems import are_finite, is_finite
 from ..combine import combine
 from ..gram import gram
 from ._base import Method
-from ._state import keep_state, making_state, read_losses
+from ._state import check_like, keep_state, making_state, read_losses
 
 Rows = Sequence[Sequence[Tensor | None]]
 Buffers = list[list[Tensor]]
@@ -214,11 +214,7 @@ class BufferedMethod(Method):
         of_each = [[(b.shape, b.dtype) for b in row] for row in kept]
         if not kept or any(row != of_each[0] for row in of_each):
             raise ValueError("buffers must be of the same shapes and dtypes for each task, got others")
-        wanted = self._initial(torch.empty(len(kept), len(kept), dtype=torch.float64, device="cpu"))
-        for name, like in wanted.items():
-            value = state[name]
-            if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
-                raise ValueError(f"{name} must be {describe_with_dtype(like)}, got {describe_with_dtype(value)}")
+        check_like(state, self._initial(torch.empty(len(kept), len(kept), dtype=torch.float64, device="cpu")))
         if self._buffers is not None:
             _check_alike(self._buffers, len(kept), kept[0], self.name)
         if self._buffers and self._state and [b.dtype for b in self._buffers[0]] == [b.dtype for b in kept[0]]:

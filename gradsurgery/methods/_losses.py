@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import check_not_negative, check_number, describe, describe_with_dtype
+from .._checks import check_not_negative, check_number, describe
 from .._constant import constant
 from ..backends import check_name
 from ..backends.problems import are_finite, is_finite
 from ..functional import check_gram
 from ._base import Method
-from ._state import PerTask, keep_state, making_state, read_losses
+from ._state import PerTask, check_like, keep_state, making_state, read_losses
 
 
 class LossMethod(Method):
@@ -105,11 +105,8 @@ class LossMethod(Method):
         first = state[self.state_names[0]]
         if not isinstance(first, Tensor) or not self._losses_shape(first):
             raise ValueError(f"{self.state_names[0]} must be a tensor [..., T], got {describe(first)}")
-        like = self._initial(torch.empty(self._losses_shape(first), dtype=torch.float64, device=first.device))
-        for name, wanted in like.items():
-            value = state[name]
-            if not isinstance(value, Tensor) or value.shape != wanted.shape or value.dtype != wanted.dtype:
-                raise ValueError(f"{name} must be {describe_with_dtype(wanted)}, got {describe_with_dtype(value)}")
+        losses = torch.empty(self._losses_shape(first), dtype=torch.float64, device=first.device)
+        check_like(state, self._initial(losses))
         if self._state is not None and self._state[self.state_names[0]].shape == first.shape:
             for name, value in state.items():
                 self._state[name].copy_(value)

@@ -70,6 +70,14 @@ def check_state(name: str, value: Any, wanted: str = "[..., T]") -> Tensor | Non
     raise ValueError(f"{name} must be a tensor {wanted} in torch.float64, got {describe_with_dtype(value)}")
 
 
+def check_like(state: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a ``state_dict`` has tensors of these shapes and dtypes."""
+    for name, like in wanted.items():
+        value = state[name]
+        if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+            raise ValueError(f"{name} must be {describe_with_dtype(like)}, got {describe_with_dtype(value)}")
+
+
 def taken_over(own: Tensor | None, value: Tensor | None) -> Tensor | None:
     """Return a state's tensor with that value: itself where the shape allows, as a captured graph reads it."""
     if own is None or value is None or own.shape != value.shape:
