@@ -61,9 +61,9 @@ def cpu_section(run: dict[str, Any]) -> str:
         return f"{ratio:.1f}x" if other["rounds"] >= MIN_ROUNDS else f"about {ratio:.0f}x"
 
     lines = [
-        "From float32 task gradients [T, N] to the direction: the time of one call here, which writes to a given `out`",
-        "as an optimizer's step does, and as multiples of it that of a call without `out=` and the others', which make",
-        "new tensors.",
+        "One call from float32 task gradients [T, N] to the direction. PCGrad and MGDA: the time of gradsurgery, which",
+        "writes to a given `out`, as in an optimizer's step. Other columns, as multiples of it: gradsurgery without",
+        "`out=`, and other implementations. Both make new tensors.",
         "",
         "| T | N | PCGrad | no `out=` | torchjd | pytorch_optimizer | plain loop | MGDA | no `out=` | torchjd |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -158,8 +158,8 @@ def gpu_section(run: dict[str, Any]) -> str:
         return f"{row['median_us']:.0f} ({100 / row['x_floor']:.0f} %)"
 
     lines = [
-        f"On one {run['machine']['name']}, from 300 MB of task gradients [T, N] to PCGrad's direction: microseconds,",
-        "and the time that the bytes need at the bandwidth measured in the same run, as a share of it.",
+        f"Microseconds from 300 MB of task gradients [T, N] to PCGrad's direction on one {run['machine']['name']}. In",
+        "brackets: the share of it that moving the bytes takes at the bandwidth measured in the same run.",
         "`torch.mm + mv` computes products and a sum in the gradients' dtype, and no weights.",
         "",
         f"| T | dtype | {' | '.join(f'`{label}`' for label in plots.LINES.values())} |",
@@ -195,9 +195,9 @@ def gpu_peers_section(run: dict[str, Any]) -> str:
     products = [row for row in run["rows"] if (row["contender"], row["how"]) == (others[0], "graph")]
     least, most = (find(products, key=lambda row: row["x_ours"]) for find in (min, max))
     lines = [
-        f"Whole calls on one {run['machine']['name']}, float32: microseconds of a call among many and of one in a CUDA",
-        "graph, and the others' calls as multiples of the former. `stack + mm + mv` first copies rows into the matrix",
-        "that the others are given, and computes no weights; in graphs it",
+        f"Whole calls on one {run['machine']['name']}, float32, in microseconds: one of many calls in a row, and",
+        "one in a CUDA graph. Other columns: multiples of the time of a call. `stack + mm + mv` first copies rows into",
+        "the matrix that the others are given, and computes no weights; in graphs it",
         f"takes {least['x_ours']:.1f} (T = {least['tasks']}, N = {least['size']:,}, {least['dtype']}) to",
         f"{most['x_ours']:.0f} times as long as PCGrad.",
         "",

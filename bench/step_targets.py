@@ -38,12 +38,12 @@ def _share(workload: str) -> Callable[[Rows], float]:
 # Per device: words, figure, bound, whether the bound is the least.
 TARGETS: dict[str, list[tuple[str, Callable[[Rows], float], float, bool]]] = {
     "cpu": [
-        ("rl: surgery at least 20 x faster than the common wrapper's", _times_common("rl"), 20, True),
+        ("rl: surgery at least 20 x faster than pytorch_optimizer's", _times_common("rl"), 20, True),
         ("rl: a step at most 1 x torchjd's", _step_of_torchjd, 1, False),
     ],
     "cuda": [
         ("rl: surgery at most 0.1 ms", lambda rows: _surgery_ms(rows, "rl"), 0.1, False),
-        ("rl: surgery at least 100 x faster than the common wrapper's", _times_common("rl"), 100, True),
+        ("rl: surgery at least 100 x faster than pytorch_optimizer's", _times_common("rl"), 100, True),
         ("rl: a step at most 1 x torchjd's", _step_of_torchjd, 1, False),
         *(
             (f"{name}: surgery at most 0.03 of the step", _share(name), 0.03, False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What G says about the tasks, for free: norms, cosines, conflicts."""
+"""What follows from G: norms, cosines, conflicts."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ class SurgeryOptimizer(OptimizerWrapper):
       a zero gradient there. Only shared parameters enter G.
 
     In a step of one loss all that it reaches is shared. Parameters that are not the wrapped optimizer's get no
-    ``.grad``. Hooks of parameters run once for each loss, those after the accumulation of gradients not at all (with
-    parameters that are spread over processes, reentrant checkpoints, and inside other functions whose backward calls
-    ``backward`` itself once for each loss, too). Where the method keeps something of each task, every step must have
-    the same tasks in the same order.
+    ``.grad``. Hooks of parameters run once for each loss. Hooks after the accumulation of gradients do not run, except,
+    once for each loss, with sharded parameters, re-entrant checkpoints, and inside functions whose backward calls
+    ``backward`` itself. If the method keeps something of each task, every step must have the same tasks in the same
+    order.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -59,22 +59,21 @@ class SurgeryOptimizer(OptimizerWrapper):
         process_group: the processes that train the model together, each with a batch of its own. Task gradients and
             losses are averaged over them before surgery, as if one process had all batches. None: the default group if
             ``torch.distributed`` is initialised. A group of this process alone averages nothing. Every process must
-            call ``backward`` and ``combine``; if one raises, the others wait until the group's timeout. Where
-            parameters are spread over processes, each combines its own parts: by one pass per loss, which also adds
-            to ``.grad`` of parameters outside the optimizer, and not with GradDrop. Leave it None if ``fully_shard``
-            spreads them, whose hooks average; with tensor parallelism alone it is the processes with the same parts,
-            and None averages nothing.
+            call ``backward`` and ``combine``; if one raises, the others wait until the group's timeout. Sharded
+            parameters: leave it None with ``fully_shard``, whose hooks average. With tensor parallelism alone pass the
+            group of processes with the same parts; None averages nothing. Each process then combines its own parts, by
+            one pass per loss, which also adds to ``.grad`` of parameters outside the optimizer. GradDrop is refused.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
 
     Warns:
-        UserWarning: shared parameters are trained by one loss alone, and another gives gradients of zeros, as where one
-            stack, compiled function or re-entrant checkpoint yields what several losses are computed from; pass
-            ``shared``. The first step looks for such gradients, on the host. So does the second, if they were of one
-            loss only, and later ones whose losses depend on functions in Python that are new. Or no loss depends on any
-            of the parameters. Or two ``step()`` came before any surgery.
+        UserWarning: one loss alone trains a shared parameter, and another loss gives it gradients of zeros: pass
+            ``shared``. This happens where several losses are computed from one stack, compiled function or re-entrant
+            checkpoint. The first step looks for such gradients, on the host; so do the second, if only one loss gave
+            them, and later steps whose losses depend on new functions in Python.
+        UserWarning: no loss depends on any of the parameters, or two ``step()`` came before any surgery.
     """
 
     def __init__(
@@ -190,10 +189,10 @@ class SurgeryOptimizer(OptimizerWrapper):
 
         Surgery on accumulated gradients differs from accumulating the results of surgery on each micro-batch, which
         is what several ``backward`` calls do. ``scaler.update()`` belongs after the step, not between micro-batches.
-        Methods of several independent batches (``num_batches``) take each call's as one of them instead of a sum.
-        Arguments and errors are those of :meth:`backward`; but None stands for the loss of a task that another call
-        has, so that each task's graph can be freed before the next one's is made. Where passes return gradients in the
-        same memory, a RuntimeError, what was collected before is forgotten, for they may have written over it.
+        For methods of several independent batches (``num_batches``) each call is one of these batches; nothing is
+        summed. Arguments and errors are those of :meth:`backward`, except that None stands for the loss of a task that
+        another call has: each task's graph can then be freed before the next one's is made. An ``OverwrittenError``
+        also forgets what was collected before, for the passes may have written over it.
         """
         # With several batches, a call's tasks are those of its batch.
         partial = self.method.takes_absent or self.method.num_batches == 1

@@ -28,11 +28,11 @@ def with_value(attribute, *values):
 
 
 HELD = (
-    "not if l2, loss or loss+ with original",
-    "but for reg_eps",
-    "T = 2",
+    'if normalization="none" or combine="normalized"',
+    "up to reg_eps",
+    "if T = 2",
     "if independent",
-    "where not stationary",
+    "if not Pareto-stationary",
 )
 
 
@@ -57,7 +57,7 @@ def test_the_page_is_what_the_classes_say():
     ],
 )
 def test_conflicts_with_no_task(name, options, tasks):
-    if methods.get(name).non_conflicting == "T = 2" and tasks > 2:
+    if methods.get(name).non_conflicting == "if T = 2" and tasks > 2:
         pytest.skip("for two tasks only")
     losses = torch.linspace(0.5, 1.5, tasks, dtype=torch.float64)
     for seed in range(5):
@@ -74,11 +74,11 @@ def test_mgda_with_original_gradients_may_conflict(normalization):
 
 
 def test_every_claim_is_known():
-    assert set(NAMES) == set(with_value("non_conflicting", "no", *HELD, "c >= 1", "tau = 0, without opposites"))
-    assert set(NAMES) == set(with_value("linear", True, False, "but for reg_eps"))
+    assert set(NAMES) == set(with_value("non_conflicting", "no", *HELD, "if c >= 1", "if tau = 0, without opposites"))
+    assert set(NAMES) == set(with_value("linear", True, False, "up to reg_eps"))
 
 
-@pytest.mark.parametrize("name", with_value("linear", True, "but for reg_eps"))
+@pytest.mark.parametrize("name", with_value("linear", True, "up to reg_eps"))
 def test_linear_in_factors_on_the_gradients(name):
     rows, a, b = conflicting(5, 1), 0.3, 1.7
     first, second = (0.5 + normal(1, 5, seed=s)[0].abs()[:, None] for s in (3, 4))

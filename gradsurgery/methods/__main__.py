@@ -30,36 +30,42 @@ _TEXT = """\
 Written by `python -m gradsurgery.methods` from the classes; the README says what each method does, the docstrings give
 equations, conventions, options and sources.
 
+## Where to begin
+
+As far as properties tell:
+
+* Try `sum` first. It takes one backward pass, and surgery does not always improve accuracy.
+* `pcgrad` changes least: where no two tasks conflict d is the sum, so that the learning rate may stay as it is.
+* If no task may get worse, to first order: `upgrad`, `dualproj` or `mgda`.
+* If losses have different units: `nash_mtl`, `config` (for independent gradients), or, with positive losses and one
+  backward pass, `famo`, `gls`, `scale_invariant` or `stch`. A factor on a loss, the same at all steps, does not turn
+  their directions. It may reverse the direction of `imtl_g`, whose equal projections may be negative.
+* If one task matters, and the others are to make some progress: `pcd`.
+* If some of many tasks may bring corrupt gradients: `krum`, `trimmed_mean` or `coordinate_median`.
+
+Not here: EPO and PMGDA. They solve a linear program at each step, and there is no solver for it on the device.
+
+## Properties
+
 * *options*: with their defaults; `pref=None` weighs all tasks alike.
 * *scale*: what the direction is like for orthogonal task gradients of equal length: their sum (`graddrop`: on
   average), their mean, or the weights' own convention.
-* *conflicts with no task*: whether no task gradient has a negative product with the direction.
-* *linear*: whether the direction is linear in factors a_t > 0 on the task gradients that are the same at all steps.
+* *conflicts with no task*: whether no task gradient has a negative product with the direction, or when: symbols as in
+  the docstring; "up to reg_eps": but for the ridge.
+* *linear*: with each task gradient multiplied by a factor a_t > 0, fixed over the steps: whether d is linear in them.
 * *state*: what `state_dict` holds, with default options.
-* *fixed tasks*: whether every step must have the first one's tasks, because the state holds something for each.
-  Options that hold a number for each task have that effect, too.
-* *random*: numbers that are a function of a seed and of the step, the same on every rank; no global generator is read.
+* *fixed tasks*: whether every step must have the tasks of the first one, because the state holds something for each
+  task. Options with one number per task, such as `pref`, also fix them.
+* *random*: whether it draws random numbers. They depend on a seed and the step alone: the same on every rank, and no
+  global generator is read.
 * *weighs heads*: whether w_t also multiplies the gradients of parameters that only loss t reaches.
 * `granularity="per_group"` and `"per_tensor"` are for methods that weigh no heads and keep no buffers.
 * *backward passes*: of `SurgeryOptimizer.backward` for T losses.
 * *cost*: operations on one T x T problem, beside the passes over the gradients.
 
 No method reads a value on the host: G, weights and state stay on the gradients' device. `tests/test_properties.py`
-holds the plain PyTorch of each to that; `tests/test_cuda.py` holds the CUDA kernels to it, and to capture of whole
-steps in CUDA graphs, which has run on a GPU for `pcgrad`, `mgda` and `gradnorm` so far.
-
-Not here: EPO and PMGDA, which solve a linear program at each step, for which there is no solver on the device.
-
-Where to begin, as far as properties tell:
-
-* Try `sum` first. It takes one backward pass, and surgery does not always improve accuracy.
-* `pcgrad` changes least: where no two tasks conflict d is the sum, so that the learning rate may stay as it is.
-* If no task may get worse, to first order: `upgrad`, `dualproj` or `mgda`.
-* If losses have different units: `nash_mtl`, or `config` of independent gradients, and with one backward pass `famo`,
-  `gls`, `scale_invariant` or `stch`, for positive losses. Factors on the losses, from the first step on, do not turn
-  their directions. They may reverse that of `imtl_g`, whose equal projections may be negative.
-* If one task matters, and the others are to make some progress: `pcd`.
-* If some of many tasks may bring corrupt gradients: `krum`, `trimmed_mean` or `coordinate_median`.
+checks this for the plain PyTorch of each method, `tests/test_cuda.py` for the CUDA kernels. The latter also captures
+whole steps in CUDA graphs, on a GPU so far for `pcgrad`, `mgda` and `gradnorm`.
 
 """
 

@@ -19,9 +19,9 @@ class CAGrad(SolverMethod):
 
     Conventions: where the gradients are Pareto-stationary in the ball, g_x = 0, several directions solve the problem,
     and the one nearest to g_0 is taken, shortened to the ball where rounding of G leads out of it (TorchJD returns
-    zeros, also for any gradients of sum |g_t|^2 < 1e-4). d conflicts with no task where c >= 1, except, where the
-    gradients are Pareto-stationary, with those below 1e-3 of the longest one's length, and where d is all but 0 and so
-    a matter of rounding; c = 0 is the mean.
+    zeros, also for any gradients of sum |g_t|^2 < 1e-4). With c >= 1 d conflicts with no task, with two exceptions:
+    for Pareto-stationary gradients it may conflict with those below 1e-3 of the longest one's length, and a d of
+    almost 0 is a matter of rounding. c = 0 is the mean.
     Scale: 1 + c times a mean over tasks, times the factor of ``rescale``. No state. Cost: O(T^3).
 
     Args:
@@ -31,7 +31,7 @@ class CAGrad(SolverMethod):
 
     name = "cagrad"
     scale = "mean, times 1 + c"
-    non_conflicting = "c >= 1"
+    non_conflicting = "if c >= 1"
     cost = "T^3"
 
     def __init__(self, c: float = 0.5, rescale: int = 0) -> None:

@@ -28,7 +28,7 @@ class DualProj(SolverMethod):
 
     name = "dualproj"
     scale = "mean"
-    non_conflicting = "but for reg_eps"
+    non_conflicting = "up to reg_eps"
     cost = "T^3"
 
     def __init__(self, pref: Sequence[float] | Tensor | None = None, reg_eps: float = 1e-4) -> None:

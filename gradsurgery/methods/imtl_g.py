@@ -13,10 +13,10 @@ class IMTLG(SolverMethod):
     c = pinv(K) 1, w_t = (c_t / |g_t|) / sum_k (c_k / |g_k|).
 
     Conventions: eigenvalues of K up to T 2^-23 of the largest one, float32's rounding, count as 0; for dependent
-    gradients the projections are equal in the sense of least squares, with the pseudo-inverse of K, which does not
-    depend on the gradients' lengths (TorchJD takes that of G). Weights may be negative, and so
-    may the projections: d then conflicts with every task, and with other lengths of the same gradients with none. Where
-    the weights sum to 0 but for rounding, as for opposite gradients, they are all 0; so is that of a zero gradient.
+    gradients the projections are equal in the sense of least squares, by the pseudo-inverse of K, which does not depend
+    on the gradients' lengths (TorchJD takes that of G). Weights may be negative. If the projections are, d conflicts
+    with every task; the same gradients at other lengths may give a d that conflicts with none. Where the weights sum to
+    0 but for rounding, as for opposite gradients, all are 0. A zero gradient has weight 0.
     Scale: sums to 1. No state. Cost: O(T^3).
     """
 

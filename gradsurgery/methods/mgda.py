@@ -33,7 +33,7 @@ class MGDA(Method):
 
     name = "mgda"
     scale = "sums to 1"
-    non_conflicting = "not if l2, loss or loss+ with original"
+    non_conflicting = 'if normalization="none" or combine="normalized"'
     cost = "T^3"
 
     def __init__(

@@ -13,13 +13,13 @@ class NashMTL(SolverMethod):
     (G w)_t = 1 / w_t, w > 0: every task gains by d in proportion to the inverse of its weight. Then d is shortened to
     |d| <= max_norm.
 
-    Conventions: solved to rounding at each step by Newton's method on the convex function whose minimum w is, with a
-    ridge of 1e-12 on the cosines, or of T 2^-23, 8 times that and so on where G was rounded so that the function is not
-    convex with less; other implementations iterate a few convex-concave steps from the last w. |d|^2 is the number of
-    gradients that are not zero before d is shortened, whatever their scale. It is measured by w^T G w, so that where
-    gradients nearly cancel |d| may exceed max_norm by G's rounding: many times over where 16-bit gradients cancel to
-    1e-4 of their length. A zero gradient gets weight 0; where gradients are Pareto-stationary and no solution exists,
-    the ridge's is returned, whose d is about 0.
+    Conventions: solved to rounding at each step: w is the minimum of a convex function, found by Newton's method with a
+    ridge of 1e-12 on the cosines. If rounding of G leaves the function not convex, the ridge is T 2^-23, then 8 times
+    that and so on. (Other implementations iterate a few convex-concave steps from the last w.) Before d is shortened,
+    |d|^2 is the number of gradients that are not zero, whatever their scale. |d| is measured by w^T G w, and may exceed
+    max_norm by G's rounding where gradients nearly cancel: many times over where 16-bit gradients cancel to 1e-4 of
+    their length. A zero gradient gets weight 0. Where gradients are Pareto-stationary and no solution exists, the
+    ridge's solution is returned, with d about 0.
     Scale: |d| = min(max_norm, sqrt(T)); scaling all gradients does not change d. No state. Cost: O(T^3).
 
     Args:
@@ -28,7 +28,7 @@ class NashMTL(SolverMethod):
 
     name = "nash_mtl"
     scale = "norm max_norm"
-    non_conflicting = "where not stationary"
+    non_conflicting = "if not Pareto-stationary"
     cost = "T^3"
 
     def __init__(self, max_norm: float = 1.0) -> None:

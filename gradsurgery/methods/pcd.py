@@ -42,7 +42,7 @@ class PCD(Method):
     name = "pcd"
     state_by_problem = True
     scale = "as long as g_1"
-    non_conflicting = "tau = 0, without opposites"
+    non_conflicting = "if tau = 0, without opposites"
     cost = "T^3"
 
     def __init__(self, tau: float | Sequence[float] | Tensor = 0.02, beta: float = 0.999) -> None:

@@ -28,7 +28,7 @@ class PCGrad(SteppedMethod):
 
     name = "pcgrad"
     scale = "sum"
-    non_conflicting = "T = 2"
+    non_conflicting = "if T = 2"
     linear = True
     cost = "T^3"
 

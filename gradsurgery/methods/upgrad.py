@@ -31,8 +31,8 @@ class UPGrad(SolverMethod):
 
     name = "upgrad"
     scale = "mean"
-    non_conflicting = "but for reg_eps"
-    linear = "but for reg_eps"
+    non_conflicting = "up to reg_eps"
+    linear = "up to reg_eps"
     cost = "T^4"
 
     def __init__(self, pref: Sequence[float] | Tensor | None = None, reg_eps: float = 1e-4) -> None:
