@@ -12,6 +12,7 @@ import io
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ MARK = "results: none yet"
 SHOWN = [(2, 10**5), (2, 10**6), (8, 10**6), (2, 10**7), (8, 10**7), (32, 10**7)]
 GPU_SHOWN = [("pcgrad", tasks, size) for size in (10**5, 10**7) for tasks in (2, 8, 32)]
 GPU_SHOWN += [(method, 8, 10**5) for method in ("mgda", "upgrad", "cagrad")]
+
+
+def _wrapped(lines: list[str]) -> str:
+    """Return Markdown with lines of prose of at most 120 characters."""
+    prose = textwrap.TextWrapper(120, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if line.startswith("|") else prose.fill(line) for line in lines) + "\n"
 
 
 def cpu_section(run: dict[str, Any]) -> str:
@@ -93,7 +100,7 @@ def cpu_section(run: dict[str, Any]) -> str:
         "",
         *_on_another(json.loads(OTHER_CPU.read_text())),
     ]
-    return "\n".join(lines) + "\n"
+    return _wrapped(lines)
 
 
 def _on_another(run: dict[str, Any]) -> list[str]:
@@ -140,7 +147,7 @@ def cpu_steps_section(run: dict[str, Any]) -> str:
         f"[{CPU_STEPS.relative_to(ROOT)}]({CPU_STEPS.relative_to(ROOT)}). The models:",
         "[bench/NOTES.md](bench/NOTES.md#whole-training-steps).",
     ]
-    return "\n".join(lines) + "\n"
+    return _wrapped(lines)
 
 
 def gpu_section(run: dict[str, Any]) -> str:
@@ -181,7 +188,7 @@ def gpu_section(run: dict[str, Any]) -> str:
         "",
         "![Share of the bandwidth over the size of the gradients](docs/bandwidth.svg)",
     ]
-    return "\n".join(lines) + "\n"
+    return _wrapped(lines)
 
 
 def gpu_peers_section(run: dict[str, Any]) -> str:
@@ -219,7 +226,7 @@ def gpu_peers_section(run: dict[str, Any]) -> str:
         f"{run['commit'][:12]}, {run['date'][:10]}:",
         f"[{GPU_PEERS.relative_to(ROOT)}]({GPU_PEERS.relative_to(ROOT)}).",
     ]
-    return "\n".join(lines) + "\n"
+    return _wrapped(lines)
 
 
 def steps_section(run: dict[str, Any]) -> str:
@@ -230,7 +237,7 @@ def steps_section(run: dict[str, Any]) -> str:
         "",
         "![Time of training steps, split into forward, backward, surgery and optimizer](docs/steps.svg)",
     ]
-    return "\n".join(lines) + "\n"
+    return _wrapped(lines)
 
 
 Section = tuple[Path, Callable[[dict[str, Any]], str]]
