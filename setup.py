@@ -44,15 +44,16 @@ def choose_build() -> str:
     if wanted == "none":
         return "none"
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError:
         sys.exit(NO_TORCH)
     why_not = {"cpu": complaint(), "cuda": complaint() or why_not_cuda()}
     if why_not["cpu"] and "CXX" in os.environ:
         sys.exit(f"gradsurgery: $CXX is of no use: {why_not['cpu']}")
     if wanted == "auto":
-        if why_not["cpu"]:
-            print(f"gradsurgery: {why_not['cpu']}", file=sys.stderr)
+        # Who has a torch for the CPU alone expects no CUDA kernels.
+        if reason := why_not["cpu"] or (torch.version.cuda and why_not["cuda"]):
+            print(f"gradsurgery: {reason}", file=sys.stderr)
         return next((build for build in ("cuda", "cpu") if not why_not[build]), "none")
     if why_not[wanted]:
         sys.exit(f"GRADSURGERY_BUILD={wanted} cannot be met: {why_not[wanted]}")
@@ -65,7 +66,8 @@ def compiler() -> list[str]:
 
 def complaint(header: str = "cstdint", *flags: str) -> str:
     """Why the compiler does not compile a file that includes a header; empty if it does."""
-    command = [*compiler(), "-std=c++20", *flags, "-fsyntax-only", "-x", "c++", "-"]
+    given = [flag for name in ("CPPFLAGS", "CXXFLAGS") for flag in os.environ.get(name, "").split()]
+    command = [*compiler(), "-std=c++20", *given, *flags, "-fsyntax-only", "-x", "c++", "-"]
     try:
         tried = subprocess.run(command, input=f"#include <{header}>\n", text=True, capture_output=True)
     except OSError:
@@ -84,18 +86,18 @@ def openmp_flags() -> list[str]:
 
 def why_not_cuda() -> str:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
+    from torch.utils.cpp_extension import include_paths
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if nvcc() is None:
         return "no nvcc was found, in $CUDA_HOME or elsewhere"
     said = subprocess.run([nvcc(), "--version"], text=True, capture_output=True).stdout
-    release = re.search(r"release (\d+)\.\d+", said)
-    if release is None or release[1] != torch.version.cuda.split(".")[0]:
-        return f"{nvcc()} is of CUDA {release[0] if release else '(unknown)'}, torch of CUDA {torch.version.cuda}"
+    release = re.search(r"release ((\d+)\.\d+)", said)
+    if release is None or release[2] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc()} is of CUDA {release[1] if release else '(unknown)'}, torch of CUDA {torch.version.cuda}"
     # Where nvcc is a link or a script, torch may take another folder for the toolkit's.
-    return complaint("cuda_runtime_api.h", f"-I{CUDA_HOME}/include")
+    return complaint("cuda_runtime_api.h", *(f"-I{path}" for path in include_paths("cuda")))
 
 
 def nvcc() -> str | None:

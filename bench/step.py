@@ -85,7 +85,8 @@ def main() -> int:
         for name, value in vars(options).items()
         if name != "output" and value != parser.get_default(name)
     )
-    output = options.output or (None if options.only else RESULTS)
+    is_trial = options.only is not None or options.seconds != parser.get_default("seconds")
+    output = options.output or (None if is_trial else RESULTS)
     rows: list[Row] = []
     for workload in WORKLOADS:
         if options.only in (None, workload.name):

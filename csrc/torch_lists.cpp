@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/COW.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -328,7 +329,8 @@ std::optional<bool> shares_memory(pybind11::handle rows) {
     for (const Items& row : each) {
       if (row.data[p] == Py_None) continue;
       const Tensor* const tensor = plain_tensor(row.data[p]);
-      if (!tensor) return std::nullopt;
+      // Copies on write have the address of the others until they are written to.
+      if (!tensor || c10::impl::cow::is_cow_data_ptr(tensor->storage().data_ptr())) return std::nullopt;
       if (tensor->numel() > 0) addresses.push_back(tensor->const_data_ptr());
     }
     std::sort(addresses.begin(), addresses.end(), std::less<>());

@@ -16,7 +16,7 @@ def check_number(name: str, value: Any) -> float:
     if type(value) in (float, int):  # torch.compile traces no more than this
         return float(value)
     try:
-        if isinstance(value, (str, bool)):
+        if isinstance(value, (str, bool)) or str(getattr(value, "dtype", "")).endswith("bool"):
             raise TypeError
         return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
@@ -65,10 +65,10 @@ def check_word(name: str, value: Any) -> int:
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """Return the choice that the value equals; ValueError unless there is one."""
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):  # an array may equal several
-        for choice in choices:
-            if value == choice:
-                return choice
+    given = value if isinstance(value, (str, float)) else as_integer(value)
+    for choice in choices:
+        if given == choice:
+            return choice
     raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 

@@ -199,5 +199,5 @@ def backward_once(
         collected.warn_of_nothing(stacklevel=5)
         with torch.no_grad():
             add_all(processes.average_gradients(collected), processes, backend)
-    planner.remember_tasks(collected.tasks)
+    planner.remember_tasks(collected.tasks, collected.losses.device)
     return SurgeryInfo(collected.tasks, None, found[0])

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._checks import check_choice, describe, list_of
+from ._compiling import capturing
 from ._shards import Shards
 from .collect import Collected
 from .methods import Method
@@ -128,7 +131,8 @@ class Planner:
 
     def __init__(self, method: Method, named: Iterable[Tensor] | None, granularity: str) -> None:
         self.method = method
-        self._by_task: bool | None = None  # not known before a step, which may turn a number into a state for each task
+        self._by_task = method.tells_tasks_apart
+        self._looks = 0  # at the state after steps, which may have turned a number into one for each task
         self.named = None if named is None else list_of(named, "shared")
         self.granularity = granularity
         self._plan: Plan | None = None  # that of the last step
@@ -171,7 +175,7 @@ class Planner:
         """Raise ValueError unless what ``state_dict`` returned, but for the method's own state, can be restored."""
         for name in ("shared", "blocks"):
             places = state.get(name, [])
-            if not isinstance(places, list) or not all(isinstance(place, int) for place in places):
+            if not isinstance(places, (list, tuple)) or not all(isinstance(place, int) for place in places):
                 raise ValueError(f"{name} must be a list of places, got {describe(places)}")
             of_parameters = name == "shared" or self.granularity == "per_tensor"
             if of_parameters and not set(places) <= set(range(num_parameters)):
@@ -197,10 +201,12 @@ class Planner:
                 f"each: had {self._tasks}, got {tasks}"
             )
 
-    def remember_tasks(self, tasks: list[str]) -> None:
-        """Take note of the tasks of a step that is done."""
-        if self._by_task is None:
-            self._by_task = self.method.tells_tasks_apart
+    def remember_tasks(self, tasks: list[str], device: torch.device | None = None) -> None:
+        """Take note of the tasks of an update, or of a step that is done on a device."""
+        if device is not None and not self._by_task and self._looks < 2 and not capturing(device):
+            self._looks += 1
+            with suppress(Exception):  # of a user's method, whose step is done
+                self._by_task = self.method.tells_tasks_apart
         if self._by_task:
             self._tasks = tasks
 
@@ -248,7 +254,7 @@ class Planner:
     def remember(self, plan: Plan, collected: Collected) -> None:
         """Take note of a step that is done: of its plan, and of what the method keeps."""
         self._plan = plan
-        self.remember_tasks(collected.tasks)
+        self.remember_tasks(collected.tasks, collected.losses.device)
         if not plan.shared:
             return
         if self.method.state_by_problem:

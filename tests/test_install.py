@@ -113,7 +113,7 @@ def with_cuda(monkeypatch, folder, release="13.0", header="cuda_runtime_api.h"):
         f"include/{header}": "",
     }.items():
         path = folder / name
-        path.parent.mkdir()
+        path.parent.mkdir(parents=True)
         path.write_text(text)
         path.chmod(0o755)
 
@@ -158,7 +158,7 @@ def as_it_is(monkeypatch, folder):
         (without_torch, "auto", "pip install --no-build-isolation ."),
         (without_cuda, "cuda", "is built without CUDA"),
         (without_nvcc, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: no nvcc"),
-        (with_older_cuda, "cuda", "bin/nvcc is of CUDA release 12.4, torch of CUDA 13.0"),
+        (with_older_cuda, "cuda", "bin/nvcc is of CUDA 12.4, torch of CUDA 13.0"),
         (with_nvcc_alone, "cuda", "does not compile #include <cuda_runtime_api.h>"),
         (without_compiler, "cpu", "GRADSURGERY_BUILD=cpu cannot be met: c++ was not found"),
         (without_compiler, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: c++ was not found"),
@@ -223,6 +223,19 @@ def test_an_editable_install_without_the_extension_removes_an_earlier_one(comman
     monkeypatch.setattr(setuptools, "setup", lambda: None)
     run("none", command, monkeypatch)
     assert [path.name for path in (tmp_path / "gradsurgery").iterdir()] == left
+
+
+def test_the_compiler_is_tried_with_the_flags_that_it_will_get(compiled, monkeypatch, tmp_path):
+    with_cuda(monkeypatch, tmp_path, header="elsewhere/cuda_runtime_api.h")
+    monkeypatch.setenv("CXXFLAGS", f"-I{tmp_path}/include/elsewhere")
+    assert compiled("auto") == "cuda"
+
+
+def test_why_there_will_be_no_cuda_kernels_is_said(monkeypatch, capfd, tmp_path):
+    with_older_cuda(monkeypatch, tmp_path)
+    monkeypatch.chdir(ROOT)
+    run("auto", "--version", monkeypatch)
+    assert "bin/nvcc is of CUDA 12.4, torch of CUDA 13.0\ngradsurgery: compiling cpu" in capfd.readouterr().err
 
 
 @pytest.mark.skipif("cpu" not in USABLE, reason="needs the compiled extension")

@@ -198,6 +198,8 @@ def test_errors():
         weighting("nothing")
     with pytest.raises(ValueError, match="reduction must be one of sum, mean"):
         weighting("pcgrad", reduction="max")
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'gpu'"):
+        weighting("pcgrad", backend="gpu")
     with pytest.raises(ValueError, match="rep_grad must be False, got True"):
         build(weighting("mgda"), rep_grad=True)
     model = build(weighting("mgda"))

@@ -54,6 +54,7 @@ def test_numbers_that_are_traced():
 def test_integers_of_any_kind(integer):
     assert repr(methods.PCGrad(seed=integer(3))) == repr(methods.PCGrad(seed=3))
     assert repr(methods.Krum(num_selected=integer(2))) == repr(methods.Krum(num_selected=2))
+    assert repr(methods.CAGrad(rescale=integer(1))) == repr(methods.CAGrad(rescale=1))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,8 @@ def test_integers_of_any_kind(integer):
     [
         (lambda: methods.CAGrad(c="0.5"), TypeError, "c must be a number, got str '0.5'"),
         (lambda: methods.CAGrad(c=True), TypeError, "c must be a number, got bool True"),
+        (lambda: methods.CAGrad(c=np.bool_(True)), TypeError, "c must be a number, got "),
+        (lambda: methods.CAGrad(c=torch.tensor(True)), TypeError, "c must be a number, got a tensor"),
         (lambda: methods.CAGrad(rescale=True), ValueError, "rescale must be one of 0, 1, 2, got True"),
         (lambda: methods.CAGrad(rescale=torch.ones(2)), ValueError, "rescale must be one of 0, 1, 2, got tensor"),
         (lambda: methods.UPGrad(pref=[]), ValueError, r"pref must be T .*, got \[\]"),
@@ -81,7 +84,7 @@ def test_integers_of_any_kind(integer):
         (lambda: methods.UPGrad(pref="mean"), TypeError, "pref must be T .*, got 'mean'"),
         (lambda: methods.UPGrad(pref=torch.ones(2) * 1j), TypeError, "pref must be T .*, got tensor"),
         (lambda: methods.Constant({"a": 1.0}), TypeError, "task_weights must be T .*, got {'a': 1.0}"),
-        (lambda: methods.UW(initial=float("inf")), ValueError, "initial must be from -700 to 700, got inf"),
+        (lambda: methods.UW(initial=float("inf")), ValueError, "initial must be from -80 to 80, got inf"),
         (lambda: methods.get("PC_Grad"), ValueError, r"got 'PC_Grad' \(did you mean 'pcgrad'\?\)"),
         (lambda: methods.get("x"), ValueError, "got 'x'$"),
         (lambda: methods.get(3), ValueError, "got 3$"),

@@ -42,6 +42,14 @@ class Seeded(methods.PCGrad):
     pass
 
 
+class Local(methods.Method):
+    name = "Local"
+
+
+class OfLocal(Local):
+    pass
+
+
 def wrapped(method):
     net = two_task_net()
     return net, gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
@@ -66,6 +74,7 @@ def test_a_number_that_becomes_a_state_for_each_task():
 
 def test_a_class_without_a_name_is_called_by_its_own():
     assert [c.name for c in (Averaged, Other, Named, Seeded)] == ["Averaged", "Other", "averaged", "pcgrad"]
+    assert OfLocal.name == "Local"
     state = wrapped(Other())[1].state_dict()
     _, optimizer = wrapped(Averaged())
     with pytest.raises(ValueError, match="the state must be that of method 'Averaged', got that of 'Other'"):

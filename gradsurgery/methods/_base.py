@@ -61,6 +61,9 @@ class Method:
     state_by_problem: ClassVar[bool] = False
     """Whether the state has a row for each of several problems, which then must be the same at each step."""
 
+    _named_by_default: ClassVar[bool]
+    """In classes whose name is the class's own, for want of another."""
+
     _takes_backend: ClassVar[bool] = True
     """Whether the class's ``weights`` has the option; that of a user's own method need not."""
 
@@ -90,8 +93,9 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" not in vars(cls) and cls.name in {base.__name__ for base in cls.__mro__}:
-            cls.name = cls.__name__
+        named = next(base for base in cls.__mro__ if "name" in vars(base))
+        if named is Method or "_named_by_default" in vars(named):
+            cls.name, cls._named_by_default = cls.__name__, True
         cls._takes_backend = takes(cls.weights, "backend")
 
     def __repr__(self) -> str:
@@ -124,7 +128,8 @@ class Method:
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the state, under the same keys at all times; empty for a method without.
 
-        The optimizers call it at each step, and :meth:`load_state_dict` after a step that failed.
+        The optimizers call it at each step, and :meth:`load_state_dict` after a step that failed; but methods that keep
+        gradients, which are too large for that, undo the first step only.
         """
         return {}
 

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -22,14 +22,14 @@ Rows = Sequence[Sequence[Tensor | None]]
 Buffers = list[list[Tensor]]
 
 
-@dataclass
+@dataclass(slots=True)
 class Given:
     """What a step was given, and what follows from it."""
 
     rows: Rows
     """T lists of P task gradients, None where there is none; every parameter has one."""
     losses: Tensor | None
-    """[T] float64, where the method needs them."""
+    """[T] float64, where the method needs them; else they do not count."""
     scale: Tensor | None
     """The gradient scaler's factor on ``rows``, []; None: 1."""
     backend: str | None
@@ -39,16 +39,10 @@ class Given:
     """From this process's sums to those over all processes, where gradients are sharded."""
     gram: Tensor
     """G [T, T] of the rows, unscaled."""
+    present: Tensor
+    """Whether each task has a gradient, bool [T]."""
     finite: Tensor
     """Whether gradients and losses are, bool []; else the step leaves the state as it was."""
-
-    @cached_property
-    def present(self) -> Tensor:
-        """Whether each task has a gradient, bool [T]."""
-        present = torch.ones(len(self.rows), dtype=torch.bool, device=self.gram.device)
-        for t in absent(self.rows):
-            present[t].fill_(False)  # an assignment would copy from the host
-        return present
 
 
 class Step(NamedTuple):
@@ -83,6 +77,11 @@ class BufferedMethod(Method):
     _buffers: Buffers | None = None
     _state: dict[str, Tensor] | None = None
 
+    @property
+    def tells_tasks_apart(self) -> bool:
+        """True: buffers are of one task each."""
+        return True
+
     def step(
         self,
         rows: Rows,
@@ -105,7 +104,10 @@ class BufferedMethod(Method):
             losses = read_losses(self.name, losses, products.shape[:-1], products.device)
             finite = finite & are_finite(losses)[0]
         self._prepare(rows, products)
-        given = Given(rows, losses, scale, backend, counted, total, products, finite)
+        present = torch.ones(len(rows), dtype=torch.bool, device=products.device)
+        for t in absent(rows):
+            present[t].fill_(False)  # an assignment would copy from the host
+        given = Given(rows, losses, scale, backend, counted, total, products, present, finite)
         kept = self._replace(given)
         problem = total(gram(kept, segments=segments, backend=backend)[0])
         weights = self._weigh(given, problem)
@@ -165,6 +167,10 @@ class BufferedMethod(Method):
     def _average(self, given: Given, keep: Tensor, factor: Tensor) -> Buffers:
         """Replace each buffer b_t by keep b_t + factor_t g_t, in a finite step; keep is [] or [T], factor [T]."""
         assert self._buffers is not None
+        # What became infinite would stay so. In float16 norms may be infinite where no entry is.
+        largest = [torch.finfo(b.dtype).max / 2 for b in self._buffers[0] if b.dtype != torch.float16]
+        most = min([math.inf, *largest])
+        given.finite = given.finite & (factor * given.gram.diagonal().sqrt() <= most).all()
         if given.scale is not None:
             factor = factor / given.scale.double()
         kept = torch.where(given.finite, keep, 1).expand_as(factor)
@@ -176,10 +182,9 @@ class BufferedMethod(Method):
             [flat, [g for row in given.rows for g in row]], weights, segments=segments, out=flat, backend=given.backend
         )
         if short := [b for b in flat if b.dtype == torch.float16]:
-            # What became infinite would stay so.
-            most = torch.finfo(torch.float16).max
-            torch._foreach_clamp_min_(short, -most)
-            torch._foreach_clamp_max_(short, most)
+            end = torch.finfo(torch.float16).max
+            torch._foreach_clamp_min_(short, -end)
+            torch._foreach_clamp_max_(short, end)
         return self._buffers
 
     def _keep(self, given: Given, **new: Tensor) -> None:

@@ -118,12 +118,12 @@ class LossMethod(Method):
         return first.shape
 
 
-_LARGEST = 700.0
-"""Of s: e^s is then finite, and s can come back."""
+_LARGEST = 80.0
+"""Of s: e^s is then finite in float32."""
 
 
 class TrainedScales(LossMethod):
-    """Weights that are a function of T numbers s, which plain gradient descent trains, and which stay within 700 of 0.
+    """Weights that are a function of T numbers s, which plain gradient descent trains, and which stay within 80 of 0.
 
     Args:
         lr: step on s, >= 0.
@@ -147,6 +147,10 @@ class TrainedScales(LossMethod):
         if isinstance(self.initial, float):
             return {"s": torch.full_like(losses, self.initial)}
         return {"s": self.initial.on(losses.device, losses.shape[-1], self.name).expand_as(losses).clone()}
+
+    def _scales(self, losses: Tensor) -> Tensor:
+        """Return s for losses [..., T]."""
+        return self._state_for(losses)["s"].clamp(-_LARGEST, _LARGEST)  # whatever was loaded
 
     def _descend(self, counts: Tensor, s: Tensor, slope: Tensor) -> None:
         """Take a step on s, where it counts and does not overflow."""

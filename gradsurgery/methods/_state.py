@@ -64,10 +64,12 @@ def state_on(method: str, own: Tensor | None, shape: torch.Size, initial: float,
 
 
 def check_state(name: str, value: Any, wanted: str = "[..., T]") -> Tensor | None:
-    """Return a state's tensor from a ``state_dict``, or None; ValueError unless it is in float64 and has dimensions."""
-    if value is None or (isinstance(value, Tensor) and value.dtype is torch.float64 and value.dim() > 0):
-        return value
-    raise ValueError(f"{name} must be a tensor {wanted} in torch.float64, got {describe_with_dtype(value)}")
+    """Return a state's tensor from a ``state_dict``, in float64, or None; ValueError unless it can be one."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
+        raise ValueError(f"{name} must be a floating-point tensor {wanted}, got {describe_with_dtype(value)}")
+    return value.double()
 
 
 def check_like(state: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:

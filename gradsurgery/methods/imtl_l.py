@@ -16,20 +16,20 @@ class IMTLL(TrainedScales):
 
     Conventions: s is trained here by plain gradient descent, not by the wrapped optimizer, without weight decay; a step
     uses s from before its update. The step on s grows with the loss: for losses far above 1 / lr start at ``initial`` =
-    -log L, or s overshoots and takes long to come back. A loss that stays 0 or below has no best s: s grows, up to 700.
+    -log L, or s overshoots and takes long to come back. A loss that stays 0 or below has no best s: s grows, up to 80.
     The paper's gradient balance, IMTL-G, is a method of its own.
     Scale: 1 at s = 0. State: s [..., T].
 
     Args:
         lr: step on s, >= 0.
-        initial: s before the first step, from -700 to 700; a number, or T of them.
+        initial: s before the first step, from -80 to 80; a number, or T of them.
     """
 
     name = "imtl_l"
     scale = "1 at the start"
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
-        s = self._state_for(losses)["s"]
+        s = self._scales(losses)
         weights = s.exp()
         self._descend(counts, s, weights * losses - 1)
         return weights

@@ -17,19 +17,19 @@ class UW(TrainedScales):
     Conventions: s is trained here by plain gradient descent, not by the wrapped optimizer, without weight decay; a step
     uses s from before its update. The step on s grows with the loss: for losses far above 1 / lr start at ``initial`` =
     log L, or s overshoots and takes long to come back. A loss that stays 0 or below has no best s: s falls, down to
-    -700.
+    -80.
     Scale: 1 / 2 at s = 0; at the fixed point w_t = 1 / (2 L_t). State: s [..., T].
 
     Args:
         lr: step on s, >= 0 (0.025 as in Nash-MTL's code).
-        initial: s before the first step, from -700 to 700; a number, or T of them.
+        initial: s before the first step, from -80 to 80; a number, or T of them.
     """
 
     name = "uw"
     scale = "1 / 2 at the start"
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
-        s = self._state_for(losses)["s"]
+        s = self._scales(losses)
         weights = (-s).exp() / 2
         self._descend(counts, s, 0.5 - weights * losses)
         return weights
