@@ -125,7 +125,7 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
   const int64_t slot = order.slot(block());
   if (slot < 0) return wait_for_previous_kernel();
   const int lane = thread() % kWarp;
-  const double* own = weights + table.run_of(slot).segment * num_tasks;
+  const double* own = weights + table.run_of(slot).segment * int64_t{num_tasks};
   Turns<In, kWarp, kSteps> turns(table, slot, thread() / kWarp, kWarps);
   wait_for_previous_kernel();
   find_terms(own, num_tasks, terms);

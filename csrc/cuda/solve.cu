@@ -73,6 +73,7 @@ GS_KERNEL random_kernel(const double* gram, int64_t num_tasks, uint64_t seed, in
   } else {
     fill_nan(team, w, num_tasks);
   }
+  sync_warp();  // every lane has read the step
   if (advance && thread() == 0) *step = static_cast<int64_t>(now + 1);
 }
 

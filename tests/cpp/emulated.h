@@ -235,7 +235,7 @@ struct Traits {
 };
 inline gs_status get_traits(Traits& traits) {
   const Emulator& emulator = Emulator::get();
-  traits = {emulator.fast_double, emulator.fast_double, emulator.processors, 64 * 1024};
+  traits = {emulator.overlaps, emulator.fast_double, emulator.processors, 64 * 1024};
   return GS_OK;
 }
 

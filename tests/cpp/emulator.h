@@ -77,6 +77,7 @@ class Emulator {
   }
 
   Order order = Order::kForward;
+  bool overlaps = true;  // as GPUs do since compute capability 9.0
   bool fast_double = true;
   bool runs = true;  // or launches are only looked at
   int processors = 3;

@@ -107,9 +107,13 @@ void test_kernels() {
       const Model model(num_tasks, {dtype}, sizes);
       test_gram(model);
       if (num_tasks == 3 || num_tasks == 6 || num_tasks == 17 || num_tasks == 33) {
-        Emulator::get().fast_double = false;
-        test_gram(model);
-        Emulator::get().fast_double = true;
+        Emulator& gpu = Emulator::get();
+        for (const auto [overlaps, fast_double] : {std::pair{false, true}, {false, false}, {true, false}}) {
+          gpu.overlaps = overlaps;
+          gpu.fast_double = fast_double;
+          test_gram(model);
+        }
+        gpu.overlaps = gpu.fast_double = true;
       }
     }
   }
@@ -125,9 +129,11 @@ void test_kernels() {
 
 // Every kernel of stage 2, for rows that are aligned alike and others, fits the shared memory that there is at least.
 void test_shared_memory() {
-  Emulator::get().runs = false;
-  for (const bool fast_double : {true, false}) {
-    Emulator::get().fast_double = fast_double;
+  Emulator& gpu = Emulator::get();
+  gpu.runs = false;
+  for (const int kind : {0, 1, 2, 3}) {
+    gpu.overlaps = kind % 2 != 0;
+    gpu.fast_double = kind / 2 != 0;
     for (int64_t num_tasks = 1; num_tasks <= GS_MAX_TASKS; num_tasks += num_tasks < 64 ? 1 : 32) {
       for (const gs_dtype dtype : kDtypes) {
         for (const int64_t odd : {0, 3}) {
@@ -141,8 +147,7 @@ void test_shared_memory() {
       }
     }
   }
-  Emulator::get().fast_double = true;
-  Emulator::get().runs = true;
+  gpu.runs = true;
 }
 
 // Rows whose squares float32 cannot hold, beside others, and rows of zeros.

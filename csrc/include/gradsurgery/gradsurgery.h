@@ -12,9 +12,9 @@
 //   * a batch is at most 2^40;
 //   * a status comes back; gs_last_error() is the message of the last failure on this thread;
 //   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or of a GPU's
-//     multiprocessors; GPUs before and since compute capability 9.0, and inputs at other addresses modulo 16 bytes, may
-//     be summed in another order, in gs_aggregate_cuda also GPUs with other numbers of multiprocessors, and in
-//     gs_pcgrad_cuda parts of a GPU that cannot run eight blocks together;
+//     multiprocessors; GPUs before and since compute capability 9.0, GPUs with fast and with slow float64, and inputs
+//     at other addresses modulo 16 bytes, may be summed in another order, in gs_aggregate_cuda also GPUs with other
+//     numbers of multiprocessors, and in gs_pcgrad_cuda parts of a GPU that cannot run eight blocks together;
 //   * calls that may run at once, on other threads or streams, need a workspace each;
 //   * the _cuda functions only enqueue work, on a stream of the current device: gradients, outputs, T x T data and
 //     workspace are memory of that device, while gs_gradients with its arrays and the array of outputs are read on the
