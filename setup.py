@@ -8,6 +8,8 @@ GRADSURGERY_BUILD chooses what is compiled:
     cpu   C++ only; fails without a C++ compiler
     none  nothing: the package runs on its PyTorch backend
 
+A $CXX that cannot compile is an error, but for "none".
+
 TORCH_CUDA_ARCH_LIST chooses the GPUs, as for any extension of torch, from compute capability 8.0 on; default: all below
 that nvcc knows, and PTX.
 """
