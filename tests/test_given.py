@@ -315,3 +315,11 @@ def test_a_state_that_nothing_restores():
 
     with pytest.raises(NotImplementedError, match="Forgetful has a state_dict, and needs a load_state_dict"):
         Forgetful().load_state_dict({"average": torch.zeros(2)})
+
+
+def test_shared_parameters_of_one_loss_beside_others_of_two():
+    a, b = (torch.nn.Parameter(torch.full((3,), value)) for value in (1.0, 2.0))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([a, b], lr=0.1), shared=[a])
+    optimizer.backward([(a * a).sum() + (b * b).sum(), 2 * (b * b).sum()])
+    assert a.grad.tolist() == [2.0] * 3
+    assert b.grad.tolist() == [12.0] * 3
