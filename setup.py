@@ -49,12 +49,13 @@ def choose_build() -> str:
         import torch
     except ImportError:
         sys.exit(NO_TORCH)
-    why_not = {"cpu": complaint(), "cuda": complaint() or why_not_cuda()}
-    if why_not["cpu"] and "CXX" in os.environ:
-        sys.exit(f"gradsurgery: $CXX is of no use: {why_not['cpu']}")
+    no_compiler = complaint()
+    why_not = {"cpu": no_compiler, "cuda": no_compiler or why_not_cuda()}
+    if no_compiler and "CXX" in os.environ:
+        sys.exit(f"gradsurgery: $CXX is of no use: {no_compiler}")
     if wanted == "auto":
         # Who has a torch for the CPU alone expects no CUDA kernels.
-        if reason := why_not["cpu"] or (torch.version.cuda and why_not["cuda"]):
+        if reason := no_compiler or (torch.version.cuda and why_not["cuda"]):
             print(f"gradsurgery: {reason}", file=sys.stderr)
         return next((build for build in ("cuda", "cpu") if not why_not[build]), "none")
     if why_not[wanted]:

@@ -14,8 +14,8 @@ from torchjd.aggregation import MGDA, MGDAWeighting, PCGrad, PCGradWeighting
 import gradsurgery as gs
 
 from .exact import direction_error, exact_gram, gram_error
-from .others import blockwise_products, conflict_projection
-from .timing import ALLOCATING, BMM, FLOOR, MM, OURS, Case
+from .others import BMM, blockwise_products, conflict_projection
+from .timing import ALLOCATING, FLOOR, MM, OURS, Case
 
 
 def task_gradients(tasks: int, size: int) -> Tensor:

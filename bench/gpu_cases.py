@@ -17,7 +17,7 @@ from gradsurgery.methods._base import SolverMethod
 
 from .exact import direction_error, exact_gram, gram_error
 from .gpu_timing import FLAT, OURS, TRITON, Call, Case, Spec
-from .others import blockwise_products
+from .others import BMM, blockwise_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STAGES = ("gram", "combine", "chain")
@@ -35,7 +35,7 @@ SOLVED = [name for name in gs.methods.available() if isinstance(gs.methods.get(n
 """The methods whose weights one solver yields."""
 BESIDE = (2, 8, 32, 128)
 """T of the matrices whose products PyTorch computes as well."""
-MM, BMM = "torch.mm", "torch.bmm by blocks"
+MM = "torch.mm"
 BLOCKS = 528
 """Of columns, four for each multiprocessor of the largest GPU."""
 

@@ -21,8 +21,6 @@ PCGRAD = "gradsurgery pcgrad"
 FLOOR = "J.sum()"
 """The time of one read of the gradients."""
 MM = "torch.mm(J, J.T)"
-BMM = "torch.bmm by blocks"
-"""PyTorch's products of blocks of columns, which read J faster than one product of long rows."""
 
 MIN_ROUNDS = 3
 MAX_ROUNDS = 100

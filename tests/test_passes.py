@@ -309,6 +309,11 @@ def test_gradients_in_the_same_memory_are_found_in_any_place():
             _passes.check_memory(rows)
 
 
+def test_copies_on_write_are_not_in_the_same_memory():
+    gradient = torch.ones(4)
+    _passes.check_memory([[gradient], [torch._lazy_clone(gradient)]])
+
+
 @pytest.mark.parametrize("method", ["pcgrad", "modo"])  # whose batches are summed, and kept apart
 def test_micro_batches_that_write_to_the_same_memory_are_an_error(method):
     w = nn.Parameter(torch.ones(3))

@@ -74,3 +74,11 @@ def test_scales_that_were_loaded_have_finite_weights_in_float32(name, state):
     method.load_state_dict({"s": torch.full((2,), state, dtype=torch.float64)})
     assert method.weights(gram, losses=torch.ones(2, device=DEVICE)).float().isfinite().all()
     assert method.state_dict()["s"].abs().max() <= 80
+
+
+def test_weights_of_averages_whose_products_are_infinite():
+    rows = [[1e100 * normal(1, 5)[0]], [normal(1, 5)[0]]]
+    losses = torch.tensor([1e-100, 1.0], dtype=torch.float64, device=DEVICE)
+    step = methods.get("db_mtl").step(rows, losses, None, None)
+    assert step.gram[0, 0].isinf()
+    assert step.weights.isnan().all()

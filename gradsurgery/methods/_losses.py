@@ -148,9 +148,10 @@ class TrainedScales(LossMethod):
             return {"s": torch.full_like(losses, self.initial)}
         return {"s": self.initial.on(losses.device, losses.shape[-1], self.name).expand_as(losses).clone()}
 
-    def _scales(self, losses: Tensor) -> Tensor:
-        """Return s for losses [..., T]."""
-        return self._state_for(losses)["s"].clamp(-_LARGEST, _LARGEST)  # whatever was loaded
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        if self._state is not None:
+            self._state["s"].clamp_(-_LARGEST, _LARGEST)
 
     def _descend(self, counts: Tensor, s: Tensor, slope: Tensor) -> None:
         """Take a step on s, where it counts and does not overflow."""

@@ -29,7 +29,7 @@ class IMTLL(TrainedScales):
     scale = "1 at the start"
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
-        s = self._scales(losses)
+        s = self._state_for(losses)["s"]
         weights = s.exp()
         self._descend(counts, s, weights * losses - 1)
         return weights

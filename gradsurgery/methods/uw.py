@@ -29,7 +29,7 @@ class UW(TrainedScales):
     scale = "1 / 2 at the start"
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
-        s = self._scales(losses)
+        s = self._state_for(losses)["s"]
         weights = (-s).exp() / 2
         self._descend(counts, s, 0.5 - weights * losses)
         return weights
