@@ -104,6 +104,21 @@ def test_a_failure_of_ours_is_one_of_the_run(monkeypatch, tmp_path):
     assert gpu_peers.main() == 1
 
 
+def test_a_run_that_is_cut_off_stores_what_it_has(monkeypatch, tmp_path):
+    def measure(self, bench, spec):
+        if spec.tasks > 2:
+            raise KeyboardInterrupt
+        return [gpu_peers.PeerRow(**vars(spec), median_us=1.0)]
+
+    monkeypatch.setattr(gpu_peers.Clock, "measure", measure)
+    monkeypatch.setattr(gpu_peers, "print_case", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_peers", "--quick", "--device", "cpu", "--output", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        gpu_peers.main()
+    (stored,) = tmp_path.iterdir()
+    assert [row["tasks"] for row in json.loads(stored.read_text())["rows"]] == [2]
+
+
 @pytest.mark.parametrize(("us", "met"), [(49.0, False), (50.0, True)])
 def test_targets_are_judged_by_dtype_and_way_to_call(us, met):
     ours = gpu_peers.PeerRow("pcgrad", "flat", 2, 10**5, "bfloat16", "cold", median_us=10.0, how="graph")
