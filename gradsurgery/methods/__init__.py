@@ -50,53 +50,6 @@ from .trimmed_mean import TrimmedMean
 from .upgrad import UPGrad
 from .uw import UW
 
-_METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        AlignedMTL,
-        CAGrad,
-        ConFIG,
-        Constant,
-        CoordinateMedian,
-        COSMOS,
-        CRMOGM,
-        DBMTL,
-        DTP,
-        DualProj,
-        DWA,
-        ExcessMTL,
-        FairGrad,
-        FAMO,
-        GLS,
-        GradDrop,
-        GradNorm,
-        GradVac,
-        GroupDRO,
-        IMTLG,
-        IMTLL,
-        Krum,
-        MConFIG,
-        Mean,
-        MGDA,
-        Minimax,
-        MoCo,
-        MoDo,
-        NashMTL,
-        PBI,
-        PCD,
-        PCGrad,
-        Random,
-        ScaleInvariant,
-        SDMGrad,
-        STCH,
-        Sum,
-        Tchebycheff,
-        TrimmedMean,
-        UPGrad,
-        UW,
-    )
-}
-
 __all__ = [
     "COSMOS",
     "CRMOGM",
@@ -145,6 +98,13 @@ __all__ = [
     "get",
     "resolve",
 ]
+
+_METHODS: dict[str, type[Method]] = {
+    found.name: found
+    for found in tuple(vars().values())
+    if isinstance(found, type) and issubclass(found, Method) and found not in (Method, CoordinateMethod)
+}
+"""All that is imported above but the base classes."""
 
 
 def available() -> list[str]:
