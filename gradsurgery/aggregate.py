@@ -9,9 +9,8 @@ from typing import Any, overload
 from torch import Tensor
 
 from ._constant import constant
-from ._extension import NativeSolver
 from ._gradients import Grads, TaskGradients, parse
-from .backends import Backend, choose
+from .backends import choose
 from .combine import Direction, check_out, combine, combine_by_rule_of, combine_of, new_out
 from .gram import gram_of
 from .methods import CoordinateMethod, Method, resolve
@@ -102,28 +101,14 @@ def _aggregate(
     chosen = choose(backend, grads.device, grads.num_tasks)
     if isinstance(method, CoordinateMethod):
         return combine_by_rule_of(grads, method.rule(grads.device, grads.num_tasks), out, False, chosen)
-    solver = None
     if chosen.aggregate is not None:
         solver = method.native_solver(grads.device, grads.num_tasks, once=once)
-    return _aggregate_sum(method, solver, grads, losses, out, chosen, backend)
-
-
-def _aggregate_sum(
-    method: Method,
-    solver: NativeSolver | None,
-    grads: TaskGradients,
-    losses: Tensor | None,
-    out: Direction | None,
-    chosen: Backend,
-    backend: str | None,
-) -> Direction:
-    """Return the weighted sum of the gradients, by one operator where there is one."""
-    if chosen.aggregate is not None and solver is not None:
-        direction = new_out(grads) if out is None else out
-        direct = grads.writing_to(direction)
-        if direct is not None:
-            chosen.aggregate(direct, solver, direction)
-            return direction
+        if solver is not None:
+            out = new_out(grads) if out is None else out
+            direct = grads.writing_to(out)
+            if direct is not None:
+                chosen.aggregate(direct, solver, out)
+                return out
     weights = weigh(method, gram_of(grads, chosen), losses, backend)
     return combine_of(grads, weights, out, False, chosen)
 
