@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import torch
@@ -31,7 +30,6 @@ class Plan:
     """How many must, for it to be shared."""
     groups: list[int] | None
     """Of each parameter, its group, where segments are by groups."""
-    measured: Sequence[Tensor] | None
     shared: list[int]
     plain: list[int]
     """The other parameters with a gradient."""
@@ -41,83 +39,8 @@ class Plan:
     """What each segment is of: a group's number, or a parameter."""
     num_segments: int
     read_segments: list[int]
-    """The segments that G is computed in: the same, or with ``measured`` 1 for those parameters, 0 for the others."""
+    """The segments that G is computed in: the same, or 1 for the method's ``gram_parameters``, 0 for the others."""
     num_read_segments: int
-
-    def holds(
-        self,
-        parameters: list[Tensor],
-        reach: bytes,
-        enough: int,
-        groups: list[int] | None,
-        measured: Sequence[Tensor] | None,
-    ) -> bool:
-        """Whether it is a plan for these."""
-        return (
-            self.reach == reach
-            and self.enough == enough
-            and self.groups == groups
-            and self.measured is measured
-            and len(self.parameters) == len(parameters)
-            and all(map(is_, self.parameters, parameters))
-        )
-
-
-def make_plan(
-    parameters: list[Tensor],
-    reach: bytes,
-    *,
-    shared: Sequence[Tensor] | None,
-    enough: int,
-    groups: list[int] | None,
-    per_tensor: bool,
-    measured: Sequence[Tensor] | None,
-) -> Plan:
-    """Return a plan.
-
-    Args:
-        parameters, reach: those of the step.
-        shared: the shared parameters; None: those that ``enough`` losses reach.
-        enough: see ``shared``.
-        groups: each parameter's group, for segments by groups.
-        per_tensor: a segment for each shared parameter.
-        measured: the parameters whose G the method reads; None: all shared ones.
-    """
-    if shared is None:
-        chosen = [p for p, count in enumerate(reach) if count >= enough]
-    else:
-        named = {id(p) for p in shared}
-        chosen = [p for p, count in enumerate(reach) if count and id(parameters[p]) in named]
-    blocks: list[Any] = [0]
-    if per_tensor:
-        segments, blocks = list(range(len(chosen))), [parameters[p] for p in chosen]
-    elif groups is not None:
-        of_chosen = [groups[p] for p in chosen]
-        blocks = sorted(set(of_chosen))
-        places = {group: place for place, group in enumerate(blocks)}
-        segments = [places[group] for group in of_chosen]
-    else:
-        segments = [0] * len(chosen)
-    read_segments = segments
-    if measured is not None:
-        named = {id(p) for p in measured}
-        read_segments = [int(id(parameters[p]) in named) for p in chosen]
-        if not any(read_segments):
-            raise ValueError("no two losses share any of norm_parameters")
-    return Plan(
-        parameters=parameters,
-        reach=reach,
-        enough=enough,
-        groups=groups,
-        measured=measured,
-        shared=chosen,
-        plain=sorted({p for p, count in enumerate(reach) if count} - set(chosen)),
-        segments=segments,
-        blocks=blocks,
-        num_segments=max(segments, default=0) + 1,
-        read_segments=read_segments,
-        num_read_segments=max(read_segments, default=0) + 1,
-    )
 
 
 class Planner:
@@ -212,7 +135,7 @@ class Planner:
 
     def cover(self, collected: Collected) -> Collected:
         """Return the same with zero gradients of the parameters that the method keeps and no loss reaches this time."""
-        named = self._named()
+        named = self._settled()
         if not named and not all(collected.present):
             raise ValueError(
                 "what is shared cannot be told without every loss: name it by shared=, or give all of them first"
@@ -231,25 +154,56 @@ class Planner:
             ValueError: the method keeps something of other parameters, segments or tasks, or reads a G that there is
                 not.
         """
-        plan, measured = self._plan, self.method.gram_parameters
-        enough = min(2, len(collected.tasks))
-        group_of = None
+        parameters, enough, group_of = collected.parameters, min(2, len(collected.tasks)), None
         if self.granularity == "per_group":
             places = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
-            group_of = [places.get(id(p), -1) for p in collected.parameters]  # -1: removed since
-        if plan is None or not plan.holds(collected.parameters, reach, enough, group_of, measured):
-            plan = make_plan(
-                collected.parameters,
-                reach,
-                shared=self._named(),
-                enough=enough,
-                groups=group_of,
-                per_tensor=self.granularity == "per_tensor",
-                measured=measured,
-            )
+            group_of = [places.get(id(p), -1) for p in parameters]  # -1: removed since
+        plan = self._plan
+        if (
+            plan is None
+            or (plan.reach, plan.enough, plan.groups) != (reach, enough, group_of)
+            or not _are_same(plan.parameters, parameters)
+        ):
+            plan = self._make(parameters, reach, enough, group_of)
             self._check_same(plan)
         self.check_tasks(collected.tasks)
         return plan
+
+    def _make(self, parameters: list[Tensor], reach: bytes, enough: int, groups: list[int] | None) -> Plan:
+        """Return a plan; ``enough`` losses must reach a parameter for it to be shared, unless they are named."""
+        shared, measured = self._settled(), self.method.gram_parameters
+        if shared is None:
+            chosen = [p for p, count in enumerate(reach) if count >= enough]
+        else:
+            named = {id(p) for p in shared}
+            chosen = [p for p, count in enumerate(reach) if count and id(parameters[p]) in named]
+        blocks: list[Any] = [0]
+        segments = [0] * len(chosen)
+        if self.granularity == "per_tensor":
+            segments, blocks = list(range(len(chosen))), [parameters[p] for p in chosen]
+        elif groups is not None:
+            blocks = sorted({groups[p] for p in chosen})
+            places = {group: place for place, group in enumerate(blocks)}
+            segments = [places[groups[p]] for p in chosen]
+        read_segments = segments
+        if measured is not None:
+            named = {id(p) for p in measured}
+            read_segments = [int(id(parameters[p]) in named) for p in chosen]
+            if not any(read_segments):
+                raise ValueError("no two losses share any of norm_parameters")
+        return Plan(
+            parameters=parameters,
+            reach=reach,
+            enough=enough,
+            groups=groups,
+            shared=chosen,
+            plain=sorted({p for p, count in enumerate(reach) if count} - set(chosen)),
+            segments=segments,
+            blocks=blocks,
+            num_segments=max(segments, default=0) + 1,
+            read_segments=read_segments,
+            num_read_segments=max(read_segments, default=0) + 1,
+        )
 
     def remember(self, plan: Plan, collected: Collected) -> None:
         """Take note of a step that is done: of its plan, and of what the method keeps."""
@@ -262,13 +216,14 @@ class Planner:
         if isinstance(self.method, BufferedMethod):
             self.kept = self.kept or [plan.parameters[p] for p in plan.shared]
 
-    def _named(self) -> list[Tensor] | None:
+    def _settled(self) -> list[Tensor] | None:
         """Return the shared parameters, where steps before this one or the user have settled them."""
         if self.named is None and self.method.takes_absent:
             return self.kept or None
         return self.named
 
     def _check_same(self, plan: Plan) -> None:
+        """Raise ValueError if the method keeps something of other parameters or segments."""
         if not plan.shared:
             return
         shared = [plan.parameters[p] for p in plan.shared]
