@@ -258,20 +258,19 @@ class SurgeryOptimizer(OptimizerWrapper):
             values: one number per task, in the tasks' order, or a dict from name to number.
 
         Raises:
-            TypeError: the values are none of these.
-            ValueError: the method has no ``update``; or the tasks are others, or in another order, than before;
-                or as the method's ``update`` says.
+            ValueError: the method has no ``update``; the values are none of these; the tasks are others, or in another
+                order, than before; or as the method's ``update`` says.
         """
         learn = getattr(self.method, "update", None)
         if learn is None:
             raise ValueError(
                 f"method {self.method.name!r} learns from the losses of its steps alone, and has no update"
             )
-        tasks, each = _named(values)
+        device = self._parameters()[0].device
+        numbers = numbers_of("values", values, device)
+        tasks = [str(task) for task in (values if isinstance(values, Mapping) else range(len(numbers)))]
         if isinstance(values, Mapping):
             self._planner.check_tasks(tasks)
-        device = self._parameters()[0].device
-        numbers = numbers_of("values", each, device)
         if self._processes.shards is not None:
             self._processes.shards.check_same(tasks, device)
         numbers = self._processes.average_losses(tasks, numbers)
@@ -350,16 +349,3 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def _trainable(self) -> list[Tensor]:
         return [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]  # torch allows doubles in a group
-
-
-def _named(values: Sequence[Any] | Mapping[str, Any] | Tensor) -> tuple[list[str], list[Any]]:
-    """Return the tasks' names and values."""
-    if isinstance(values, Mapping):
-        return [str(name) for name in values], list(values.values())
-    try:
-        each = list(values.reshape(-1)) if isinstance(values, Tensor) else list(values)
-    except TypeError:
-        raise TypeError(
-            f"values must be a sequence, a 1-D tensor or a dict of numbers, one per task, got {describe(values)}"
-        ) from None
-    return [str(t) for t in range(len(each))], each

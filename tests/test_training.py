@@ -146,10 +146,7 @@ def test_updates_by_way_of_the_optimizer():
         own.update(torch.tensor(values))
         optimizer.update(dict(zip("ba", values, strict=True)))
         torch.testing.assert_close(optimizer.method.state_dict(), own.state_dict(), rtol=1e-6, atol=1e-7)
-        for wrong in (3.0, None):
-            with pytest.raises(TypeError, match="values must be a sequence, a 1-D tensor or a dict of"):
-                optimizer.update(wrong)
-        for wrong in ([], [torch.ones(2), 1.0], [None, 1.0]):
+        for wrong in (3.0, None, [], [torch.ones(2), 1.0], [None, 1.0]):
             with pytest.raises(ValueError, match="values must hold one number per task"):
                 optimizer.update(wrong)
         optimizer.update([torch.ones(1), torch.ones(())])
