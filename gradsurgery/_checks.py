@@ -92,18 +92,8 @@ def list_of(parameters: Iterable[Tensor], name: str) -> list[Tensor]:
 def describe(value: Any) -> str:
     """Return what a value is, for error messages."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return f"a tensor of shape {tuple(value.shape)} in {value.dtype}"
     return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
-
-
-def describe_with_dtype(value: Any) -> str:
-    """Return what a value is, a tensor with its dtype."""
-    return f"{describe(value)} in {value.dtype}" if isinstance(value, Tensor) else describe(value)
-
-
-def describe_dtype(value: Any) -> str:
-    """Return a tensor's dtype, or what something else is."""
-    return str(value.dtype) if isinstance(value, Tensor) else describe(value)
 
 
 def as_integer(value: Any) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._checks import describe, describe_dtype
+from ._checks import describe
 from ._constant import constant
 from ._extension import Rule
 from ._gradients import Grads, TaskGradients, as_float64, is_dense, parse
@@ -155,7 +155,7 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
 def _check_weights(weights: Tensor, grads: TaskGradients) -> None:
     shape = (grads.num_segments, grads.num_tasks) if grads.segmented else (grads.num_tasks,)
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        raise TypeError(f"weights must be a real floating-point tensor, got {describe_dtype(weights)}")
+        raise TypeError(f"weights must be a real floating-point tensor, got {describe(weights)}")
     if weights.shape != shape:
         raise ValueError(f"weights must have shape {shape}, got {tuple(weights.shape)}")
     if weights.device != grads.device:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_count, check_not_negative, check_word, describe, describe_dtype
+from ._checks import check_choice, check_count, check_not_negative, check_word, describe
 from ._constant import constant
 from ._gradients import as_float64
 from .backends import choose
@@ -203,7 +203,7 @@ def new_problems(gram: Tensor) -> tuple[Tensor, Tensor]:
 def check_gram(gram: Tensor) -> Tensor:
     """Return G as contiguous float64, detached; TypeError or ValueError unless it is [..., T, T]."""
     if not isinstance(gram, Tensor) or not gram.is_floating_point():
-        raise TypeError(f"gram must be a real floating-point tensor, got {describe_dtype(gram)}")
+        raise TypeError(f"gram must be a real floating-point tensor, got {describe(gram)}")
     shape = gram.shape
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
         raise ValueError(f"gram must be [..., T, T] with T >= 1, got shape {tuple(shape)}")
@@ -212,7 +212,7 @@ def check_gram(gram: Tensor) -> Tensor:
 
 def _check_order(order: Tensor, num_tasks: int, device: torch.device) -> Tensor:
     if not isinstance(order, Tensor) or order.dtype != torch.int64:
-        raise TypeError(f"order must be an int64 tensor, got {describe_dtype(order)}")
+        raise TypeError(f"order must be an int64 tensor, got {describe(order)}")
     if order.shape != (num_tasks, num_tasks):
         raise ValueError(f"order must be [T, T] = [{num_tasks}, {num_tasks}], got shape {tuple(order.shape)}")
     if order.device != device:
@@ -233,8 +233,6 @@ def check_solver(solver: str, max_iter: int, tol: float) -> tuple[int, float]:
 def _step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(step, Tensor):
         if step.dtype != torch.int64 or step.numel() != 1:
-            raise ValueError(
-                f"step must be an int or an int64 tensor of one element, got {describe(step)} in {step.dtype}"
-            )
+            raise ValueError(f"step must be an int or an int64 tensor of one element, got {describe(step)}")
         return step if step.dim() == 0 and step.device == device else step.reshape(()).to(device)
     return torch.full((), check_word("step", step), dtype=torch.int64, device=device)

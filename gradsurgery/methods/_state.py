@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import describe, describe_with_dtype
+from .._checks import describe
 from .._compiling import capturing
 
 
@@ -68,7 +68,7 @@ def check_state(name: str, value: Any, wanted: str = "[..., T]") -> Tensor | Non
     if value is None:
         return None
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
-        raise ValueError(f"{name} must be a floating-point tensor {wanted}, got {describe_with_dtype(value)}")
+        raise ValueError(f"{name} must be a floating-point tensor {wanted}, got {describe(value)}")
     return value.double()
 
 
@@ -77,7 +77,7 @@ def check_like(state: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
     for name, like in wanted.items():
         value = state[name]
         if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
-            raise ValueError(f"{name} must be {describe_with_dtype(like)}, got {describe_with_dtype(value)}")
+            raise ValueError(f"{name} must be {describe(like)}, got {describe(value)}")
 
 
 def taken_over(own: Tensor | None, value: Tensor | None) -> Tensor | None:
