@@ -241,10 +241,10 @@ def listed(losses: Losses) -> Losses:
 
 
 @torch.enable_grad()
-def holds_weights(losses: Losses, partial: bool) -> bool:
+def holds_weights(losses: Losses) -> bool:
     """Whether the losses' dtype is precise enough to multiply weights in. 16 bits are not: T passes are taken then."""
-    each = _check_losses(losses, partial)[1]
-    return not any(loss is not None and loss.dtype in (torch.bfloat16, torch.float16) for loss in each)
+    each = _check_losses(losses, partial=False)[1]
+    return not any(loss.dtype in (torch.bfloat16, torch.float16) for loss in each if loss is not None)
 
 
 def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor | None]]:

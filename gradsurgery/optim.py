@@ -149,7 +149,7 @@ class SurgeryOptimizer(OptimizerWrapper):
                 state are then unchanged.
         """
         losses = listed(losses)
-        before, takes_absent = self._pending, self.method.takes_absent
+        before = self._pending
         passes: dict[str, Any] = {
             "scaler": scaler,
             "retain_graph": retain_graph,
@@ -158,7 +158,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             "features": features,
         }
         once = self.method.weights_losses and not self.method.needs_gram
-        if once and before is None and holds_weights(losses, takes_absent):
+        if once and before is None and holds_weights(losses):
             parameters, survey = self._trainable(), self._survey
             info = backward_once(
                 losses, parameters, self._planner, self._processes, self.backend, survey=survey, **passes
@@ -166,7 +166,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             survey.began = True
             return info
         try:
-            self._collect(losses, takes_absent, **passes)
+            self._collect(losses, self.method.takes_absent, **passes)
             return self._combine()
         except OverwrittenError:
             raise
