@@ -22,8 +22,10 @@ from .gpu_cases import DTYPES, Bench
 from .gpu_ceilings import measure as measure_ceilings
 from .gpu_peer_contenders import METHODS, Contender, contenders
 from .gpu_peer_targets import PeerRow, judge
-from .gpu_report import parse_options, print_ceilings, print_targets, provenance, store
+from .gpu_report import parse_options, print_ceilings, store
 from .gpu_timing import OURS, TRITON, Call, Spec, eager_sampler, failure, graph_sampler, interleave, quantiles
+from .origin import provenance
+from .targets import print_targets
 from .turns import Foresight
 
 CAP_S = 0.5

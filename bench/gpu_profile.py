@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from .gpu_cases import Bench, columns, prepare
-from .gpu_report import RESULTS, provenance, store
+from .gpu_report import RESULTS, store
 from .gpu_timing import OURS, Spec
+from .origin import provenance
 
 # Stage, form, T, MB of J, dtype.
 CASES = [

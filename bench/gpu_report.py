@@ -4,20 +4,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 import gradsurgery as gs
 
 from .gpu_timing import Row
-from .origin import host, origin
+from .origin import write
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -44,23 +39,6 @@ def parse_options(module: str, description: str) -> argparse.Namespace:
     return options
 
 
-def provenance(device: torch.device) -> dict[str, object]:
-    """Return the machine, the versions, the commit and the date."""
-    machine = host()
-    machine |= {"name": machine["cpu"], "backend": gs.backends()[device.type]}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine |= {
-            "name": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "processors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "cache_bytes": properties.L2_cache_size,
-            **_driver(device),
-        }
-    return origin(machine, ("torchjd", "pytorch_optimizer"))
-
-
 def print_ceilings(ceilings: dict[str, float]) -> None:
     """Print the measured ceilings, one a line."""
     for name, value in ceilings.items():
@@ -82,19 +60,11 @@ def print_row(row: Row) -> None:
     print(_line(where, [row.note] if row.note else [*cells, str(row.rounds)]), flush=True)
 
 
-def print_targets(verdicts: list[dict[str, Any]]) -> None:
-    """Print each target with the measured figure and the case it comes from."""
-    words = {True: "met", False: "missed", None: "not measured"}
-    for verdict in verdicts:
-        figure = "-" if verdict["measured"] is None else f"{verdict['measured']:.3g}"
-        print(f"{words[verdict['met']]:13}{figure:>9}  {verdict['target']:74}{verdict.get('worst', '')}".rstrip())
-
-
 def store(
     folder: Path | None,
     benchmark: str,
     command: str,
-    origin: dict[str, object],
+    origin: dict[str, Any],
     rows: Sequence[DataclassInstance],
     verdicts: list[dict[str, Any]],
     **measured: object,
@@ -103,26 +73,11 @@ def store(
     if folder is None:
         return
     machine = origin["machine"]
-    assert isinstance(machine, dict)
     slug = re.sub(r"[^a-z0-9]+", "-", str(machine["name"]).lower()).strip("-") if "capability" in machine else "cpu"
     path = folder / f"{benchmark}-{slug}.json"
-    content = {**origin, "command": command, **measured, "rows": [asdict(row) for row in rows], "targets": verdicts}
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"{len(rows)} rows in {path}")
+    write(path, command, origin, rows, verdicts, **measured)
 
 
 def _line(where: list[str], figures: list[str]) -> str:
     left = " ".join(f"{cell:{width}}" for cell, width in zip(where, WIDTHS, strict=True))
     return f"{left} {' '.join(f'{cell:>9}' for cell in figures)}"
-
-
-def _driver(device: torch.device) -> dict[str, str]:
-    """Return what nvidia-smi knows of the GPU; nothing without it."""
-    fields = "driver_version,power.limit,clocks.max.sm,clocks.max.memory"
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return dict(zip(fields.split(","), (value.strip() for value in answer.split(",")), strict=False))

@@ -19,9 +19,11 @@ import torch
 
 from .gpu_cases import DTYPES, SOLVED, STAGES, Bench, columns, prepare
 from .gpu_ceilings import measure as measure_ceilings
-from .gpu_report import parse_options, print_ceilings, print_heading, print_row, print_targets, provenance, store
+from .gpu_report import parse_options, print_ceilings, print_heading, print_row, store
 from .gpu_targets import judge
 from .gpu_timing import OURS, TRITON, Row, Spec, failure, measure
+from .origin import provenance
+from .targets import print_targets
 
 SOLVES = [(stage, tasks, 1) for stage in ("pcgrad_weights", "min_norm_weights") for tasks in (8, 64)]
 SOLVES += [("pcgrad_weights", 8, 1000), ("min_norm_weights", 8, 1000)]

@@ -13,9 +13,9 @@ from typing import TypeVar
 import numpy
 import torch
 
+from .timing import OURS
 from .turns import take_turns
 
-OURS = "gradsurgery"
 TRITON = "gradsurgery, triton"
 """Our other backend for GPUs."""
 FLAT = "gradsurgery, aligned [T, N]"

@@ -22,8 +22,9 @@ import gradsurgery as gs
 
 from .cases import task_gradients
 from .exact import direction_error, exact_gram
-from .tables import print_rows, print_targets, provenance, store
-from .targets import Target
+from .origin import provenance, write
+from .tables import print_rows
+from .targets import Target, judge, print_targets
 from .timing import OURS, PCGRAD, Case, Clock
 
 RESULTS = Path(__file__).parent / "results" / "cpu-methods.json"
@@ -120,7 +121,7 @@ def main() -> None:
     # Of the solvers that TorchJD calls.
     warnings.filterwarnings("ignore", module="cvxpy.*")
     warnings.filterwarnings("ignore", message="You are solving a parameterized problem")
-    origin = provenance()
+    origin = provenance(torch.device("cpu"))
     console = Console(width=124)
     clock = Clock(0.02 if options.quick else 0.5)
     rows = []
@@ -128,9 +129,10 @@ def main() -> None:
         print(f"{case.stage} T={case.tasks} N={case.size}", file=sys.stderr)
         rows += clock.measure(case)
     print_rows(console, rows, origin["machine"])
-    print_targets(console, rows, TARGETS)
+    verdicts = judge(rows, TARGETS)
+    print_targets(verdicts)
     if output := options.output or (None if options.quick else RESULTS):
-        store(output, f"python -m bench.methods{' --quick' if options.quick else ''}", origin, rows, TARGETS)
+        write(output, f"python -m bench.methods{' --quick' if options.quick else ''}", origin, rows, verdicts)
 
 
 def _cases(tasks: tuple[int, ...], size: int) -> Iterator[Case]:

@@ -27,8 +27,9 @@ from .cases import (
     task_gradients,
     weights_cases,
 )
-from .tables import print_rows, print_targets, provenance, store
-from .targets import TARGETS
+from .origin import provenance, write
+from .tables import print_rows
+from .targets import TARGETS, judge, print_targets
 from .timing import Case, Clock, Row
 
 RESULTS = Path(__file__).parent / "results" / "cpu-peers.json"
@@ -64,7 +65,7 @@ def main() -> None:
 
     plan = QUICK if options.quick else FULL
     # Read before the run, which may outlast an edit of the sources.
-    origin = provenance()
+    origin = provenance(torch.device("cpu"))
     console = Console(width=124)
     clock = Clock(plan.seconds)
     rows = _too_large(plan)
@@ -72,10 +73,11 @@ def main() -> None:
         print(f"{case.stage} T={case.tasks} N={case.size} {case.dtype}", file=sys.stderr)
         rows += clock.measure(case)
     print_rows(console, rows, origin["machine"])
-    print_targets(console, rows, TARGETS)
+    verdicts = judge(rows, TARGETS)
+    print_targets(verdicts)
     flags = (" --quick" if options.quick else "") + (f" --only {options.only}" if options.only else "")
     if output := options.output or (None if flags else RESULTS):
-        store(output, f"python -m bench.peers{flags}", origin, rows, TARGETS)
+        write(output, f"python -m bench.peers{flags}", origin, rows, verdicts)
 
 
 def _fits(tasks: int, size: int) -> bool:

@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 
 from .counts import peak_bytes
-from .gpu_report import RESULTS, print_targets, provenance, store
+from .gpu_report import RESULTS, store
 from .gpu_timing import failure
+from .origin import provenance
 from .step_contenders import METHODS, PARTS, Step, contenders
 from .step_models import WORKLOADS, MultiTaskModel, Workload
 from .step_targets import judge
+from .targets import print_targets
 from .turns import take_turns
 
 

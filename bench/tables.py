@@ -1,28 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Print the rows of a run, and store them with what is needed to repeat it."""
+"""Print the rows of a run."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import gradsurgery as gs
-
-from .origin import host, origin
-from .targets import Target, judge
 from .timing import OURS, Row
-
-
-def provenance() -> dict[str, Any]:
-    """Return the machine, the versions, the commit and the date."""
-    return origin({**host(), "backend": gs.backends()["cpu"]}, ("torchjd", "pytorch_optimizer"))
 
 
 def print_rows(console: Console, rows: list[Row], machine: dict[str, Any]) -> None:
@@ -48,23 +36,6 @@ def print_rows(console: Console, rows: list[Row], machine: dict[str, Any]) -> No
         if row.note:
             where = f"{row.stage} T={row.tasks}{'' if row.size is None else f' N={row.size:g}'} {row.dtype}"
             console.print(f"{where}, {row.contender}: {row.note}")
-
-
-def print_targets(console: Console, rows: list[Row], targets: list[Target]) -> None:
-    """Print each target with the measured figure."""
-    table = Table("target (float32)", "measured", "", box=box.SIMPLE)
-    words = {True: "met", False: "missed", None: "not measured"}
-    for verdict in judge(rows, targets):
-        figure = "-" if verdict["measured"] is None else f"{verdict['measured']:.3g}"
-        table.add_row(verdict["target"], figure, words[verdict["met"]])
-    console.print(table)
-
-
-def store(path: Path, command: str, origin: dict[str, object], rows: list[Row], targets: list[Target]) -> None:
-    """Write the run as JSON."""
-    content = {**origin, "command": command, "rows": [asdict(row) for row in rows], "targets": judge(rows, targets)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _cells(row: Row, ours: float | None) -> list[str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .timing import FLOOR, MM, OURS, Row
 
@@ -73,3 +74,11 @@ def judge(rows: list[Row], targets: list[Target]) -> list[dict[str, str | float 
         met = None if measured is None else target.met(measured)
         verdicts.append({"target": target.text(), "measured": measured, "met": met})
     return verdicts
+
+
+def print_targets(verdicts: list[dict[str, Any]]) -> None:
+    """Print each target with the measured figure and the case it comes from."""
+    words = {True: "met", False: "missed", None: "not measured"}
+    for verdict in verdicts:
+        figure = "-" if verdict["measured"] is None else f"{verdict['measured']:.3g}"
+        print(f"{words[verdict['met']]:13}{figure:>9}  {verdict['target']:74}{verdict.get('worst', '')}".rstrip())
