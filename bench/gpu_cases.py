@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gradsurgery as gs
-from gradsurgery.methods._base import SolverMethod
+from gradsurgery.methods._solver import SolverMethod
 
 from .exact import direction_error, exact_gram, gram_error
 from .gpu_timing import FLAT, OURS, TRITON, Call, Case, Spec

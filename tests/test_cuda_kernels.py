@@ -12,7 +12,7 @@ import torch
 
 import gradsurgery
 from conftest import needs_a_gpu
-from gradsurgery.methods._base import SolverMethod
+from gradsurgery.methods._solver import SolverMethod
 from inputs import DTYPES, GRAM_TOLERANCE
 from test_combine import assert_direction
 from test_gram import assert_gram

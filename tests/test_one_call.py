@@ -7,7 +7,7 @@ import torch
 import gradsurgery
 from conftest import USABLE, grads_of, two_losses, two_task_net
 from gradsurgery.backends import choose
-from gradsurgery.methods._base import SolverMethod
+from gradsurgery.methods._solver import SolverMethod
 from inputs import DEVICE, normal
 
 if DEVICE not in USABLE:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .._checks import check_choice, check_not_negative
-from ._base import Solver, SolverMethod
+from ._solver import Solver, SolverMethod
 
 
 class CAGrad(SolverMethod):

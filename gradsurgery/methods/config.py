@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._base import Solver, SolverMethod
+from ._solver import Solver, SolverMethod
 from ._state import PerTask
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .._checks import check_positive
-from ._base import Solver, SolverMethod
+from ._solver import Solver, SolverMethod
 
 
 class FairGrad(SolverMethod):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ._base import Solver, SolverMethod
+from ._solver import Solver, SolverMethod
 
 
 class IMTLG(SolverMethod):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .._checks import check_number
-from ._base import Solver, SolverMethod
+from ._solver import Solver, SolverMethod
 
 
 class NashMTL(SolverMethod):

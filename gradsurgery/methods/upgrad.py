@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .._checks import check_positive
-from ._base import Solver, SolverMethod
+from ._solver import Solver, SolverMethod
 from ._state import PerTask
 
 
