@@ -68,9 +68,14 @@ def steps_table(run: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def commit_of(run: dict[str, Any]) -> str:
+    """Return a run's commit and date, in words."""
+    return f"commit {run['commit'][:12]}, {run['date'][:10]}"
+
+
 def _where(run: dict[str, Any]) -> str:
     machine = run["machine"]
-    return f"{machine['threads']} cores of {machine['cpu']}, commit {run['commit'][:12]}, {run['date'][:10]}"
+    return f"{machine['threads']} cores of {machine['cpu']}, {commit_of(run)}"
 
 
 def _short(value: float) -> str:
