@@ -76,9 +76,9 @@ class Backend(Protocol):
         """Write the min-norm weights."""
 
     def weights(
-        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
+        self, gram: Tensor, solver: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
-        """Write the weights of one of the methods of ``solvers.SOLVERS``; ``preference`` is float64 [T]."""
+        """Write the weights of one of ``solvers.SOLVERS``; ``preference`` is float64 [T]."""
 
     def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
         """Move weights on the simplex by ``num_iter`` steps; NaN where a matrix is not finite."""

@@ -101,10 +101,10 @@ class CpuBackend:
         _MIN_NORM(gram, exact, max_iter, tol, out)
 
     def weights(
-        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
+        self, gram: Tensor, solver: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
-        """Write the weights of one of the methods of ``solvers.SOLVERS``."""
-        _WEIGHTS(gram, SOLVER_NUMBERS[method], preference, parameter, limit, out)
+        """Write the weights of one of ``solvers.SOLVERS``."""
+        _WEIGHTS(gram, SOLVER_NUMBERS[solver], preference, parameter, limit, out)
 
     def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
         """Move the weights."""

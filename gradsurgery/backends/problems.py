@@ -26,7 +26,7 @@ def all_done(done: Tensor) -> bool:
     return done.device.type == "cpu" and bool(done.all())
 
 
-def equal_preference(gram: Tensor, method: str) -> Tensor:
+def equal_preference(gram: Tensor, solver: str) -> Tensor:
     """Return the preference [T] of a user who gives none: 1 / T each, for ConFIG 1 each."""
     num_tasks = gram.shape[-1]
-    return gram.new_full((num_tasks,), 1 if method == "config" else 1 / num_tasks)
+    return gram.new_full((num_tasks,), 1 if solver == "config" else 1 / num_tasks)

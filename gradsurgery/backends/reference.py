@@ -116,10 +116,10 @@ class ReferenceBackend:
         out.copy_(torch.where(is_finite(gram), weights, torch.nan).view_as(out))
 
     def weights(
-        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
+        self, gram: Tensor, solver: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
-        """Write the weights of one of the methods of ``solvers.SOLVERS``."""
-        solvers.solve(gram, method, preference, parameter, limit, out)
+        """Write the weights of one of ``solvers.SOLVERS``."""
+        solvers.solve(gram, solver, preference, parameter, limit, out)
 
     def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
         """v = momentum v + A w and w = P(w - lr v), P the projection on the simplex."""

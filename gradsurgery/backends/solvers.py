@@ -32,7 +32,7 @@ SOLVERS = (
     "krum",
     "pcd",
 )
-"""The methods whose weights are a function of G, a preference and at most two numbers."""
+"""Weights that are a function of G, a preference and at most two numbers."""
 
 _LEAST_Y = 1e-290
 _CANCELLED = 1e-12
@@ -41,7 +41,7 @@ _CANCELLED = 1e-12
 
 def solve(
     gram: Tensor,
-    method: str,
+    solver: str,
     preference: Tensor | None,
     parameter: float,
     limit: float,
@@ -52,36 +52,36 @@ def solve(
 
     ``project`` may stand in for :func:`dual_cone`, within PCD.
     """
-    if method not in SOLVERS:
-        raise KeyError(method)
+    if solver not in SOLVERS:
+        raise KeyError(solver)
     num_tasks = gram.shape[-1]
     gram = gram.view(-1, num_tasks, num_tasks)
     finite = is_finite(gram)
     gram = torch.where(finite[..., None], gram, 0)
-    if method == "pcd":
+    if solver == "pcd":
         weights = pcd(gram, parameter if preference is None else preference, project)
         out.copy_(torch.where(finite, weights, torch.nan).view_as(out))
         return
     if preference is None:
-        preference = equal_preference(gram, method)
-    if method == "upgrad":
+        preference = equal_preference(gram, solver)
+    if solver == "upgrad":
         weights = dual_cone(gram, preference.diag(), parameter).sum(-2)
-    elif method == "dualproj":
+    elif solver == "dualproj":
         weights = dual_cone(gram, preference[None], parameter).squeeze(-2)
-    elif method == "cagrad":
+    elif solver == "cagrad":
         weights = _cagrad(gram, parameter)
-    elif method == "fairgrad":
+    elif solver == "fairgrad":
         weights = _fairgrad(gram, parameter)
         norm = _square(gram, weights).sqrt()
         weights = weights * torch.where(norm > limit, limit / norm, 1)
-    elif method == "krum":
+    elif solver == "krum":
         weights = _krum(gram, int(parameter), int(limit))
-    elif method == "imtl_g":
+    elif solver == "imtl_g":
         weights = imtl_g(gram)
-    elif method == "config":
+    elif solver == "config":
         weights = config(gram, preference)
     else:
-        weights = aligned_mtl(gram, preference, method.removeprefix("aligned_mtl_"))
+        weights = aligned_mtl(gram, preference, solver.removeprefix("aligned_mtl_"))
     out.copy_(torch.where(finite, weights, torch.nan).view_as(out))
 
 

@@ -68,13 +68,13 @@ class TritonBackend(ReferenceBackend):
         _weights().min_norm(gram, exact, max_iter, tol, out)
 
     def weights(
-        self, gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
+        self, gram: Tensor, solver: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
-        """Write the weights of one of the methods of ``solvers.SOLVERS``."""
-        if _weights().serves(method, gram.shape[-1], gram.device):
-            _weights().weights(gram, method, preference, parameter, limit, out)
+        """Write the weights of one of ``solvers.SOLVERS``."""
+        if _weights().serves(solver, gram.shape[-1], gram.device):
+            _weights().weights(gram, solver, preference, parameter, limit, out)
         else:
-            super().weights(gram, method, preference, parameter, limit, out)
+            super().weights(gram, solver, preference, parameter, limit, out)
 
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """Write GradNorm's new weights."""

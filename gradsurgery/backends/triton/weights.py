@@ -130,45 +130,45 @@ def gradnorm_step(
             )
 
 
-def serves(method: str, num_tasks: int, device: torch.device) -> bool:
+def serves(solver: str, num_tasks: int, device: torch.device) -> bool:
     """Whether ``weights`` has a kernel: Krum has none, and rotations exchange a matrix [T, T] through shared memory."""
-    if method not in _SPECTRAL or device.type == "cpu":
-        return method != "krum"
+    if solver not in _SPECTRAL or device.type == "cpu":
+        return solver != "krum"
     reserved = 1024
     shared: int = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - reserved
     return bool(8 * triton.next_power_of_2(num_tasks) ** 2 <= shared)
 
 
-def weights(gram: Tensor, method: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor) -> None:
+def weights(gram: Tensor, solver: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor) -> None:
     """Write the weights of a solver of ``solvers.SOLVERS``; NaN where G is not finite."""
     num_tasks = gram.shape[-1]
     problems = out.numel() // num_tasks
     if problems == 0:
         return
     shape = _solver_shape(num_tasks) | _SOLVER
-    if method == "pcd":
-        solve(gram, method, preference, parameter, limit, out, _project_on_cone)
+    if solver == "pcd":
+        solve(gram, solver, preference, parameter, limit, out, _project_on_cone)
         return
     if preference is None:
-        preference = equal_preference(gram, method)
+        preference = equal_preference(gram, solver)
     with on(gram.device):
-        if method == "upgrad":
+        if solver == "upgrad":
             parts = out.new_empty(problems, num_tasks, num_tasks)
             dual_cone.cone_projection[(problems, num_tasks)](
                 parts, gram, preference, num_tasks, parameter, ALONE=True, **shape
             )
             torch.sum(parts, 1, out=out.view(problems, num_tasks))
-        elif method == "dualproj":
+        elif solver == "dualproj":
             dual_cone.cone_projection[(problems, 1)](out, gram, preference, num_tasks, parameter, ALONE=False, **shape)
-        elif method == "cagrad":
+        elif solver == "cagrad":
             dual_cone.cagrad[(problems,)](out, gram, num_tasks, parameter, **shape)
-        elif method == "fairgrad":
+        elif solver == "fairgrad":
             newton.fairgrad[(problems,)](out, gram, num_tasks, parameter, limit, **shape)
-        elif method in ("imtl_g", "config"):
-            config = method == "config"
+        elif solver in ("imtl_g", "config"):
+            config = solver == "config"
             spectral.from_cosines[(problems,)](out, gram, preference, num_tasks, CONFIG=config, **shape)
         else:
-            mode = method.removeprefix("aligned_mtl_")
+            mode = solver.removeprefix("aligned_mtl_")
             spectral.aligned_mtl[(problems,)](out, gram, preference, num_tasks, MODE=mode, **shape)
 
 
