@@ -144,7 +144,7 @@ class CudaBackend(CpuBackend):
         """Return why the extension cannot serve the call; None if it can."""
         if not WHY_NOT and not _INFO["cuda"]:
             return "the extension was built without CUDA kernels"
-        return super().why_not(device, num_tasks) or _why_not_gpu(device.index)
+        return super().why_not(device, num_tasks) or why_not_gpu(device.index)
 
     def describe(self) -> str:
         """Return one line on the extension's CUDA kernels."""
@@ -152,8 +152,11 @@ class CudaBackend(CpuBackend):
 
 
 @cached
-def _why_not_gpu(index: int | None) -> str | None:
+def why_not_gpu(index: int | None) -> str | None:
+    """Return why kernels cannot run on a GPU; None if they can."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     capability = torch.cuda.get_device_capability(index)
-    return None if capability >= (8, 0) else f"the GPU must have compute capability 8.0 or later, got {capability}"
+    if torch.version.hip is None and capability < (8, 0):
+        return f"the GPU must have compute capability 8.0 or later, got {capability}"
+    return None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..._compiling import cached
 from ..._gradients import TaskGradients
+from ..native import why_not_gpu
 from ..reference import ReferenceBackend
 
 MAX_TASKS = 128
@@ -114,12 +115,7 @@ def _why_not_device(device: torch.device) -> str | None:
         return f"Triton must be {_OLDEST[0]}.{_OLDEST[1]} or later, got {found[0]}.{found[1]}"
     if _interpreted():
         return None if device.type == "cpu" else f"Triton interprets on the CPU only, and the tensors are on {device}"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < (8, 0):
-        return f"the GPU must have compute capability 8.0 or later, got {capability}"
-    return None
+    return why_not_gpu(device.index)
 
 
 def version() -> tuple[int, int]:
