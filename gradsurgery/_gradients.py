@@ -264,6 +264,11 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements lie in the same memory, as after ``expand``."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def _integers(values: Sequence[int], wanted: str) -> list[int]:
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
         raise TypeError(f"segments must be a list of int, {wanted}, got {describe(values)}")

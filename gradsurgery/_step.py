@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._gradients import TaskGradients, parse, read_lists
+from ._gradients import TaskGradients, is_expanded, parse, read_lists
 from ._shards import Shards
 from .backends import Backend, choose
 from .collect import Collected
@@ -28,7 +28,7 @@ def read(collected: Collected) -> tuple[TaskGradients, bytes, list[int]]:
     if grads is not None:
         return grads, grads.lists.counts if collected.batches == 1 else collected.reach, []
     rows = collected.grads
-    foreign = [p for p in range(len(collected.parameters)) if any(is_foreign(row[p]) for row in rows)]
+    foreign = [p for p in range(len(collected.parameters)) if any(_is_foreign(row[p]) for row in rows)]
     if foreign:
         rows = [[None if p in foreign else entry for p, entry in enumerate(row)] for row in rows]
     grads = parse(rows, None)
@@ -66,8 +66,7 @@ def _target(parameter: Tensor, like: Tensor, accumulate: bool) -> Tensor:
     if grad.layout is not torch.strided:
         return grad.to_dense()
     # Kernels cannot write to an expanded .grad, nor to a negated view.
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
-    return (grad.contiguous() if expanded else grad).resolve_neg()
+    return (grad.contiguous() if is_expanded(grad) else grad).resolve_neg()
 
 
 def add_plain(
@@ -99,7 +98,7 @@ def add_all(collected: Collected, processes: Replicas | Shards, backend: str | N
     processes.assign(parameters, local, [*out, *sums])
 
 
-def is_foreign(grad: Tensor | None) -> bool:
+def _is_foreign(grad: Tensor | None) -> bool:
     """Whether the gradient is sparse or complex, which no kernel reads."""
     return grad is not None and (grad.layout is not torch.strided or grad.is_complex())
 

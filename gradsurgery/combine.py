@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from ._checks import describe
 from ._constant import constant
 from ._extension import Rule
-from ._gradients import Grads, TaskGradients, as_float64, is_dense, parse
+from ._gradients import Grads, TaskGradients, as_float64, is_dense, is_expanded, parse
 from .backends import Backend, choose
 
 Direction = Tensor | list[Any]
@@ -187,7 +187,7 @@ def check_out(out: Direction, grads: TaskGradients) -> None:
 def _check_target(target: Tensor, like: Tensor, name: str) -> None:
     if target.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got {target.layout}")
-    if any(stride == 0 and size > 1 for stride, size in zip(target.stride(), target.shape, strict=True)):
+    if is_expanded(target):
         raise ValueError(f"{name} must have memory for each element, got an expanded tensor")
     if target.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad, for a direction is a constant to autograd")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .problems import squared_length
+
 _ACCURACY = 1e-6
 """Of squares: what G is accurate to."""
 _RIDGE = 1e-12
@@ -40,13 +42,8 @@ def pcd(gram: Tensor, shares: Tensor | float, project: Callable[[Tensor, Tensor,
     v = project(cone, (~others).to(gram.dtype)[None], _RIDGE).squeeze(-2)
     left = -(heights * v).sum(-1, keepdim=True)
     v = torch.where(others, v, 0)
-    met = _square(among_others, v) > _ACCURACY * v.sum(-1, keepdim=True).square()
+    met = squared_length(among_others, v) > _ACCURACY * v.sum(-1, keepdim=True).square()
     combined = torch.where(others, torch.where(met, v * largest / left, 0), 1)
-    squared = _square(cosines, combined)
+    squared = squared_length(cosines, combined)
     known = (norms[..., :1] > 0) & (squared > _ACCURACY * combined.sum(-1, keepdim=True).square())
     return torch.where(known, norms[..., :1] * units * combined / squared.sqrt(), 0)
-
-
-def _square(gram: Tensor, weights: Tensor) -> Tensor:
-    """Return the squared length [..., 1] of weighted sums."""
-    return (weights * (gram @ weights[..., None]).squeeze(-1)).sum(-1, keepdim=True)

@@ -21,6 +21,11 @@ def are_finite(values: Tensor) -> Tensor:
     return largest < math.inf
 
 
+def squared_length(gram: Tensor, x: Tensor) -> Tensor:
+    """Return the squared length x^T G x >= 0 of weighted sums, [..., 1]."""
+    return (x * (gram @ x[..., None]).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0)
+
+
 def all_done(done: Tensor) -> bool:
     """Whether an iteration may end early. On a GPU it never does: to ask would synchronise."""
     return done.device.type == "cpu" and bool(done.all())

@@ -16,7 +16,7 @@ from torch import Tensor
 from .dual_cone import dual_cone
 from .min_norm import wolfe
 from .pcd import pcd
-from .problems import all_done, equal_preference, is_finite
+from .problems import all_done, equal_preference, is_finite, squared_length
 from .spectral import aligned_mtl, config, imtl_g
 
 SOLVERS = (
@@ -72,7 +72,7 @@ def solve(
         weights = _cagrad(gram, parameter)
     elif solver == "fairgrad":
         weights = _fairgrad(gram, parameter)
-        norm = _square(gram, weights).sqrt()
+        norm = squared_length(gram, weights).sqrt()
         weights = weights * torch.where(norm > limit, limit / norm, 1)
     elif solver == "krum":
         weights = _krum(gram, int(parameter), int(limit))
@@ -130,7 +130,7 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
         shifted = scale**2 * gram + scale * (mean[:, :, None] + mean[:, None]) + mean_squared[..., None]
         shifted.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
         x = wolfe(shifted, x)
-        return square * _square(gram, x) - target
+        return square * squared_length(gram, x) - target
 
     wanted = (c > 0) & (mean_squared > 1e-15 * trace)
     least = torch.where(wanted, target / trace, 1)  # the root is above
@@ -151,7 +151,7 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
         # convexity no combination's square is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t).
         shortest = wolfe(gram)
         terms = (shortest * gram.diagonal(dim1=-2, dim2=-1).sqrt()).sum(-1, keepdim=True)
-        squared = _square(gram, shortest)
+        squared = squared_length(gram, shortest)
         lacking = squared - (gram @ shortest[..., None]).squeeze(-1).amin(-1, keepdim=True)
         stationary = stationary | (squared <= torch.maximum(4e-14 * terms.square(), 2 * lacking))
     settled = ~wanted | stationary
@@ -172,16 +172,12 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
         low = torch.where(~settled & (value < 0), found, low)
         high = torch.where(~settled & (value >= 0), found, high)
     even = 1 / num_tasks
-    squared = _square(gram, x)
+    squared = squared_length(gram, x)
     stationary |= squared == 0
     weights = even + (target / squared).sqrt() * x
     added = dual_cone(gram, torch.full_like(mean[:1], even), 1e-12).squeeze(-2) - even
-    cone = even + (target / torch.maximum(_square(gram, added), target)).sqrt() * added
+    cone = even + (target / torch.maximum(squared_length(gram, added), target)).sqrt() * added
     return torch.where(wanted, torch.where(stationary, cone, weights), even)
-
-
-def _square(gram: Tensor, x: Tensor) -> Tensor:
-    return (x * (gram @ x[..., None]).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0)
 
 
 def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
