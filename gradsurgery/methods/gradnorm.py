@@ -44,27 +44,27 @@ class GradNorm(Method):
         self.lr = check_not_negative("lr", lr)
         given = None if norm_parameters is None else list_of(norm_parameters, "norm_parameters")
         self.gram_parameters = self.norm_parameters = given
-        self._state: tuple[Tensor, Tensor] | None = None
+        self._weights: Tensor | None = None
+        self._initial_losses: Tensor | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the current weights [..., T] and update them."""
         problems, out = new_problems(gram)
         shape = gram.shape[:-1]
         losses = read_losses(self.name, losses, shape, gram.device)
-        own, initial = (None, None) if self._state is None else self._state
         state = (
-            state_on(self.name, own, shape, 1.0, gram.device),
+            state_on(self.name, self._weights, shape, 1.0, gram.device),
             # An initial loss that is not finite gives way to the first one that is.
-            state_on(self.name, initial, shape, torch.nan, gram.device),
+            state_on(self.name, self._initial_losses, shape, torch.nan, gram.device),
         )
         choose(backend, gram.device, shape[-1]).gradnorm_step(problems, losses, self.alpha, self.lr, state, out)
-        self._state = state  # last: a step that raised has not begun
+        self._weights, self._initial_losses = state  # last: a step that raised has not begun
         return constant(f"{self.name} weights", out, [gram])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights and the initial losses; None before the first step."""
-        weights, initial_losses = (None, None) if self._state is None else [value.clone() for value in self._state]
-        return {"weights": weights, "initial_losses": initial_losses}
+        state = {"weights": self._weights, "initial_losses": self._initial_losses}
+        return {name: None if value is None else value.clone() for name, value in state.items()}
 
     def _restore(self, state: dict[str, Any]) -> None:
         weights, initial_losses = (check_state(name, state[name]) for name in ("weights", "initial_losses"))
@@ -73,6 +73,5 @@ class GradNorm(Method):
                 f"weights and initial_losses must be of one shape, got {describe(weights)} and "
                 f"{describe(initial_losses)}"
             )
-        own_weights, own_losses = self._state or (None, None)
-        restored = taken_over(own_weights, weights), taken_over(own_losses, initial_losses)
-        self._state = None if weights is None else restored  # type: ignore[assignment]
+        self._weights = taken_over(self._weights, weights)
+        self._initial_losses = taken_over(self._initial_losses, initial_losses)
