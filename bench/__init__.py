@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Benchmarks: micro-benchmarks of each stage, and one table beside other implementations."""
+"""Benchmarks; NOTES.md lists them."""

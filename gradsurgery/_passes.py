@@ -201,8 +201,8 @@ class Passes:
         inputs = [self.parameters[p] for p in params]
         step = self.chunk_size or len(rows)
         for begin, keep in self._with_keep(range(0, len(rows), step)):
-            part = [c[begin : begin + step] for c in cotangents]
-            found = self._vmapped(outputs, inputs, part, edges, keep)
+            chunk = [c[begin : begin + step] for c in cotangents]
+            found = self._vmapped(outputs, inputs, chunk, edges, keep)
             for p, stack in zip(params, found, strict=True):
                 for t, grad in enumerate(stack.unbind(), begin):
                     if mask[p] >> t & 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The compiled backends: thin calls of ``torch.ops.gradsurgery``."""
+"""The compiled backends: thin calls of ``torch.ops.gradsurgery``, or for plain lists of ``_C.Lists``."""
 
 from __future__ import annotations
 

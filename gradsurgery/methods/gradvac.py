@@ -31,7 +31,7 @@ class GradVac(SteppedMethod):
 
     Args:
         beta: 0 <= beta <= 1, how far a target moves at each visit (the paper's 1e-2; LibMTL 0.5).
-        seed: key of the visiting orders; the same on every rank.
+        seed: key of the visiting orders; the same on every rank. 0 <= seed < 2^63.
     """
 
     name = "gradvac"

@@ -19,11 +19,11 @@ class PCGrad(SteppedMethod):
 
     Scale: a sum over tasks ("mean": an average). For two tasks the direction conflicts with neither. State: ``seed``
     and the step counter, which determine the visiting orders; the counter lives on G's device and is never read on the
-    host.
+    host. Cost: O(T^3).
 
     Args:
         reduction: "sum" or "mean" over the projected gradients.
-        seed: key of the visiting orders; the same on every rank.
+        seed: key of the visiting orders; the same on every rank. 0 <= seed < 2^63.
     """
 
     name = "pcgrad"
