@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+
+from ._checks import describe
+from ._compiling import takes
 
 _OWN_HOOKS = [
     f"_optimizer_{call}_{when}_hooks" for call in ("state_dict", "load_state_dict") for when in ("pre", "post")
@@ -81,6 +84,13 @@ class OptimizerWrapper(torch.optim.Optimizer):
         """Restore a state, which it may change."""
         raise NotImplementedError
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear ``.grad``."""
+        if takes(type(self.optimizer).zero_grad, "set_to_none"):
+            self.optimizer.zero_grad(set_to_none=set_to_none)
+        else:
+            self.optimizer.zero_grad()
+
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Register a hook of the wrapped optimizer's step; it is called with this optimizer in the other's place."""
 
@@ -113,6 +123,15 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _check_known(self, parameters: Sequence[Any] | None, name: str) -> None:
+        known = {id(p) for p in self._parameters()}
+        for p in parameters or ():
+            if not isinstance(p, Tensor):
+                raise TypeError(f"{name} must hold parameters, as module.parameters() yields them, got {describe(p)}")
+        unknown = [p for p in parameters or () if id(p) not in known]
+        if unknown:
+            raise ValueError(f"{name} holds {len(unknown)} tensors that are not parameters of the wrapped optimizer")
 
 
 def check_optimizer(optimizer: Any) -> None:

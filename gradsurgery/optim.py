@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 
 from . import methods
 from ._checks import describe
-from ._compiling import takes, untraced
+from ._compiling import untraced
 from ._operate import backward_once, operate
 from ._passes import OverwrittenError
 from ._plan import Planner, check_method
@@ -297,10 +297,7 @@ class SurgeryOptimizer(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad``, and forget what was collected."""
         self._pending = None
-        if takes(type(self.optimizer).zero_grad, "set_to_none"):
-            self.optimizer.zero_grad(set_to_none=set_to_none)
-        else:
-            self.optimizer.zero_grad()
+        super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
@@ -334,15 +331,6 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.method!r}, granularity={self.granularity!r}, {self.optimizer!r})"
-
-    def _check_known(self, parameters: Sequence[Any] | None, name: str) -> None:
-        known = {id(p) for p in self._parameters()}
-        for p in parameters or ():
-            if not isinstance(p, Tensor):
-                raise TypeError(f"{name} must hold parameters, as module.parameters() yields them, got {describe(p)}")
-        unknown = [p for p in parameters or () if id(p) not in known]
-        if unknown:
-            raise ValueError(f"{name} holds {len(unknown)} tensors that are not parameters of the wrapped optimizer")
 
     def _forget(self) -> None:
         self._pending = None
