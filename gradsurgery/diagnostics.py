@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -105,14 +106,14 @@ class SurgeryInfo:
 
         None stands for what is not there. ``segments``, which may be parameters, are left out.
         """
-        fields = [] if self._weights is None else ["weights"]
-        if self._gram is not None:
-            fields += ["gram", "norms", "cosines", "conflicts", "magnitude_similarity", "finite"]
-            fields += [] if self._weights is None else ["update_norm"]
         result: dict[str, Any] = {"tasks": self.tasks, **dict.fromkeys(_FIELDS)}
-        if fields:
-            values = [getattr(self, field) for field in fields]
-            host = torch.cat([value.double().reshape(-1) for value in values]).cpu()
-            for field, value, part in zip(fields, values, host.split([v.numel() for v in values]), strict=True):
-                result[field] = part.to(value.dtype).reshape(value.shape).tolist()
+        values: dict[str, Tensor] = {}
+        for name in _FIELDS:
+            with suppress(NotComputedError):
+                values[name] = getattr(self, name)
+        if values:
+            host = torch.cat([value.double().reshape(-1) for value in values.values()]).cpu()
+            parts = host.split([value.numel() for value in values.values()])
+            for (name, value), part in zip(values.items(), parts, strict=True):
+                result[name] = part.to(value.dtype).reshape(value.shape).tolist()
         return result
