@@ -63,7 +63,7 @@ def fairgrad(out, gram, num_tasks, alpha: tl.float64, limit: tl.float64, TASKS: 
                     table = hessian
                     least = tl.full([], float("inf"), tl.float64)
                     for t in range(num_tasks):
-                        table, pivot = sweep(table, t, t >= 0, TASKS)
+                        table, pivot = sweep(table, t, True, TASKS)
                         least = tl.minimum(least, pivot)
                     if least > 1e-14:
                         direction = tl.where(inside, -tl.sum(table * missing[None, :], 1), 0.0)

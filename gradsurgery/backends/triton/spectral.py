@@ -59,7 +59,7 @@ def solve_cosines(gram, preference, norms, num_tasks, TASKS: tl.constexpr):
     table = tl.where(is_diagonal, tl.where(norms > 0, cosines, 1.0), cosines)
     independent = 1
     for t in range(num_tasks):
-        table, pivot = sweep(table, t, t >= 0, TASKS)
+        table, pivot = sweep(table, t, True, TASKS)
         independent = tl.where(pivot > rounding * num_tasks, independent, 0)
     trace = -tl.sum(tl.where(task < num_tasks, tl.sum(tl.where(is_diagonal, table, 0.0), 1), 0.0), 0)
     c = tl.where(task < num_tasks, -tl.sum(table * p[None, :], 1), 0.0)
