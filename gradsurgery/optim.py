@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, distributed
 
 from . import methods
-from ._checks import describe
 from ._compiling import untraced
 from ._operate import backward_once, operate
 from ._passes import OverwrittenError
