@@ -102,11 +102,13 @@ def _parse_matrix(grads: Tensor, segments: Sequence[int] | None) -> TaskGradient
     if lists is not None:
         return TaskGradients(lists.num_tasks, 1, [], False, lists.device, matrix=grads, lists=lists)
     check_gradient(grads, "grads")
-    if grads.dim() != 2 or grads.shape[0] == 0 or (grads.shape[1] > 1 and grads.stride(1) != 1):
+    if grads.dim() != 2 or (grads.shape[1] > 1 and grads.stride(1) != 1):
         raise ValueError(
-            "grads must be [T, N] with T >= 1 and a contiguous last dimension, "
-            f"got shape {tuple(grads.shape)} with strides {grads.stride()}"
+            f"grads must be [T, N] with a contiguous last dimension, got shape {tuple(grads.shape)} with strides "
+            f"{grads.stride()}"
         )
+    if not len(grads):
+        raise ValueError(f"grads must hold the gradients of at least one task, got shape {tuple(grads.shape)}")
     offsets = []
     if segments is not None:
         offsets = _integers(segments, "offsets [0, .., N] of the flat form")
@@ -124,11 +126,13 @@ def _parse_matrix(grads: Tensor, segments: Sequence[int] | None) -> TaskGradient
 
 
 def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[int] | None) -> TaskGradients:
-    if not isinstance(grads, Sequence) or not grads:
+    if not isinstance(grads, Sequence):
         raise TypeError(
-            "grads must be a [T, N] tensor or a non-empty list of T lists of gradients (one list per task, None where "
-            f"a task has no gradient), got {'an empty list' if isinstance(grads, (list, tuple)) else describe(grads)}"
+            "grads must be a [T, N] tensor or a list of T lists of gradients (one list per task, None where a task has "
+            f"no gradient), got {describe(grads)}"
         )
+    if not grads:
+        raise ValueError("grads must hold the gradients of at least one task, got an empty list")
     entries: list[Tensor | None] = []
     like: list[Tensor | None] = []
     device = None

@@ -75,13 +75,11 @@ class Collected:
             )
 
     def plus(self, other: Collected) -> Collected:
-        """Return the sum.
+        """Return the sum with one that :meth:`check_next` takes.
 
         Raises:
-            ValueError: the two do not belong to the same tasks, parameters and scaling.
             OverwrittenError: the second backward passes wrote over the first ones' gradients.
         """
-        self._check_like(other)
         for mine, theirs in zip(self.grads, other.grads, strict=True):
             check_memory([mine, theirs])
         grads = [
@@ -93,7 +91,6 @@ class Collected:
 
     def beside(self, other: Collected) -> Collected:
         """Return both, as batches of their own; errors as those of :meth:`plus`."""
-        self._check_like(other)
         # Lists of their own: what this one still holds is not written over.
         grads = [[*row] for row in self.grads + other.grads]
         check_memory(grads)
@@ -113,14 +110,16 @@ class Collected:
                 row[p] = torch.zeros_like(local_part(self.parameters[p]))
         return replace(self, grads=[*self.grads[:first], row, *self.grads[first + 1 :]])
 
-    def _check_like(self, other: Collected) -> None:
-        if self.tasks != other.tasks:
+    def check_next(self, tasks: list[str], parameters: Sequence[Tensor], *, scaled: bool) -> None:
+        """Raise ValueError unless another micro-batch is of the same tasks and parameters, and scaled like this one."""
+        if self.tasks != tasks:
             raise ValueError(
-                f"every micro-batch must have the same tasks in the same order: had {self.tasks}, got {other.tasks}"
+                f"every micro-batch must have the same tasks in the same order: had {self.tasks}, got {tasks} "
+                "(zero_grad() forgets what was collected)"
             )
-        if [id(p) for p in self.parameters] != [id(p) for p in other.parameters]:
+        if [id(p) for p in self.parameters] != [id(p) for p in parameters]:
             raise ValueError("the optimizer's parameters changed between micro-batches: combine() before changing them")
-        if (self.scale is None) != (other.scale is None):
+        if (self.scale is not None) != scaled:
             raise ValueError("either every micro-batch is given the scaler or none")
 
 
@@ -140,6 +139,7 @@ def collect(
     mode: str = "sequential",
     chunk_size: int | None = None,
     features: Tensor | Sequence[Tensor] | None = None,
+    check: Callable[[list[str]], None] | None = None,
     weigh: Callable[[list[str], Tensor], Tensor] | None = None,
     partial: bool = False,
     shards: Shards | None = None,
@@ -154,6 +154,7 @@ def collect(
         losses, scaler, retain_graph: as in :meth:`gradsurgery.SurgeryOptimizer.backward`.
         parameters: the P parameters.
         mode, chunk_size, features: likewise.
+        check: raises unless these tasks' gradients can be used, before the passes.
         weigh: maps task names and losses [T] to weights [T]. If given, there is one pass, from the weighted sum, and
             one row of gradients; ``mode``, ``chunk_size`` and ``features`` are only checked.
         partial: accept None for an absent loss; its row is of None.
@@ -176,6 +177,8 @@ def collect(
     features = [features] if isinstance(features, Tensor) else features
     check_features(features)
     tasks, each = _check_losses(losses, partial)
+    if check is not None:
+        check(tasks)
     given = [loss for loss in each if loss is not None]
     # A hook of the stack itself runs in passes that begin above it.
     hooked = isinstance(losses, Tensor) and bool(losses._backward_hooks)

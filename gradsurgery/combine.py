@@ -168,7 +168,9 @@ def check_out(out: Direction, grads: TaskGradients) -> None:
         return
     if grads.matrix is not None:
         if not isinstance(out, Tensor) or out.shape != grads.matrix.shape[1:] or not out.is_contiguous():
-            raise ValueError(f"out must be a contiguous tensor [{grads.matrix.shape[1]}], got {describe(out)}")
+            dense = isinstance(out, Tensor) and out.layout is torch.strided
+            strides = f" with strides {out.stride()}" if dense else ""  # type: ignore[union-attr]
+            raise ValueError(f"out must be a contiguous tensor [{grads.matrix.shape[1]}], got {describe(out)}{strides}")
         _check_target(out, grads.matrix, "out")
         _check_apart(out, grads.matrix, "out")
         return

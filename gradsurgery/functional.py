@@ -232,7 +232,9 @@ def check_solver(solver: str, max_iter: int, tol: float) -> tuple[int, float]:
 
 def _step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(step, Tensor):
-        if step.dtype != torch.int64 or step.numel() != 1:
+        if step.dtype != torch.int64:
+            raise TypeError(f"step must be an int or an int64 tensor of one element, got {describe(step)}")
+        if step.numel() != 1:
             raise ValueError(f"step must be an int or an int64 tensor of one element, got {describe(step)}")
         return step if step.dim() == 0 and step.device == device else step.reshape(()).to(device)
     return torch.full((), check_word("step", step), dtype=torch.int64, device=device)

@@ -18,7 +18,7 @@ from ._plan import Planner, check_method
 from ._shards import processes_of
 from ._survey import Survey
 from ._wrapper import OptimizerWrapper
-from .backends import check_name
+from .backends import check_name, choose
 from .collect import Collected, Losses, collect, holds_weights, listed
 from .diagnostics import SurgeryInfo
 from .methods._base import Rollback
@@ -202,9 +202,20 @@ class SurgeryOptimizer(OptimizerWrapper):
         before, batches = self._pending, self.method.num_batches
         if before is not None and 1 < batches == before.batches:
             raise ValueError(f"a step of method {self.method.name!r} has at most {batches} batches: call combine() now")
-        shards = self._processes.shards
+        parameters, shards, scaled = self._trainable(), self._processes.shards, passes["scaler"] is not None
+
+        def check(tasks: list[str]) -> None:
+            self._planner.check_tasks(tasks)
+            self.method._check_fits(len(tasks))
+            if self.backend is not None and parameters:
+                choose(self.backend, parameters[0].device, len(tasks))
+            if before is not None:
+                before.check_next(tasks, parameters, scaled=scaled)
+
         try:
-            new = collect(losses, self._trainable(), partial=partial, shards=shards, survey=self._survey, **passes)
+            new = collect(
+                losses, parameters, partial=partial, check=check, shards=shards, survey=self._survey, **passes
+            )
             self._pending = new if before is None else before.plus(new) if batches == 1 else before.beside(new)
         except OverwrittenError:
             self._pending = None  # what was collected before may have been written over, too

@@ -18,14 +18,18 @@ SPARSE = torch.sparse_coo_tensor([[0]], [1.0], (8,))
 @pytest.mark.parametrize(
     ("grads", "error", "message"),
     [
-        (ROWS[0], ValueError, r"grads must be \[T, N\] with T >= 1 and a contiguous last dimension, got shape \(8,\)"),
+        (
+            ROWS[0],
+            ValueError,
+            r"grads must be \[T, N\] with a contiguous last dimension, got shape \(8,\) with",
+        ),
         (torch.ones(3, 4, 2), ValueError, r"got shape \(3, 4, 2\)"),
-        (torch.ones(0, 4), ValueError, r"T >= 1 .* got shape \(0, 4\)"),
+        (torch.ones(0, 4), ValueError, r"at least one task, got shape \(0, 4\)"),
         (torch.ones(4, 3).T, ValueError, r"got shape \(3, 4\) with strides \(1, 3\)"),
         (ROWS.int(), TypeError, "grads must be float64, float32, bfloat16 or float16, got torch.int32"),
         (torch.ones(2, 3, dtype=torch.complex64), TypeError, r"complex64 gradient.*view_as_complex"),
         (SPARSE, TypeError, r"grads is a torch.sparse_coo gradient.*sparse=False"),
-        ([], TypeError, "non-empty list of T lists"),
+        ([], ValueError, "at least one task, got an empty list"),
         (None, TypeError, "got NoneType"),
         ([ROWS[0], ROWS[1]], TypeError, r"grads\[0\] must be a list of tensors or None, got a tensor of shape \(8,\)"),
         ([[ROWS[0]], [ROWS[1], ROWS[2]]], ValueError, "task 0 has 1 gradients, task 1 has 2"),
@@ -155,7 +159,7 @@ GRAM = torch.eye(3)
         (lambda: gradsurgery.pcgrad_weights(GRAM, step=1.5), ValueError, "step must be an int in"),
         (lambda: gradsurgery.pcgrad_weights(GRAM, step=True), ValueError, "step must be an int in"),
         (
-            lambda: gradsurgery.pcgrad_weights(GRAM, step=torch.ones(2)),
+            lambda: gradsurgery.pcgrad_weights(GRAM, step=torch.ones(2, dtype=torch.int64)),
             ValueError,
             "step must be an int or an int64 tensor",
         ),

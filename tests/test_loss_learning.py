@@ -167,6 +167,8 @@ def test_dtp_weights_are_focal():
         method.update(dict(zip("abc", kpis, strict=True)) if k is None else kpis)
         k = f64(kpis) if k is None else 0.25 * f64(kpis) + 0.75 * k
         torch.testing.assert_close(step(method, losses), -((1 - k) ** 2) * k.log())
+    with pytest.raises(ValueError, match="kpis must be one number for each of 3 tasks, got 2"):
+        method.update([0.5, 0.5])
     ends = new("dtp")
     ends.update(torch.tensor([0.0, 1.0]))
     torch.testing.assert_close(step(ends, f64([1.0, 1.0])), f64([-math.log(1e-6) * (1 - 1e-6), 0.0]))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -120,6 +120,12 @@ class Method:
             isinstance(option, PerTask) for option in vars(self).values()
         )
 
+    def _check_fits(self, num_tasks: int) -> None:
+        """Raise ValueError if an option is for another number of tasks."""
+        for option in vars(self).values():
+            if isinstance(option, PerTask):
+                option.check(num_tasks)
+
     def _has_other_weights(self, method: type[Method]) -> bool:
         """Whether a subclass or the object itself has weights of its own."""
         return getattr(self.weights, "__func__", None) is not method.weights
@@ -134,6 +140,8 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; ValueError for keys or shapes that it never returns."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state of method {self.name!r} must be a dict, got {describe(state)}")
         if set(state) != set(self.state_dict()):
             raise ValueError(
                 f"state of method {self.name!r} must have the keys {sorted(self.state_dict())}, got {sorted(state)}"

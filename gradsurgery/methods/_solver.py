@@ -38,6 +38,10 @@ class SolverMethod(Method):
         """Return the solver for T tasks; ValueError if the options do not fit so many."""
         raise NotImplementedError
 
+    def _check_fits(self, num_tasks: int) -> None:
+        super()._check_fits(num_tasks)
+        self._solver(num_tasks)
+
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights; NaN where G is not finite."""
         problems, out = new_problems(gram)

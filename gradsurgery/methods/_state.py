@@ -31,7 +31,8 @@ def making_state(name: str, device: torch.device) -> Iterator[None]:
 def read_losses(name: str, losses: Any, shape: torch.Size, device: torch.device) -> Tensor:
     """Return losses [T] or [..., T] as float64 of that shape [..., T] on the device, detached."""
     if not isinstance(losses, Tensor) or losses.shape not in (shape[-1:], shape):
-        raise ValueError(f"method {name!r} needs losses, a tensor [{shape[-1]}], got {describe(losses)}")
+        error = ValueError if losses is None or isinstance(losses, Tensor) else TypeError
+        raise error(f"method {name!r} needs losses, a tensor [{shape[-1]}], got {describe(losses)}")
     if losses.is_complex():
         raise TypeError(f"losses must be real, got {losses.dtype}")
     return losses.detach().to(device, torch.float64).expand(shape).contiguous()
@@ -125,10 +126,14 @@ class PerTask:
     def __repr__(self) -> str:
         return repr(self.values.tolist())
 
-    def on(self, device: torch.device, num_tasks: int, method: str) -> Tensor:
-        """Return the numbers [T] on the device."""
+    def check(self, num_tasks: int) -> None:
+        """Raise ValueError unless there is one number for each task."""
         if len(self.values) != num_tasks:
             raise ValueError(f"{self.name} must hold one number for each of {num_tasks} tasks, got {len(self.values)}")
+
+    def on(self, device: torch.device, num_tasks: int, method: str) -> Tensor:
+        """Return the numbers [T] on the device."""
+        self.check(num_tasks)
         if self.values.device != device:
             with making_state(method, device):
                 self.values = self.values.to(device)

@@ -64,6 +64,9 @@ class CRMOGM(Method):
         self._w = w.copy_(torch.where(finite, averaged, w))
         return constant(f"{self.name} weights", averaged, [gram])
 
+    def _check_fits(self, num_tasks: int) -> None:
+        self.method._check_fits(num_tasks)
+
     @property
     def seed(self) -> int:
         """The other method's ``seed``; AttributeError if it has none."""

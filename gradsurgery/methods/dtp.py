@@ -60,7 +60,10 @@ class DTP(LossMethod):
         if not is_vector or (values.device.type == "cpu" and not valid):
             raise ValueError(f"kpis must be T numbers in [0, 1], got {kpis!r}")
         if self._state is not None:
-            values, valid = (value.to(self._state["kpis"].device) for value in (values, valid))
+            before = self._state["kpis"]
+            if before.shape != values.shape:
+                raise ValueError(f"kpis must be one number for each of {len(before)} tasks, got {len(values)}")
+            values, valid = (value.to(before.device) for value in (values, valid))
         k, updated = (self._state_for(values)[name] for name in self.state_names)
         self._keep(valid, kpis=torch.where(updated, self.alpha * values + (1 - self.alpha) * k, values))
         self._keep(valid, updated=torch.ones_like(updated))

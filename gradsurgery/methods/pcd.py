@@ -74,12 +74,15 @@ class PCD(Method):
         return constant(f"{self.name} weights", out, [gram])
 
     def _shares(self, device: torch.device, num_tasks: int) -> Tensor | None:
+        self._check_fits(num_tasks)
         if not isinstance(self.tau, PerTask):
             return None
-        given = len(self.tau.values)
-        if given != num_tasks - 1:
+        return torch.nn.functional.pad(self.tau.on(device, num_tasks - 1, self.name), (1, 0))
+
+    def _check_fits(self, num_tasks: int) -> None:
+        if isinstance(self.tau, PerTask) and len(self.tau.values) != num_tasks - 1:
+            given = len(self.tau.values)
             raise ValueError(f"tau must hold {num_tasks - 1} numbers, one for each task but the first, got {given}")
-        return torch.nn.functional.pad(self.tau.on(device, given, self.name), (1, 0))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages [..., T], without their correction; None before the first step."""
