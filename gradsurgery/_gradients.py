@@ -244,7 +244,6 @@ def _unify_layout(entries: list[Tensor | None], like: list[Tensor | None], p: in
         return
     for t in present:
         entries[t] = entries[t].contiguous()  # type: ignore[union-attr]
-    like[p] = entries[present[0]]
 
 
 def as_float64(values: Tensor) -> Tensor:

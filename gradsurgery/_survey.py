@@ -87,7 +87,7 @@ class Survey:
         trains = processes.total(_are_not_zero(collected, shared))
         try:
             trained_by = [{t for t, value in enumerate(column) if value} for column in trains.T.tolist()]
-        except (NotImplementedError, RuntimeError):  # fake tensors and those on "meta" have no values
+        except RuntimeError:  # fake tensors and those on "meta" have no values
             return
         telling = set().union(*trained_by)
         pairs = set()
@@ -105,7 +105,7 @@ class Survey:
                 f"loss {other!r} gives gradients of zeros to parameters that loss {own!r} alone trains, and they count "
                 "as shared: so do heads where losses are cut from one tensor, or come out of one compiled function, "
                 "checkpoint or sharded module. Name the shared parameters by shared=, or keep trunk and heads apart "
-                "there",
+                "there. (If they are shared, as where a loss has inputs of zeros: shared= says so, too.)",
                 stacklevel=6,
             )
 

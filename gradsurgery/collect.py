@@ -243,7 +243,6 @@ def listed(losses: Losses) -> Losses:
     return list(losses) if isinstance(losses, Iterable) and not isinstance(losses, again) else losses
 
 
-@torch.enable_grad()
 def holds_weights(losses: Losses) -> bool:
     """Whether the losses' dtype is precise enough to multiply weights in. 16 bits are not: T passes are taken then."""
     each = _check_losses(losses, partial=False)[1]

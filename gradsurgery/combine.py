@@ -115,7 +115,7 @@ def _write(grads: TaskGradients, out: Direction | None, write: Callable[[TaskGra
     if direct is not None:
         write(direct, out)
     else:
-        _write_lists(grads, list(out), write)
+        _write_lists(grads, out, write)
     return out
 
 
@@ -128,7 +128,7 @@ def new_out(grads: TaskGradients) -> Direction:
     return [None if like is None else torch.empty_like(like) for like in grads.like]
 
 
-def _write_lists(grads: TaskGradients, out: list[Any], write: Callable[[TaskGradients, Direction], None]) -> None:
+def _write_lists(grads: TaskGradients, out: Direction, write: Callable[[TaskGradients, Direction], None]) -> None:
     """Write each touched parameter's direction; by way of a temporary where ``out`` has another memory layout."""
     like = grads.like
     touched = [p for p, first in enumerate(like) if first is not None]

@@ -119,6 +119,8 @@ class SurgeryOptimizer(OptimizerWrapper):
     ) -> SurgeryInfo:
         """Go back from the losses, operate on the task gradients, and add the result to ``.grad``.
 
+        What :meth:`collect` has added before counts, too.
+
         Args:
             losses: one scalar per task: a sequence or another iterable, a 1-D tensor, or a dict from name to scalar.
                 None for a loss that this step lacks, where the method takes that (``takes_absent``): its task has no

@@ -196,6 +196,10 @@ def test_errors_of_ours_in_their_interfaces():
             SurgeryWeighting("mean")(wrong)
     with pytest.raises(TypeError, match=r"gramian must be a real floating-point tensor, got torch\.int64"):
         SurgeryWeighting("mean")(gram.long())
+    theirs = FromTorchJD(aggregation.MGDAWeighting())
+    assert theirs.weights(gram.float()).dtype == torch.float64
+    with pytest.raises(ValueError, match="backend must be one of"):
+        theirs.weights(gram, backend="nothing")
 
 
 THEIRS = {

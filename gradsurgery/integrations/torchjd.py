@@ -11,7 +11,9 @@ from typing import Any, cast, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
+from ..backends import check_name
 from ..combine import combine
+from ..functional import check_gram
 from ..gram import gram
 from ..methods import CoordinateMethod, Method, resolve
 from ..methods._base import weigh
@@ -150,8 +152,9 @@ class FromTorchJD(Method):
     @torch.no_grad()
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [..., T] of Gramians [..., T, T]; NaN where one is not finite."""
-        weights = gram.new_full(gram.shape[:-1], torch.nan)
-        problems = gram.reshape(-1, *gram.shape[-2:])
+        check_name(backend)
+        problems = check_gram(gram).view(-1, *gram.shape[-2:])
+        weights = problems.new_full(gram.shape[:-1], torch.nan)
         if len(problems) > 1 and self._stateful():
             kind = type(self.weighting).__name__
             raise ValueError(f"{kind} has state for one problem, got {len(problems)}: use granularity='global'")

@@ -20,7 +20,7 @@ class CAGrad(SolverMethod):
     Conventions: where the gradients are Pareto-stationary in the ball, g_x = 0, several directions solve the problem,
     and the one nearest to g_0 is taken, shortened to the ball where rounding of G leads out of it (TorchJD returns
     zeros, also for any gradients of sum |g_t|^2 < 1e-4). With c >= 1 d conflicts with no task, with two exceptions:
-    for Pareto-stationary gradients it may conflict with those below 1e-3 of the longest one's length, and a d of
+    for Pareto-stationary gradients it may conflict with those below 1e-2 of the longest one's length, and a d of
     almost 0 is a matter of rounding. c = 0 is the mean.
     Scale: 1 + c times a mean over tasks, times the factor of ``rescale``. No state. Cost: O(T^3).
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -70,14 +69,15 @@ class ExcessMTL(BufferedMethod):
     def _excess(self, given: Given, row: Sequence[Tensor | None], roots: list[Tensor]) -> Tensor:
         """Return e of one task, float64 [], and add its squares to S, whose root does not overflow."""
         total = torch.zeros((), dtype=torch.float64, device=roots[0].device)
-        items = [
-            item for item in zip(row, roots, given.counted, strict=True) if item[0] is not None and item[0].numel() > 0
-        ]
-        ends = accumulate(root.nbytes for _, root, _ in items)
         # Many small parameters at a time: a few operations for all of them, and little memory.
-        keys = ((end // _CHUNK_BYTES, here) for end, (_, _, here) in zip(ends, items, strict=True))
-        for (_, here), chunk in groupby(zip(keys, items, strict=True), lambda item: item[0]):
-            gradients, kept, _ = (list(values) for values in zip(*(item for _, item in chunk), strict=True))
+        chunks: dict[tuple[int, bool], list[tuple[Tensor, Tensor]]] = {}
+        end = 0
+        for gradient, root, here in zip(row, roots, given.counted, strict=True):
+            if gradient is not None and gradient.numel() > 0:
+                end += root.nbytes
+                chunks.setdefault((end // _CHUNK_BYTES, here), []).append((gradient, root))
+        for (_, here), chunk in chunks.items():
+            gradients, kept = (list(values) for values in zip(*chunk, strict=True))
             before = _flatten_dense_tensors(kept)
             size = torch.where(given.finite, _flatten_dense_tensors(gradients), 0).to(before.dtype)
             if given.scale is not None:

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""Rare shapes of graphs and losses: what the passes go back through."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
+
+from conftest import grads_of, two_losses, two_task_net
+from gradsurgery import SurgeryOptimizer, methods
+from inputs import DEVICE
+from test_hidden import Hiding, Net
+
+X = torch.linspace(-1, 1, 48).reshape(8, 6)
+
+
+def wrap(parameters, method="pcgrad", **arguments):
+    return SurgeryOptimizer(torch.optim.SGD(parameters, lr=0.1), method, **arguments)
+
+
+def ones(*shape):
+    return Parameter(torch.ones(shape))
+
+
+def hidden_step(net, optimizer):
+    net.zero_grad()
+    optimizer.backward(net.losses(net.features()))
+
+
+def test_losses_that_are_elements_of_a_stack_of_vectors():
+    w = Parameter(torch.tensor([1.0, 2.0]))
+    stack = torch.stack([w.square()])
+    optimizer = wrap([w], "sum")
+    optimizer.collect([stack.select(1, 0), stack.select(1, 1)])
+    optimizer.combine()
+    assert w.grad.tolist() == [2, 4]
+
+
+def test_losses_that_are_selected_from_a_stack_by_its_last_dimension():
+    v, w = ones(1, 1), ones(1, 1)
+    stack = torch.stack([v.square(), w.square()], dim=-1)
+    optimizer = wrap([v, w])
+    assert optimizer.backward([stack.select(2, 0), stack.select(2, 1)]).norms.tolist() == [0, 0]  # heads alone
+
+
+def test_losses_that_are_selected_from_a_stack_from_behind():
+    parameters = [ones(1) for _ in range(3)]
+    stack = torch.stack([p.sum() for p in parameters])
+    optimizer = wrap(parameters, methods.Constant([1.0, 2.0, 3.0]))
+    optimizer.collect([stack[-3], stack[-2], stack[-1]])
+    optimizer.combine()
+    assert [p.grad.item() for p in parameters] == [1, 2, 3]
+
+
+def test_functions_of_packages_whose_names_begin_with_torchs(monkeypatch):
+    monkeypatch.setattr(Hiding, "__module__", "torch_reversible")
+    found = []
+    for hidden in ("1", ""):
+        net = Net(hidden)
+        hidden_step(net, wrap(net.parameters(), "mgda"))
+        found.append(grads_of(net))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_hidden_parameters_stay_known_while_other_graphs_come_between():
+    found = []
+    for hidden in ("1", ""):
+        net = Net(hidden)
+        optimizer = wrap(net.parameters(), "mgda")
+        hidden_step(net, optimizer)
+        hook = net["2"].register_full_backward_hook(lambda *_: None)
+        net.hidden = ""
+        hidden_step(net, optimizer)
+        hook.remove()
+        net.hidden = hidden
+        hidden_step(net, optimizer)
+        found.append(grads_of(net))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_features_that_come_out_of_a_reentrant_checkpoint_are_refused():
+    net = two_task_net()
+    z = checkpoint(net["trunk"], X.clone().requires_grad_(), use_reentrant=True)
+    with pytest.raises(ValueError, match="without mode= and features="):
+        wrap(net.parameters()).backward([net["a"](z).mean(), net["b"](z).mean()], features=z)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_features_of_a_frozen_trunk(mode):
+    net = two_task_net()
+    net["trunk"].requires_grad_(False)
+    z = net["trunk"](X.clone().requires_grad_())
+    wrap(net.parameters()).backward([net["a"](z).mean(), net["b"](z).mean()], mode=mode, features=z)
+    assert net["a"].weight.grad is not None
+
+
+def test_scaled_losses_of_other_dtypes_and_shapes():
+    net, found = two_task_net(), []
+    for mode in ("sequential", "batched"):
+        for scaler in (None, torch.amp.GradScaler("cpu", init_scale=4.0)):
+            net.zero_grad()
+            a, b = two_losses(net, X)
+            info = wrap(net.parameters()).backward([a.double(), b.reshape(1)], mode=mode, scaler=scaler)
+            found.append([*(grad / (4 if scaler else 1) for grad in grads_of(net)), info.gram])
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_batched_passes_to_heads_alone_keep_the_graph_only_if_told():
+    v, w = ones(2), ones(2)
+    optimizer = wrap([v, w])
+    losses = [v.square().sum(), w.square().sum()]
+    optimizer.backward(losses, mode="batched", retain_graph=True)
+    optimizer.backward(losses, mode="batched")
+    assert v.grad.tolist() == [4, 4]
+    with pytest.raises(RuntimeError, match="second time"):
+        optimizer.backward(losses, mode="batched")
+
+
+def test_what_a_checkpoint_draws_again_is_the_same_in_batched_passes():
+    net, drop, found = two_task_net(), torch.nn.Dropout(0.5), []
+    for mode in ("sequential", "batched"):
+        torch.default_generator.manual_seed(0)
+        net.zero_grad()
+        z = checkpoint(lambda x: drop(net["trunk"](x)).tanh(), X, use_reentrant=False)
+        wrap(net.parameters()).backward([net["a"](z).mean(), -net["b"](z).mean()], mode=mode)
+        found.append(grads_of(net))
+    torch.testing.assert_close(found[1], found[0])
+
+
+class OutOfMemory(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise torch.OutOfMemoryError("no memory")
+
+
+def test_memory_that_runs_out_in_batched_passes_is_called_that():
+    w = ones(2)
+    z = OutOfMemory.apply(w)
+    with pytest.raises(torch.OutOfMemoryError):
+        wrap([w]).backward([z.sum(), -z.sum()], mode="batched")
+
+
+@pytest.mark.parametrize(
+    ("losses", "error", "message"),
+    [
+        (lambda w: "ab", TypeError, "losses must be a sequence"),
+        (lambda w: [w.sum() * 1j, w.sum()], TypeError, "loss '0' must be real"),
+    ],
+)
+def test_what_losses_cannot_be(losses, error, message):
+    w = ones(2)
+    with pytest.raises(error, match=message):
+        wrap([w]).backward(losses(w))
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "sum"])
+def test_losses_from_a_generator_are_collected(method):
+    w = ones(2)
+    optimizer = wrap([w], method)
+    optimizer.collect(w[i] for i in range(2))
+    optimizer.combine()
+    assert w.grad.tolist() == [1, 1]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="fake tensors here are on the CPU")
+def test_a_step_under_fake_tensors():
+    with FakeTensorMode():
+        net = torch.nn.Linear(3, 2)
+        wrap(net.parameters()).backward(net(torch.ones(3)).unbind())
