@@ -7,7 +7,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from conftest import grads_of, two_losses, two_task_net
+from conftest import grads_of, on_cpu, two_losses, two_task_net
 from gradsurgery import SurgeryOptimizer, methods
 from inputs import DEVICE
 from test_hidden import Hiding, Net
@@ -98,7 +98,7 @@ def test_features_of_a_frozen_trunk(mode):
 def test_scaled_losses_of_other_dtypes_and_shapes():
     net, found = two_task_net(), []
     for mode in ("sequential", "batched"):
-        for scaler in (None, torch.amp.GradScaler("cpu", init_scale=4.0)):
+        for scaler in (None, torch.amp.GradScaler(DEVICE, init_scale=4.0)):
             net.zero_grad()
             a, b = two_losses(net, X)
             info = wrap(net.parameters()).backward([a.double(), b.reshape(1)], mode=mode, scaler=scaler)
@@ -121,7 +121,7 @@ def test_batched_passes_to_heads_alone_keep_the_graph_only_if_told():
 def test_what_a_checkpoint_draws_again_is_the_same_in_batched_passes():
     net, drop, found = two_task_net(), torch.nn.Dropout(0.5), []
     for mode in ("sequential", "batched"):
-        torch.default_generator.manual_seed(0)
+        torch.manual_seed(0)
         net.zero_grad()
         z = checkpoint(lambda x: drop(net["trunk"](x)).tanh(), X, use_reentrant=False)
         wrap(net.parameters()).backward([net["a"](z).mean(), -net["b"](z).mean()], mode=mode)
@@ -174,7 +174,7 @@ def test_losses_from_a_generator_are_collected(method):
     assert w.grad.tolist() == [1, 1]
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="fake tensors here are on the CPU")
+@on_cpu
 def test_a_step_under_fake_tensors():
     with FakeTensorMode():
         net = torch.nn.Linear(3, 2)
