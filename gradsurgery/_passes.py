@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +13,33 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ._dtensor import part_of
-from ._extension import C
 from ._features import check_ends, part, refuse_both
 from ._graph import Graph, Output, Root
+from ._memory import Rows, check_memory
 
-Rows = list[list[Tensor | None]]
 Edges = Mapping[int, GradientEdge]
 """Those that a pass goes to besides."""
 
 _WRONG_UNDER_VMAP = {"AsStridedScatterBackward0", "CdistBackward0"}
 """Functions whose backward pass gives every task the first one's gradient there, without a word (torch 2.13)."""
+
+
+@dataclass(slots=True)
+class Parted:
+    """What the passes from the losses to the features leave, and what lies below."""
+
+    rows: Rows
+    """T lists of P gradients, of the parameters above the features."""
+    cotangents: Rows
+    """T lists of the features' gradients."""
+    features: Sequence[Tensor]
+    trunk: list[int]
+    """The parameters below."""
+    mask: list[int]
+    """Of each parameter, bit t: some feature that loss t depends on depends on it."""
+    edges: Edges
+    names: set[str]
+    """Of the functions below."""
 
 
 @dataclass(slots=True)
@@ -137,6 +154,39 @@ class Passes:
         Raises:
             ValueError: the features do not part the graph.
         """
+        parted = self._to_features(features)
+        rows = parted.rows
+        if self.batched:
+            _check_vmap(parted.names)
+            check_memory(rows)
+            stacks = [
+                torch.stack([torch.zeros_like(f) if row[i] is None else row[i] for row in parted.cotangents])  # type: ignore[misc]
+                for i, f in enumerate(features)
+            ]
+            self._fill_batched(rows, parted.trunk, parted.mask, features, stacks, parted.edges)
+            return rows
+        for row, (grads, keep) in zip(rows, self._with_keep(parted.cotangents), strict=True):
+            self._fill_below(row, grads, parted, keep)
+        check_memory(rows)
+        return rows
+
+    def by_representation(self, features: Sequence[Tensor], steer: Callable[[Rows], list[Any]]) -> Rows:
+        """Go from each loss to the features, and from there once, with what ``steer`` makes of their gradients.
+
+        Returns:
+            T rows of the parameters above the features, and one of those below.
+
+        Raises:
+            ValueError: the features do not part the graph.
+        """
+        parted = self._to_features(features)
+        below: list[Tensor | None] = [None] * len(self.parameters)
+        self._fill_below(below, steer(parted.cotangents), parted, self.retain_graph)
+        rows = [*parted.rows, below]
+        check_memory(rows)
+        return rows
+
+    def _to_features(self, features: Sequence[Tensor]) -> Parted:
         graph = Graph.of([*(root for root, _ in self.starts), *map(Root, features)])
         starts, stops = graph.roots[: len(self.starts)], graph.roots[len(self.starts) :]
         below, above = part(graph, starts, stops, self.parameters)
@@ -154,7 +204,6 @@ class Passes:
                 rows[t][p] = grad
             self._add_hidden(rows[t])
         check_memory(cotangents)
-        # Bit t: some feature that loss t depends on depends on the parameter.
         mask = [0] * len(self.parameters)
         for p, owner in enumerate(self.parameters):
             for f, tasks in enumerate(above.stops):
@@ -162,25 +211,20 @@ class Passes:
         trunk = [p for p, m in enumerate(mask) if m]
         refuse_both(p for p in trunk if any(row[p] is not None for row in rows))
         edges = graph.edges_behind_functions(self.parameters, below) if self.hiding else {}
-        if self.batched:
-            _check_vmap({name for name, reached in zip(graph.names, below.nodes, strict=True) if reached})
-            check_memory(rows)
-            stacks = [
-                torch.stack([torch.zeros_like(f) if row[i] is None else row[i] for row in cotangents])  # type: ignore[misc]
-                for i, f in enumerate(features)
-            ]
-            self._fill_batched(rows, trunk, mask, features, stacks, edges)
-            return rows
-        inputs = [self.parameters[p] for p in trunk]
-        for t, (row, keep) in enumerate(self._with_keep(cotangents)):
-            given = [(f, g) for f, g in zip(features, row, strict=True) if g is not None]
-            if given and (inputs or edges):
-                outputs, grads = zip(*given, strict=True)
-                for p, grad in zip(trunk, self._go_back(outputs, inputs, grads, edges, keep), strict=True):
-                    rows[t][p] = grad
-                self._add_hidden(rows[t])
-        check_memory(rows)
-        return rows
+        names = {name for name, reached in zip(graph.names, below.nodes, strict=True) if reached}
+        return Parted(rows, cotangents, features, trunk, mask, edges, names)
+
+    def _fill_below(
+        self, row: list[Tensor | None], cotangents: Sequence[Tensor | None], parted: Parted, keep: bool
+    ) -> None:
+        """Fill in the gradients of the parameters below the features from those of the features."""
+        given = [(f, g) for f, g in zip(parted.features, cotangents, strict=True) if g is not None]
+        inputs = [self.parameters[p] for p in parted.trunk]
+        if given and (inputs or parted.edges):
+            outputs, grads = zip(*given, strict=True)
+            for p, grad in zip(parted.trunk, self._go_back(outputs, inputs, grads, parted.edges, keep), strict=True):
+                row[p] = grad
+            self._add_hidden(row)
 
     def _with_keep(self, items: Sequence[Any]) -> list[tuple[Any, bool]]:
         """Pair each with whether its pass must keep the graph."""
@@ -240,35 +284,3 @@ def _check_vmap(names: set[str]) -> None:
             f"the batched backward pass failed: torch.vmap gives wrong gradients of {wrong[0]} "
             "(mode='sequential' goes back without vmap)"
         )
-
-
-class OverwrittenError(RuntimeError):
-    """A backward pass wrote over what another one had returned."""
-
-
-def check_memory(rows: Rows) -> None:
-    """Raise OverwrittenError where passes, a row each, returned gradients in the same memory."""
-    if len(rows) < 2:
-        return
-    shared = None if C is None else C.shares_memory(rows)
-    if _shares_memory(rows) if shared is None else shared:
-        raise OverwrittenError(
-            "backward passes returned gradients in the same memory, where one writes over the other's: each must "
-            "return tensors of its own, which those of torch.cuda.make_graphed_callables do not (capture the whole "
-            "step instead), nor functions that return a saved gradient as it is (clone it there)"
-        )
-
-
-def _shares_memory(rows: Rows) -> bool:
-    for column in zip(*rows, strict=True):
-        addresses = [grad.data_ptr() for grad in column if grad is not None and _has_memory(grad)]
-        if len(set(addresses)) < len(addresses):
-            return True
-    return False
-
-
-def _has_memory(grad: Tensor) -> bool:
-    """Whether the address tells tensors apart: subclasses and sparse tensors hold others inside, some are nowhere."""
-    if type(grad) is not Tensor or grad.layout is not torch.strided:
-        return False
-    return grad.numel() > 0 and not grad.is_meta and not grad._is_zerotensor()

@@ -259,6 +259,17 @@ def check_method(method: Method, granularity: str, sharded: bool) -> None:
         )
 
 
+def check_representation(method: Method, granularity: str) -> None:
+    """Raise ValueError if the method cannot operate on the gradients of features."""
+    wanted = 'mode="representation" operates on the gradients of features'
+    if granularity != "global":
+        raise ValueError(f"{wanted}, which needs granularity 'global', got {granularity!r}")
+    if isinstance(method, BufferedMethod):
+        raise ValueError(f"{wanted}, which change from batch to batch: method {method.name!r} keeps gradients")
+    if method.gram_parameters is not None:
+        raise ValueError(f"{wanted}, and method {method.name!r} reads the G of parameters of its own")
+
+
 def _are_same(these: list[Any], those: list[Any]) -> bool:
     """Whether two lists hold the same numbers or parameters."""
     return len(these) == len(those) and all(

@@ -17,7 +17,8 @@ from ._checks import check_choice, check_count, describe
 from ._dtensor import is_sharded, local_part
 from ._features import check_features
 from ._graph import Root, root_of
-from ._passes import Passes, check_memory
+from ._memory import check_memory
+from ._passes import Passes
 from ._survey import Survey
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def collect(
     features: Tensor | Sequence[Tensor] | None = None,
     check: Callable[[list[str]], None] | None = None,
     weigh: Callable[[list[str], Tensor], Tensor] | None = None,
+    steer: Callable[[Collected], list[Any]] | None = None,
     partial: bool = False,
     shards: Shards | None = None,
     survey: Survey | None = None,
@@ -157,6 +159,8 @@ def collect(
         check: raises unless these tasks' gradients can be used, before the passes.
         weigh: maps task names and losses [T] to weights [T]. If given, there is one pass, from the weighted sum, and
             one row of gradients; ``mode``, ``chunk_size`` and ``features`` are only checked.
+        steer: for mode="representation": maps the gradients of the features to those that one pass goes on with. The
+            rows are then T of the parameters above the features, and one of those below.
         partial: accept None for an absent loss; its row is of None.
         shards: where the parameters are spread over processes; the gradients are then this process's parts.
         survey: what the graphs of the steps so far tell about the passes; None: they go to named inputs.
@@ -169,13 +173,17 @@ def collect(
     """
     if scaler is not None and not hasattr(scaler, "scale"):
         raise TypeError(f"scaler must be a gradient scaler, got {describe(scaler)}")
-    check_choice("mode", mode, ("sequential", "batched"))
+    check_choice("mode", mode, ("sequential", "batched", "representation"))
     if chunk_size is not None:
         if mode != "batched":
             raise ValueError(f'chunk_size is for mode="batched", got {chunk_size!r} with mode={mode!r}')
         check_count("chunk_size", chunk_size)
     features = [features] if isinstance(features, Tensor) else features
     check_features(features)
+    if mode == "representation" and features is None:
+        raise ValueError('mode="representation" operates on the gradients of features: name them by features=')
+    if mode == "representation" and steer is None and weigh is None:
+        raise ValueError('mode="representation" is for backward(), whose last pass needs the weights')
     tasks, each = _check_losses(losses, partial)
     if check is not None:
         check(tasks)
@@ -218,8 +226,13 @@ def collect(
             grads = passes.through_grad(sharded=shards is not None)
         elif features is None:
             grads = passes.from_losses()
-        else:
+        elif mode != "representation":
             grads = passes.by_features(features)
+        else:
+            grads = passes.by_representation(
+                features,
+                lambda rows: steer(Collected(tasks, list(features), rows, values, present, scale)),  # type: ignore[misc]
+            )
     if len(starts) < len(roots):
         found = iter(grads)
         grads = [[None] * len(parameters) if root is None else next(found) for root in roots]

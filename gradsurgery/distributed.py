@@ -83,6 +83,14 @@ class Replicas:
         """Return G of what lies on this process, which is all of it."""
         return gram
 
+    def total_of_batches(self, gram: Tensor) -> Tensor:
+        """Return G of the gradients of all processes' features from that of this process's, by averaged losses."""
+        if self.count == 1:
+            return gram
+        gram = gram / self.count**2
+        distributed.all_reduce(gram, group=self.group)
+        return gram
+
     def local(self, parameters: list[Tensor]) -> list[Tensor]:
         """Return the parameters, which lie on this process."""
         return parameters

@@ -12,9 +12,9 @@ from torch import Tensor, distributed
 
 from . import methods
 from ._compiling import untraced
-from ._operate import backward_once, operate
-from ._passes import OverwrittenError
-from ._plan import Planner, check_method
+from ._memory import OverwrittenError
+from ._operate import backward_by_representation, backward_once, operate
+from ._plan import Planner, check_method, check_representation
 from ._shards import processes_of
 from ._survey import Survey
 from ._wrapper import OptimizerWrapper
@@ -130,7 +130,11 @@ class SurgeryOptimizer(OptimizerWrapper):
             retain_graph: keep the graph after the last pass.
             mode: "sequential" (one backward pass per loss) or "batched" (one pass for all, under vmap: fewer, larger
                 kernels, and T times the memory for the gradients of activations). With "batched", a loss counts as
-                reaching a parameter if the graph connects them.
+                reaching a parameter if the graph connects them. Or "representation", with ``features``: the surgery is
+                on the losses' gradients with respect to these, of all samples of the batch, and its direction goes on
+                to the parameters below in one pass, instead of T; those above get their plain gradients. MGDA then is
+                MGDA-UB (Sener & Koltun, NeurIPS 2018, section 3.3). An approximation: G is that of the features'
+                gradients. ``shared`` does not matter, and the granularity must be "global".
             chunk_size: the number of losses per batched pass; None: all.
             features: the shared representation, one tensor or several that do not depend on each other. Each loss then
                 goes back to the features through its own head only, and from there to the parameters below, one by one
@@ -166,6 +170,16 @@ class SurgeryOptimizer(OptimizerWrapper):
             )
             survey.began = True
             return info
+        if mode == "representation":
+            if before is not None:
+                raise ValueError('mode="representation" does not add to what was collected: call combine() first')
+            check_representation(self.method, self.granularity)
+            passes |= {"survey": self._survey, "shards": self._processes.shards, "check": self._check_tasks}
+            info = backward_by_representation(
+                losses, self._trainable(), self._planner, self._processes, self.backend, **passes
+            )
+            self._survey.began = True
+            return info
         try:
             self._collect(losses, self.method.takes_absent, **passes)
             return self._combine()
@@ -200,6 +214,13 @@ class SurgeryOptimizer(OptimizerWrapper):
         passes = {"retain_graph": retain_graph, "mode": mode, "chunk_size": chunk_size, "features": features}
         self._collect(listed(losses), partial, scaler=scaler, **passes)
 
+    def _check_tasks(self, tasks: list[str]) -> None:
+        """Raise what would be raised of these tasks after the passes, as far as it is known before."""
+        self._planner.check_tasks(tasks)
+        self.method._check_fits(len(tasks))
+        if self.backend is not None:
+            choose(self.backend, self._parameters()[0].device, len(tasks))
+
     def _collect(self, losses: Losses, partial: bool, **passes: Any) -> None:
         before, batches = self._pending, self.method.num_batches
         if before is not None and 1 < batches == before.batches:
@@ -207,10 +228,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         parameters, shards, scaled = self._trainable(), self._processes.shards, passes["scaler"] is not None
 
         def check(tasks: list[str]) -> None:
-            self._planner.check_tasks(tasks)
-            self.method._check_fits(len(tasks))
-            if self.backend is not None and parameters:
-                choose(self.backend, parameters[0].device, len(tasks))
+            self._check_tasks(tasks)
             if before is not None:
                 before.check_next(tasks, parameters, scaled=scaled)
 

@@ -166,6 +166,18 @@ def by_features(mode):
     return result(net, info)
 
 
+def by_representation(method):
+    net, features = Net(), []
+
+    def losses(rank):
+        low, high = net.features(BATCHES[0][rank])
+        features.append(high)
+        return net.losses(low, high)[:2]
+
+    each = on_each(net, losses)
+    return result(net, wrap(net, method).backward(each, features=features, mode="representation"))
+
+
 def different_reach():
     """Each process's losses reach other parameters, in another order of first sight."""
     net = Net()
@@ -321,6 +333,7 @@ CASES |= {
     "batched": partial(train, mode="batched"),
     "features": partial(by_features, "sequential"),
     "features batched": partial(by_features, "batched"),
+    **{f"representation {name}": partial(by_representation, name) for name in ("gradnorm", "mgda", "trimmed_mean")},
     "different reach": different_reach,
     "absent losses": absent_losses,
     "absent losses again": partial(absent_losses, again=True),

@@ -131,7 +131,7 @@ def test_a_scaler_sees_scaled_gradients_and_the_method_unscaled_losses():
     [
         ({"features": []}, "features must be a tensor with a graph"),
         ({"features": X}, "features must be a tensor with a graph"),
-        ({"mode": "both"}, "mode must be one of sequential, batched, got"),
+        ({"mode": "both"}, "mode must be one of sequential, batched, representation, got"),
         ({"chunk_size": 2}, "chunk_size is for mode="),
     ],
 )

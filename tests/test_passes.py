@@ -11,7 +11,7 @@ from torch.nn.parallel.distributed import _DDPSink
 
 import gradsurgery
 from conftest import two_losses, two_task_net
-from gradsurgery import _passes
+from gradsurgery import _memory
 from gradsurgery._graph import Graph, Root
 from gradsurgery.collect import collect
 from inputs import DEVICE
@@ -304,14 +304,14 @@ def test_gradients_in_the_same_memory_are_found_in_any_place():
         ([[None], [None]], False),
         ([[a], [a[:2]]], True),
     ):
-        assert _passes._shares_memory(rows) == shared
-        with pytest.raises(_passes.OverwrittenError) if shared else nullcontext():
-            _passes.check_memory(rows)
+        assert _memory._shares_memory(rows) == shared
+        with pytest.raises(_memory.OverwrittenError) if shared else nullcontext():
+            _memory.check_memory(rows)
 
 
 def test_copies_on_write_are_not_in_the_same_memory():
     gradient = torch.ones(4)
-    _passes.check_memory([[gradient], [torch._lazy_clone(gradient)]])
+    _memory.check_memory([[gradient], [torch._lazy_clone(gradient)]])
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "modo"])  # whose batches are summed, and kept apart
@@ -338,7 +338,7 @@ def test_errors():
     left, right = net.features
     detached = torch.ones(3)
     for arguments, message in [
-        ({"mode": "vmap"}, "mode must be one of sequential, batched, got 'vmap'"),
+        ({"mode": "vmap"}, "mode must be one of sequential, batched, representation, got 'vmap'"),
         ({"chunk_size": 2}, "chunk_size is for mode="),
         ({"mode": "batched", "chunk_size": 0}, "chunk_size must be an int >= 1, got 0"),
         ({"mode": "batched", "chunk_size": True}, "chunk_size must be an int >= 1, got True"),
