@@ -22,6 +22,7 @@ BARS = {
     "sum of losses": "sum of losses",
     "pcgrad, sequential": "gradsurgery",
     "pcgrad, batched": "gradsurgery, batched",
+    "pcgrad, representation": "gradsurgery, representation",
     "torchjd PCGrad": "torchjd PCGrad, batched",
     "torchjd PCGrad, one by one": "torchjd PCGrad",
     "torchjd UPGrad": "torchjd UPGrad",

@@ -18,6 +18,7 @@ STEPS = {
     "sum of losses": (PLAIN,),
     "ours, sequential": ("pcgrad, sequential",),
     "ours, features and batched": ("pcgrad, features, batched", "pcgrad, batched"),
+    "ours, representation": ("pcgrad, representation",),
     "pytorch_optimizer": (COMMON,),
     "torchjd": ("torchjd PCGrad",),
     "torchjd, one by one": (ONE_BY_ONE,),
@@ -61,11 +62,15 @@ def steps_table(run: dict[str, Any]) -> str:
     for model, description in MODELS.items():
         cells = []
         for contenders in STEPS.values():
-            row = next(rows[model, name] for name in contenders if (model, name) in rows)
-            surgery = row["parts_ms"]["surgery"]
-            cells.append(_short(row["median_ms"]) + (f" ({_short(surgery)})" if surgery else ""))
+            row = next((rows[model, name] for name in contenders if (model, name) in rows), None)
+            cells.append("-" if row is None else _step_cell(row))
         lines.append(f"| {model}: {description} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _step_cell(row: dict[str, Any]) -> str:
+    surgery = row["parts_ms"]["surgery"]
+    return _short(row["median_ms"]) + (f" ({_short(surgery)})" if surgery else "")
 
 
 def commit_of(run: dict[str, Any]) -> str:

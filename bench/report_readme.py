@@ -111,8 +111,8 @@ def cpu_steps_section(run: dict[str, Any]) -> str:
     rows = {(row["workload"], row["contender"]): row for row in run["rows"]}
 
     def cell(workload: str, contender: str) -> str:
-        row = rows[workload, contender]
-        return f"{row['median_ms']:.0f} ms, {row['peak_mb']:.0f} MB"
+        row = rows.get((workload, contender))
+        return "-" if row is None else f"{row['median_ms']:.0f} ms, {row['peak_mb']:.0f} MB"
 
     ours = [row["parts_ms"] for row in run["rows"] if row["contender"] == "pcgrad, sequential"]
     least, most = (round(100 * find(p["backward"] / sum(p.values()) for p in ours)) for find in (min, max))

@@ -20,6 +20,8 @@ Step = Callable[[Part], None]
 PARTS = ("forward", "backward", "surgery", "optimizer")
 METHODS = ("pcgrad", "mgda")
 """Ours; their contenders' names begin with one."""
+REPRESENTATION = "representation"
+"""Surgery on the features' gradients, amid the backward passes, of which it is a part here."""
 PLAIN = "sum of losses"
 COMMON = "pytorch_optimizer PCGrad"
 ONE_BY_ONE = "torchjd PCGrad, one by one"
@@ -32,6 +34,8 @@ def contenders(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Ste
     for method in METHODS:
         for name, arguments in _ways(has_heads).items():
             found[f"{method}, {name}"] = lambda method=method, a=arguments: _ours(make(), method, a)
+        if has_heads:
+            found[f"{method}, {REPRESENTATION}"] = lambda method=method: _by_representation(make(), method)
     found |= _others(make)
     return found
 
@@ -83,6 +87,20 @@ def _ours(model: MultiTaskModel, method: str, arguments: dict[str, Any]) -> Step
             optimizer.collect(losses, **way)
         with part("surgery"):
             optimizer.combine()
+        with part("optimizer"):
+            optimizer.step()
+
+    return _leaving_nothing(model, optimizer, step)
+
+
+def _by_representation(model: MultiTaskModel, method: str) -> Step:
+    optimizer = gs.SurgeryOptimizer(_optimizer(model), method)
+
+    def step(part: Part) -> None:
+        with part("forward"):
+            losses = model.losses()
+        with part("backward"):
+            optimizer.backward(losses, features=model.features, mode="representation")
         with part("optimizer"):
             optimizer.step()
 

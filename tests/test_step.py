@@ -36,13 +36,15 @@ def test_every_contender_makes_steps(name):
         "torchjd MGDA",
         step_contenders.ONE_BY_ONE,
     } <= set(found)
-    assert ("pcgrad, features, batched" in found) == (name != "transformer")
+    for way in ("features, batched", step_contenders.REPRESENTATION):
+        assert (f"pcgrad, {way}" in found) == (name != "transformer")
     for row in rows:
         if row.contender == "torchjd UPGrad" and "quadprog" in row.note:
             continue  # which not every machine has
         assert row.note == ""
         assert row.rounds == 5
-        assert (row.parts_ms["surgery"] > 0) == (row.contender != step_contenders.PLAIN)
+        in_one = row.contender == step_contenders.PLAIN or row.contender.endswith(step_contenders.REPRESENTATION)
+        assert (row.parts_ms["surgery"] > 0) != in_one
         assert row.peak_mb > 0
     step.print_rows(rows)
 
