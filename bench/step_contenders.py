@@ -29,12 +29,15 @@ ONE_BY_ONE = "torchjd PCGrad, one by one"
 
 def contenders(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Step]]:
     """Return what makes each contender's step, with a model and an optimizer of its own."""
-    has_heads = len(make().trunk()) < len(list(make().parameters()))
+    model = make()
+    has_heads = len(model.trunk()) < len(list(model.parameters()))
+    has_one_input = has_heads and len(model.losses()) > len(model.features)
+    del model
     found: dict[str, Callable[[], Step]] = {PLAIN: lambda: _plain(make())}
     for method in METHODS:
         for name, arguments in _ways(has_heads).items():
             found[f"{method}, {name}"] = lambda method=method, a=arguments: _ours(make(), method, a)
-        if has_heads:
+        if has_one_input:
             found[f"{method}, {REPRESENTATION}"] = lambda method=method: _by_representation(make(), method)
     found |= _others(make)
     return found

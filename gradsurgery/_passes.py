@@ -177,19 +177,25 @@ class Passes:
             T rows of the parameters above the features, and one of those below.
 
         Raises:
-            ValueError: the features do not part the graph.
+            ValueError: the features do not part the graph, or no two losses depend on the same one.
         """
-        parted = self._to_features(features)
+        parted = self._to_features(features, joint=True)
         below: list[Tensor | None] = [None] * len(self.parameters)
         self._fill_below(below, steer(parted.cotangents), parted, self.retain_graph)
         rows = [*parted.rows, below]
         check_memory(rows)
         return rows
 
-    def _to_features(self, features: Sequence[Tensor]) -> Parted:
+    def _to_features(self, features: Sequence[Tensor], *, joint: bool = False) -> Parted:
+        """Go from each loss to the features and the parameters above; ``joint``: some must belong to several losses."""
         graph = Graph.of([*(root for root, _ in self.starts), *map(Root, features)])
         starts, stops = graph.roots[: len(self.starts)], graph.roots[len(self.starts) :]
         below, above = part(graph, starts, stops, self.parameters)
+        if joint and len(starts) > 1 and all(tasks.bit_count() == 1 for tasks in above.stops):
+            raise ValueError(
+                "each feature belongs to one loss alone, as where each task has data of its own: their gradients have "
+                'no products, and mode="representation" would find no conflicts'
+            )
         rows: Rows = [[None] * len(self.parameters) for _ in self.starts]
         cotangents: Rows = []
         edges = graph.edges_behind_functions(self.parameters, above, stops) if self.hiding else {}

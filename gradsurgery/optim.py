@@ -134,7 +134,8 @@ class SurgeryOptimizer(OptimizerWrapper):
                 on the losses' gradients with respect to these, of all samples of the batch, and its direction goes on
                 to the parameters below in one pass, instead of T; those above get their plain gradients. MGDA then is
                 MGDA-UB (Sener & Koltun, NeurIPS 2018, section 3.3). An approximation: G is that of the features'
-                gradients. ``shared`` does not matter, and the granularity must be "global".
+                gradients; samples that one task alone has count in none of its products. ``shared`` does not matter,
+                and the granularity must be "global".
             chunk_size: the number of losses per batched pass; None: all.
             features: the shared representation, one tensor or several that do not depend on each other. Each loss then
                 goes back to the features through its own head only, and from there to the parameters below, one by one

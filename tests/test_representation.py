@@ -210,6 +210,9 @@ def test_wrong_calls():
     with pytest.raises(ValueError, match="pref must hold one number for each of 2 tasks"):
         optimizer.backward(losses, features=z, mode="representation")
     optimizer = wrap(net, "pcgrad")
+    own = [net["trunk"](x) for x in (X[:3], X[3:])]
+    with pytest.raises(ValueError, match="each feature belongs to one loss alone"):
+        optimizer.backward([net["a"](own[0]).sum(), net["b"](own[1]).sum()], features=own, mode="representation")
     with pytest.raises(ValueError, match="operates on the gradients of features: name them by features="):
         optimizer.backward(losses, mode="representation")
     with pytest.raises(ValueError, match=r"is for backward\(\), whose last pass needs the weights"):

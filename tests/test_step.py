@@ -25,7 +25,7 @@ TINY = {
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # an operator without a rule for vmap
-@pytest.mark.parametrize("name", ["rl", "transformer"])
+@pytest.mark.parametrize("name", ["rl", "scene", "transformer"])
 def test_every_contender_makes_steps(name):
     rows = step.measure(step_models.Workload(name, TINY[name], TINY[name]), torch.device("cpu"), 0.0)
     found = {row.contender: row for row in rows}
@@ -36,8 +36,8 @@ def test_every_contender_makes_steps(name):
         "torchjd MGDA",
         step_contenders.ONE_BY_ONE,
     } <= set(found)
-    for way in ("features, batched", step_contenders.REPRESENTATION):
-        assert (f"pcgrad, {way}" in found) == (name != "transformer")
+    assert ("pcgrad, features, batched" in found) == (name != "transformer")
+    assert (f"pcgrad, {step_contenders.REPRESENTATION}" in found) == (name == "scene")
     for row in rows:
         if row.contender == "torchjd UPGrad" and "quadprog" in row.note:
             continue  # which not every machine has
