@@ -132,6 +132,8 @@ def cpu_steps_section(run: dict[str, Any]) -> str:
     machine, versions = run["machine"], run["versions"]
     lines += [
         "",
+        "Representation: surgery on the gradients of the features that tasks share, an approximation with one pass",
+        "below them ([docs/training.md](docs/training.md#fewer-or-cheaper-backward-passes)).",
         f"Medians of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch {versions['torch']}, "
         f"torchjd {versions['torchjd']}, pytorch_optimizer {versions['pytorch_optimizer']}; load "
         f"{machine['load_at_start']:.1f} at the start; {commit_of(run)}:",
