@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gradsurgery
-from inputs import HOSTILE, hostile, near_copies, normal
+from inputs import DEVICE, HOSTILE, hostile, near_copies, normal
 from test_gram_methods import TASKS, weigh
 
 
@@ -75,6 +75,15 @@ def test_cagrad_of_nearly_stationary_gradients(backend):
     rows = torch.tensor([[2.0, -7.0, -8.0], [9.0, 9.0, 8.0], [-50.999, -24.0, -16.0]], dtype=torch.float64)
     d = weigh("cagrad", gradsurgery.gram(rows), backend, c=1.0) @ rows
     assert ((rows @ d) / (rows.norm(dim=1) * d.norm())).min() > 0
+
+
+@pytest.mark.parametrize("seed", [6, 29, 50, 54])
+def test_cagrad_of_dependent_gradients_in_float32_keeps_its_weights_small(backend, seed):
+    """G is indefinite by rounding, and weights that grow along its null space would be noise."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(9, 3, generator=generator, device="cpu") @ torch.randn(3, 40, generator=generator, device="cpu")
+    gram = (rows @ rows.T).double().to(DEVICE)
+    assert weigh("cagrad", (gram + gram.T) / 2, backend, c=3.0).abs().sum() < 10
 
 
 def test_cagrad_does_not_take_a_short_gradient_for_zero(backend):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Gradient Vaccine: its algorithm, its targets, its state."""
 
+import math
+
 import pytest
 import torch
 
@@ -95,6 +97,25 @@ def test_what_cancels_to_rounding_has_no_cosine(backend):
         for i in (0, 1):
             if first[i] == 1 - i and (before is None or before[i, 1 - i] <= 0):
                 assert after[i, 2] == (0 if before is None else before[i, 2])
+
+
+def test_a_zero_gradient_moves_no_target(backend):
+    method, targets = methods.get("gradvac"), torch.full((2, 2), 0.3, dtype=torch.float64)
+    method.load_state_dict({"targets": targets, "seed": 0, "step": torch.tensor(0)})
+    method.weights(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)), backend=backend)
+    after = method.state_dict()["targets"]
+    assert (after[0, 1], after[1, 0]) == (0.3, 0.3)
+
+
+def test_targets_end_just_below_one(backend):
+    """Towards r = 1 - 1e-8 both weights become 1 + (r sqrt(1 - rho^2) - rho sqrt(1 - r^2)) / sqrt(1 - r^2)."""
+    method, target, rho = methods.get("gradvac"), 1 - 1e-8, -0.5
+    ones = torch.ones(2, 2, dtype=torch.float64)
+    method.load_state_dict({"targets": ones, "seed": 0, "step": torch.tensor(0)})
+    weights = method.weights(torch.tensor([[1.0, rho], [rho, 1.0]], dtype=torch.float64), backend=backend)
+    sine = math.sqrt((1 - target) * (1 + target))
+    expected = 1 + (target * math.sqrt(1 - rho**2) - rho * sine) / sine
+    torch.testing.assert_close(weights, torch.full_like(weights, expected), rtol=1e-7, atol=0)
 
 
 def test_gradvac_of_targets_of_one(backend):

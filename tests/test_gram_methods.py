@@ -239,6 +239,12 @@ def test_aligned_mtl_makes_components_equally_long(backend, tasks, case, mode):
     torch.testing.assert_close(b @ gram @ b, scale * projection, rtol=0, atol=float(scale * (1e-9 + error)))
 
 
+def test_the_median_of_equal_eigenvalues(backend):
+    values = torch.tensor([1.0, 1.0, 2.0, 9.0], dtype=torch.float64, device=DEVICE)
+    expected = 0.25 / values.sqrt()  # the median is the lower one of an even number
+    torch.testing.assert_close(weigh("aligned_mtl", values.diag(), backend, scale_mode="median"), expected)
+
+
 @pytest.mark.parametrize("columns", [60, 300])
 def test_aligned_mtl_of_many_tasks(columns):
     gram = gradsurgery.gram(normal(130, columns))

@@ -182,6 +182,9 @@ def test_direct_calls_are_safe():
         assert not lists.fits(out)
         with pytest.raises(ValueError, match="out must be a list of tensors like the gradients"):
             lists.combine(weights, out, False)
+    many = _gradients.C.Lists.read([[torch.ones(2)] for _ in range(300)])
+    assert many.counts[0] == 127
+    assert not _gradients.C.Lists.read_matrix(torch.ones(2, 4)).fits(torch.ones(4, 1))
     with pytest.raises(ValueError, match="there are 5 parameters, got index 5"):
         lists.select([0, 5], [], 1)
     with pytest.raises(ValueError, match="name one per parameter"):

@@ -258,6 +258,11 @@ def test_scaling_the_gradients_scales_the_direction(backend, tasks, method, scal
         assert (scaled - base).norm() <= tolerance * base.norm()
 
 
+def test_min_norm_of_squares_that_are_tiny(backend):
+    weights = gradsurgery.min_norm_weights(1e-80 * torch.eye(2, dtype=torch.float64), backend=backend)
+    torch.testing.assert_close(weights, torch.full_like(weights, 0.5))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("method", ["pcgrad", "mgda", "gradnorm"])
 @pytest.mark.parametrize("tasks", [1, 2, 9])

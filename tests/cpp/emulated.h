@@ -23,8 +23,8 @@ inline void sync_warp() {
   Emulator::get().wait_warp();
 }
 inline void sync_grid() { Emulator::get().wait_all(); }
-inline void arrive_cluster() {}
-inline void wait_cluster() { Emulator::get().wait_all(); }
+inline void arrive_cluster() { Emulator::get().arrive(); }
+inline void wait_cluster() { Emulator::get().wait_for_others(); }
 template <class T>
 T* shared_of(int block_of_cluster, T* p) {
   return reinterpret_cast<T*>(Emulator::get().shared_of(block_of_cluster, reinterpret_cast<unsigned char*>(p)));
@@ -224,7 +224,7 @@ void wait_for_copies() {
   }
 }
 
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() { Emulator::get().wait_for_previous_kernel(); }
 inline void let_next_kernel_start() {}
 
 struct Traits {
@@ -253,7 +253,13 @@ gs_status launch_as(bool together, int cluster, void (*kernel)(P...), int64_t bl
     return gs::fail(GS_UNSUPPORTED, "a block may have %lld bytes, got %lld", (long long)most, (long long)shared_bytes);
   }
   const auto group = together ? static_cast<int>(blocks) : cluster;
-  if (Emulator::get().runs) Emulator::get().run(blocks, threads, shared_bytes, [=] { kernel(arguments...); }, group);
+  Emulator& emulator = Emulator::get();
+  if (emulator.refuses && (together || group > 1)) return gs::fail(GS_UNSUPPORTED, "no room for blocks together");
+  const auto run = [=, &emulator] {
+    kernel(arguments...);
+    emulator.check_waited();
+  };
+  if (emulator.runs) emulator.run(blocks, threads, shared_bytes, run, group);
   return GS_OK;
 }
 

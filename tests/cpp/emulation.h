@@ -24,7 +24,7 @@ inline std::unique_ptr<void, Free> allocate(int64_t bytes) {
 // What `run` writes to an output full of NaN; it must not depend on the order of the threads.
 inline Values in_every_order(int64_t count, const std::function<gs_status(double*)>& run) {
   Values first;
-  for (const Order order : {Order::kForward, Order::kBackward, Order::kInterleaved}) {
+  for (const Order order : {Order::kForward, Order::kBackward, Order::kInterleaved, Order::kAhead}) {
     Emulator::get().order = order;
     Values out(count, std::numeric_limits<double>::quiet_NaN());
     CHECK(run(out.data()) == GS_OK, "%s", gs_last_error());

@@ -67,7 +67,8 @@ inline void make_context(Context& context, unsigned char* stack, size_t bytes, v
 }
 #endif
 
-enum class Order { kForward, kBackward, kInterleaved };
+// kAhead: the first thread that need not wait, so that a warp runs as far ahead of the others as barriers allow.
+enum class Order { kForward, kBackward, kInterleaved, kAhead };
 
 class Emulator {
  public:
@@ -79,7 +80,8 @@ class Emulator {
   Order order = Order::kForward;
   bool overlaps = true;  // as GPUs do since compute capability 9.0
   bool fast_double = true;
-  bool runs = true;  // or launches are only looked at
+  bool refuses = false;  // launches of blocks that run together, as on a part of a GPU
+  bool runs = true;      // or launches are only looked at
   int processors = 3;
   int launches = 0;
   int64_t warp_syncs = 0;  // of all lanes
@@ -91,7 +93,7 @@ class Emulator {
     threads_ = threads;
     group_ = group;
     for (int64_t i = 0; i < blocks; i += group_) {
-      first_block_ = order == Order::kForward ? i : blocks - group_ - i;
+      first_block_ = order == Order::kForward || order == Order::kAhead ? i : blocks - group_ - i;
       shared_.resize(group_);
       for (auto& memory : shared_) {
         memory = std::make_unique<unsigned char[]>(shared_bytes);
@@ -116,7 +118,7 @@ class Emulator {
     if (++barrier.arrived == count) {
       barrier.arrived = 0;
       barrier.generation++;
-      progress_ = true;
+      progress_ = released_ = true;
     }
     if (barrier.generation != generation) return;
     fibers_[current_]->barrier = index;
@@ -129,6 +131,20 @@ class Emulator {
     const int warp = thread() / kWarp;
     wait(2 + block_ * (1 + warps()) + warp, std::min(kWarp, threads_ - warp * kWarp));
   }
+
+  // A barrier of the group in two halves.
+  void arrive() {
+    check(!fibers_[current_]->arrived, "a thread arrives at a barrier twice");
+    fibers_[current_]->arrived = true;
+  }
+  void wait_for_others() {
+    check(fibers_[current_]->arrived, "a thread waits at a barrier where it has not arrived");
+    fibers_[current_]->arrived = false;
+    wait_all();
+  }
+
+  void wait_for_previous_kernel() { fibers_[current_]->waited = true; }
+  void check_waited() { check(fibers_[current_]->waited, "a thread has not waited for the kernel before"); }
 
   bool any_of_block(bool value) {
     votes_[current_] = value;
@@ -159,7 +175,7 @@ class Emulator {
     std::vector<std::vector<std::function<void()>>> copies;
     size_t barrier = 0;       // that the thread waits at,
     int64_t generation = -1;  // as long as this is the barrier's
-    bool done = false;
+    bool done = false, arrived = false, waited = false;
   };
   static constexpr size_t kStackBytes = 256 * 1024;
 
@@ -175,24 +191,30 @@ class Emulator {
       fibers_[t]->copies.assign(1, {});
       fibers_[t]->barrier = 0;
       fibers_[t]->generation = -1;
-      fibers_[t]->done = false;
+      fibers_[t]->done = fibers_[t]->arrived = fibers_[t]->waited = false;
     }
     left_ = all;
     place_ = -1;
     progress_ = true;
     find_next();
     switch_context(scheduler_, fibers_[current_]->context);
-    if (left_ > 0) {
-      std::printf("emulated block %lld: a barrier that not all threads reach\n", static_cast<long long>(first_block_));
-      std::exit(1);
-    }
+    check(left_ == 0, "a barrier that not all threads reach");
+  }
+
+  void check(bool holds, const char* what) const {
+    if (holds) return;
+    std::printf("emulated block %lld: %s\n", static_cast<long long>(first_block_), what);
+    std::exit(1);
   }
 
   // Makes the next thread in the order that need not wait the current one.
   bool find_next() {
+    // Who waited before still does, unless a barrier has let go.
+    if (order == Order::kAhead && released_) place_ = -1;
+    released_ = false;
     for (;;) {
       if (++place_ == group_ * threads_) {
-        if (!progress_) return false;
+        if (!progress_ || order == Order::kAhead) return false;
         progress_ = false;
         place_ = 0;
       }
@@ -207,8 +229,9 @@ class Emulator {
   }
   int thread_at(int place) const {
     const int all = group_ * threads_;
-    // The last: a permutation, for no launch has a multiple of 37 threads.
-    return order == Order::kForward ? place : order == Order::kBackward ? all - 1 - place : place * 37 % all;
+    if (order == Order::kBackward) return all - 1 - place;
+    // A permutation, for no launch has a multiple of 37 threads.
+    return order == Order::kInterleaved ? place * 37 % all : place;
   }
 
   void add_fiber() {
@@ -242,7 +265,7 @@ class Emulator {
   int64_t first_block_ = 0;
   int place_ = 0;  // in the order
   int left_ = 0;   // threads that are not done
-  bool progress_ = false;
+  bool progress_ = false, released_ = false;
   std::vector<std::unique_ptr<unsigned char[]>> shared_;
   std::vector<Barrier> barriers_;
   std::vector<double> values_;

@@ -213,6 +213,8 @@ int main() {
   for (const int64_t tasks : {5, 17}) {
     check(Problem(tasks, {100, 30}, {GS_FLOAT32}), pcgrad, false, tasks == 5, "no step counter", false);
   }
+  gpu.refuses = true;
+  check(Problem(3, {100, 30}, {GS_FLOAT32}), pcgrad, false, false, "no room for blocks together");
   std::printf("ok\n");
   return 0;
 }

@@ -78,6 +78,16 @@ void test_pcgrad(int64_t num_tasks, bool own_order, int processors = 1) {
   }
 }
 
+// A NaN in the last entry, however the entries are shared out.
+void test_late_nan(int64_t num_tasks) {
+  Values gram(num_tasks * num_tasks, 1.0);
+  gram.back() = NAN;
+  const Values got = in_every_order(num_tasks, [&](double* out) {
+    return gs_pcgrad_cuda(gram.data(), 1, num_tasks, nullptr, 1, nullptr, 0, 0, out, nullptr);
+  });
+  CHECK(std::all_of(got.begin(), got.end(), [](double w) { return std::isnan(w); }), "NaN in, %g out", got[0]);
+}
+
 // Entries outside of G are no visits; what is left of g_0 may oppose g_0, which it still is not projected on; a
 // subnormal G_jj has an infinite inverse, but a quotient.
 void test_odd_pcgrad() {
@@ -88,7 +98,7 @@ void test_odd_pcgrad() {
     });
   };
   const double gram[9] = {1, -0.5, -0.5, -0.5, 1, -0.5, -0.5, -0.5, 1};
-  const int64_t outside[9] = {-1, 1, int64_t{1} << 40, 0, 1, 3, 3, 4, -7};
+  const int64_t outside[9] = {-1, 1, int64_t{1} << 40, 0, 1, 3, 3, 4, -(int64_t{1} << 40)};
   check_close(solve(gram, 3, outside), {1.5, 1.5, 1}, 1e-15, "pcgrad");
   const double turned = -std::sqrt(0.75), turning[9] = {1, turned, turned, turned, 1, 0.5, turned, 0.5, 1};
   const int64_t order[9] = {1, 2, 0, 1, 2, 0, 2, 1, 0};
@@ -299,6 +309,15 @@ int main() {
   for (const int64_t num_tasks : {33, 90}) test_simplex_steps(num_tasks, 1e-3);  // 90: scratch in the workspace
   for (const int64_t num_tasks : {33, 70, 130}) test_pcgrad(num_tasks, num_tasks == 70);
   for (const int64_t num_tasks : {17, 33, 70}) test_pcgrad(num_tasks, num_tasks == 33, 64);
+  test_late_nan(66);
+  // One block for each problem: where clusters find no room, and before there were any.
+  Emulator::get().refuses = true;
+  test_pcgrad(33, true, 64);
+  Emulator::get().refuses = false;
+  Emulator::get().overlaps = false;
+  for (const int64_t num_tasks : {17, 70}) test_pcgrad(num_tasks, false);
+  test_late_nan(66);
+  Emulator::get().overlaps = true;
   test_min_norm(33, GS_EXACT);
   for (const gs_solver solver : {GS_EXACT, GS_FRANK_WOLFE}) test_min_norm(110, solver);  // scratch in the workspace
   std::printf("ok\n");
