@@ -225,10 +225,9 @@ def test_a_loss_of_a_head_alone_is_as_good_as_absent():
 
 def test_failed_calls_begin_nothing():
     net, optimizer = make(method=methods.MConFIG(pref=[1.0, 2.0, 3.0]))
-    optimizer.collect(two_losses(net, X.double()))
     for _ in range(2):
         with pytest.raises(ValueError, match="pref must hold one number for each of 2 tasks, got 3"):
-            optimizer.combine()  # what was collected is still there
+            optimizer.collect(two_losses(net, X.double()))
     assert optimizer.method.state_dict()["buffers"] is None
     net, optimizer = make()
     optimizer.backward(dict(zip("ab", two_losses(net, X.double()), strict=True)))
