@@ -216,28 +216,27 @@ def backward_by_representation(
     found: list[Tensor] = []
 
     @torch.no_grad()
-    def steer(collected: Collected) -> list[Any]:
+    def steer(collected: Collected) -> tuple[list[Any], Tensor | None]:
         assert isinstance(processes, Replicas)  # no pass goes to features where parameters are sharded
         values = processes.average_losses(collected.tasks, collected.losses)
         grads = parse(collected.grads, None)
         backend = choose(backend_name, grads.device, grads.num_tasks)
         if isinstance(method, CoordinateMethod):
             rule = method.rule(grads.device, grads.num_tasks)
-            return combine_by_rule_of(grads, rule, None, False, backend)  # type: ignore[return-value]
+            return combine_by_rule_of(grads, rule, None, False, backend), None  # type: ignore[return-value]
         gram = processes.total_of_batches(gram_of(grads, backend))
         if collected.scale is not None:
             gram = gram / collected.scale.double().square()
-        found.extend([gram, weigh(method, gram, values, backend_name)])
-        return combine_of(grads, found[1], None, False, backend)  # type: ignore[return-value]
+        weights = weigh(method, gram, values, backend_name)
+        found.extend([gram, weights])
+        direction: Any = combine_of(grads, weights, None, False, backend)
+        return direction, weights if method.weights_losses else None
 
     with Rollback(method, parameters[0].device if parameters else torch.device("cpu")):
         collected = collect(losses, parameters, steer=steer, **passes)
         collected.warn_of_nothing(stacklevel=5)
-        gram, weights = found or (None, None)
         with torch.no_grad():
-            of_losses = None
-            if weights is not None and method.weights_losses:
-                of_losses = torch.nn.functional.pad(weights, (0, 1), value=1.0)
-            add_all(processes.average_gradients(collected), processes, backend_name, of_losses)
+            add_all(processes.average_gradients(collected), processes, backend_name)
     planner.remember_tasks(collected.tasks, collected.losses.device)
+    gram, weights = found or (None, None)
     return SurgeryInfo(collected.tasks, gram, weights)

@@ -19,6 +19,8 @@ from ._memory import Rows, check_memory
 
 Edges = Mapping[int, GradientEdge]
 """Those that a pass goes to besides."""
+Steer = Callable[[Rows], tuple[list[Any], Sequence[Tensor] | None]]
+"""From the gradients of features to those that one pass goes on with, and factors of what is above, one a loss."""
 
 _WRONG_UNDER_VMAP = {"AsStridedScatterBackward0", "CdistBackward0"}
 """Functions whose backward pass gives every task the first one's gradient there, without a word (torch 2.13)."""
@@ -170,20 +172,24 @@ class Passes:
         check_memory(rows)
         return rows
 
-    def by_representation(self, features: Sequence[Tensor], steer: Callable[[Rows], list[Any]]) -> Rows:
+    def by_representation(self, features: Sequence[Tensor], steer: Steer) -> Rows:
         """Go from each loss to the features, and from there once, with what ``steer`` makes of their gradients.
 
-        Returns:
-            T rows of the parameters above the features, and one of those below.
+        The gradients of that one pass are in the first row, with none of that loss's own.
 
         Raises:
-            ValueError: the features do not part the graph, or no two losses depend on the same one.
+            ValueError: the features do not part the graph, or each belongs to another loss.
+            TypeError: a feature is complex.
         """
         parted = self._to_features(features, joint=True)
-        below: list[Tensor | None] = [None] * len(self.parameters)
-        self._fill_below(below, steer(parted.cotangents), parted, self.retain_graph)
-        rows = [*parted.rows, below]
+        rows = parted.rows
         check_memory(rows)
+        direction, factors = steer(parted.cotangents)
+        parted.cotangents = []
+        if factors is not None:
+            for row, factor in zip(rows, factors, strict=True):
+                row[:] = [None if grad is None else grad * factor.to(grad.dtype) for grad in row]
+        self._fill_below(rows[0], direction, parted, self.retain_graph)
         return rows
 
     def _to_features(self, features: Sequence[Tensor], *, joint: bool = False) -> Parted:
@@ -191,11 +197,13 @@ class Passes:
         graph = Graph.of([*(root for root, _ in self.starts), *map(Root, features)])
         starts, stops = graph.roots[: len(self.starts)], graph.roots[len(self.starts) :]
         below, above = part(graph, starts, stops, self.parameters)
-        if joint and len(starts) > 1 and all(tasks.bit_count() == 1 for tasks in above.stops):
+        if joint and len({*above.stops}) > 1 and all(tasks.bit_count() == 1 for tasks in above.stops):
             raise ValueError(
                 "each feature belongs to one loss alone, as where each task has data of its own: their gradients have "
                 'no products, and mode="representation" would find no conflicts'
             )
+        if joint and any(f.is_complex() for f in features):
+            raise TypeError('mode="representation" takes real features, got complex ones')
         rows: Rows = [[None] * len(self.parameters) for _ in self.starts]
         cotangents: Rows = []
         edges = graph.edges_behind_functions(self.parameters, above, stops) if self.hiding else {}

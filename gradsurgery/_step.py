@@ -85,21 +85,16 @@ def add_plain(
         combine_of(rest, weights[None], [out[i] for i in left], accumulate, backend)
 
 
-def add_all(
-    collected: Collected, processes: Replicas | Shards, backend: str | None, weights: Tensor | None = None
-) -> None:
-    """Add the sum of each parameter's gradients, times weights if there are any, to its ``.grad``."""
+def add_all(collected: Collected, processes: Replicas | Shards, backend: str | None) -> None:
+    """Add the sum of each parameter's gradients to its ``.grad``."""
     grads, reach, foreign = read(collected)
     params = [p for p, count in enumerate(reach) if count and p not in foreign]
     parameters = [collected.parameters[p] for p in params + foreign]
     local = processes.local(parameters)
     out, accumulate, done = targets(local[: len(params)], grads, params)
-    if weights is None:
-        weights = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device)
-    else:
-        done = set()
-    sums = foreign_sums(collected, foreign, local[len(params) :], weights)
-    add_plain(grads, params, weights, out, accumulate, done, choose(backend, grads.device, grads.num_tasks))
+    ones = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device)
+    sums = foreign_sums(collected, foreign, local[len(params) :], ones)
+    add_plain(grads, params, ones, out, accumulate, done, choose(backend, grads.device, grads.num_tasks))
     processes.assign(parameters, local, [*out, *sums])
 
 

@@ -17,7 +17,7 @@ from ._checks import check_choice, check_count, describe
 from ._dtensor import is_sharded, local_part
 from ._features import check_features
 from ._graph import Root, root_of
-from ._memory import check_memory
+from ._memory import Rows, check_memory
 from ._passes import Passes
 from ._survey import Survey
 
@@ -142,7 +142,7 @@ def collect(
     features: Tensor | Sequence[Tensor] | None = None,
     check: Callable[[list[str]], None] | None = None,
     weigh: Callable[[list[str], Tensor], Tensor] | None = None,
-    steer: Callable[[Collected], list[Any]] | None = None,
+    steer: Callable[[Collected], tuple[list[Any], Tensor | None]] | None = None,
     partial: bool = False,
     shards: Shards | None = None,
     survey: Survey | None = None,
@@ -159,8 +159,8 @@ def collect(
         check: raises unless these tasks' gradients can be used, before the passes.
         weigh: maps task names and losses [T] to weights [T]. If given, there is one pass, from the weighted sum, and
             one row of gradients; ``mode``, ``chunk_size`` and ``features`` are only checked.
-        steer: for mode="representation": maps the gradients of the features to those that one pass goes on with. The
-            rows are then T of the parameters above the features, and one of those below.
+        steer: for mode="representation": maps the gradients of the features to those that one pass goes on with, and
+            to weights [T] of the gradients above, or None. The sums of the rows are then what is wanted.
         partial: accept None for an absent loss; its row is of None.
         shards: where the parameters are spread over processes; the gradients are then this process's parts.
         survey: what the graphs of the steps so far tell about the passes; None: they go to named inputs.
@@ -229,14 +229,23 @@ def collect(
         elif mode != "representation":
             grads = passes.by_features(features)
         else:
-            grads = passes.by_representation(
-                features,
-                lambda rows: steer(Collected(tasks, list(features), rows, values, present, scale)),  # type: ignore[misc]
-            )
-    if len(starts) < len(roots):
-        found = iter(grads)
-        grads = [[None] * len(parameters) if root is None else next(found) for root in roots]
+
+            def steer_each(rows: Rows) -> tuple[list[Any], list[Tensor] | None]:
+                rows = _spread(rows, roots, len(features))
+                direction, weights = steer(Collected(tasks, list(features), rows, values, present, scale))  # type: ignore[misc]
+                if weights is None:
+                    return direction, None
+                return direction, [w for w, root in zip(weights.unbind(), roots, strict=True) if root is not None]
+
+            grads = passes.by_representation(features, steer_each)
+    grads = _spread(grads, roots, len(parameters))
     return Collected(tasks, list(parameters), grads, values, present, scale)
+
+
+def _spread(rows: Rows, roots: Sequence[Root | None], width: int) -> Rows:
+    """Return a row for each loss: of None for those without a root, for which there are no passes."""
+    found = iter(rows)
+    return [[None] * width if root is None else next(found) for root in roots]
 
 
 def _values(each: list[Tensor | None], given: list[Tensor]) -> Tensor:

@@ -46,6 +46,8 @@ class SurgeryInfo:
     def gram(self) -> Tensor:
         """Inner products of the task gradients over the shared parameters, float64 [T, T].
 
+        With mode="representation" it is of the features' gradients, and so is all that follows from it.
+
         NotComputedError, a ValueError, where the step computed none: ``backward`` takes one pass for methods that need
         none, and coordinate-wise methods read the gradients once.
         """

@@ -43,10 +43,10 @@ class SurgeryOptimizer(OptimizerWrapper):
       a zero gradient there. Only shared parameters enter G.
 
     In a step of one loss all that it reaches is shared. Parameters that are not the wrapped optimizer's get no
-    ``.grad``. Hooks of parameters run once for each loss. Hooks after the accumulation of gradients do not run, except,
-    once for each loss, with sharded parameters, re-entrant checkpoints, and inside functions whose backward calls
-    ``backward`` itself. If the method keeps something of each task, every step must have the same tasks in the same
-    order.
+    ``.grad``. Hooks of parameters run once for each loss (below features with mode="representation", once). Hooks after
+    the accumulation of gradients do not run, except, once for each loss, with sharded parameters, re-entrant
+    checkpoints, and inside functions whose backward calls ``backward`` itself. If the method keeps something of each
+    task, every step must have the same tasks in the same order.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -132,10 +132,11 @@ class SurgeryOptimizer(OptimizerWrapper):
                 kernels, and T times the memory for the gradients of activations). With "batched", a loss counts as
                 reaching a parameter if the graph connects them. Or "representation", with ``features``: the surgery is
                 on the losses' gradients with respect to these, of all samples of the batch, and its direction goes on
-                to the parameters below in one pass, instead of T; those above get their plain gradients. MGDA then is
-                MGDA-UB (Sener & Koltun, NeurIPS 2018, section 3.3). An approximation: G is that of the features'
-                gradients; samples that one task alone has count in none of its products. ``shared`` does not matter,
-                and the granularity must be "global".
+                to the parameters below in one pass, instead of T. All others, also those that several losses share,
+                get the plain sum of their gradients, or the weighted one of methods that weight losses. MGDA then is
+                MGDA-UB (Sener & Koltun, NeurIPS 2018, section 3.3). An approximation: G, and what follows from it, is
+                of the features' gradients; samples that one task alone has count in no product of two tasks.
+                ``shared`` does not matter, the granularity must be "global", and no loss may be None.
             chunk_size: the number of losses per batched pass; None: all.
             features: the shared representation, one tensor or several that do not depend on each other. Each loss then
                 goes back to the features through its own head only, and from there to the parameters below, one by one
@@ -218,9 +219,10 @@ class SurgeryOptimizer(OptimizerWrapper):
     def _check_tasks(self, tasks: list[str]) -> None:
         """Raise what would be raised of these tasks after the passes, as far as it is known before."""
         self._planner.check_tasks(tasks)
-        self.method._check_fits(len(tasks))
-        if self.backend is not None:
-            choose(self.backend, self._parameters()[0].device, len(tasks))
+        if methods.is_known(self.method):
+            self.method._check_fits(len(tasks))
+        if (trained := next((p for p in self._parameters() if p.requires_grad), None)) is not None:
+            choose(self.backend, trained.device, len(tasks))
 
     def _collect(self, losses: Losses, partial: bool, **passes: Any) -> None:
         before, batches = self._pending, self.method.num_batches

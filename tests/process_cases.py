@@ -163,19 +163,25 @@ def by_features(mode):
     else:
         low, high = net.features(BATCHES[0][distributed.get_rank()])
         info = wrap(net).backward(net.losses(low, high)[:2], features=high, mode=mode)
-    return result(net, info)
+    return [*result(net, info), *gradients(net)]
 
 
 def by_representation(method):
-    net, features = Net(), []
+    net, found = Net(), []
+    optimizer = wrap(net, method)
+    for x in BATCHES:
+        features = []
 
-    def losses(rank):
-        low, high = net.features(BATCHES[0][rank])
-        features.append(high)
-        return net.losses(low, high)[:2]
+        def losses(rank, x=x, features=features):
+            low, high = net.features(x[rank])
+            features.append(high)
+            return net.losses(low, high)[:2]
 
-    each = on_each(net, losses)
-    return result(net, wrap(net, method).backward(each, features=features, mode="representation"))
+        optimizer.zero_grad()
+        info = optimizer.backward(on_each(net, losses), features=features, mode="representation")
+        found += [*result(net, info), *gradients(net)]
+        optimizer.step()
+    return found
 
 
 def different_reach():

@@ -150,6 +150,14 @@ def sharded_batched():
     wrap(net).backward(net(BATCHES[0][distributed.get_rank()]), mode="batched")
 
 
+def sharded_representation():
+    net, features = sharded(), []
+    optimizer = wrap(net)
+    net.heads[1].register_forward_pre_hook(lambda module, inputs: features.extend(inputs))
+    losses = net(BATCHES[0][distributed.get_rank()])
+    optimizer.backward(losses[:2], features=features, mode="representation")
+
+
 def spread_loss():
     y = sharded().first.weight.square().sum()
     net = nn.Linear(2, 2)
@@ -188,5 +196,6 @@ if DEVICE == "cpu":
         "flat shards later": flat_shards_later,
         "products of shards": products_of_shards,
         "sharded batched": sharded_batched,
+        "sharded representation": sharded_representation,
         "spread loss": spread_loss,
     }

@@ -62,6 +62,7 @@ MESSAGES = dict(
         ("products of shards", ["TypeError: grads[0][0] is a DTensor, spread over processes: give its to_local()"] * 2),
         ("spread loss", ["TypeError: loss '1' must not be a DTensor: give its full_tensor()"] * 2),
         ("sharded batched", ["ValueError: sharded parameters take one backward pass per loss"] * 2),
+        ("sharded representation", ["ValueError: sharded parameters take one backward pass per loss"] * 2),
     ]
 )
 

@@ -78,6 +78,35 @@ def test_a_backend_that_cannot_serve_is_said_before_any_pass():
     sum(losses).backward()
 
 
+def test_so_does_one_that_the_environment_names(monkeypatch):
+    monkeypatch.setenv("GRADSURGERY_BACKEND", ELSEWHERE)
+    net, passes = two_task_net(), []
+    net["trunk"][0].weight.register_hook(passes.append)
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match=f"backend '{ELSEWHERE}' cannot"):
+        optimizer.backward(two_losses(net, torch.randn(5, 6)))
+    assert passes == []
+
+
+def test_frozen_parameters_may_be_elsewhere():
+    frozen, w = torch.nn.Parameter(torch.ones(2, device="meta"), requires_grad=False), torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([frozen, w], lr=0.1), backend="reference")
+    optimizer.backward([w[0], w[1]])
+    assert w.grad.tolist() == [1, 1]
+
+
+def test_subclasses_with_weights_of_their_own_are_not_asked():
+    class Own(methods.Krum):
+        def weights(self, gram, *, losses=None, backend=None):
+            return torch.ones_like(gram[..., 0])
+
+    w = torch.nn.Parameter(torch.ones(2))
+    for method in (Own(2), methods.CRMOGM(Own(2))):
+        w.grad = None
+        gradsurgery.SurgeryOptimizer(torch.optim.SGD([w], lr=0.1), method).backward([w[0], w[1]])
+        assert w.grad.tolist() == [1, 1]
+
+
 def test_a_micro_batch_of_other_tasks_leaves_what_was_collected():
     net = two_task_net()
     optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))

@@ -2,6 +2,7 @@
 """Surgery on the gradients of features, with one pass below them, beside products that autograd makes itself."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import gradsurgery
 from conftest import grads_of, two_task_net
 from gradsurgery import methods
+from gradsurgery.backends import choose
 from gradsurgery.methods._buffered import BufferedMethod
 from gradsurgery.methods._coordinate import CoordinateMethod
 from inputs import DEVICE, normal
@@ -82,12 +84,21 @@ def test_several_features_of_which_tasks_use_some(name):
     torch.testing.assert_close(grads_of(net), grads)
 
 
-def test_on_each_backend(backend):
-    net = two_task_net(torch.float64)
+def test_on_each_backend(backend, monkeypatch):
+    net, chosen = two_task_net(torch.float64), []
     z, losses = features_and_losses(net)
     grads, _ = by_hand(net, "mgda", [z], losses)
+
+    def recorded(name, device, num_tasks):
+        chosen.append(name)
+        return choose(name, device, num_tasks)
+
+    for module in (gradsurgery._operate, gradsurgery._step, gradsurgery.functional):
+        monkeypatch.setattr(module, "choose", recorded)
     wrap(net, "mgda", backend=backend).backward(losses, features=z, mode="representation")
     torch.testing.assert_close(grads_of(net), grads)
+    assert len(chosen) >= 3
+    assert set(chosen) == {backend}
 
 
 @pytest.mark.parametrize("name", ["nash_mtl", "gradnorm"])
@@ -128,6 +139,93 @@ def test_losses_of_16_bits_are_not_multiplied_by_weights():
     info = wrap(net, methods.Constant([1.0, 0.0])).backward(losses, features=z, mode="representation")
     assert info.weights.tolist() == [1, 0]
     assert net["b"].weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("method", ["mgda", "gradnorm"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_parts_of_a_stack_that_are_constant(method, place):
+    found = []
+    for mode in ("sequential", "representation"):
+        net = two_task_net(torch.float64)
+        net.load_state_dict({name: torch.full_like(p, 0.1) for name, p in net.state_dict().items()})
+        z, losses = features_and_losses(net)
+        losses[place] = torch.ones((), dtype=torch.float64)
+        info = wrap(net, new(method)).backward(torch.stack(losses), features=z, mode=mode)
+        found.append([*(g for g in grads_of(net) if g is not None), info.weights])
+    if method == "gradnorm":  # MGDA takes the zero gradient alone
+        torch.testing.assert_close(*found)
+    assert len(found[0]) == len(found[1])
+    assert len(found[1][-1]) == 2
+
+
+def test_a_loss_that_depends_on_nothing_beside_one_that_does():
+    net = two_task_net(torch.float64)
+    z, (a, _) = features_and_losses(net)
+    expected = torch.autograd.grad(a, [*net["trunk"].parameters()], retain_graph=True)
+    nothing = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    wrap(net, "pcgrad").backward([a, nothing], features=z, mode="representation")
+    torch.testing.assert_close([p.grad for p in net["trunk"].parameters()], [*expected])
+
+
+def test_one_loss_alone():
+    net = two_task_net(torch.float64)
+    z, (a, _) = features_and_losses(net)
+    expected = torch.autograd.grad(a, [*net["trunk"].parameters(), *net["a"].parameters()], retain_graph=True)
+    wrap(net, "pcgrad").backward([a], features=z, mode="representation")
+    found = [p.grad for part in ("trunk", "a") for p in net[part].parameters()]
+    torch.testing.assert_close(found, [*expected])
+
+
+def test_the_most_tasks_of_a_backend():
+    tasks = 256
+    trunk, head = torch.nn.Linear(3, 4), torch.nn.Linear(4, tasks)
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([*trunk.parameters(), *head.parameters()], lr=0.1))
+    z = trunk(torch.randn(5, 3))
+    optimizer.backward(head(z).mean(0), features=z, mode="representation")
+    assert trunk.weight.grad.isfinite().all()
+
+
+def test_gradients_of_features_are_freed_before_the_last_pass(monkeypatch):
+    net, seen = two_task_net(torch.float64), []
+    z, losses = features_and_losses(net)
+    alive, parse = [], gradsurgery._operate.parse
+
+    def watching(rows, segments):
+        alive.extend(weakref.ref(row[0]) for row in rows)
+        return parse(rows, segments)
+
+    monkeypatch.setattr(gradsurgery._operate, "parse", watching)
+    net["trunk"][0].weight.register_hook(lambda _: seen.append([reference() is None for reference in alive]))
+    wrap(net, "mgda").backward(losses, features=z, mode="representation")
+    assert seen == [[True, True]]
+
+
+def test_tasks_are_remembered():
+    net = two_task_net(torch.float64)
+    optimizer = wrap(net, "gradnorm")
+    z, losses = features_and_losses(net)
+    optimizer.backward(dict(zip("ab", losses, strict=True)), features=z, mode="representation")
+    z, losses = features_and_losses(net)
+    with pytest.raises(ValueError, match="every step must have the same tasks"):
+        optimizer.backward(dict(zip("ba", losses, strict=True)), features=z, mode="representation")
+
+
+def test_steps_of_it_are_surgery(recwarn):
+    net = two_task_net(torch.float64)
+    optimizer = wrap(net, "pcgrad")
+    for _ in range(3):
+        z, losses = features_and_losses(net)
+        optimizer.backward(losses, features=z, mode="representation")
+        optimizer.step()
+    assert not recwarn.list
+
+
+def test_warns_of_losses_that_train_nothing():
+    net = two_task_net(torch.float64)
+    others = torch.nn.Linear(2, 2)
+    z, losses = features_and_losses(net)
+    with pytest.warns(UserWarning, match="depend on no parameter of the optimizer"):
+        wrap(others, "pcgrad").backward(losses, features=z, mode="representation")
 
 
 @pytest.mark.parametrize("hidden", ["1", "2", "a"])
@@ -213,6 +311,9 @@ def test_wrong_calls():
     own = [net["trunk"](x) for x in (X[:3], X[3:])]
     with pytest.raises(ValueError, match="each feature belongs to one loss alone"):
         optimizer.backward([net["a"](own[0]).sum(), net["b"](own[1]).sum()], features=own, mode="representation")
+    twisted = torch.view_as_complex(net["trunk"](X).view(8, 4, 2))
+    with pytest.raises(TypeError, match="takes real features, got complex ones"):
+        optimizer.backward([twisted.abs().sum(), twisted.real.sum()], features=twisted, mode="representation")
     with pytest.raises(ValueError, match="operates on the gradients of features: name them by features="):
         optimizer.backward(losses, mode="representation")
     with pytest.raises(ValueError, match=r"is for backward\(\), whose last pass needs the weights"):

@@ -130,6 +130,11 @@ def get(name: str, **options: Any) -> Method:
     return _METHODS[name](**options)
 
 
+def is_known(method: Method) -> bool:
+    """Whether it is one of these methods as it is: not of a class of one's own, nor with weights of its own."""
+    return type(method) in _METHODS.values() and "weights" not in vars(method)
+
+
 def resolve(method: str | Method, options: dict[str, Any]) -> Method:
     """Return ``method`` itself, or the one that it names with these options.
 

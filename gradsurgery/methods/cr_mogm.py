@@ -65,7 +65,10 @@ class CRMOGM(Method):
         return constant(f"{self.name} weights", averaged, [gram])
 
     def _check_fits(self, num_tasks: int) -> None:
-        self.method._check_fits(num_tasks)
+        from . import is_known
+
+        if is_known(self.method):
+            self.method._check_fits(num_tasks)
 
     @property
     def seed(self) -> int:

@@ -26,7 +26,7 @@ class GradDrop(SteppedMethod, CoordinateMethod):
     (seed, step, i), i the number of the coordinate, counted over the parameters that some task has a gradient of, in
     their order and in the order of their memory: u = (w + 1/2) / 2^32 with w = word i mod 4 of Philox4x32-10, key
     ``seed``, counter (step, 2^31 + floor(b / 2^32), b mod 2^32), b = floor(i / 4). The same on every backend, rank and
-    number of threads, without a global generator.
+    number of threads, without a global generator; so samples of several processes share the numbers of their features.
     Scale: a sum over tasks. State: ``seed`` and the step counter, which lives on the gradients' device and is not read
     on the host.
     Cost: one read of the gradients, one write of the direction, O(T) operations per coordinate.
