@@ -340,6 +340,7 @@ CASES |= {
     "features": partial(by_features, "sequential"),
     "features batched": partial(by_features, "batched"),
     **{f"representation {name}": partial(by_representation, name) for name in ("gradnorm", "mgda", "trimmed_mean")},
+    "representation by losses": lambda: by_representation(methods.MGDA(normalization="loss")),
     "different reach": different_reach,
     "absent losses": absent_losses,
     "absent losses again": partial(absent_losses, again=True),
