@@ -188,8 +188,8 @@ def backward_once(
     method, found = planner.method, []
 
     def weigh_by(tasks: list[str], values: Tensor) -> Tensor:
-        planner.check_tasks(tasks)
         values = processes.average_losses(tasks, values)
+        planner.check_tasks(tasks)
         gram = values.new_zeros(()).expand(len(values), len(values))
         found.append(weigh(method, gram, values, backend))
         return found[0]
@@ -219,6 +219,7 @@ def backward_by_representation(
     def steer(collected: Collected) -> tuple[list[Any], Tensor | None]:
         assert isinstance(processes, Replicas)  # no pass goes to features where parameters are sharded
         values = processes.average_losses(collected.tasks, collected.losses)
+        planner.check_tasks(collected.tasks)
         grads = parse(collected.grads, None)
         backend = choose(backend_name, grads.device, grads.num_tasks)
         if isinstance(method, CoordinateMethod):

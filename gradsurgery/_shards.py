@@ -49,6 +49,8 @@ class Shards:
         TypeError, ValueError: as :meth:`check` and :class:`Replicas` do.
     """
 
+    alone = False
+
     def __init__(self, parameters: list[Any], group: Any, method: Method) -> None:
         self.method = method
         self._replicas = None if group is None else Replicas(group, method)

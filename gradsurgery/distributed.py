@@ -64,6 +64,11 @@ class Replicas:
             return 1
         return distributed.get_world_size(self.group)
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other process waits for this one."""
+        return self.count == 1
+
     def check(self, parameters: list[Tensor]) -> None:
         """Raise TypeError for a parameter that is spread over processes."""
         for p in parameters:

@@ -218,6 +218,8 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def _check_tasks(self, tasks: list[str]) -> None:
         """Raise what would be raised of these tasks after the passes, as far as it is known before."""
+        if not self._processes.alone:
+            return  # or the others would wait: what differs between processes is told to all of them, later
         self._planner.check_tasks(tasks)
         if methods.is_known(self.method):
             self.method._check_fits(len(tasks))

@@ -164,6 +164,15 @@ def spread_loss():
     wrap(net).backward([net.weight.sum(), y])
 
 
+def other_tasks_later(method, **way):
+    net, rank = Net(), distributed.get_rank()
+    optimizer = wrap(net, method)
+    for names in ("ab", ("ab", "ba")[rank]):
+        low, high = net.features(BATCHES[0][rank])
+        losses = dict(zip(names, net.losses(low, high)[:2], strict=True))
+        optimizer.backward(losses, **way, **({"features": high} if way else {}))
+
+
 GROUPS = {
     "of one process": of_one_process,
     "of a named group": lambda: of_a_group(distributed.group.WORLD),
@@ -171,6 +180,9 @@ GROUPS = {
 }
 ERRORS = {
     "of another group": of_another_group,
+    "other tasks later": partial(other_tasks_later, "gradnorm"),
+    "other tasks later, one pass": partial(other_tasks_later, "dwa"),
+    "other tasks later, representation": partial(other_tasks_later, "gradnorm", mode="representation"),
     "other tasks": other_tasks,
     "other seeds": other_seeds,
     "other seeds within": partial(other_seeds, name="cr_mogm", method="pcgrad"),
