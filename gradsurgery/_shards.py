@@ -50,6 +50,7 @@ class Shards:
     """
 
     alone = False
+    """Other processes wait for this one."""
 
     def __init__(self, parameters: list[Any], group: Any, method: Method) -> None:
         self.method = method
