@@ -175,7 +175,7 @@ class Passes:
     def by_representation(self, features: Sequence[Tensor], steer: Steer) -> Rows:
         """Go from each loss to the features, and from there once, with what ``steer`` makes of their gradients.
 
-        The gradients of that one pass are in the first row, with none of that loss's own.
+        The gradients of that one pass are in the first row, beside those of the first loss's parameters above.
 
         Raises:
             ValueError: the features do not part the graph, or each belongs to another loss.

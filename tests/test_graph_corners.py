@@ -179,3 +179,4 @@ def test_a_step_under_fake_tensors():
     with FakeTensorMode():
         net = torch.nn.Linear(3, 2)
         wrap(net.parameters()).backward(net(torch.ones(3)).unbind())
+        assert net.weight.grad.shape == (2, 3)
