@@ -2,7 +2,7 @@
 # Every target works on a fresh clone: it makes .venv, installs the pinned packages and builds the extension first.
 PYTHON ?= python3
 ARCH ?= 90a
-KERNELS ?= fused gram_tiles gram_staged gram_direct combine
+KERNELS ?= $(notdir $(basename $(wildcard csrc/cuda/*.cu)))
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
@@ -43,7 +43,7 @@ cpp:
 	cmake --build build/cmake --parallel
 	ctest --test-dir build/cmake --output-on-failure --parallel 2
 
-# What nvcc makes of the kernels with planned hot loops.
+# What nvcc makes of the kernels.
 sass: .venv/installed
 	mkdir -p build/sass$(ARCH)
 	printf '%s\n' $(KERNELS) | xargs -P 2 -I NAME \

@@ -161,6 +161,17 @@ GS_DEVICE V load_last(const V* p) {
   return value;
 }
 
+// In one piece, where the compiler would store by words what it has just put together.
+template <class V>
+GS_DEVICE void store(V* p, const V& value) {
+  static_assert(sizeof(V) == 16);
+  uint32_t bits[4];
+  memcpy(bits, &value, 16);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(bits[0]), "r"(bits[1]), "r"(bits[2]),
+               "r"(bits[3])
+               : "memory");
+}
+
 // 8 bytes of memory that an earlier kernel wrote.
 GS_DEVICE uint64_t load_word(const void* p) {
   uint64_t word;

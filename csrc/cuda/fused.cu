@@ -150,7 +150,7 @@ GS_DEVICE void combine(const Columns<In, Table>& columns, const double* weights)
         Vector<In> result = {};
 #pragma unroll
         for (int e = 0; e < kVector<In>; e++) result.set(e, from_double<In>(sum[v][e]));
-        *target = result;
+        store(target, result);
       }
     }
     for (int64_t column = whole + thread(); column < stop; column += kFusedThreads) {

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Check what nvcc made of the kernels' hot loops, from objects that hold machine code.
+"""Check what nvcc made of the kernels, from objects that hold machine code.
 
     python tests/cpp/check_sass.py OBJECT...
 
 The hot loop is the shortest way round that reads 16 bytes of a row and meets the arithmetic planned for the kernel. It
 must exist and not touch local memory, which is where registers spill to, but for two counters and a few constants, and
-not even those from the first to the last instruction of the arithmetic, nor in an innermost loop of it.
+not even those from the first to the last instruction of the arithmetic, nor in an innermost loop of it. Where a kernel
+may start before the one ahead has ended, each way to its first write meets a wait.
 """
 
 from __future__ import annotations
@@ -32,14 +33,18 @@ HMMA = {
 SHARED_READ = r"LDSM\.16\.M88\.4|LDS\.128"  # where rows pass through there
 MOST_TILES = "8"  # of a warp: their registers leave room for half of what it reads
 SPILL = r"\b(LDL|STL)\b"
+WRITE = r"(@\S+ )?(STG|LDGSTS|ST|RED|REDG|ATOM|ATOMG)\b"  # LDGSTS: copies of what may not be there yet
+WAIT = "ACQBULK"  # for the kernel ahead, from compute capability 9.0 on
+WRITES_AHEAD = "write_table_kernel"  # a table's next piece, which nothing reads before (entry.cu)
 READ = r"\b(LDG\.E\S*\.128|LDGSTS\.E\S*\.128)"
 
 
 @dataclass
 class Kernel:
-    """One kernel's name and instructions by address."""
+    """One kernel's name, the compute capability that it is for (90), and its instructions by address."""
 
     name: str
+    capability: int
     code: list[tuple[int, str]]
 
     def successors(self) -> dict[int, set[int]]:
@@ -67,6 +72,20 @@ class Kernel:
                 barriers = frozenset(b for b in barriers if b[0] != barrier) | {(str(barrier), int(target, 16))}
             queue += [(to, barriers) for to in follow[at]]
         return follow
+
+    def writes_early(self) -> bool:
+        """Whether a way from the start leads to a write without a wait."""
+        follow, text = self.successors(), dict(self.code)
+        ways, seen = [self.code[0][0]], set[int]()
+        while ways:
+            at = ways.pop()
+            if at in seen or re.match(WAIT, text[at]):
+                continue
+            if re.match(WRITE, text[at]):
+                return True
+            seen.add(at)
+            ways += follow[at]
+        return False
 
     def inner_loops(self) -> list[list[str]]:
         """Return the stretches of code before a jump back that hold no other one."""
@@ -110,11 +129,20 @@ def kernels_of(path: Path, cuobjdump: str) -> list[Kernel]:
     for part in listing.split("Function : ")[1:]:
         name, body = part.split("\n", 1)
         code = [(int(m[1], 16), m[2].strip()) for m in map(INSTRUCTION.match, body.split("\n")) if m]
-        kernels.append(Kernel(name.strip(), code))
+        capability = re.search(r"EF_CUDA_SM(\d+)", body)
+        if not capability:
+            raise ValueError(f"the listing of {path} must say what {name} is for")
+        kernels.append(Kernel(name.strip(), int(capability[1]), code))
     return kernels
 
 
 def faults_of(kernel: Kernel) -> list[str]:
+    """Return what is wrong with a kernel."""
+    early = kernel.capability >= 90 and WRITES_AHEAD not in kernel.name and kernel.writes_early()
+    return ["it writes before it waited for the kernel ahead"] * early + faults_of_hot_loops(kernel)
+
+
+def faults_of_hot_loops(kernel: Kernel) -> list[str]:
     """Return what is wrong with a kernel's hot loops; none for kernels without a plan."""
     match = KERNEL.search(kernel.name)
     if not match:
@@ -148,6 +176,9 @@ def faults_of_fused(kernel: Kernel) -> list[str]:
         return ["no loops with DMMA, or some without reads of shared memory"]
     if not any(re.search(READ, text) for _, text in kernel.code):
         return ["no reads of 16 bytes"]
+    writes = [text for _, text in kernel.code if "STG" in text]
+    if 2 * sum("STG.E.128" in text for text in writes) < len(writes):
+        return ["few writes of 16 bytes"]
     spills = sum(re.search(SPILL, text) is not None for _, text in kernel.code)
     return [f"{spills} spills"] if spills else []
 
@@ -159,16 +190,15 @@ def main() -> int:
         for count, found in pool.map(check, sys.argv[1:]):
             checked += count
             faults += found
-    print(*faults, f"checked the hot loops of {checked} kernels", sep="\n")
+    print(*faults, f"checked {checked} kernels", sep="\n")
     return 1 if faults or not checked else 0
 
 
 def check(object_path: str) -> tuple[int, list[str]]:
-    """Return how many kernels with a plan an object holds, and their faults."""
+    """Return how many kernels an object holds, and their faults."""
     path = Path(object_path)
     kernels = kernels_of(path, shutil.which("cuobjdump") or find_in_triton())
-    planned = [kernel for kernel in kernels if KERNEL.search(kernel.name)]
-    return len(planned), [f"{path.name} {kernel.name}: {fault}" for kernel in planned for fault in faults_of(kernel)]
+    return len(kernels), [f"{path.name} {kernel.name}: {fault}" for kernel in kernels for fault in faults_of(kernel)]
 
 
 def find_in_triton() -> str:

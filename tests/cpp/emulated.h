@@ -184,17 +184,26 @@ T& shared() {
   return *reinterpret_cast<T*>(Emulator::get().shared());
 }
 
+// A vector, which must be aligned.
 template <class V>
-V load_first(const V* p) {
+V& vector_at(V* p) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(V) != 0) {
-    std::printf("misaligned load of %zu bytes\n", sizeof(V));
+    std::printf("misaligned access of %zu bytes\n", sizeof(V));
     std::exit(1);
   }
   return *p;
 }
 template <class V>
+V load_first(const V* p) {
+  return vector_at(p);
+}
+template <class V>
 V load_last(const V* p) {
-  return load_first(p);
+  return vector_at(p);
+}
+template <class V>
+void store(V* p, const V& value) {
+  vector_at(p) = value;
 }
 
 inline uint64_t load_word(const void* p) {
