@@ -55,3 +55,17 @@ def test_steps_leave_the_initial_scales():
 def test_methods_that_need_no_backend_check_its_name(name):
     with pytest.raises(ValueError, match="backend"):
         methods.get(name).weights(GRAM, losses=torch.ones(2), backend="nonsense")
+
+
+def test_a_state_of_any_strides_counts_as_its_values(backend):
+    gram = GRAM.expand(3, 2, 2).contiguous()
+    state = {"weights": torch.tensor([[0.5, 1.5], [1.25, 0.75], [1.0, 1.0]]), "initial_losses": torch.ones(3, 2)}
+    state = {name: value.double() for name, value in state.items()}
+    transposed = {name: value.t().contiguous().t() for name, value in state.items()}
+    later = []
+    for loaded in (state, transposed):
+        method = methods.GradNorm()
+        method.load_state_dict(loaded)
+        later.append((method.weights(gram, losses=torch.ones(2), backend=backend), method.state_dict()))
+    torch.testing.assert_close(later[0][0], state["weights"], rtol=0, atol=0)
+    torch.testing.assert_close(later[1], later[0], rtol=0, atol=0)

@@ -97,7 +97,7 @@ def test_rotations_that_shared_memory_has_no_room_for_are_pytorchs(monkeypatch, 
 
 @pytest.mark.parametrize("tasks", [9, 20, 70])
 def test_float64_without_matrix_instructions(monkeypatch, tasks):
-    monkeypatch.setattr(launch, "float64_dot", lambda: False)
+    monkeypatch.setattr(launch, "float64_dot", lambda device: False)
     rows = normal(tasks, 21)
     assert_gram(gradsurgery.gram(rows, backend="triton"), rows, torch.float64)
     assert launch.arithmetic_of(torch.float32, 9, torch.device(DEVICE)) == ("float32", 16)
@@ -244,6 +244,38 @@ def test_launch_parameters_are_fixed_unless_measured(monkeypatch):
     count = len(launched)
     assert tuning.measured(("a",), torch.device("cpu"), fixed, lambda: launched.append) == tuning.Config(128, 2, 4)
     assert len(launched) == count
+    # A graph is captured with what its first run took.
+    monkeypatch.setattr(tuning, "capturing", lambda device: True)
+    assert tuning.measured(("a",), torch.device("cpu"), fixed, lambda: launched.append) == tuning.Config(128, 2, 4)
+    assert tuning.measured(("b",), torch.device("cpu"), fixed, lambda: launched.append) is fixed
+    assert len(launched) == count
+
+
+def test_every_table_entry_is_among_its_candidates():
+    for fixed in (*tuning._GRAM.values(), tuning.COMBINE, tuning.Config(4, 2)):
+        assert fixed in tuning.candidates(fixed)
+
+
+def test_samples_leave_the_generators_alone():
+    before = torch.get_rng_state()
+    launch._sample(128, torch.float64, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_compiled_callers_launch_uncompiled(monkeypatch):
+    # torch.compile drops enable_fp_fusion, which the solvers need.
+    traced, min_norm = [], weights.min_norm
+
+    def spy(*args):
+        traced.append(torch.compiler.is_compiling())
+        min_norm(*args)
+
+    monkeypatch.setattr(weights, "min_norm", spy)
+    rows = normal(3, 5, torch.float64)
+    gram = rows @ rows.T
+    compiled = torch.compile(lambda gram: gradsurgery.min_norm_weights(gram, backend="triton"), backend="eager")
+    assert torch.equal(compiled(gram), gradsurgery.min_norm_weights(gram, backend="triton"))
+    assert traced == [False, False]
 
 
 def test_every_measured_configuration_gives_the_result(monkeypatch):

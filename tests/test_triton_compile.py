@@ -52,11 +52,11 @@ def check_common(kernels: list[dict], matrix: str) -> None:
 
 
 # Whole: every padded number of tasks, for older GPUs too.
-@pytest.mark.parametrize("architecture", ["80", "90"] if WHOLE else ["90"])
+@pytest.mark.parametrize("architecture", ["80", "90", "100"] if WHOLE else ["90"])
 def test_nvidia(architecture):
     kernels, recompiled = compiled("cuda", architecture, *([] if WHOLE else ["--small"]))
     assert recompiled == 0
-    check_common(kernels, "HMMA HGMMA DMMA")
+    check_common(kernels, "HMMA HGMMA UTCHMMA DMMA")
     for kernel in kernels:
         constants, name = kernel["constants"], named(kernel)
         tasks = int(constants.get("TASKS", 1))

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from cpp.check_sass import READ, SPILL, kernels_of
 from gradsurgery._gradients import parse
-from gradsurgery.backends.triton import launch, version, weights
+from gradsurgery.backends.triton import launch, weights
 
 WARP = {"cuda": 32, "hip": 64}
 READS_ROWS = ("slot_sums", "weighted_sums")
@@ -62,7 +62,10 @@ class Compiler:
 def launch_all(target: GPUTarget, small: bool) -> None:
     """Launch every arithmetic, padded number of tasks and dtype once, in list form."""
     weights._MAX_WARPS = 1024 // target.warp_size
-    launch.float64_dot = lambda: target.backend == "cuda" or version() >= (3, 8)
+    torch.version.hip = target.backend if target.backend == "hip" else None
+    torch.cuda.get_device_capability = lambda device: divmod(target.arch, 10)
+    on_device = launch.float64_dot
+    launch.float64_dot = lambda device: on_device(torch.device("cuda"))
     for fast in (True, False):
         launch.fast_float64 = lambda device, fast=fast: fast
         for tasks in (2, 8, 9) if small else (1, 2, 5, 8, 9, 17, 33, 65):
@@ -99,13 +102,16 @@ def launch_all(target: GPUTarget, small: bool) -> None:
 
 
 def recompiled() -> int:
-    """Return how many kernels another number of columns or blocks adds, of those that a first call compiled."""
+    """Return how many kernels other numbers of columns, blocks and parameters add to what first calls compiled."""
+    kernels = (launch.gram_kernels.slot_sums, launch.gram_kernels.sum_slots, launch.combine_kernels.weighted_sums)
     counts = []
-    for columns in (4000, 64, 1 << 16, 16, 12):
+    for columns, params in ((4000, 1), (64, 2), (1 << 16, 3), (16, 4), (12, 5)):
         flat = parse(torch.zeros(8, columns), None)
         launch.gram(flat, torch.zeros(8, 8).double())
         launch.combine(flat, torch.zeros(8).double(), torch.zeros(columns), False)
-        kernels = (launch.gram_kernels.slot_sums, launch.gram_kernels.sum_slots, launch.combine_kernels.weighted_sums)
+        listed = parse([[torch.zeros(16)] * params] * 8, list(range(params)))
+        launch.gram(listed, torch.zeros(params, 8, 8).double())
+        launch.combine(listed, torch.zeros(params, 8).double(), [torch.zeros(16)] * params, False)
         counts.append(sum(len(kernel.device_caches[0][0]) for kernel in kernels))
     return counts[-1] - counts[0]
 

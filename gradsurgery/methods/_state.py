@@ -84,7 +84,7 @@ def check_like(state: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
 def taken_over(own: Tensor | None, value: Tensor | None) -> Tensor | None:
     """Return a state's tensor with that value: itself where the shape allows, as a captured graph reads it."""
     if own is None or value is None or own.shape != value.shape:
-        return None if value is None else value.clone()
+        return None if value is None else value.clone(memory_format=torch.contiguous_format)
     return own.copy_(value)
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..._compiling import cached
+from ..._compiling import cached, untraced
 from ..._gradients import TaskGradients
 from ..native import why_not_gpu
 from ..reference import ReferenceBackend
@@ -23,7 +23,10 @@ _OLDEST = (3, 6)
 
 
 class TritonBackend(ReferenceBackend):
-    """Kernels in Triton; what has none is the reference backend's, on the tensors' device."""
+    """Kernels in Triton; what has none is the reference backend's, on the tensors' device.
+
+    Traced, the launches would lose options that the solvers need (weights._SOLVER).
+    """
 
     name = "triton"
 
@@ -38,36 +41,44 @@ class TritonBackend(ReferenceBackend):
         device = torch.device("cpu" if _interpreted() else "cuda")
         return _why_not_device(device) or f"available: Triton kernels{', interpreted' if _interpreted() else ''}"
 
+    @untraced
     def gram(self, grads: TaskGradients, out: Tensor) -> None:
         """Write the Gram matrices."""
         _launch().gram(grads, out)
 
+    @untraced
     def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """Write the directions."""
         _launch().combine(grads, weights, out, accumulate)
 
+    @untraced
     def task_order(self, seed: int, step: Tensor, out: Tensor) -> None:
         """Write the visiting orders."""
         _weights().task_order(seed, step, out)
 
+    @untraced
     def pcgrad(
         self, gram: Tensor, order: Tensor | None, seed: int, step: Tensor, advance: bool, mean: bool, out: Tensor
     ) -> None:
         """Write PCGrad's weights."""
         _weights().pcgrad(gram, order, seed, step, advance, mean, out)
 
+    @untraced
     def random(self, gram: Tensor, seed: int, step: Tensor, out: Tensor) -> None:
         """Write random weights, and add 1 to ``step``."""
         _weights().random(gram, seed, step, out)
 
+    @untraced
     def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:
         """Move the weights."""
         _weights().simplex_steps(matrix, lr, momentum, num_iter, weights)
 
+    @untraced
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Write the min-norm weights."""
         _weights().min_norm(gram, exact, max_iter, tol, out)
 
+    @untraced
     def weights(
         self, gram: Tensor, solver: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
@@ -77,10 +88,12 @@ class TritonBackend(ReferenceBackend):
         else:
             super().weights(gram, solver, preference, parameter, limit, out)
 
+    @untraced
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
         """Write GradNorm's new weights."""
         _weights().gradnorm(inputs, alpha, lr, out)
 
+    @untraced
     def gradnorm_step(
         self, gram: Tensor, losses: Tensor, alpha: float, lr: float, state: tuple[Tensor, Tensor], out: Tensor
     ) -> None:

@@ -10,7 +10,10 @@ from .products import mask_of, rounded
 UNROLL = tl.constexpr(4)
 
 
-@triton.jit(do_not_specialize=["out", "base", "row_bytes", "columns", "num_tasks", "blocks_per_slot"])
+@triton.jit(
+    do_not_specialize=["out", "base", "row_bytes", "columns", "num_tasks", "blocks_per_slot"],
+    do_not_specialize_on_alignment=["table", "slots"],
+)
 def weighted_sums(
     weights,
     out: tl.int64,

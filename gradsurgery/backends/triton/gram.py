@@ -101,7 +101,10 @@ def slot_total(
     return sums, x_top, y_top
 
 
-@triton.jit(do_not_specialize=["base", "row_bytes", "columns", "num_tasks", "blocks_per_slot"])
+@triton.jit(
+    do_not_specialize=["base", "row_bytes", "columns", "num_tasks", "blocks_per_slot"],
+    do_not_specialize_on_alignment=["table", "slots"],
+)
 def slot_sums(
     partials,
     base: tl.int64,
@@ -194,7 +197,7 @@ def slot_sums(
                 tl.store(out + j * num_tasks + i, sums, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_tasks"])
+@triton.jit(do_not_specialize=["num_slots", "num_tasks"], do_not_specialize_on_alignment=["segments"])
 def sum_slots(
     out,
     partials,

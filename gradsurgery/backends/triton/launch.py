@@ -53,9 +53,11 @@ def fast_float64(device: torch.device) -> bool:
 
 
 @lru_cache
-def float64_dot() -> bool:
-    """Whether Triton can multiply float64 matrices; on AMD's GPUs it can from version 3.8 on."""
-    return torch.version.hip is None or version() >= (3, 8)
+def float64_dot(device: torch.device) -> bool:
+    """Whether Triton multiplies float64 matrices there: for AMD's GPUs and Blackwell's 10.x from version 3.8 on."""
+    if device.type == "cpu" or version() >= (3, 8):
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability(device)[0] != 10
 
 
 def arithmetic_of(dtype: torch.dtype, num_tasks: int, device: torch.device) -> tuple[str, int]:
@@ -64,7 +66,7 @@ def arithmetic_of(dtype: torch.dtype, num_tasks: int, device: torch.device) -> t
     if num_tasks <= _ROWS_AT_MOST and (fast or dtype is torch.float64):
         return "rows", num_tasks
     tasks = max(16, triton.next_power_of_2(num_tasks))
-    wide = dtype is torch.float64 or (fast and float64_dot() and dtype is torch.float32)
+    wide = dtype is torch.float64 or (fast and float64_dot(device) and dtype is torch.float32)
     return "float64" if wide else "float32", tasks
 
 
@@ -104,7 +106,7 @@ def gram(grads: TaskGradients, out: Tensor, config: Config | None = None) -> Non
                 TASKS=launch.tasks,
                 DTYPE=_DTYPES[launch.pieces.dtype],
                 MODE=_MODES[launch.arithmetic],
-                DOT=float64_dot(),
+                DOT=float64_dot(device),
                 MIRRORED=mirrored,
                 ALIGNED=launch.pieces.aligned,
                 BLOCK=launch.config.block,
@@ -132,9 +134,10 @@ def _plan(pieces: Pieces, num_tasks: int, device: torch.device, config: Config |
     if config is None:
         key = ("gram", arithmetic, tasks, pieces.dtype)
         fixed = gram_config(arithmetic, tasks, pieces.dtype)
-        if arithmetic == "float64" and not float64_dot():
+        if arithmetic == "float64" and not float64_dot(device):
             fixed = fixed._replace(block=4)
-        config = measured(key, device, fixed, partial(_try_gram, num_tasks, pieces.dtype, device))
+        with on(device):
+            config = measured(key, device, fixed, partial(_try_gram, num_tasks, pieces.dtype, device))
     # Fewer columns than 8 T cost less than the slot's own sums.
     least = triton.cdiv(8 * num_tasks, config.block)
     most = _GRAM_SLOTS["rows" if arithmetic == "rows" else tasks]
@@ -163,12 +166,9 @@ def combine(
     listed = grads.matrix is None or weights.dim() > 1
     launches = []
     for pieces in pieces_of(grads, out, listed):
-        chosen = config or measured(
-            ("combine", num_tasks, pieces.dtype),
-            device,
-            COMBINE,
-            partial(_try_combine, num_tasks, pieces.dtype, device),
-        )
+        key = ("combine", num_tasks, pieces.dtype)
+        with on(device):
+            chosen = config or measured(key, device, COMBINE, partial(_try_combine, num_tasks, pieces.dtype, device))
         slots, _ = (cut if listed else cut_once)(pieces, chosen.block, _COMBINE_SLOTS)
         launches.append((pieces, chosen, slots))
     tables = [weights] * (2 * len(launches))  # not read
@@ -203,9 +203,10 @@ def _flat(grads: TaskGradients, listed: bool) -> tuple[int, int, int]:
 
 
 def _sample(num_tasks: int, dtype: torch.dtype, device: torch.device) -> TaskGradients:
-    """Return random gradients for measurements, of more bytes than a cache holds."""
-    matrix = torch.randn(num_tasks, (1 << 28) // (16 * num_tasks) * 16 // dtype.itemsize, device=device).to(dtype)
-    return TaskGradients(num_tasks, 1, [], False, device, matrix)
+    """Return random gradients for measurements, of more bytes than a cache holds; torch's own generators stay."""
+    columns = (1 << 28) // (16 * num_tasks) * 16 // dtype.itemsize
+    matrix = torch.randn(num_tasks, columns, generator=torch.Generator(device), device=device)
+    return TaskGradients(num_tasks, 1, [], False, device, matrix.to(dtype))
 
 
 def _try_gram(num_tasks: int, dtype: torch.dtype, device: torch.device) -> Callable[[Config], None]:

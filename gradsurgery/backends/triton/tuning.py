@@ -59,10 +59,12 @@ def measured(
 
     ``prepare`` makes the data, and returns what launches a configuration.
     """
-    if os.environ.get("GRADSURGERY_TRITON_AUTOTUNE") != "1" or capturing(device):
+    if os.environ.get("GRADSURGERY_TRITON_AUTOTUNE") != "1":
         return fixed
     key = (*key, device)
     if key not in _tuned:
+        if capturing(device):
+            return fixed
         run = prepare()
         _tuned[key] = min(candidates(fixed), key=lambda config: _milliseconds(run, config))
     return _tuned[key]
@@ -70,7 +72,7 @@ def measured(
 
 def candidates(fixed: Config) -> list[Config]:
     """Return configurations with half to twice the columns and warps, and 1 to 4 stages; ``fixed`` is among them."""
-    blocks = [block for block in (fixed.block // 2, fixed.block, fixed.block * 2) if block >= 16]
+    blocks = [block for block in (fixed.block // 2, fixed.block, fixed.block * 2) if block >= min(16, fixed.block)]
     warps = dict.fromkeys([max(fixed.num_warps // 2, 1), fixed.num_warps, fixed.num_warps * 2])
     return [Config(*values) for values in product(blocks, warps, (1, 2, 3, 4))]
 
