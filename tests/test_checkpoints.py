@@ -118,7 +118,7 @@ def test_plain_and_wrong_checkpoints():
         (torch.ones(2), torch.ones(3)),
         (torch.ones(()), torch.ones(())),
     ):
-        with pytest.raises(ValueError, match=r"must be (of one shape|a floating-point tensor \[..., T\])"):
+        with pytest.raises(ValueError, match=r"(weights|initial_losses) must be a tensor"):
             gradnorm.method.load_state_dict(dict(zip(("weights", "initial_losses"), state, strict=True)))
     assert gradnorm.method.state_dict() == {"weights": None, "initial_losses": None}
     kept = {"pcgrad": {"seed": 5, "step": torch.tensor(9)}}

@@ -137,7 +137,7 @@ def test_gradvac_state(backend):
     fresh.load_state_dict(methods.get("gradvac", seed=7).state_dict())
     assert fresh.state_dict()["targets"] is None
     assert fresh.seed == 7
-    with pytest.raises(ValueError, match=r"has the shape \(2, 3, 4, 4\), G needs \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"is for weights of shape \(2, 3, 4\), got \(4,\)"):
         first.weights(grams[0, 0], backend=backend)
-    with pytest.raises(ValueError, match=r"targets must be a tensor \[..., T, T\], got a tensor of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"targets must be a tensor .*, got a tensor of shape \(3,\)"):
         fresh.load_state_dict({"targets": torch.ones(3), "seed": 0, "step": torch.tensor(0)})

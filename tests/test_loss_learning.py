@@ -197,5 +197,5 @@ def test_kpis_that_cannot_be(kpis, wanted):
         method.update(kpis)
     assert method.state_dict() == {"kpis": None, "updated": None}
     method.update([0.5, 0.5])
-    with pytest.raises(ValueError, match="is for losses of shape"):
+    with pytest.raises(ValueError, match="is for weights of shape"):
         step(method, f64([1.0]))

@@ -55,11 +55,11 @@ def test_a_state_that_cannot_be_is_refused_whole(name):
             method.load_state_dict(bad)
     for key, value in before.items():
         fewer_dimensions = value[0] if value.dim() else value[None]
-        for wrong in (3, value.to(torch.float32), fewer_dimensions, *([] if key == first else [value[None], None])):
+        for wrong in (3, value.to(torch.complex64), fewer_dimensions, *([] if key == first else [value[None], None])):
             with pytest.raises(ValueError, match=f"{key} must be"):
                 method.load_state_dict({**before, key: wrong})
     torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"is for losses of shape \(3,\), got \(4,\)"):
+    with pytest.raises(ValueError, match=r"is for weights of shape \(3,\), got \(4,\)"):
         step(method, f64([1.0, 2.0, 3.0, 4.0]))
 
 

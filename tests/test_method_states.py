@@ -44,7 +44,7 @@ def test_options_for_other_tasks_begin_nothing():
     method.weights(EYE[:2, :2])
     averaged = methods.get("cr_mogm", method="pcgrad")
     averaged.weights(EYE[:2, :2])
-    with pytest.raises(ValueError, match=r"'cr_mogm' has the shape \(2,\), G needs \(3,\)"):
+    with pytest.raises(ValueError, match=r"'cr_mogm' is for weights of shape \(2,\), got \(3,\)"):
         averaged.weights(EYE)
     assert averaged.method.state_dict()["step"] == 1
 
@@ -210,7 +210,7 @@ def test_weights_are_constants_to_autograd(name):
 
 def test_states_that_cannot_be():
     for weights in (torch.ones(()), torch.ones(2).long(), torch.ones(2, dtype=torch.complex128)):
-        wanted = r"weights must be a floating-point tensor \[..., T\], got a tensor of shape \(.*\) in torch"
+        wanted = r"weights must be a tensor (\[..., T\]|of shape .*), got a tensor of shape \(.*\) in torch"
         with pytest.raises(ValueError, match=wanted):
             methods.get("cr_mogm").load_state_dict({"weights": weights, "method": {}})
         for name in ("modo", "sdmgrad"):
@@ -220,7 +220,7 @@ def test_states_that_cannot_be():
         with pytest.raises(ValueError, match="method must be the other method's state, a dict, got"):
             methods.get("cr_mogm").load_state_dict({"weights": None, "method": state})
     weights = torch.ones(2, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"must be of one shape, got a tensor of shape .* and NoneType"):
+    with pytest.raises(ValueError, match=r"initial_losses must be a tensor of shape .*, got NoneType"):
         methods.get("gradnorm").load_state_dict({"weights": weights, "initial_losses": None})
     with torch.device("meta"):
         assert methods.get("pcgrad").state_dict()["step"].device.type == "cpu"

@@ -30,11 +30,13 @@ def test_steps_leave_the_state_that_was_loaded():
     torch.testing.assert_close(state, before, rtol=0, atol=0)
 
 
-def test_a_float32_state_becomes_float64():
-    method = methods.MoDo()
-    method.load_state_dict({"weights": torch.tensor([0.5, 0.5])})
-    assert method.weights(GRAM).dtype == torch.float64
-    assert method.state_dict()["weights"].dtype == torch.float64
+@pytest.mark.parametrize("name", ["modo", "uw", "group_dro", "pcd"])
+def test_a_float32_state_becomes_float64(name):
+    first, then = methods.get(name), methods.get(name)
+    first.weights(GRAM, losses=torch.tensor([1.0, 2.0]))
+    then.load_state_dict({key: value.float() for key, value in first.state_dict().items()})
+    assert then.weights(GRAM, losses=torch.tensor([1.0, 2.0])).dtype == torch.float64
+    assert {value.dtype for value in then.state_dict().values()} == {torch.float64}
 
 
 def test_options_do_not_change_with_the_tensors_they_were_given_in():

@@ -359,7 +359,7 @@ def test_cr_mogm_takes_after_the_other_method():
     torch.testing.assert_close(averaged.weights(good), first)
     assert averaged.weights(good * torch.nan).isnan().all()
     torch.testing.assert_close(averaged.weights(other), (first + then) / 2)
-    with pytest.raises(ValueError, match=r"has the shape \(3,\), G needs \(4,\)"):
+    with pytest.raises(ValueError, match=r"is for weights of shape \(3,\), got \(4,\)"):
         averaged.weights(gradsurgery.gram(normal(4, 9)))
 
 
@@ -375,7 +375,7 @@ def test_batches_and_hostile_grams(name):
         one = methods.get(name)
         torch.testing.assert_close(one.weights(grams[b, c]), first[b, c])
         torch.testing.assert_close(one.weights(grams[b, c]), second[b, c])
-    with pytest.raises(ValueError, match=r"state of method .* has the shape \(2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"state of method .* is for weights of shape \(2, 3, 3\)"):
         method.weights(grams[0])
 
 

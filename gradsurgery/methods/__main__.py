@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 
 from . import Method, available, get
-from ._base import SteppedMethod
+from ._stateful import SteppedMethod
 
 _COLUMNS: dict[str, Callable[[Method], str]] = {
     "method": lambda m: f"`{m.name}`",

@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import check_word, describe
+from .._checks import describe
 from .._compiling import capturing, takes
 from .._constant import constant
 from .._extension import NativeSolver
 from ..backends import check_name
 from ..backends.problems import is_finite
 from ..functional import check_gram
-from ._state import PerTask, making_state
+from ._state import PerTask
 
 
 class Method:
@@ -233,41 +233,3 @@ class FixedMethod(Method):
         problems = check_gram(gram)
         weights = torch.where(is_finite(problems), self._fixed(problems), torch.nan)
         return constant(f"{self.name} weights", weights, [gram])
-
-
-class SteppedMethod(Method):
-    """A method whose random numbers are a function of a seed and the number of the step.
-
-    State: the seed and the step counter, which lives on G's device and is never read on the host. A step whose G is not
-    finite counts, too.
-    """
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = check_word("seed", seed)
-        self._step: Tensor | None = None
-
-    def _step_on(self, device: torch.device) -> Tensor:
-        """Return the counter, for use and for the increment."""
-        if self._step is None:
-            with making_state(self.name, device):
-                # Made where G lives: a copy from the host would synchronise.
-                self._step = torch.zeros((), dtype=torch.int64, device=device)
-        elif self._step.device != device:
-            with making_state(self.name, device):
-                self._step = self._step.to(device)
-        return self._step
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the seed and the step counter."""
-        step = torch.zeros((), dtype=torch.int64, device="cpu") if self._step is None else self._step.clone()
-        return {"seed": self.seed, "step": step}
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        seed, step = check_word("seed", state["seed"]), state["step"]
-        if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() != 0:
-            raise ValueError(f"step must be an int64 tensor [], got {step!r}")
-        self.seed = seed
-        if self._step is None:
-            self._step = step.clone()
-        else:
-            self._step.copy_(step)  # in place: a captured graph goes on from there

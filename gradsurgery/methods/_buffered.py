@@ -15,8 +15,8 @@ from .._checks import describe
 from ..backends.problems import are_finite, is_finite
 from ..combine import combine
 from ..gram import gram
-from ._base import Method
-from ._state import check_like, keep_state, making_state, read_losses
+from ._state import check_like, making_state, read_losses
+from ._stateful import StatefulMethod
 
 Rows = Sequence[Sequence[Tensor | None]]
 Buffers = list[list[Tensor]]
@@ -60,22 +60,19 @@ def absent(rows: Rows) -> list[int]:
     return [t for t, row in enumerate(rows) if all(g is None for g in row)]
 
 
-class BufferedMethod(Method):
+class BufferedMethod(StatefulMethod):
     """A method that keeps tensors as large as the gradients; G and d are taken of rows that it puts in their place.
 
     Buffers are T lists of P tensors; a task without a gradient counts as a zero one. A step with a gradient that is not
-    finite leaves the state as it was, and its weights are NaN. State: the buffers, and float64 or int64 tensors by
-    name, all on the gradients' device.
+    finite leaves the state as it was, and its weights are NaN. State: the buffers, and the other tensors, all on the
+    gradients' device.
     """
 
     needs: ClassVar[str] = "gradients"
-    state_names: ClassVar[tuple[str, ...]] = ()
-    """The names of the tensors besides the buffers."""
     num_terms: ClassVar[int] = 1
     """d is a sum of at most num_terms T tensors."""
 
     _buffers: Buffers | None = None
-    _state: dict[str, Tensor] | None = None
 
     @property
     def tells_tasks_apart(self) -> bool:
@@ -138,7 +135,7 @@ class BufferedMethod(Method):
                 self._buffers = [
                     [torch.zeros_like(g, dtype=d) for g, d in zip(first, dtypes, strict=True)] for _ in rows
                 ]
-                self._state = self._initial(products)
+                self._state = self._initial(products[0])
         if next(iter(self._state.values())).device != products.device:
             with making_state(self.name, products.device):
                 self._buffers = [[b.to(products.device) for b in row] for row in self._buffers]
@@ -159,10 +156,6 @@ class BufferedMethod(Method):
     def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of the buffers of gradients of this dtype."""
         return dtype
-
-    def _initial(self, gram: Tensor) -> dict[str, Tensor]:
-        """Return the tensors besides the buffers before the first step."""
-        raise NotImplementedError
 
     def _average(self, given: Given, keep: Tensor, factor: Tensor) -> Buffers:
         """Replace each buffer b_t by keep b_t + factor_t g_t, in a finite step; keep is [] or [T], factor [T]."""
@@ -187,17 +180,10 @@ class BufferedMethod(Method):
             torch._foreach_clamp_max_(short, end)
         return self._buffers
 
-    def _keep(self, given: Given, **new: Tensor) -> None:
-        """Write the new state in a finite step."""
-        assert self._state is not None
-        keep_state(self._state, new, given.finite)
-
     def state_dict(self) -> dict[str, Any]:
         """Return the buffers and the other tensors; None each before the first step."""
-        if self._buffers is None or self._state is None:
-            return {"buffers": None, **dict.fromkeys(self.state_names)}
-        buffers = [[b.clone() for b in row] for row in self._buffers]
-        return {"buffers": buffers, **{name: value.clone() for name, value in self._state.items()}}
+        buffers = self._buffers and [[b.clone() for b in row] for row in self._buffers]
+        return {"buffers": buffers, **super().state_dict()}
 
     def _mark(self) -> bool:
         return self._state is not None
@@ -219,7 +205,7 @@ class BufferedMethod(Method):
         of_each = [[(b.shape, b.dtype) for b in row] for row in kept]
         if not kept or any(row != of_each[0] for row in of_each):
             raise ValueError("buffers must be of the same shapes and dtypes for each task, got others")
-        check_like(state, self._initial(torch.empty(len(kept), len(kept), dtype=torch.float64, device="cpu")))
+        check_like(state, self._initial(torch.empty(len(kept), dtype=torch.float64, device="cpu")))
         if self._buffers is not None:
             _check_alike(self._buffers, len(kept), kept[0], self.name)
         if self._buffers and self._state and [b.dtype for b in self._buffers[0]] == [b.dtype for b in kept[0]]:

@@ -10,24 +10,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import check_not_negative, check_number, describe
+from .._checks import check_not_negative, check_number
 from .._constant import constant
 from ..backends import check_name
 from ..backends.problems import are_finite, is_finite
 from ..functional import check_gram
-from ._base import Method
-from ._state import PerTask, check_like, keep_state, making_state, read_losses
+from ._state import PerTask, read_losses
+from ._stateful import StatefulMethod
 
 
-class LossMethod(Method):
+class LossMethod(StatefulMethod):
     """Weights from the losses [T] or [..., T] alone; of G only the shape, the device and whether it is finite count.
 
     A problem does not count where G or a loss is not finite, or a loss is negative and the method needs logarithms: its
     weights are NaN and its state stays. ``backward`` of the optimizers computes no G for these methods, so there a step
     whose losses are finite counts even if its gradients are not. Subclasses say in ``_weigh`` what the weights are, and
     what the state becomes.
-
-    State: float64, int64 or bool tensors by name, the first [..., T], one row for each problem.
     """
 
     needs_losses = True
@@ -35,10 +33,7 @@ class LossMethod(Method):
     weights_losses = True
     needs = "losses"
     linear = True
-    state_names: ClassVar[tuple[str, ...]] = ()
     takes_logarithms: ClassVar[bool] = False
-
-    _state: dict[str, Tensor] | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [..., T] and update the state, if there is one.
@@ -63,59 +58,14 @@ class LossMethod(Method):
         """Return the weights for float64 losses [..., T]; keep the new state of those problems that count, [..., 1]."""
         raise NotImplementedError
 
-    def _initial(self, losses: Tensor) -> dict[str, Tensor]:
-        """Return the initial state for losses [..., T]."""
-        return {}
-
     def _counts(self, losses: Tensor) -> Tensor:
         """Return whether each problem's losses have weights, bool [..., 1]."""
         counts = are_finite(losses)
         return counts & (losses >= 0).all(-1, keepdim=True) if self.takes_logarithms else counts
 
-    def _state_for(self, losses: Tensor) -> dict[str, Tensor]:
-        """Return the state for losses [..., T], on their device."""
-        if self._state is None:
-            with making_state(self.name, losses.device):
-                self._state = self._initial(losses)
-        first = self._state[self.state_names[0]]
-        if self._losses_shape(first) != losses.shape:
-            raise ValueError(
-                f"the state of method {self.name!r} is for losses of shape {tuple(self._losses_shape(first))}, got "
-                f"{tuple(losses.shape)}"
-            )
-        if first.device != losses.device:
-            with making_state(self.name, losses.device):
-                self._state = {name: value.to(losses.device) for name, value in self._state.items()}
+    def _state_for(self, like: Tensor) -> dict[str, Tensor]:
+        self._state = super()._state_for(like)  # nothing after it raises
         return self._state
-
-    def _keep(self, counts: Tensor, **new: Tensor) -> None:
-        """Write the new state where it counts."""
-        assert self._state is not None
-        keep_state(self._state, new, counts)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, tensors by name; None each before the first step."""
-        state = self._state or dict.fromkeys(self.state_names)
-        return {name: None if value is None else value.clone() for name, value in state.items()}
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        if all(value is None for value in state.values()):
-            self._state = None
-            return
-        first = state[self.state_names[0]]
-        if not isinstance(first, Tensor) or not self._losses_shape(first):
-            raise ValueError(f"{self.state_names[0]} must be a tensor [..., T], got {describe(first)}")
-        losses = torch.empty(self._losses_shape(first), dtype=torch.float64, device=first.device)
-        check_like(state, self._initial(losses))
-        if self._state is not None and self._state[self.state_names[0]].shape == first.shape:
-            for name, value in state.items():
-                self._state[name].copy_(value)
-        else:
-            self._state = {name: state[name].clone() for name in self.state_names}
-
-    def _losses_shape(self, first: Tensor) -> torch.Size:
-        """Return the shape of the losses that go with the first tensor of the state."""
-        return first.shape
 
 
 _LARGEST = 80.0

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -51,48 +50,12 @@ def numbers_of(name: str, values: Iterable[Any] | Mapping[str, Any], device: tor
     return torch.stack([number.reshape(()) for number in numbers])
 
 
-def state_on(method: str, own: Tensor | None, shape: torch.Size, initial: float, device: torch.device) -> Tensor:
-    """Return a state's float64 tensor on that device: ``own``, ValueError unless it has this shape, or a new one."""
-    if own is None:
-        with making_state(method, device):
-            return torch.full(shape, initial, dtype=torch.float64, device=device)
-    if own.shape != shape:
-        raise ValueError(f"the state of method {method!r} has the shape {tuple(own.shape)}, G needs {tuple(shape)}")
-    if own.device != device:
-        with making_state(method, device):
-            return own.to(device)
-    return own
-
-
-def check_state(name: str, value: Any, wanted: str = "[..., T]") -> Tensor | None:
-    """Return a state's tensor from a ``state_dict``, in float64, or None; ValueError unless it can be one."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
-        raise ValueError(f"{name} must be a floating-point tensor {wanted}, got {describe(value)}")
-    return value.double()
-
-
 def check_like(state: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless a ``state_dict`` has tensors of these shapes and dtypes."""
     for name, like in wanted.items():
         value = state[name]
         if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
             raise ValueError(f"{name} must be {describe(like)}, got {describe(value)}")
-
-
-def taken_over(own: Tensor | None, value: Tensor | None) -> Tensor | None:
-    """Return a state's tensor with that value: itself where the shape allows, as a captured graph reads it."""
-    if own is None or value is None or own.shape != value.shape:
-        return None if value is None else value.clone(memory_format=torch.contiguous_format)
-    return own.copy_(value)
-
-
-def keep_state(state: dict[str, Tensor], new: Mapping[str, Tensor], counts: Tensor) -> None:
-    """Write new values into a state where they count and are finite, in place: a captured graph goes on from there."""
-    for name, value in new.items():
-        written = counts & (value.abs() < math.inf) if value.is_floating_point() else counts
-        torch.where(written, value, state[name], out=state[name])
 
 
 class PerTask:

@@ -15,10 +15,10 @@ from ..functional import check_gram
 from ._base import Method, weigh
 from ._buffered import BufferedMethod
 from ._coordinate import CoordinateMethod
-from ._state import check_state, state_on, taken_over
+from ._stateful import StatefulMethod
 
 
-class CRMOGM(Method):
+class CRMOGM(StatefulMethod):
     """Correlation-reduced multi-objective gradient manipulation (Zhou et al., NeurIPS 2022, Algorithm 1).
 
     w_k = alpha w_{k-1} + (1 - alpha) v_k with the weights v_k of another method at step k, so that the weights depend
@@ -37,6 +37,7 @@ class CRMOGM(Method):
 
     name = "cr_mogm"
     state_by_problem = True
+    state_names = ("weights",)
     scale = "the other method's"
     cost = "the other method's"
 
@@ -52,16 +53,17 @@ class CRMOGM(Method):
         self.weights_losses = self.method.weights_losses
         self.num_batches = self.method.num_batches
         self.gram_parameters = self.method.gram_parameters
-        self._w: Tensor | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the average [..., T], after it has taken in the other method's weights."""
         problems = check_gram(gram)
-        w = state_on(self.name, self._w, gram.shape[:-1], torch.nan, gram.device)
+        state = self._state_for(problems[..., 0])
+        w = state["weights"]
         new = weigh(self.method, problems, losses, backend)
         averaged = torch.where(w.isnan(), new, self.alpha * w + (1 - self.alpha) * new)
         finite = are_finite(new)
-        self._w = w.copy_(torch.where(finite, averaged, w))
+        w.copy_(torch.where(finite, averaged, w))
+        self._state = state  # last: a step that raised has not begun
         return constant(f"{self.name} weights", averaged, [gram])
 
     def _check_fits(self, num_tasks: int) -> None:
@@ -82,11 +84,14 @@ class CRMOGM(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average (None before the first step), and the other method's state."""
-        return {"weights": None if self._w is None else self._w.clone(), "method": self.method.state_dict()}
+        return {**super().state_dict(), "method": self.method.state_dict()}
+
+    def _initial(self, like: Tensor) -> dict[str, Tensor]:
+        return {"weights": torch.full_like(like, torch.nan)}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        weights = check_state("weights", state["weights"])
+        weights = self._checked(state)
         if not isinstance(state["method"], dict):
             raise ValueError(f"method must be the other method's state, a dict, got {describe(state['method'])}")
         self.method.load_state_dict(state["method"])
-        self._w = taken_over(self._w, weights)
+        self._take_over(weights)

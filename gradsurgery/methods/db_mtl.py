@@ -39,8 +39,8 @@ class DBMTL(BufferedMethod):
         self.beta = check_fraction("beta", beta, one=False)
         self.sigma = check_not_negative("sigma", sigma)
 
-    def _initial(self, gram: Tensor) -> dict[str, Tensor]:
-        return {"step": torch.zeros((), dtype=torch.int64, device=gram.device)}
+    def _initial(self, like: Tensor) -> dict[str, Tensor]:
+        return {"step": torch.zeros((), dtype=torch.int64, device=like.device)}
 
     def _replace(self, given: Given) -> Rows:
         assert given.losses is not None
@@ -50,7 +50,7 @@ class DBMTL(BufferedMethod):
         step = self._state["step"] + 1
         keep = torch.where(losses > 0, self.beta / step.double() ** self.sigma, 1)
         buffers = self._average(given, keep, torch.where(losses > 0, (1 - keep) / losses, 0))
-        self._keep(given, step=step)
+        self._keep(given.finite, step=step)
         return buffers
 
     def _weigh(self, given: Given, gram: Tensor) -> Tensor:

@@ -50,5 +50,5 @@ class DWA(LossMethod):
         self._keep(counts, steps=steps + 1)
         return weights
 
-    def _losses_shape(self, first: Tensor) -> torch.Size:
+    def _shape_of(self, first: Tensor) -> torch.Size:
         return first.shape[:-1]

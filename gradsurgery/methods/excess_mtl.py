@@ -41,8 +41,8 @@ class ExcessMTL(BufferedMethod):
     def __init__(self, eta: float = 1e-2) -> None:
         self.eta = check_positive("eta", eta)
 
-    def _initial(self, gram: Tensor) -> dict[str, Tensor]:
-        return {"w": torch.ones_like(gram[0]), "first": torch.zeros_like(gram[0])}
+    def _initial(self, like: Tensor) -> dict[str, Tensor]:
+        return {"w": torch.ones_like(like), "first": torch.zeros_like(like)}
 
     def _replace(self, given: Given) -> Rows:
         assert self._buffers is not None
@@ -55,7 +55,7 @@ class ExcessMTL(BufferedMethod):
         growth = torch.where(started, self.eta * excess / first, 0)
         # A weight that has become 0 may grow again.
         w = len(rows) * (self._state["w"].clamp(min=torch.finfo(torch.float64).tiny).log() + growth).softmax(0)
-        self._keep(given, w=w, first=first)
+        self._keep(given.finite, w=w, first=first)
         if scale is None:
             return rows
         unscaled = combine([[g for row in rows for g in row]], 1 / scale.double().reshape(1), backend=given.backend)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._extension import Rule
-from ._base import SteppedMethod
 from ._coordinate import CoordinateMethod
 from ._state import PerTask
+from ._stateful import SteppedMethod
 
 
 class GradDrop(SteppedMethod, CoordinateMethod):

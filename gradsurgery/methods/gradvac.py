@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_fraction, describe
+from .._checks import check_fraction
 from .._constant import constant
 from ..backends import choose
 from ..functional import new_problems
-from ._base import SteppedMethod
-from ._state import check_state, state_on, taken_over
+from ._stateful import StatefulMethod, SteppedMethod
 
 
-class GradVac(SteppedMethod):
+class GradVac(SteppedMethod, StatefulMethod):
     """Gradient Vaccine (Wang et al., ICLR 2021, Algorithm 1 and equations 3 to 5).
 
     For each task i the running vector p starts at g_i. It visits every j != i in a random order. With rho = cos(p,
@@ -36,6 +35,7 @@ class GradVac(SteppedMethod):
 
     name = "gradvac"
     state_by_problem = True
+    state_names = ("targets",)
     scale = "sum"
     linear = True
     cost = "T^3"
@@ -43,27 +43,30 @@ class GradVac(SteppedMethod):
     def __init__(self, beta: float = 1e-2, seed: int = 0) -> None:
         super().__init__(seed)
         self.beta = check_fraction("beta", beta)
-        self._targets: Tensor | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights, move the targets, and advance the step counter."""
         problems, out = new_problems(gram)
-        targets = state_on(self.name, self._targets, gram.shape, 0.0, gram.device)
+        state = self._state_for(problems[..., 0])
         step, chosen = self._step_on(gram.device), choose(backend, gram.device, gram.shape[-1])
         order = torch.empty(gram.shape[-2:], dtype=torch.int64, device=gram.device)
         chosen.task_order(self.seed, step, order)
-        chosen.gradvac(problems, order, self.beta, targets, out)
+        chosen.gradvac(problems, order, self.beta, state["targets"], out)
         step += 1
-        self._targets = targets  # last: a step that raised has not begun
+        self._state = state  # last: a step that raised has not begun
         return constant(f"{self.name} weights", out, [gram])
+
+    def _initial(self, like: Tensor) -> dict[str, Tensor]:
+        return {"targets": like.new_zeros(*like.shape, like.shape[-1])}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the targets (None before the first step), the seed and the step counter."""
-        return {"targets": None if self._targets is None else self._targets.clone(), **super().state_dict()}
+        return StatefulMethod.state_dict(self) | SteppedMethod.state_dict(self)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        targets = check_state("targets", state["targets"], "[..., T, T]")
-        if targets is not None and (targets.dim() < 2 or targets.shape[-1] != targets.shape[-2]):
-            raise ValueError(f"targets must be a tensor [..., T, T], got {describe(targets)}")
-        super()._restore(state)
-        self._targets = taken_over(self._targets, targets)
+        targets = self._checked(state)
+        SteppedMethod._restore(self, state)
+        self._take_over(targets)
+
+    def _shape_of(self, first: Tensor) -> torch.Size:
+        return first.shape[:-1]

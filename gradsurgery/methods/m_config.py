@@ -58,16 +58,16 @@ class MConFIG(BufferedMethod):
             device = next(g for row in rows for g in row if g is not None).device
             self.pref.on(device, len(rows), self.name)  # raises before anything changes
 
-    def _initial(self, gram: Tensor) -> dict[str, Tensor]:
-        counts = torch.zeros(len(gram), dtype=torch.int64, device=gram.device)
-        return {"step": counts.new_zeros(()), "counts": counts, "previous": torch.zeros_like(gram[0])}
+    def _initial(self, like: Tensor) -> dict[str, Tensor]:
+        counts = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+        return {"step": counts.new_zeros(()), "counts": counts, "previous": torch.zeros_like(like)}
 
     def _replace(self, given: Given) -> Rows:
         assert self._state is not None
         counts = self._state["counts"] + given.present
         new = torch.where(given.present, (1 - self.beta) / self._total(counts), 0)
         averages = self._average(given, 1 - new, new)
-        self._keep(given, step=self._state["step"] + 1, counts=counts)
+        self._keep(given.finite, step=self._state["step"] + 1, counts=counts)
         return averages
 
     def _weigh(self, given: Given, gram: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class MConFIG(BufferedMethod):
         ratio = torch.where(given.present, self._total(counts) / before, self.beta)
         of_averages = (m - ratio * previous) / (1 - self.beta)
         of_gradients = previous / before
-        self._keep(given, previous=m)
+        self._keep(given.finite, previous=m)
         if given.scale is not None:
             of_averages = of_averages * given.scale.double()
         return [*kept, *given.rows], torch.cat([of_averages, of_gradients])

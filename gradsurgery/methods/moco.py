@@ -44,9 +44,9 @@ class MoCo(BufferedMethod):
         self.gamma = check_positive("gamma", gamma)
         self.rho = check_not_negative("rho", rho)
 
-    def _initial(self, gram: Tensor) -> dict[str, Tensor]:
-        step = torch.zeros((), dtype=torch.int64, device=gram.device)
-        return {"step": step, "w": torch.full_like(gram[0], 1 / len(gram))}
+    def _initial(self, like: Tensor) -> dict[str, Tensor]:
+        step = torch.zeros((), dtype=torch.int64, device=like.device)
+        return {"step": step, "w": torch.full_like(like, 1 / len(like))}
 
     def _replace(self, given: Given) -> Rows:
         assert given.losses is not None
@@ -57,7 +57,7 @@ class MoCo(BufferedMethod):
         norms = given.gram.diagonal().sqrt()
         factor = torch.where(norms > 0, beta * given.losses / norms, 0)
         buffers = self._average(given, 1 - beta, factor)
-        self._keep(given, step=step)
+        self._keep(given.finite, step=step)
         return buffers
 
     def _weigh(self, given: Given, gram: Tensor) -> Tensor:
@@ -66,5 +66,5 @@ class MoCo(BufferedMethod):
         matrix = gram + self.rho * torch.eye(len(w), dtype=w.dtype, device=w.device)
         # The step's length is on the device.
         moved = simplex_steps(self.gamma / step.double().sqrt() * matrix, w, 1.0, 0.0, 1, given.backend)
-        self._keep(given, w=moved)
+        self._keep(given.finite, w=moved)
         return w

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +14,11 @@ from .._constant import constant
 from ..backends import choose
 from ..backends.problems import is_finite
 from ..functional import new_problems
-from ._base import Method
-from ._state import PerTask, check_state, state_on, taken_over
+from ._state import PerTask
+from ._stateful import StatefulMethod
 
 
-class PCD(Method):
+class PCD(StatefulMethod):
     """Priority-constrained descent (Varam & AlHajri, "Not All Objectives Are Born Equal", TMLR 2026, Algorithm 1).
 
     The first task is the primary one. With n_t = s_t g_t, s_t = 1 / sqrt(v_t) and v_t the average of |g_t|^2 over the
@@ -41,6 +40,7 @@ class PCD(Method):
 
     name = "pcd"
     state_by_problem = True
+    state_names = ("averages",)
     scale = "as long as g_1"
     non_conflicting = "if tau = 0, without opposites"
     cost = "T^3"
@@ -53,14 +53,14 @@ class PCD(Method):
         else:
             self.tau = check_fraction("tau", tau)
         self.beta = check_fraction("beta", beta, one=False)
-        self._averages: Tensor | None = None
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Return the weights [..., T], after the averages have taken in |g_t|^2."""
         problems, out = new_problems(gram)
         num_tasks = gram.shape[-1]
         shares = self._shares(gram.device, num_tasks)
-        averages = state_on(self.name, self._averages, gram.shape[:-1], 0.0, gram.device)
+        state = self._state_for(problems[..., 0])
+        averages = state["averages"]
         squares, finite = problems.diagonal(dim1=-2, dim2=-1), is_finite(problems)
         # The correction for the start, the same for all, cancels.
         moved = averages.lerp(squares, 1 - self.beta)
@@ -70,7 +70,7 @@ class PCD(Method):
         chosen.weights(normalised, "pcd", shares, self.tau if isinstance(self.tau, float) else 0.0, math.inf, out)
         out *= torch.where(s[..., :1] > 0, s / s[..., :1], 0)
         averages.copy_(torch.where(finite, moved, averages))
-        self._averages = averages  # last: a step that raised has not begun
+        self._state = state  # last: a step that raised has not begun
         return constant(f"{self.name} weights", out, [gram])
 
     def _shares(self, device: torch.device, num_tasks: int) -> Tensor | None:
@@ -84,9 +84,5 @@ class PCD(Method):
             given = len(self.tau.values)
             raise ValueError(f"tau must hold {num_tasks - 1} numbers, one for each task but the first, got {given}")
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the averages [..., T], without their correction; None before the first step."""
-        return {"averages": None if self._averages is None else self._averages.clone()}
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._averages = taken_over(self._averages, check_state("averages", state["averages"]))
+    def _initial(self, like: Tensor) -> dict[str, Tensor]:
+        return {"averages": torch.zeros_like(like)}  # of |g_t|^2, without the correction for the start

@@ -11,7 +11,7 @@ from .._constant import constant
 from .._extension import NativeSolver
 from ..backends import choose
 from ..functional import REDUCTIONS, new_problems
-from ._base import SteppedMethod
+from ._stateful import SteppedMethod
 
 
 class PCGrad(SteppedMethod):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._constant import constant
 from ..backends import choose
 from ..functional import new_problems
-from ._base import SteppedMethod
+from ._stateful import SteppedMethod
 
 
 class Random(SteppedMethod):
