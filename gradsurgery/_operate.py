@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._collected import Collected
 from ._gradients import TaskGradients, check_gradient, parse
 from ._plan import Plan, Planner
 from ._shards import Shards
 from ._step import add_all, add_plain, foreign_sums, read, targets
 from .backends import Backend, choose
-from .collect import Collected, Losses, collect
+from .collect import Losses, collect
 from .combine import combine_by_rule_of, combine_of
 from .diagnostics import SurgeryInfo
 from .distributed import Replicas

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, describe, list_of
+from ._collected import Collected
 from ._compiling import capturing
 from ._shards import Shards
-from .collect import Collected
 from .methods import Method
 from .methods._buffered import BufferedMethod
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from ._collected import Collected
 from ._dtensor import as_dtensor, is_sharded, local_part, part_of
-from .collect import Collected
 from .distributed import Replicas, check_same
 from .methods import Method
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._collected import Collected
 from ._gradients import TaskGradients, is_expanded, parse, read_lists
 from ._shards import Shards
 from .backends import Backend, choose
-from .collect import Collected
 from .combine import combine_of
 from .distributed import Replicas
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ._collected import Collected
 from ._compiling import capturing
 from ._graph import Graph, Root, functions_behind
-
-if TYPE_CHECKING:
-    from ._shards import Shards
-    from .collect import Collected
-    from .distributed import Replicas
+from ._shards import Shards
+from .distributed import Replicas
 
 _REENTRANT = "CheckpointFunctionBackward"
 """torch.utils.checkpoint's function with use_reentrant=True, and the like of other packages."""

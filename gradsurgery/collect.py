@@ -3,26 +3,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from itertools import compress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_count, describe
-from ._dtensor import is_sharded, local_part
+from ._collected import Collected
+from ._dtensor import is_sharded
 from ._features import check_features
 from ._graph import Root, root_of
-from ._memory import Rows, check_memory
+from ._memory import Rows
 from ._passes import Passes
+from ._shards import Shards
 from ._survey import Survey
-
-if TYPE_CHECKING:
-    from ._shards import Shards
 
 _ABSENT = (
     "a task that this batch lacks is left out, unless the method keeps something of each task; collect() takes None "
@@ -31,103 +28,6 @@ _ABSENT = (
 
 Losses: TypeAlias = Iterable[Tensor | None] | Tensor | Mapping[Any, Tensor | None]
 """One scalar per task, in an order that stays, or by name."""
-
-
-@dataclass(slots=True)
-class Collected:
-    """Task gradients of one or more micro-batches.
-
-    Attributes:
-        tasks: names.
-        parameters: the P parameters.
-        grads: T lists of P gradients, None where a task does not reach a parameter; for each of the batches in turn.
-        losses: [T], detached and unscaled; summed over micro-batches like the gradients, but of several independent
-            batches those of the last; 0 for an absent one.
-        present: of each task, whether a micro-batch had its loss.
-        scale: the gradient scaler's factor that ``grads`` still carry, [], or None.
-        batches: how many independent batches ``grads`` holds, one after the other; 1 for sums of micro-batches.
-    """
-
-    tasks: list[str]
-    parameters: list[Tensor]
-    grads: list[list[Tensor | None]]
-    losses: Tensor
-    present: list[bool]
-    scale: Tensor | None
-    batches: int = 1
-
-    @property
-    def reach(self) -> bytes:
-        """The number of tasks with a gradient of each parameter, in any of the batches, at most 127."""
-        tasks = len(self.tasks)
-        reached = (
-            [any(g is not None for g in column[t::tasks]) for t in range(tasks)]
-            for column in zip(*self.grads, strict=True)
-        )
-        return bytes(min(127, sum(by_task)) for by_task in reached)
-
-    def warn_of_nothing(self, stacklevel: int) -> None:
-        """Warn if no loss depends on any of the parameters."""
-        if self.parameters and all(entry is None for row in self.grads for entry in row):
-            warnings.warn(
-                "these losses depend on no parameter of the optimizer that requires grad, and train nothing: make the "
-                "optimizer of the parameters that the model keeps",
-                stacklevel=stacklevel,
-            )
-
-    def plus(self, other: Collected) -> Collected:
-        """Return the sum with one that :meth:`check_next` takes.
-
-        Raises:
-            OverwrittenError: the second backward passes wrote over the first ones' gradients.
-        """
-        for mine, theirs in zip(self.grads, other.grads, strict=True):
-            check_memory([mine, theirs])
-        grads = [
-            [_sum(a, b) for a, b in zip(mine, theirs, strict=True)]
-            for mine, theirs in zip(self.grads, other.grads, strict=True)
-        ]
-        present = [a or b for a, b in zip(self.present, other.present, strict=True)]
-        return Collected(self.tasks, self.parameters, grads, self.losses + other.losses, present, other.scale)
-
-    def beside(self, other: Collected) -> Collected:
-        """Return both, as batches of their own; errors as those of :meth:`plus`."""
-        # Lists of their own: what this one still holds is not written over.
-        grads = [[*row] for row in self.grads + other.grads]
-        check_memory(grads)
-        batches = self.batches + other.batches
-        return Collected(self.tasks, self.parameters, grads, other.losses, other.present, other.scale, batches)
-
-    def covering(self, parameters: Sequence[Tensor]) -> Collected:
-        """Return the same where each of these has a gradient: a zero one of the first task that reaches any of them."""
-        named = {id(p) for p in parameters}
-        places = [place for place, p in enumerate(self.parameters) if id(p) in named]
-        first = next((t for t, row in enumerate(self.grads) if any(row[p] is not None for p in places)), None)
-        if first is None:
-            return self
-        reach, row = self.reach, list(self.grads[first])
-        for p in places:
-            if not reach[p]:
-                row[p] = torch.zeros_like(local_part(self.parameters[p]))
-        return replace(self, grads=[*self.grads[:first], row, *self.grads[first + 1 :]])
-
-    def check_next(self, tasks: list[str], parameters: Sequence[Tensor], *, scaled: bool) -> None:
-        """Raise ValueError unless another micro-batch is of the same tasks and parameters, and scaled like this one."""
-        if self.tasks != tasks:
-            raise ValueError(
-                f"every micro-batch must have the same tasks in the same order: had {self.tasks}, got {tasks} "
-                "(zero_grad() forgets what was collected)"
-            )
-        if [id(p) for p in self.parameters] != [id(p) for p in parameters]:
-            raise ValueError("the optimizer's parameters changed between micro-batches: combine() before changing them")
-        if (self.scale is not None) != scaled:
-            raise ValueError("either every micro-batch is given the scaler or none")
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b if a.layout is torch.strided else b + a  # a sparse tensor takes no dense one
 
 
 @torch.enable_grad()

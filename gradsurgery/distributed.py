@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from ._collected import Collected
 from ._dtensor import is_sharded
 from ._extension import C
 from ._gradients import DTYPES, is_dense
-from .collect import Collected
 from .methods import Method
 
 _ABSENT, _PRESENT, _UNFIT = range(3)

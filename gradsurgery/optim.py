@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from . import methods
+from ._collected import Collected
 from ._compiling import untraced
 from ._memory import OverwrittenError
 from ._operate import backward_by_representation, backward_once, operate
@@ -19,7 +20,7 @@ from ._shards import processes_of
 from ._survey import Survey
 from ._wrapper import OptimizerWrapper
 from .backends import check_name, choose
-from .collect import Collected, Losses, collect, holds_weights, listed
+from .collect import Losses, collect, holds_weights, listed
 from .diagnostics import SurgeryInfo
 from .methods._base import Rollback
 from .methods._state import numbers_of
