@@ -16,8 +16,9 @@ from ._gradients import TaskGradients, check_gradient, parse
 from ._plan import Plan, Planner
 from ._shards import Shards
 from ._step import add_all, add_plain, foreign_sums, read, targets
+from ._survey import Survey
 from .backends import Backend, choose
-from .collect import Losses, collect
+from .collect import Losses, PassOptions, collect
 from .combine import combine_by_rule_of, combine_of
 from .diagnostics import SurgeryInfo
 from .distributed import Replicas
@@ -183,7 +184,8 @@ def backward_once(
     planner: Planner,
     processes: Replicas | Shards,
     backend: str | None,
-    **passes: Any,
+    how: PassOptions,
+    survey: Survey,
 ) -> SurgeryInfo:
     """Go back from the weighted sum of the losses, in one pass, and add the gradients; a failure changes nothing."""
     method, found = planner.method, []
@@ -196,7 +198,7 @@ def backward_once(
         return found[0]
 
     with Rollback(method, parameters[0].device if parameters else torch.device("cpu")):
-        collected = collect(losses, parameters, weigh=weigh_by, shards=processes.shards, **passes)
+        collected = collect(losses, parameters, how, weigh=weigh_by, shards=processes.shards, survey=survey)
         collected.warn_of_nothing(stacklevel=5)
         with torch.no_grad():
             add_all(processes.average_gradients(collected), processes, backend)
@@ -210,7 +212,9 @@ def backward_by_representation(
     planner: Planner,
     processes: Replicas | Shards,
     backend_name: str | None,
-    **passes: Any,
+    how: PassOptions,
+    survey: Survey,
+    check: Callable[[list[str]], None],
 ) -> SurgeryInfo:
     """Operate on the gradients of features, go on in one pass, and add the gradients; a failure changes nothing."""
     method = planner.method
@@ -235,7 +239,7 @@ def backward_by_representation(
         return direction, weights if method.weights_losses else None
 
     with Rollback(method, parameters[0].device if parameters else torch.device("cpu")):
-        collected = collect(losses, parameters, steer=steer, **passes)
+        collected = collect(losses, parameters, how, check=check, steer=steer, shards=processes.shards, survey=survey)
         collected.warn_of_nothing(stacklevel=5)
         with torch.no_grad():
             add_all(processes.average_gradients(collected), processes, backend_name)

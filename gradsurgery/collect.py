@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import compress
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -30,16 +31,41 @@ Losses: TypeAlias = Iterable[Tensor | None] | Tensor | Mapping[Any, Tensor | Non
 """One scalar per task, in an order that stays, or by name."""
 
 
+@dataclass(slots=True)
+class PassOptions:
+    """How backward passes run: what :meth:`gradsurgery.SurgeryOptimizer.backward` takes besides the losses.
+
+    Raises:
+        ValueError, TypeError: these are not what they must be, or do not fit together.
+    """
+
+    scaler: torch.amp.GradScaler | None = None
+    retain_graph: bool = False
+    mode: str = "sequential"
+    chunk_size: int | None = None
+    features: Tensor | Sequence[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.scaler is not None and not hasattr(self.scaler, "scale"):
+            raise TypeError(f"scaler must be a gradient scaler, got {describe(self.scaler)}")
+        check_choice("mode", self.mode, ("sequential", "batched", "representation"))
+        if self.chunk_size is not None:
+            if self.mode != "batched":
+                raise ValueError(f'chunk_size is for mode="batched", got {self.chunk_size!r} with mode={self.mode!r}')
+            check_count("chunk_size", self.chunk_size)
+        if isinstance(self.features, Tensor):
+            self.features = [self.features]
+        check_features(self.features)
+        if self.mode == "representation" and self.features is None:
+            raise ValueError('mode="representation" operates on the gradients of features: name them by features=')
+
+
 @torch.enable_grad()
 def collect(
     losses: Losses,
     parameters: Sequence[Tensor],
+    how: PassOptions,
     *,
-    scaler: torch.amp.GradScaler | None = None,
-    retain_graph: bool = False,
-    mode: str = "sequential",
-    chunk_size: int | None = None,
-    features: Tensor | Sequence[Tensor] | None = None,
     check: Callable[[list[str]], None] | None = None,
     weigh: Callable[[list[str], Tensor], Tensor] | None = None,
     steer: Callable[[Collected], tuple[list[Any], Tensor | None]] | None = None,
@@ -53,12 +79,11 @@ def collect(
     backward calls ``backward`` itself. The graph is freed by the last pass unless ``retain_graph``.
 
     Args:
-        losses, scaler, retain_graph: as in :meth:`gradsurgery.SurgeryOptimizer.backward`.
+        losses: as in :meth:`gradsurgery.SurgeryOptimizer.backward`.
         parameters: the P parameters.
-        mode, chunk_size, features: likewise.
         check: raises unless these tasks' gradients can be used, before the passes.
         weigh: maps task names and losses [T] to weights [T]. If given, there is one pass, from the weighted sum, and
-            one row of gradients; ``mode``, ``chunk_size`` and ``features`` are only checked.
+            one row of gradients, whatever ``how.mode`` and ``how.features`` are.
         steer: for mode="representation": maps the gradients of the features to those that one pass goes on with, and
             to weights [T] of the gradients above, or None. The sums of the rows are then what is wanted.
         partial: accept None for an absent loss; its row is of None.
@@ -66,22 +91,12 @@ def collect(
         survey: what the graphs of the steps so far tell about the passes; None: they go to named inputs.
 
     Raises:
-        ValueError: a loss is not a scalar or has no graph, or there is none; the passes' arguments do not fit together.
+        ValueError: a loss is not a scalar or has no graph, or there is none; the passes do not support ``how``.
         TypeError: a loss is not a tensor.
         RuntimeError: the batched pass failed.
         OverwrittenError: passes returned gradients in the same memory.
     """
-    if scaler is not None and not hasattr(scaler, "scale"):
-        raise TypeError(f"scaler must be a gradient scaler, got {describe(scaler)}")
-    check_choice("mode", mode, ("sequential", "batched", "representation"))
-    if chunk_size is not None:
-        if mode != "batched":
-            raise ValueError(f'chunk_size is for mode="batched", got {chunk_size!r} with mode={mode!r}')
-        check_count("chunk_size", chunk_size)
-    features = [features] if isinstance(features, Tensor) else features
-    check_features(features)
-    if mode == "representation" and features is None:
-        raise ValueError('mode="representation" operates on the gradients of features: name them by features=')
+    mode, features = how.mode, cast("Sequence[Tensor] | None", how.features)
     if mode == "representation" and steer is None and weigh is None:
         raise ValueError('mode="representation" is for backward(), whose last pass needs the weights')
     tasks, each = _check_losses(losses, partial)
@@ -111,8 +126,8 @@ def collect(
         weights = weigh(tasks, values)
         terms = [(loss * weight.to(loss)).reshape(()) for weight, loss in zip(weights.unbind(), given, strict=True)]
         total = sum((term.to(terms[0].device) for term in terms[1:]), terms[0])
-        each, roots, mode, chunk_size, features = [total], [Root(total)], "sequential", None, None
-    scale = None if scaler is None else scaler.scale(torch.ones((), device=given[0].device))
+        each, roots, mode, features = [total], [Root(total)], "sequential", None
+    scale = None if how.scaler is None else how.scaler.scale(torch.ones((), device=given[0].device))
     starts = [
         (root, torch.ones_like(loss) if scale is None else scale.to(loss, copy=True).expand_as(loss))  # type: ignore[arg-type]
         for root, loss in zip(roots, each, strict=True)
@@ -120,7 +135,7 @@ def collect(
     ]
     whole = shards is not None or through_grad
     hiding = hiding or whole
-    passes = Passes(list(parameters), mode == "batched", chunk_size, retain_graph, starts, hiding)
+    passes = Passes(list(parameters), mode == "batched", how.chunk_size, how.retain_graph, starts, hiding)
     with passes.grads_aside() if hiding else nullcontext():
         if whole:
             grads = passes.through_grad(sharded=shards is not None)

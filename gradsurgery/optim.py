@@ -20,7 +20,7 @@ from ._shards import processes_of
 from ._survey import Survey
 from ._wrapper import OptimizerWrapper
 from .backends import check_name, choose
-from .collect import Losses, collect, holds_weights, listed
+from .collect import Losses, PassOptions, collect, holds_weights, listed
 from .diagnostics import SurgeryInfo
 from .methods._base import Rollback
 from .methods._state import numbers_of
@@ -156,35 +156,24 @@ class SurgeryOptimizer(OptimizerWrapper):
             RuntimeError: the batched pass failed, for example because vmap does not support an operator. Gradients and
                 state are then unchanged.
         """
-        losses = listed(losses)
-        before = self._pending
-        passes: dict[str, Any] = {
-            "scaler": scaler,
-            "retain_graph": retain_graph,
-            "mode": mode,
-            "chunk_size": chunk_size,
-            "features": features,
-        }
+        losses, how = listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features)
+        before, survey = self._pending, self._survey
         once = self.method.weights_losses and not self.method.needs_gram
         if once and before is None and holds_weights(losses):
-            parameters, survey = self._trainable(), self._survey
-            info = backward_once(
-                losses, parameters, self._planner, self._processes, self.backend, survey=survey, **passes
-            )
+            info = backward_once(losses, self._trainable(), self._planner, self._processes, self.backend, how, survey)
             survey.began = True
             return info
         if mode == "representation":
             if before is not None:
                 raise ValueError('mode="representation" does not add to what was collected: call combine() first')
             check_representation(self.method, self.granularity)
-            passes |= {"survey": self._survey, "shards": self._processes.shards, "check": self._check_tasks}
             info = backward_by_representation(
-                losses, self._trainable(), self._planner, self._processes, self.backend, **passes
+                losses, self._trainable(), self._planner, self._processes, self.backend, how, survey, self._check_tasks
             )
-            self._survey.began = True
+            survey.began = True
             return info
         try:
-            self._collect(losses, self.method.takes_absent, **passes)
+            self._collect(losses, how, self.method.takes_absent)
             return self._combine()
         except OverwrittenError:
             raise
@@ -214,8 +203,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         """
         # With several batches, a call's tasks are those of its batch.
         partial = self.method.takes_absent or self.method.num_batches == 1
-        passes = {"retain_graph": retain_graph, "mode": mode, "chunk_size": chunk_size, "features": features}
-        self._collect(listed(losses), partial, scaler=scaler, **passes)
+        self._collect(listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features), partial)
 
     def _check_tasks(self, tasks: list[str]) -> None:
         """Raise what would be raised of these tasks after the passes, as far as it is known before."""
@@ -227,21 +215,19 @@ class SurgeryOptimizer(OptimizerWrapper):
         if (trained := next((p for p in self._parameters() if p.requires_grad), None)) is not None:
             choose(self.backend, trained.device, len(tasks))
 
-    def _collect(self, losses: Losses, partial: bool, **passes: Any) -> None:
+    def _collect(self, losses: Losses, how: PassOptions, partial: bool) -> None:
         before, batches = self._pending, self.method.num_batches
         if before is not None and 1 < batches == before.batches:
             raise ValueError(f"a step of method {self.method.name!r} has at most {batches} batches: call combine() now")
-        parameters, shards, scaled = self._trainable(), self._processes.shards, passes["scaler"] is not None
+        parameters, shards = self._trainable(), self._processes.shards
 
         def check(tasks: list[str]) -> None:
             self._check_tasks(tasks)
             if before is not None:
-                before.check_next(tasks, parameters, scaled=scaled)
+                before.check_next(tasks, parameters, scaled=how.scaler is not None)
 
         try:
-            new = collect(
-                losses, parameters, partial=partial, check=check, shards=shards, survey=self._survey, **passes
-            )
+            new = collect(losses, parameters, how, partial=partial, check=check, shards=shards, survey=self._survey)
             self._pending = new if before is None else before.plus(new) if batches == 1 else before.beside(new)
         except OverwrittenError:
             self._pending = None  # what was collected before may have been written over, too

@@ -8,7 +8,7 @@ import torch
 
 import gradsurgery
 from conftest import grads_of, on_cpu, two_losses, two_task_net
-from gradsurgery.collect import collect
+from gradsurgery.collect import PassOptions, collect
 
 methods = gradsurgery.methods
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -231,9 +231,9 @@ def test_a_loss_that_depends_on_no_feature(mode):
         z = net["trunk"](X.double())
         return z, [net["a"](z.tanh()).square().mean(), net["b"](z.tanh()).square().mean(), alone.square().sum()]
 
-    expected = collect(forward()[1], parameters).grads
+    expected = collect(forward()[1], parameters, PassOptions()).grads
     features, losses = forward()
-    found = collect(losses, parameters, features=features, mode=mode).grads
+    found = collect(losses, parameters, PassOptions(features=features, mode=mode)).grads
     for row, other in zip(found, expected, strict=True):
         for a, b in zip(row, other, strict=True):
             assert (a is None) == (b is None)

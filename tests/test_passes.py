@@ -13,7 +13,7 @@ import gradsurgery
 from conftest import two_losses, two_task_net
 from gradsurgery import _memory
 from gradsurgery._graph import Graph, Root
-from gradsurgery.collect import collect
+from gradsurgery.collect import PassOptions, collect
 from inputs import DEVICE
 
 X = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(8, 6)
@@ -58,11 +58,11 @@ def test_every_way_yields_the_same(way, by_features):
     net = Net()
     parameters = list(net.parameters())
     losses = net(X)
-    expected = collect(losses, parameters, retain_graph=True).grads
+    expected = collect(losses, parameters, PassOptions(retain_graph=True)).grads
     features = net.features if by_features else None
-    kept = collect(losses, parameters, features=features, retain_graph=True, **way)
+    kept = collect(losses, parameters, PassOptions(features=features, retain_graph=True, **way))
     assert_same(kept.grads, expected)
-    assert_same(collect(losses, parameters, features=features, **way).grads, expected)
+    assert_same(collect(losses, parameters, PassOptions(features=features, **way)).grads, expected)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(losses[0], net.trunk.weight)
 
@@ -78,17 +78,17 @@ def test_outputs_that_a_wrapper_hands_on(way, wrapper):
     """As a module with full backward hooks, and DistributedDataParallel with unused parameters, do."""
     net, sink = WithFeatures(), SimpleNamespace(_ddp_sink_clone=True, reducer=None, static_graph=False)
     parameters = list(net.parameters())
-    expected = collect(net(X)[:3], parameters).grads
+    expected = collect(net(X)[:3], parameters, PassOptions()).grads
     if wrapper == "hooks":
         net.register_full_backward_hook(lambda *_: None)
         *losses, left, right = net(X.clone().requires_grad_())
     else:
         # Among them, as DistributedDataParallel gives it all that a module returns, what has no graph and no tensors.
         _, _, *losses, _, left, right = _DDPSink.apply(lambda: sink, 3, X, *net(X)[:3], None, *net.features)
-    assert_same(collect(losses, parameters, retain_graph=True, **way).grads, expected)
+    assert_same(collect(losses, parameters, PassOptions(retain_graph=True, **way)).grads, expected)
     with pytest.raises(ValueError, match="a model with hooks, one in DistributedDataParallel"):
-        collect(losses, parameters, features=[left, right], retain_graph=True, **way)
-    assert_same(collect(losses, parameters, features=net.features, **way).grads, expected)
+        collect(losses, parameters, PassOptions(features=[left, right], retain_graph=True, **way))
+    assert_same(collect(losses, parameters, PassOptions(features=net.features, **way)).grads, expected)
 
 
 @pytest.mark.parametrize("way", [{}, *WAYS], ids=str)
@@ -102,7 +102,7 @@ def test_features_that_are_outputs_of_one_function(way):
         mean = mean.view_as(mean) if viewed else mean
         deviation = (log_variance / 2).exp()
         losses = [decoder(mean + deviation).square().mean(), head(torch.cat([mean, deviation], 1)).square().mean()]
-        return collect(losses, parameters, features=features(mean, log_variance, deviation), **way).grads
+        return collect(losses, parameters, PassOptions(features=features(mean, log_variance, deviation), **way)).grads
 
     expected = run(False, lambda *_: None)
     with pytest.raises(ValueError, match="feature 0 comes out of a function on which feature 1 depends by another"):
@@ -128,7 +128,9 @@ def test_features_beside_an_output_of_a_module_with_hooks():
     def run(features):
         main, side = pair(X.clone().requires_grad_())
         feature, side = main.tanh(), side.view_as(side)
-        return collect([head(feature).mean(), (feature * side).mean()], parameters, features=features(feature, side))
+        return collect(
+            [head(feature).mean(), (feature * side).mean()], parameters, PassOptions(features=features(feature, side))
+        )
 
     with pytest.raises(
         ValueError, match="run on through feature 0, which depends on a function by whose other outputs"
@@ -144,7 +146,7 @@ def test_tensors_that_retain_their_gradient(mode):
     left, _ = net.features
     (expected,) = torch.autograd.grad(sum(losses), left, retain_graph=True)
     left.retain_grad()
-    collect(losses, list(net.parameters()), mode=mode)
+    collect(losses, list(net.parameters()), PassOptions(mode=mode))
     if mode == "sequential":
         torch.testing.assert_close(left.grad, expected)
     else:
@@ -193,7 +195,7 @@ def test_features_part_each_head_from_the_trunk():
         losses = net(X)
         net.features[0].grad_fn.register_hook(lambda *_: counts.update(trunk=counts.get("trunk", 0) + 1))
         net.heads[1].weight.register_hook(count("head"))
-        collect(losses, list(net.parameters()), features=net.features, **way)
+        collect(losses, list(net.parameters()), PassOptions(features=net.features, **way))
         assert counts["head"] == 1
         assert counts["trunk"] == trunk_passes - (1 if way == {} else 0)  # task 2 does not see this feature
 
@@ -326,9 +328,9 @@ def test_micro_batches_that_write_to_the_same_memory_are_an_error(method):
 def test_a_graph_without_a_gradient():
     a, b, c = (nn.Parameter(torch.ones(2, device=DEVICE)) for _ in range(3))
     losses = [(a * c).sum() + Stop.apply(b).sum(), (a * a).sum()]
-    expected = collect(losses, [a, b, c], retain_graph=True).grads
+    expected = collect(losses, [a, b, c], PassOptions(retain_graph=True)).grads
     assert expected[0][1] is None
-    assert_same(collect(losses, [a, b, c], mode="batched").grads, expected)
+    assert_same(collect(losses, [a, b, c], PassOptions(mode="batched")).grads, expected)
 
 
 def test_errors():
