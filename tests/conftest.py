@@ -65,24 +65,6 @@ def needs_a_gpu() -> None:
         pytest.skip(f"needs the cuda backend: {gradsurgery.backends()['cuda']}", allow_module_level=True)
 
 
-# What takes Triton's interpreter longer than it is worth, beyond this many tasks.
-INTERPRETED_TASKS = {
-    "test_any_shape_and_segments": 0,
-    "test_batches_equal_loops": 0,
-    "test_constant_rows_have_no_bias": 0,
-    "test_kept_gradients_are_those_of_the_explicit_algorithm": 1,
-    "test_d_is_what_averages_to_config": 2,
-    "test_hostile_inputs": 17,
-    "test_large_output_past_the_cache": 0,
-    "test_matches_float64": 17,
-    "test_one_bad_value_marks_its_row_only": 8,
-    "test_no_second_copy_of_the_task_gradients": 0,
-    "test_ours_in_their_interfaces_are_ours": 0,
-    "test_scaling_the_gradients_scales_the_direction": 2,
-    "test_torchjd_weights_of_independent_gradients": 2,
-    "test_worst_rounding_of_a_float32_chain": 17,
-}
-
 # Of the tests of solvers: which values of a parameter stand for all, and which tests take many problems or tasks.
 SOLVERS = ("test_gram_methods", "test_cagrad", "test_pcd", "test_rounded_gram")
 INTERPRETED_METHODS = {
@@ -96,15 +78,6 @@ INTERPRETED_METHODS = {
 }
 # Likewise of tests/test_rounded_gram.py, which takes seeds, but for `make gpu-code`.
 INTERPRETED_SEEDS = (0, 5, 31, 51)
-# And these, or one of their cases.
-INTERPRETED_NEVER = {"test_a_batch_is_its_problems", "test_cagrad_of_near_copies"}
-# Nor these, but by `make gpu-code`.
-INTERPRETED_WHOLE = {
-    "test_cosines_of_half_as_many_dimensions[triton-101]",
-    "test_cagrad_of_near_copies_of_either_sign",
-    "test_nash_mtl_is_fairgrad_on_a_leash",
-    "test_rows_out_of_the_range_of_float32_products[70-(-20, 18)-torch.bfloat16]",
-}
 
 
 # Tests of many seconds: at the end one would leave the other processes without work.
@@ -139,8 +112,8 @@ def worthwhile(item: Any) -> bool:
     # On a GPU the reference's solvers are thousands of launches, of the same operations as on the CPU.
     solves = module in (*SOLVERS, "test_weights", "test_torchjd")
     slow = interpreted or (backend == "reference" and DEVICE != "cpu" and solves)
-    never = INTERPRETED_NEVER | (set() if WHOLE else INTERPRETED_WHOLE)
-    if slow and never & {item.name, item.originalname}:
+    marks = {mark.name: mark.args for mark in item.iter_markers()}
+    if slow and ("not_interpreted" in marks or ("interpreted_whole" in marks and not WHOLE)):
         return False
     if module == "test_coordinate" and backend == "triton":
         # Which has what the reference has.
@@ -160,7 +133,7 @@ def worthwhile(item: Any) -> bool:
         return False
     if module == "test_weights" and tasks > 17:
         return item.originalname == "test_task_order" and tasks <= 128
-    most = INTERPRETED_TASKS.get(item.originalname, 128)
+    (most,) = marks.get("interpreted", (128,))
     return tasks <= (most if interpreted else max(most, 2)) and tasks * columns <= 5_000
 
 

@@ -21,6 +21,7 @@ def assert_direction(got: torch.Tensor, rows: torch.Tensor, weights: torch.Tenso
     assert ((got.double() - exact).abs() <= tolerance).all()
 
 
+@pytest.mark.interpreted(17)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("columns", [0, 1, 17, 1003, 40_001])
@@ -29,6 +30,7 @@ def test_matches_float64(backend, tasks, columns, dtype):
     assert_direction(gradsurgery.combine(rows, weights, backend=backend), rows, weights)
 
 
+@pytest.mark.interpreted(17)
 @pytest.mark.parametrize("tasks", [1, 3, 17])
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
@@ -127,6 +129,7 @@ def test_out_that_overlaps_a_gradient_in_part(backend):
         assert torch.equal(flat[begin : begin + 8], expected)
 
 
+@pytest.mark.interpreted(0)
 def test_large_output_past_the_cache(backend):
     # Above 8 MB the compiled backend writes around the cache.
     rows, weights = normal(2, 3_000_001, torch.float32), torch.tensor([0.3, 0.7])

@@ -23,6 +23,7 @@ def assert_gram(got: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> No
     assert ((got - exact).abs() <= GRAM_TOLERANCE[dtype] * norms[:, None] * norms).all()
 
 
+@pytest.mark.interpreted(17)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("columns", [1, 17, 1003, 4099])
@@ -31,6 +32,7 @@ def test_matches_float64(backend, tasks, columns, dtype):
     assert_gram(gradsurgery.gram(rows, backend=backend), rows, dtype)
 
 
+@pytest.mark.interpreted(17)
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
@@ -47,6 +49,7 @@ def test_reference_matches_compensated_sums():
     assert error.max() <= 1e-15
 
 
+@pytest.mark.interpreted(0)
 def test_constant_rows_have_no_bias(backend):
     # All rounding errors of a float32 chain would point the same way here.
     rows = torch.full((17, 1 << 18), 0.1)
@@ -102,6 +105,7 @@ def test_subnormal_results_elsewhere_are_kept(dtype):
     assert torch.full((64,), least).mul_(0.5).gt(0).all()
 
 
+@pytest.mark.interpreted(17)
 @pytest.mark.parametrize(
     ("tasks", "dtype"),
     [(17, torch.float32), (100, torch.float32), (17, torch.bfloat16), (100, torch.bfloat16), (17, torch.float16)],
@@ -126,6 +130,7 @@ def test_misaligned_and_strided_rows(backend, tasks, dtype):
     assert_gram(gradsurgery.gram(broadcast, backend=backend), broadcast, dtype)
 
 
+@pytest.mark.interpreted(0)
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tasks=st.integers(1, 20),
@@ -207,6 +212,7 @@ def test_nothing_to_multiply(backend):
     assert torch.equal(gradsurgery.gram([[], []], backend=backend), torch.zeros(2, 2).double())
 
 
+@pytest.mark.interpreted(8)
 @pytest.mark.parametrize("tasks", [2, 8, 9, 64])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_one_bad_value_marks_its_row_only(backend, tasks, value):

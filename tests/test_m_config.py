@@ -29,6 +29,7 @@ def rows_of(given, tasks):
     return [[given[t][:12].reshape(3, 4), given[t][12:]] if t in given else [None, None] for t in range(tasks)]
 
 
+@pytest.mark.interpreted(2)
 @pytest.mark.parametrize("beta", [0.0, 0.9])
 @pytest.mark.parametrize("tasks", [1, 2, 5])
 def test_d_is_what_averages_to_config(backend, tasks, beta):

@@ -70,6 +70,7 @@ PARITY = {
 }
 
 
+@pytest.mark.interpreted(2)
 @pytest.mark.parametrize("tasks", [2, 3, 8, 17])
 @pytest.mark.parametrize("name", PARITY)
 def test_torchjd_weights_of_independent_gradients(backend, tasks, name):

@@ -142,6 +142,7 @@ def test_min_norm_of_near_copies_whose_pivots_are_subnormal(backend):
     torch.testing.assert_close(weights.sum(-1), torch.ones(len(rows), dtype=torch.float64))
 
 
+@pytest.mark.interpreted_whole
 @pytest.mark.parametrize("ball", [1.0, 2.0])
 @pytest.mark.parametrize(("shape", "seeds"), [((12, 6), (0, 2, 112)), ((17, 8), (57, 58, 279))])
 def test_cagrad_of_near_copies_of_either_sign(backend, shape, seeds, ball):

@@ -116,6 +116,7 @@ EXPLICIT = {
 }
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("form", ["flat", "lists"])
 @pytest.mark.parametrize("tasks", [1, 2, 7])
 @pytest.mark.parametrize("name", BUFFERED)

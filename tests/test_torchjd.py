@@ -54,6 +54,7 @@ def check_theirs_is_ours(method, rows, backend=None):
     torch.testing.assert_close(SurgeryAggregator(method, backend=backend)(rows.mT.contiguous().mT), expected, **exactly)
 
 
+@pytest.mark.interpreted(0)
 @pytest.mark.parametrize("tasks", [2, 5])
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.parametrize("method", ["pcgrad", "mgda"])

@@ -285,6 +285,7 @@ def test_same_seed_same_run():
     assert torch.equal(*runs)
 
 
+@pytest.mark.interpreted(0)
 def test_no_second_copy_of_the_task_gradients(backend):
     tasks, elements = 6, 1 << 20
     weights = [torch.nn.Parameter(torch.randn(elements)) for _ in range(4)]

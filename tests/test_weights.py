@@ -247,6 +247,7 @@ def test_gradnorm_weights_stay_non_negative(backend):
     assert stuck.isfinite().all()
 
 
+@pytest.mark.interpreted(2)
 @pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e-6, 1e6, 1e12, 1e20])
 @pytest.mark.parametrize("method", ["pcgrad", "mgda"])
 @pytest.mark.parametrize("tasks", [2, 5, 17])
@@ -307,6 +308,7 @@ def test_gradnorm_steps_over_values_that_do_not_count(backend):
     assert not torch.equal(weights, torch.ones(4, dtype=torch.float64))
 
 
+@pytest.mark.interpreted(0)
 @pytest.mark.parametrize("tasks", [1, 2, 8, 33])
 def test_batches_equal_loops(backend, tasks):
     grams = torch.stack([rows @ rows.T for rows in list(hostile(tasks).values()) * 4]).reshape(4, -1, tasks, tasks)
