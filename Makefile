@@ -66,13 +66,9 @@ gpu-code: .venv/installed
 	cmake -S tests/cpp -B build/cuda/consumer -DCMAKE_PREFIX_PATH=$(CURDIR)/build/cuda/installed
 	cmake --build build/cuda/consumer
 	ctest --test-dir build/cuda/consumer --output-on-failure
-	mkdir -p build/cuda/c
-	printf '%s\n' 'cmake_minimum_required(VERSION 3.22)' 'project(c LANGUAGES C)' 'find_package(gradsurgery REQUIRED)' \
-		'add_executable(c $(CURDIR)/tests/cpp/test_c_header.c)' \
-		'target_link_libraries(c PRIVATE gradsurgery::gradsurgery)' > build/cuda/c/CMakeLists.txt
-	cmake -S build/cuda/c -B build/cuda/c/build -DCMAKE_PREFIX_PATH=$(CURDIR)/build/cuda/installed
-	cmake --build build/cuda/c/build
-	build/cuda/c/build/c
+	cmake -S tests/consumers/c -B build/cuda/c -DCMAKE_PREFIX_PATH=$(CURDIR)/build/cuda/installed
+	cmake --build build/cuda/c
+	ctest --test-dir build/cuda/c --output-on-failure
 
 clean:
 	rm -rf .venv build gradsurgery/*.so *.egg-info
