@@ -154,13 +154,13 @@ class Method:
         if state:
             raise NotImplementedError(f"{type(self).__name__} has a state_dict, and needs a load_state_dict")
 
-    def _mark(self) -> Any:
-        """Return what ``_go_back`` needs to take the state back to what it is now."""
+    def _snapshot(self) -> Any:
+        """Return what ``_roll_back`` needs to take the state back to what it is now."""
         return self.state_dict()
 
-    def _go_back(self, mark: Any) -> None:
-        """Take the state back to what it was at a ``_mark``, in place where it can be."""
-        self.load_state_dict(mark)
+    def _roll_back(self, snapshot: Any) -> None:
+        """Take the state back to what it was at a ``_snapshot``, in place where it can be."""
+        self.load_state_dict(snapshot)
 
 
 class Rollback:
@@ -170,13 +170,13 @@ class Rollback:
     that cannot be read or restored at this time; what the block raised matters more.
     """
 
-    __slots__ = ("_mark", "_method")
+    __slots__ = ("_method", "_snapshot")
 
     def __init__(self, method: Method, device: torch.device) -> None:
         stateless = type(method).state_dict is Method.state_dict
         self._method = None if stateless or torch.compiler.is_compiling() or capturing(device) else method
         try:
-            self._mark = None if self._method is None else method._mark()
+            self._snapshot = None if self._method is None else method._snapshot()
         except Exception:
             self._method = None
 
@@ -186,7 +186,7 @@ class Rollback:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self._method is not None:
             with suppress(Exception):
-                self._method._go_back(self._mark)
+                self._method._roll_back(self._snapshot)
 
 
 def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | None) -> Tensor:

@@ -185,12 +185,12 @@ class BufferedMethod(StatefulMethod):
         buffers = self._buffers and [[b.clone() for b in row] for row in self._buffers]
         return {"buffers": buffers, **super().state_dict()}
 
-    def _mark(self) -> bool:
+    def _snapshot(self) -> bool:
         return self._state is not None
 
-    def _go_back(self, mark: bool) -> None:
+    def _roll_back(self, snapshot: bool) -> None:
         # Buffers are too large to be kept twice: only a first step is undone.
-        if not mark:
+        if not snapshot:
             self._buffers = self._state = None
 
     def _restore(self, state: dict[str, Any]) -> None:
