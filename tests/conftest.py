@@ -87,7 +87,7 @@ FIRST = (
     "test_bench_gpu_peers",
     "test_bench_gpu",
     "test_install",
-    "test_step",
+    "test_bench_step",
     "test_distributed",
 )
 

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: MIT
+"""Stage 4: directions of every form, dtype and size against float64, and where they are written."""
+
 import pytest
 import torch
 

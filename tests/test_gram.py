@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: MIT
+"""Stage 2: G of every form, dtype and size against float64, and its promised accuracy."""
+
 from fractions import Fraction
 from itertools import pairwise
 
