@@ -35,6 +35,10 @@ class NativeSolver(NamedTuple):
     """Whether the weights change where all gradients are scaled."""
 
 
-Rule = tuple[str, tuple[Any, ...]]
-"""One of the rules that work coordinate by coordinate: ("graddrop", (seed, step counter, leaks [T] or None)) or
-("trimmed_mean", (number of values left out at either end,))."""
+class Rule(NamedTuple):
+    """One of the rules that work coordinate by coordinate."""
+
+    name: str
+    """"graddrop" or "trimmed_mean"."""
+    arguments: tuple[Any, ...]
+    """(seed, step counter, leaks [T] or None); (number of values left out at either end,)."""

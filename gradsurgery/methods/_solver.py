@@ -23,7 +23,9 @@ class Solver(NamedTuple):
     name: str
     """One of ``backends.solvers.SOLVERS``."""
     parameter: float = 0.0
+    """The ridge of UPGrad and DualProj, c of CAGrad, alpha of FairGrad, f of Krum."""
     limit: float = math.inf
+    """The bound on |d| of FairGrad, m of Krum."""
     pref: PerTask | None = None
     divisor: float = 1.0
     """What its weights are divided by."""

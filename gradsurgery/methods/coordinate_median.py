@@ -25,4 +25,4 @@ class CoordinateMedian(CoordinateMethod):
 
     def rule(self, device: torch.device, num_tasks: int) -> Rule:
         """Return how many values lie on either side of the middle."""
-        return "trimmed_mean", ((num_tasks - 1) // 2,)
+        return Rule("trimmed_mean", ((num_tasks - 1) // 2,))

@@ -55,4 +55,4 @@ class GradDrop(SteppedMethod, CoordinateMethod):
         """
         step = self._step_on(device)
         leak = None if self.leak is None else self.leak.on(device, num_tasks, self.name)
-        return "graddrop", (self.seed, step, leak)
+        return Rule("graddrop", (self.seed, step, leak))

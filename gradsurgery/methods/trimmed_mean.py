@@ -34,4 +34,4 @@ class TrimmedMean(CoordinateMethod):
 
     def rule(self, device: torch.device, num_tasks: int) -> Rule:
         """Return how many values are left out at either end."""
-        return "trimmed_mean", (min(self.num_trimmed, (num_tasks - 1) // 2),)
+        return Rule("trimmed_mean", (min(self.num_trimmed, (num_tasks - 1) // 2),))
