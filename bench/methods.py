@@ -28,7 +28,7 @@ from .targets import Target, judge, print_targets
 from .timing import OURS, PCGRAD, Case, Clock
 
 RESULTS = Path(__file__).parent / "results" / "cpu-methods.json"
-METHODS = [name for name in gs.methods.available() if gs.methods.get(name).needs.startswith("G")]
+METHODS = [name for name in gs.methods.available() if gs.methods.get(name).weights_from.startswith("G")]
 TASKS = (2, 8, 32, 64)
 SIZE = 10**7
 TARGETS = [

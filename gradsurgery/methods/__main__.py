@@ -12,7 +12,7 @@ from ._stateful import SteppedMethod
 _COLUMNS: dict[str, Callable[[Method], str]] = {
     "method": lambda m: f"`{m.name}`",
     "options": lambda m: ", ".join(f"`{option}`" for option in _options(m)) or "-",
-    "weights come from": lambda m: m.needs,
+    "weights come from": lambda m: m.weights_from,
     "scale": lambda m: m.scale,
     "conflicts with no task": lambda m: m.non_conflicting,
     "linear": lambda m: _yes(m.linear),

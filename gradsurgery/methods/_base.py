@@ -45,18 +45,6 @@ class Method:
     takes_shards: ClassVar[bool] = True
     """Whether each of several processes can work on its own parts of the parameters."""
 
-    needs: ClassVar[str] = "G"
-    """What the weights come from."""
-    scale: ClassVar[str] = ""
-    """What the direction is like for orthogonal gradients of equal length: their "sum", their "mean", or the weights'
-    own convention, as "sums to 1"."""
-    non_conflicting: ClassVar[str] = "no"
-    """Whether the direction has no negative product with any task gradient: "yes", "no", or when."""
-    linear: ClassVar[bool | str] = False
-    """Whether d, as a function of factors a_t > 0 on the task gradients, is linear, or when."""
-    cost: ClassVar[str] = "T"
-    """Operations per problem, in T."""
-
     state_by_problem: ClassVar[bool] = False
     """Whether the state has a row for each of several problems, which then must be the same at each step."""
 
@@ -68,6 +56,19 @@ class Method:
 
     gram_parameters: Sequence[Tensor] | None = None
     """The shared parameters whose G the weights come from; None: all."""
+
+    # For docs/methods.md, the tests and the benchmarks; the package itself reads none of these.
+    weights_from: ClassVar[str] = "G"
+    """What the weights come from."""
+    scale: ClassVar[str] = ""
+    """What the direction is like for orthogonal gradients of equal length: their "sum", their "mean", or the weights'
+    own convention, as "sums to 1"."""
+    non_conflicting: ClassVar[str] = "no"
+    """Whether the direction has no negative product with any task gradient: "yes", "no", or when."""
+    linear: ClassVar[bool | str] = False
+    """Whether d, as a function of factors a_t > 0 on the task gradients, is linear, or when."""
+    cost: ClassVar[str] = "T"
+    """Operations per problem, in T."""
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None) -> Tensor:
         """Return the weights [..., T] for Gram matrices [..., T, T], and advance the state by one step.
@@ -220,7 +221,7 @@ class FixedMethod(Method):
 
     needs_gram = False
     weights_losses = True
-    needs = "nothing"
+    weights_from = "nothing"
     linear = True
 
     def _fixed(self, gram: Tensor) -> Tensor:

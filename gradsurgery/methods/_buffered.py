@@ -68,7 +68,7 @@ class BufferedMethod(StatefulMethod):
     gradients' device.
     """
 
-    needs: ClassVar[str] = "gradients"
+    weights_from: ClassVar[str] = "gradients"
     num_terms: ClassVar[int] = 1
     """d is a sum of at most num_terms T tensors."""
 

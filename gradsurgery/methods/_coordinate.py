@@ -17,7 +17,7 @@ class CoordinateMethod(Method):
     any of the gradients is NaN.
     """
 
-    needs = "gradients"
+    weights_from = "gradients"
 
     def rule(self, device: torch.device, num_tasks: int) -> Rule:
         """Return the rule for T gradients on that device, for a backend, which advances the state."""

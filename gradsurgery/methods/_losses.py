@@ -31,7 +31,7 @@ class LossMethod(StatefulMethod):
     needs_losses = True
     needs_gram = False
     weights_losses = True
-    needs = "losses"
+    weights_from = "losses"
     linear = True
     takes_logarithms: ClassVar[bool] = False
 

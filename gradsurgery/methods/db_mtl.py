@@ -30,7 +30,7 @@ class DBMTL(BufferedMethod):
 
     name = "db_mtl"
     needs_losses = True
-    needs = "gradients, losses"
+    weights_from = "gradients, losses"
     scale = "as long as the longest each"
     cost = "T"
     state_names = ("step",)

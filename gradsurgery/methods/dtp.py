@@ -33,7 +33,7 @@ class DTP(LossMethod):
     """
 
     name = "dtp"
-    needs = "KPIs"
+    weights_from = "KPIs"
     scale = "1 until the first KPIs"
     state_names = ("kpis", "updated")
 

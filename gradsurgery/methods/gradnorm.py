@@ -35,7 +35,7 @@ class GradNorm(StatefulMethod):
     name = "gradnorm"
     needs_losses = True
     weights_losses = True
-    needs = "diag G, losses"
+    weights_from = "diag G, losses"
     scale = "sums to T"
     state_names = ("weights", "initial_losses")
 

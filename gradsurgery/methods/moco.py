@@ -34,7 +34,7 @@ class MoCo(BufferedMethod):
 
     name = "moco"
     needs_losses = True
-    needs = "gradients, losses"
+    weights_from = "gradients, losses"
     scale = "sums to 1"
     cost = "T^2"
     state_names = ("step", "w")

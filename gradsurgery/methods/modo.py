@@ -31,7 +31,7 @@ class MoDo(SimplexMethod):
 
     name = "modo"
     num_batches = 3
-    needs = "G, of 1 or 3 batches"
+    weights_from = "G, of 1 or 3 batches"
     scale = "sums to 1"
     cost = "T^2"
 

@@ -29,7 +29,7 @@ class Random(SteppedMethod):
     name = "random"
     needs_gram = False
     weights_losses = True
-    needs = "nothing"
+    weights_from = "nothing"
     scale = "sums to 1"
     linear = True
 

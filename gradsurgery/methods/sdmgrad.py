@@ -38,7 +38,7 @@ class SDMGrad(SimplexMethod):
 
     name = "sdmgrad"
     num_batches = 3
-    needs = "G, of 1 or 3 batches"
+    weights_from = "G, of 1 or 3 batches"
     scale = "sums to 1"
     cost = "num_iter T^2"
 
