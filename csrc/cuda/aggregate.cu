@@ -4,6 +4,7 @@
 
 #include "cpu/boundary.h"
 #include "cuda/fused.cuh"
+#include "cuda/launch.cuh"
 
 namespace gs::gpu {
 namespace {

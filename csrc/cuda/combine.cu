@@ -2,6 +2,7 @@
 // Stage 4 on the GPU: rows are summed in float64, in ascending order, and rounded once. Rows of weight 0 are not read.
 #include "cuda/fill_tables.cuh"
 #include "cuda/gram.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/turns.cuh"
 
 namespace gs::gpu {

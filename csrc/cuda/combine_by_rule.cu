@@ -2,6 +2,7 @@
 // Stage 4 of the methods that need the gradients themselves, on the GPU.
 #include "cuda/combine_by_rule.cuh"
 #include "cuda/fill_tables.cuh"
+#include "cuda/launch.cuh"
 
 namespace gs::gpu {
 namespace {

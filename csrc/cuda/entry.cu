@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include "cuda/launch.cuh"
 #include "cuda/table.cuh"
 
 int gs_has_cuda(void) { return 1; }

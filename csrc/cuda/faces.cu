@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/faces.cuh"
+#include "cuda/launch.cuh"
 #include "solvers/cagrad.h"
 
 namespace gs::gpu {

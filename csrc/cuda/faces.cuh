@@ -2,6 +2,7 @@
 // Problems on the simplex and on cones for a few tasks by a block of at least 2^T threads: all faces at once, each
 // by a thread.
 #pragma once
+#include "cpu/status.h"
 #include "cuda/teams.cuh"
 #include "solvers/faces.h"
 

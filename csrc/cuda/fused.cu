@@ -7,6 +7,7 @@
 
 #include "cuda/faces.cuh"
 #include "cuda/fused_products.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/pcgrad.cuh"
 
 namespace gs::gpu {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // GradDrop on the GPU. The step counter is read on the device.
 #include "cuda/combine_by_rule.cuh"
+#include "cuda/launch.cuh"
 #include "solvers/philox.h"
 
 namespace gs::gpu {

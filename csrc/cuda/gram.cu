@@ -2,6 +2,7 @@
 // Stage 2 on the GPU: the choice of kernels, and the sum over slots.
 #include "cuda/fill_tables.cuh"
 #include "cuda/gram.cuh"
+#include "cuda/launch.cuh"
 
 namespace gs::gpu {
 namespace {

@@ -3,6 +3,7 @@
 // for the rows there as well; those of some more come through shared memory.
 #include "cuda/copier.cuh"
 #include "cuda/gram.cuh"
+#include "cuda/launch.cuh"
 
 namespace gs::gpu {
 namespace {

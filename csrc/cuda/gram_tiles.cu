@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/copier.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/tiles.cuh"
 
 namespace gs::gpu {

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/boundary.h"
+#include "cuda/launch.cuh"
 #include "cuda/pcgrad.cuh"
 
 namespace gs::gpu {

@@ -3,6 +3,7 @@
 #pragma once
 #include <type_traits>
 
+#include "cpu/status.h"
 #include "cuda/device.cuh"
 #include "solvers/common.h"
 

@@ -4,6 +4,7 @@
 
 #include "cpu/boundary.h"
 #include "cuda/faces.cuh"
+#include "cuda/launch.cuh"
 #include "solvers/frank_wolfe.h"
 #include "solvers/gradnorm.h"
 #include "solvers/min_norm.h"

@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "cuda/combine_by_rule.cuh"
+#include "cuda/launch.cuh"
 
 namespace gs::gpu {
 namespace {

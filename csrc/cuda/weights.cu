@@ -4,6 +4,7 @@
 
 #include "cpu/boundary.h"
 #include "cuda/faces.cuh"
+#include "cuda/launch.cuh"
 #include "solvers/gradvac.h"
 #include "solvers/weighting.h"
 
