@@ -32,7 +32,7 @@ equations, conventions, options and sources.
 
 ## Where to begin
 
-As far as properties tell:
+Judged by their properties:
 
 * Try `sum` first. It takes one backward pass, and surgery does not always improve accuracy.
 * `pcgrad` changes least: where no two tasks conflict d is the sum, so that the learning rate may stay as it is.
@@ -50,9 +50,9 @@ Not here: EPO and PMGDA. They solve a linear program at each step, and there is 
 * *options*: with their defaults; `pref=None` weighs all tasks alike.
 * *scale*: what the direction is like for orthogonal task gradients of equal length: their sum (`graddrop`: on
   average), their mean, or the weights' own convention.
-* *conflicts with no task*: whether no task gradient has a negative product with the direction, or when: symbols as in
-  the docstring; "up to reg_eps": but for the ridge.
-* *linear*: with each task gradient multiplied by a factor a_t > 0, fixed over the steps: whether d is linear in them.
+* *conflicts with no task*: whether no task gradient has a negative product with the direction, or under which
+  condition, in the docstring's symbols. "up to reg_eps": apart from what the ridge changes.
+* *linear*: whether d is linear in factors a_t > 0 on the task gradients that stay the same over the steps.
 * *state*: what `state_dict` holds, with default options.
 * *fixed tasks*: whether every step must have the tasks of the first one, because the state holds something for each
   task. Options with one number per task, such as `pref`, also fix them.
@@ -61,7 +61,7 @@ Not here: EPO and PMGDA. They solve a linear program at each step, and there is 
 * *weighs heads*: whether w_t also multiplies the gradients of parameters that only loss t reaches.
 * `granularity="per_group"` and `"per_tensor"` are for methods that weigh no heads and keep no buffers.
 * *backward passes*: of `SurgeryOptimizer.backward` for T losses.
-* *cost*: operations on one T x T problem, beside the passes over the gradients.
+* *cost*: operations on one T x T problem, in addition to the passes over the gradients.
 
 No method reads a value on the host: G, weights and state stay on the gradients' device. `tests/test_properties.py`
 checks this for the plain PyTorch of each method, `tests/test_cuda.py` for the CUDA kernels. The latter also captures
