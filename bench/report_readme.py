@@ -177,7 +177,7 @@ def gpu_section(run: dict[str, Any]) -> str:
         f"{commit_of(run)}.",
         f"Of the targets of `bench/gpu_targets.py` it met {verdicts.count(True)} and missed {verdicts.count(False)}:",
         f"{_link(GPU)}. What changed since then and what it brought:",
-        "[bench/NOTES.md](bench/NOTES.md#the-solvers-and-what-the-last-changes-brought).",
+        "[bench/HISTORY.md](bench/HISTORY.md#the-solvers-and-what-the-last-changes-brought).",
         "",
         "![Share of the bandwidth over the size of the gradients](docs/bandwidth.svg)",
     ]

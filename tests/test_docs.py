@@ -35,7 +35,7 @@ def test_python_blocks_run_in_order(page, capsys, monkeypatch, tmp_path):
     assert (len(blocks) >= 2) == (page not in ("docs/c-and-cpp.md", "docs/limits.md", "docs/methods.md"))
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "bench/NOTES.md"])
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "bench/NOTES.md", "bench/HISTORY.md"])
 def test_links_lead_somewhere(page):
     prose = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
