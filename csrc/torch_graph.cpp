@@ -21,6 +21,13 @@ using torch::autograd::Node;
 // By name, as the class is not part of torch's interface. Of other nodes name() is slow.
 bool is_in_python(const Node& node) { return std::strstr(typeid(node).name(), "PyNode") != nullptr; }
 
+// Whether it stands for several operations with several outputs: an extension's function, or one of TorchScript.
+bool is_whole_in_cpp(const Node& node) {
+  if (node.num_inputs() < 2) return false;
+  const char* const name = typeid(node).name();
+  return std::strstr(name, "CppNode") || std::strstr(name, "DifferentiableGraphBackward");
+}
+
 Edge edge_of(const GraphRoot& root) {
   const auto& [tensor, place] = root;
   return place ? tensor.grad_fn()->next_edge(0).function->next_edge(*place)
@@ -106,6 +113,7 @@ std::set<std::string> functions_behind(const std::vector<at::Tensor>& losses) {
     Node* const node = left.back();
     left.pop_back();
     if (is_in_python(*node)) names.insert(node->name());
+    if (is_whole_in_cpp(*node)) names.insert(typeid(*node).name());
     for (const auto& edge : node->next_edges()) visit(edge.function.get());
   }
   return names;

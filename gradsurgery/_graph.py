@@ -69,10 +69,11 @@ def _signed(number: int) -> int:
 
 
 def functions_behind(losses: list[Tensor]) -> set[str]:
-    """Return the names of the functions in Python that the losses depend on."""
+    """Return the names of the functions in Python that the losses depend on, and of those whole in C++."""
     if C is not None:
         return C.functions_behind(losses)  # type: ignore[no-any-return]
-    return {type(function).__name__ for function in Graph.of([Root(loss) for loss in losses]).functions.values()}
+    graph = Graph.of([Root(loss) for loss in losses])
+    return {type(f).__name__ for f in graph.functions.values()} | {"CppFunction"} & set(graph.names)
 
 
 class Reach(NamedTuple):

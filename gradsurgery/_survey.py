@@ -23,7 +23,8 @@ _REENTRANT = "CheckpointFunctionBackward"
 class Survey:
     """What the graphs of the steps so far, and the first gradients that came of them, tell about the passes.
 
-    Only a graph with functions in Python that no earlier one had is looked through.
+    Only a graph with functions in Python that no earlier one had is looked through, or with the first of TorchScript's,
+    which it makes at a module's second call, or of an extension's.
     """
 
     infers_shared: bool
@@ -33,7 +34,7 @@ class Survey:
     suspected: bool = False
     """Whether they were, and must be once more."""
     functions: frozenset[str] = frozenset()
-    """The names of the functions in Python."""
+    """Their names."""
     through_grad: bool = False
     """Whether passes must go by way of ``.grad``."""
     hiding: bool = False

@@ -6,7 +6,9 @@ import torch
 
 import gradsurgery
 from conftest import grads_of, on_cpu, two_task_net
+from gradsurgery import _graph
 from gradsurgery._compiling import capturing
+from gradsurgery._wrapper import OptimizerWrapper
 
 pytestmark = on_cpu
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -123,6 +125,44 @@ def test_a_compiled_step_is_the_step(method):
             weights = [call(X + shift) for shift in (0.0, 0.1, 0.2)]
         found.append((weights, [p.detach() for p in net.parameters()]))
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_compiled_step_forgets_uncompiled(monkeypatch):
+    # torch 2.10 fails to trace it.
+    net, traced, clear = Net(), [], OptimizerWrapper.zero_grad
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    optimizer.collect(losses_of(net(X)))
+
+    def spy(*args):
+        traced.append(torch.compiler.is_compiling())
+        clear(*args)
+
+    monkeypatch.setattr(OptimizerWrapper, "zero_grad", spy)
+    torch.compile(lambda: optimizer.zero_grad(), backend="eager")()
+    assert traced == [False]
+    with pytest.raises(ValueError, match="nothing to combine"):
+        optimizer.combine()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("extension", [True, False])
+def test_heads_in_torchscript_are_noticed_once_it_is_one_function(monkeypatch, extension):
+    if not extension:
+        monkeypatch.setattr(_graph, "C", None)
+
+    class TwoHeads(torch.nn.Module):  # of a new type, for which TorchScript has compiled nothing yet
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(8, 1), torch.nn.Linear(8, 1)
+
+        def forward(self, z):
+            return self.a(z.tanh()), self.b(z.tanh())
+
+    net = torch.jit.script(torch.nn.Sequential(Net().parts["trunk"], TwoHeads()))
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    optimizer.backward(losses_of(net(X)))
+    with pytest.warns(UserWarning, match="gradients of zeros to parameters that loss"):
+        optimizer.backward(losses_of(net(X)))
 
 
 def test_vmap_does_not_take_a_compiled_function(whole):
