@@ -57,17 +57,17 @@ class Collected:
             )
 
     def plus(self, other: Collected) -> Collected:
-        """Return the sum with one that :meth:`check_next` takes.
+        """Return the sum with one that :meth:`check_next` takes, whose gradients are gone then.
 
         Raises:
             OverwrittenError: the second backward passes wrote over the first ones' gradients.
         """
         for mine, theirs in zip(self.grads, other.grads, strict=True):
             check_memory([mine, theirs])
-        grads = [
-            [_sum(a, b) for a, b in zip(mine, theirs, strict=True)]
-            for mine, theirs in zip(self.grads, other.grads, strict=True)
-        ]
+        grads = []
+        for mine, theirs in zip(self.grads, other.grads, strict=True):
+            grads.append([_sum(a, b) for a, b in zip(mine, theirs, strict=True)])
+            theirs.clear()  # what is summed goes; ``self`` stays until all is
         present = [a or b for a, b in zip(self.present, other.present, strict=True)]
         return Collected(self.tasks, self.parameters, grads, self.losses + other.losses, present, other.scale)
 

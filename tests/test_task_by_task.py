@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Losses that come one after the other, and what belongs to tasks and segments across checkpoints."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from conftest import grads_of, two_losses, two_task_net
+from gradsurgery import _collected
+from gradsurgery._collected import Collected
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
 
@@ -50,6 +54,24 @@ def test_every_task_must_have_come():
     expected, other = make("pcgrad")
     other.backward(two_losses(expected, X.double()))
     assert all(map(torch.equal, grads_of(net), grads_of(expected)))
+
+
+def test_sums_take_the_place_of_what_is_summed(monkeypatch):
+    rows, alive = [], []
+    add = _collected._sum
+
+    def spy(a, b):
+        alive.append(sum(ref() is not None for ref in rows))
+        return add(a, b)
+
+    one, other = (
+        Collected([*"abc"], [], [[torch.ones(4)] for _ in range(3)], torch.ones(3), [True] * 3, None) for _ in range(2)
+    )
+    rows.extend(weakref.ref(row[0]) for row in other.grads)
+    monkeypatch.setattr(_collected, "_sum", spy)
+    total = one.plus(other)
+    assert alive == [3, 2, 1]
+    assert [row[0].tolist() for row in one.grads + total.grads] == [[1.0] * 4] * 3 + [[2.0] * 4] * 3
 
 
 def test_a_checkpoint_in_the_second_tasks_head_only():
