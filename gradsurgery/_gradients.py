@@ -228,7 +228,7 @@ def check_gradient(value: Any, name: str) -> None:
     if value.is_complex():
         raise TypeError(
             f"{name} is a {value.dtype} gradient, and gradients must be real: keep the parameter as a real tensor "
-            "[..., 2] and use torch.view_as_complex in the forward pass"
+            "[..., 2] and use torch.view_as_complex in the forward pass, or leave it out of the surgery (shared=)"
         )
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")

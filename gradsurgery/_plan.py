@@ -91,7 +91,10 @@ class Planner:
             raise ValueError(f"surgery must hold a method's state by its name, got {describe(surgery)}")
         name, states = self.method.name, surgery.values()
         if not all(isinstance(own, dict) for own in states) or (name not in surgery and any(states)):
-            raise ValueError(f"the state must be that of method {name!r}, got that of {', '.join(map(repr, surgery))}")
+            raise ValueError(
+                f"the state must be that of method {name!r}, got that of {', '.join(map(repr, surgery))}: to go on "
+                'with another method, pop "surgery" from the state_dict'
+            )
         return surgery.get(name, {})
 
     def check_state(self, state: dict[str, Any], num_parameters: int) -> None:

@@ -131,7 +131,10 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 raise TypeError(f"{name} must hold parameters, as module.parameters() yields them, got {describe(p)}")
         unknown = [p for p in parameters or () if id(p) not in known]
         if unknown:
-            raise ValueError(f"{name} holds {len(unknown)} tensors that are not parameters of the wrapped optimizer")
+            raise ValueError(
+                f"{name} holds {len(unknown)} tensors that are not parameters of the wrapped optimizer (sharding a "
+                "model makes new ones)"
+            )
 
 
 def check_optimizer(optimizer: Any) -> None:

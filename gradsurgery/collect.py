@@ -24,7 +24,7 @@ from ._survey import Survey
 
 _ABSENT = (
     "a task that this batch lacks is left out, unless the method keeps something of each task; collect() takes None "
-    "for a task that another call has, and so does backward() for methods that take absent losses"
+    "for a task that another call or process has, and so does backward() for methods that take absent losses"
 )
 
 Losses: TypeAlias = Iterable[Tensor | None] | Tensor | Mapping[Any, Tensor | None]
@@ -196,7 +196,7 @@ def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor
             )
         losses = list(losses.unbind())
     if isinstance(losses, Mapping):
-        tasks, scalars = [str(name) for name in losses], list(losses.values())
+        tasks, scalars = [*map(str, losses.keys())], list(losses.values())  # a TensorDict goes by batches
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
         tasks, scalars = [str(t) for t in range(len(losses))], list(losses)
     else:

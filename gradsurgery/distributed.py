@@ -165,7 +165,7 @@ class Replicas:
         """Average the row's entries at these places over so many processes, in a memory of their own."""
         first = parameters[places[0]]
         ends = list(accumulate(_padded(parameters[p]) for p in places))
-        flat = torch.empty(ends[-1], dtype=first.dtype, device=first.device)
+        flat = torch.empty(ends[-1], dtype=_dtype(first), device=first.device)
         entries = [_view(flat, begin, parameters[p]) for p, begin in zip(places, [0, *ends], strict=False)]
         mine = [i for i, p in enumerate(places) if row[p] is not None]
         if len(mine) < len(places):
@@ -189,7 +189,7 @@ class Replicas:
             f"{len(collected.grads)} {scaled} gradients of {len(collected.parameters)} parameters by {collected.tasks}"
             f"{_with_seed(self.method)}"
         )
-        shapes = str([(p.dtype, p.shape, p.stride()) for p in collected.parameters])
+        shapes = str([(_dtype(p), p.shape, p.stride()) for p in collected.parameters])
         others, other_shapes, other_mask = _differ(
             [what.encode(), shapes.encode(), mask + present], [self.group], device
         )
@@ -221,7 +221,10 @@ def _with_seed(method: Method) -> str:
 
 def _others(what: str) -> str:
     process = distributed.get_rank()
-    return f"every process must have the same tasks, parameters and seed, got others than {what} on process {process}"
+    return (
+        f"every process must have the same tasks, parameters and seed, got others than {what} on process {process} "
+        "(collect() takes None for a loss that only others have)"
+    )
 
 
 def _differ(values: list[bytes | bytearray], groups: list[Any], device: torch.device) -> list[bool]:
@@ -261,9 +264,9 @@ def _buckets(parameters: list[Tensor], there: bytearray) -> Iterator[list[int]]:
     kinds: dict[Any, list[int]] = {}
     for p, (parameter, present) in enumerate(zip(parameters, there, strict=True)):
         if present:
-            kinds.setdefault((parameter.dtype, parameter.device), []).append(p)
+            kinds.setdefault((_dtype(parameter), parameter.device), []).append(p)
     for places in kinds.values():
-        sizes = accumulate(parameters[p].nbytes for p in places)
+        sizes = accumulate(parameters[p].numel() * _dtype(parameters[p]).itemsize for p in places)
         for _, bucket in groupby(zip(places, sizes, strict=True), lambda item: item[1] // _BUCKET_BYTES):
             yield [p for p, _ in bucket]
 
@@ -277,9 +280,14 @@ def assign_grads(parameters: list[Tensor], grads: list[Tensor]) -> None:
             parameter.grad = grad
 
 
+def _dtype(parameter: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's gradients."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
 def _padded(parameter: Tensor) -> int:
     """Return the elements between a parameter's begin and the next one's."""
-    step = _ALIGNMENT // parameter.element_size()
+    step = _ALIGNMENT // _dtype(parameter).itemsize
     return -(-parameter.numel() // step) * step
 
 

@@ -13,15 +13,17 @@ from torch import Tensor, distributed
 from . import methods
 from ._collected import Collected
 from ._compiling import untraced
+from ._dtensor import is_sharded
 from ._memory import OverwrittenError
 from ._operate import backward_by_representation, backward_once, operate
 from ._plan import Planner, check_method, check_representation
-from ._shards import processes_of
+from ._shards import Shards, processes_of
 from ._survey import Survey
 from ._wrapper import OptimizerWrapper
 from .backends import check_name, choose
 from .collect import Losses, PassOptions, collect, holds_weights, listed
 from .diagnostics import SurgeryInfo
+from .distributed import Replicas
 from .methods._base import Rollback
 from .methods._state import numbers_of
 
@@ -72,7 +74,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         UserWarning: one loss alone trains a shared parameter, and another loss gives it gradients of zeros: pass
             ``shared``. This happens where several losses are computed from one stack, compiled function or re-entrant
             checkpoint. The first step looks for such gradients, on the host; so do the second, if only one loss gave
-            them, and later steps whose losses depend on new functions in Python.
+            them, and later steps whose losses depend on new functions in Python or TorchScript.
         UserWarning: no loss depends on any of the parameters, or two ``step()`` came before any surgery.
     """
 
@@ -88,12 +90,8 @@ class SurgeryOptimizer(OptimizerWrapper):
     ) -> None:
         super().__init__(optimizer)
         self.backend = check_name(backend)
-        resolved = methods.resolve(method, {})
-        self._processes = processes_of(process_group, self._parameters(), resolved)
-        check_method(resolved, granularity, self._processes.shards is not None)
-        self._planner = Planner(resolved, shared, granularity)
-        self._check_known(self._planner.named, "shared")
-        self._check_known(self.method.gram_parameters, "norm_parameters")
+        self._planner = Planner(methods.resolve(method, {}), shared, granularity)
+        self._processes = self._processes_of(process_group)
         self._survey = Survey(infers_shared=shared is None)
         self._pending: Collected | None = None
 
@@ -198,8 +196,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         is what several ``backward`` calls do. ``scaler.update()`` belongs after the step, not between micro-batches.
         For methods of several independent batches (``num_batches``) each call is one of these batches; nothing is
         summed. Arguments and errors are those of :meth:`backward`, except that None stands for the loss of a task that
-        another call has: each task's graph can then be freed before the next one's is made. An ``OverwrittenError``
-        also forgets what was collected before, for the passes may have written over it.
+        another call or process has: each task's graph can then be freed before the next one's is made. An
+        ``OverwrittenError`` also forgets what was collected before, for the passes may have written over it.
         """
         # With several batches, a call's tasks are those of its batch.
         partial = self.method.takes_absent or self.method.num_batches == 1
@@ -258,12 +256,12 @@ class SurgeryOptimizer(OptimizerWrapper):
                 f"a step of method {self.method.name!r} has 1 or {self.method.num_batches} batches, got "
                 f"{collected.batches}"
             )
-        if not (self.method.takes_absent or all(collected.present)):
-            absent = [task for task, present in zip(collected.tasks, collected.present, strict=True) if not present]
-            raise ValueError(f"a step of method {self.method.name!r} needs a loss of every task, got none of {absent}")
         planner, processes = self._planner, self._processes
         # They are written over what was collected: after a failure averages are averaged again, the same to rounding.
         self._pending = collected = processes.average(collected)
+        if not (self.method.takes_absent or all(collected.present)):
+            absent = [task for task, present in zip(collected.tasks, collected.present, strict=True) if not present]
+            raise ValueError(f"a step of method {self.method.name!r} needs a loss of every task, got none of {absent}")
         collected.warn_of_nothing(stacklevel=6)
         self._survey.check(collected, processes)
         info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
@@ -290,7 +288,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             )
         device = self._parameters()[0].device
         numbers = numbers_of("values", values, device)
-        tasks = [str(task) for task in (values if isinstance(values, Mapping) else range(len(numbers)))]
+        tasks = [str(task) for task in (values.keys() if isinstance(values, Mapping) else range(len(numbers)))]
         if isinstance(values, Mapping):
             self._planner.check_tasks(tasks)
         if self._processes.shards is not None:
@@ -316,6 +314,7 @@ class SurgeryOptimizer(OptimizerWrapper):
     # The wrapped optimizer's step has the hooks that Optimizer.__init__ would wrap around this one.
     step.hooked = True  # type: ignore[attr-defined]
 
+    @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad``, and forget what was collected."""
         self._pending = None
@@ -331,10 +330,12 @@ class SurgeryOptimizer(OptimizerWrapper):
             raise
 
     def _save(self) -> dict[str, Any]:
+        self._notice_shards()
         ours = self._planner.state_dict(self._parameters(), self._processes.shards)
         return {**self.optimizer.state_dict(), **ours}
 
     def _load(self, state: dict[str, Any]) -> None:
+        self._notice_shards()
         planned: dict[str, Any] = {name: state.pop(name) for name in state.keys() & {"shared", "blocks", "tasks"}}
         surgery = self._planner.own_state(state.pop("surgery", None))
         if surgery is not None and self._processes.shards is not None:
@@ -357,5 +358,21 @@ class SurgeryOptimizer(OptimizerWrapper):
     def _forget(self) -> None:
         self._pending = None
 
+    def _processes_of(self, group: distributed.ProcessGroup | None) -> Replicas | Shards:
+        """Return the processes that train these parameters; errors as of the constructor."""
+        processes = processes_of(group, self._parameters(), self.method)
+        check_method(self.method, self.granularity, processes.shards is not None)
+        self._check_known(self._planner.named, "shared")
+        self._check_known(self.method.gram_parameters, "norm_parameters")
+        return processes
+
+    def _notice_shards(self) -> None:
+        """Take up parameters that were sharded since the optimizer was wrapped, as Accelerate does."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        if isinstance(self._processes, Replicas) and any(map(is_sharded, self._parameters())):
+            self._processes = self._processes_of(self._processes.group)
+
     def _trainable(self) -> list[Tensor]:
+        self._notice_shards()
         return [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]  # torch allows doubles in a group

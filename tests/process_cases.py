@@ -37,6 +37,7 @@ from process_nets import (
     recomputing,
     replicated,
     sharded,
+    sharding_later,
     whole,
     whole_of,
     wrap,
@@ -200,11 +201,12 @@ def different_reach():
     return result(net, info)
 
 
-def absent_losses(again=False):
+def absent_losses(method="m_config", again=False):
     """Each process lacks another loss, and then both the same; ``again``, after a failure amid each step."""
     net = Net()
-    optimizer = wrap(net, "m_config")
-    for x, absent in zip(BATCHES, [(0, 1), (2, 2), (0, None)], strict=True):
+    optimizer = wrap(net, method)
+    lacks_one = optimizer.method.takes_absent
+    for x, absent in zip(BATCHES, [(0, 1), (2, 2) if lacks_one else (2, 1), (0, None)], strict=True):
 
         def losses(rank, x=x, absent=absent):
             return [None if t == absent[rank] else loss for t, loss in enumerate(net(x[rank]))]
@@ -218,6 +220,19 @@ def absent_losses(again=False):
     return result(net)
 
 
+def sharded_later(method):
+    """The optimizer is wrapped before its model is sharded, and given the shards, as Accelerate does."""
+    net = Net()
+    optimizer = wrap(net, method)
+    if not alone():
+        sharding_later(net, optimizer)
+    for x in BATCHES:
+        optimizer.zero_grad()
+        info = optimizer.backward(on_each(net, lambda rank, x=x: net(x[rank])))
+        optimizer.step()
+    return result(net, info)
+
+
 def small_buckets():
     before, gradsurgery.distributed._BUCKET_BYTES = gradsurgery.distributed._BUCKET_BYTES, 100
     try:
@@ -227,13 +242,14 @@ def small_buckets():
 
 
 def mixed():
-    """Parameters of several dtypes and memory layouts."""
+    """Parameters of several dtypes, also other ones than their gradients', and memory layouts."""
     torch.manual_seed(2)
     convolution = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
     net = nn.ModuleDict({"a": convolution, "b": nn.Linear(4, 4).bfloat16(), "c": nn.Linear(4, 4).double()})
     # Numbers that 8 bits hold, whose sums are exact.
     for p in net.parameters():
         p.data = p.data.mul(8).round().div(8)
+    net["b"].bias.grad_dtype = torch.float32
     x = torch.randint(-2, 3, (WORLD, 2, 3, 2, 2)).float()
 
     def losses(rank):
@@ -308,6 +324,8 @@ if DEVICE == "cpu":
     CASES |= {f"parts {name}": partial(train, name, parallel) for name in OF_SHARDS}
     CASES |= {
         "shards accumulated": partial(accumulated, sharded),
+        "sharded later": partial(sharded_later, "pcgrad"),
+        "sharded later, one pass": partial(sharded_later, "uw"),
         "shards of copies": partial(train, "uw", partial(sharded, (WORLD, 1)), scaler=True),
         "shards accumulated of copies": partial(accumulated, partial(sharded, (WORLD, 1))),
         "shards of one copy": partial(train, make=partial(sharded, (1, WORLD)), scaler=True),
@@ -342,7 +360,7 @@ CASES |= {
     **{f"representation {name}": partial(by_representation, name) for name in ("gradnorm", "mgda", "trimmed_mean")},
     "representation by losses": lambda: by_representation(methods.MGDA(normalization="loss")),
     "different reach": different_reach,
-    "absent losses": absent_losses,
+    **{f"absent losses {name}": partial(absent_losses, name) for name in ("gradnorm", "m_config", "pcgrad", "uw")},
     "absent losses again": partial(absent_losses, again=True),
     "small buckets": small_buckets,
     "mixed": mixed,

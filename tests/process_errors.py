@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gradsurgery
 from inputs import DEVICE
-from process_nets import BATCHES, WORLD, Net, gradients, parallel, sharded, wrap
+from process_nets import BATCHES, WORLD, Net, gradients, parallel, sharded, sharding_later, wrap
 
 
 def of_one_process():
@@ -123,6 +123,20 @@ def absent_of_shards():
     optimizer.backward([None, *losses[1:]] if rank == 0 else losses)
 
 
+def sharded_later(method="pcgrad", **options):
+    net = Net()
+    optimizer = wrap(net, method, **{name: give(net) for name, give in options.items()})
+    sharding_later(net, optimizer)
+    optimizer.backward(net(BATCHES[0][distributed.get_rank()]))
+
+
+def absent_everywhere():
+    net = Net()
+    optimizer = wrap(net)
+    optimizer.collect([*net(BATCHES[0][distributed.get_rank()])[:2], None])
+    optimizer.combine()
+
+
 def held_back():
     net, rank = sharded(), distributed.get_rank()
     net.set_requires_gradient_sync(False)
@@ -189,6 +203,7 @@ ERRORS = {
     "other losses": other_losses,
     "other shapes": other_shapes,
     "sparse": sparse,
+    "absent everywhere": absent_everywhere,
     "fewer parameters": fewer_parameters,
 }
 if DEVICE == "cpu":
@@ -203,6 +218,8 @@ if DEVICE == "cpu":
         "seeds of shards": partial(other_seeds, sharded),
         "tasks of shards": partial(sharded_tasks, ("ab", "ba")),
         "losses of shards": partial(sharded_tasks, ("abc", "ab")),
+        "graddrop sharded later": partial(sharded_later, "graddrop"),
+        "shared sharded later": partial(sharded_later, shared=lambda net: net.first.parameters()),
         "shards held back": held_back,
         "flat shards": flat_shards,
         "flat shards later": flat_shards_later,

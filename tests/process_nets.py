@@ -82,10 +82,21 @@ def sharded(mesh=None):
     net = Net()
     if not alone():
         mesh = None if mesh is None else init_device_mesh("cpu", mesh, mesh_dim_names=("copies", "shards"))
-        mesh = mesh or init_device_mesh("cpu", (WORLD,))
-        for module in (net.first, net.second, net.heads[0], net):
-            fully_shard(module, mesh=mesh)
+        spread_over(net, mesh or init_device_mesh("cpu", (WORLD,)))
     return net
+
+
+def sharding_later(net, optimizer):
+    names = {id(p): name for name, p in net.named_parameters()}
+    spread_over(net, init_device_mesh("cpu", (WORLD,)))
+    parts = dict(net.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [parts[names[id(p)]] for p in group["params"]]
+
+
+def spread_over(net, mesh):
+    for module in (net.first, net.second, net.heads[0], net):
+        fully_shard(module, mesh=mesh)
 
 
 @cache
@@ -103,8 +114,7 @@ def parallel(mesh=(1, WORLD), shard=False):
     parallelize_module(net.first, grid["parts"], ColwiseParallel(output_layouts=Replicate()))
     parallelize_module(net.second, grid["parts"], RowwiseParallel(input_layouts=Replicate()))
     if shard:
-        for module in (net.first, net.second, net.heads[0], net):
-            fully_shard(module, mesh=grid["shards"])
+        spread_over(net, grid["shards"])
     else:
         net.group = group_alone() if net.sees_both else distributed.group.WORLD
     return net

@@ -107,7 +107,7 @@ def test_plain_and_wrong_checkpoints():
     assert optimizer.param_groups[0]["lr"] == 0.3
     assert optimizer.method.state_dict()["step"] == 2
     before = optimizer.state_dict()
-    with pytest.raises(ValueError, match="state must be that of method 'pcgrad', got that of 'gradnorm'"):
+    with pytest.raises(ValueError, match=r"that of method 'pcgrad', got that of 'gradnorm': .*pop \"surgery\""):
         optimizer.load_state_dict(gradsurgery.GradNorm(adam).state_dict())
     with pytest.raises(ValueError, match="must have the keys"):
         optimizer.load_state_dict(gradsurgery.MGDA(adam).state_dict())

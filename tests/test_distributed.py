@@ -37,8 +37,14 @@ MESSAGES = dict(
                 "dense and real, got torch.sparse_coo torch.float32 for parameter 0 of shape (5, 3)",
             ],
         ),
+        (
+            "absent everywhere",
+            ["ValueError: a step of method 'pcgrad' needs a loss of every task, got none of ['2']"] * 2,
+        ),
         ("fewer parameters", ["gradients of 12 parameters", "gradients of 11 parameters"]),
         ("sharded graddrop", ["ValueError: method 'graddrop' numbers all coordinates, which needs whole"] * 2),
+        ("graddrop sharded later", ["ValueError: method 'graddrop' numbers all coordinates, which needs whole"] * 2),
+        ("shared sharded later", ["ValueError: shared holds 2 tensors that are not parameters of the wrapped"] * 2),
         ("sharded in a group", ["ValueError: process_group must hold processes with the same parts, got (0, 1)"] * 2),
         (
             "whole among shards",

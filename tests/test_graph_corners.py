@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Rare shapes of graphs and losses: what the passes go back through."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -172,6 +174,25 @@ def test_losses_from_a_generator_are_collected(method):
     optimizer.collect(w[i] for i in range(2))
     optimizer.combine()
     assert w.grad.tolist() == [1, 1]
+
+
+class ByBatch(UserDict):
+    """A mapping that goes by other things than its keys, as a TensorDict does."""
+
+    def __iter__(self):
+        raise StopIteration
+
+    def keys(self):
+        return self.data.keys()
+
+    def values(self):
+        return self.data.values()
+
+
+def test_losses_of_a_mapping_that_goes_by_batches():
+    w = ones(2)
+    info = wrap([w], "famo").backward(ByBatch({"a": w[0], "b": w[1]}))
+    assert info.tasks == ["a", "b"]
 
 
 @on_cpu
