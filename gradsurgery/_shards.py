@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 
 from ._collected import Collected
 from ._dtensor import as_dtensor, is_sharded, local_part, part_of
-from .distributed import Replicas, check_same
+from .distributed import Replicas, check_present, check_same
 from .methods import Method
 
 
@@ -122,7 +122,7 @@ class Shards:
         """Return this process's parts, with those of ``.grad`` as theirs."""
         parts = []
         for p in parameters:
-            part = local_part(p).detach()
+            part = _part(p)
             part.grad = None if p.grad is None else part_of(p.grad, p)
             parts.append(part)
         return parts
@@ -146,7 +146,9 @@ class Shards:
 
     def average(self, collected: Collected) -> Collected:
         """Return the averages of gradients, by the group if there is one, and of losses."""
-        if self._replicas is not None:
+        if self._replicas is None:
+            check_present(collected.tasks, collected.present, self.method)
+        else:
             collected = self._of_parts(self._replicas.average, collected)
         return replace(collected, losses=self._average_over_dims(collected.losses))
 
@@ -161,7 +163,7 @@ class Shards:
         )
 
     def _of_parts(self, average: Callable[[Collected], Collected], collected: Collected) -> Collected:
-        parts = [local_part(p).detach() for p in collected.parameters]
+        parts = [_part(p) for p in collected.parameters]
         averages = average(replace(collected, parameters=parts))
         return replace(averages, parameters=collected.parameters)
 
@@ -178,6 +180,14 @@ class Shards:
     def _group(self, ranks: tuple[int, ...]) -> Any:
         mesh, dim = self._dims[ranks]
         return mesh.get_group(dim)
+
+
+def _part(parameter: Any) -> Any:
+    """Return this process's part of a parameter, whose gradients have the same dtype."""
+    part = local_part(parameter).detach()
+    if hasattr(parameter, "grad_dtype"):
+        part.grad_dtype = parameter.grad_dtype
+    return part
 
 
 def _cut_by(kind: tuple[Any, Any] | None) -> set[tuple[int, ...]]:

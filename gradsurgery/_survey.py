@@ -30,11 +30,11 @@ class Survey:
     infers_shared: bool
     """Whether shared parameters are inferred, until a warning that they cannot be."""
     checked: bool = False
-    """Whether the gradients were looked at since there were new functions in Python."""
+    """Whether the gradients were looked at since there were new functions, in Python or whole in C++."""
     suspected: bool = False
     """Whether they were, and must be once more."""
     functions: frozenset[str] = frozenset()
-    """Their names."""
+    """The names of those functions."""
     through_grad: bool = False
     """Whether passes must go by way of ``.grad``."""
     hiding: bool = False

@@ -9,7 +9,7 @@ the same numbers, and ends with the same parameters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -107,6 +107,7 @@ class Replicas:
     def average(self, collected: Collected) -> Collected:
         """Return the averages of gradients and losses; errors as those of :meth:`average_gradients`."""
         if self.count == 1:
+            check_present(collected.tasks, collected.present, self.method)
             return collected
         holders = self._average_rows(collected)
         losses = collected.losses / max(holders)
@@ -123,7 +124,7 @@ class Replicas:
         averages are, to rounding, the same.
 
         Raises:
-            ValueError, on every process: they have other tasks, parameters or seeds.
+            ValueError, on every process: they have other tasks, parameters or seeds, or none has a task's loss.
             TypeError, on every process: some gradient is sparse or complex.
         """
         if self.count == 1:
@@ -135,6 +136,7 @@ class Replicas:
         parameters, rows = collected.parameters, collected.grads
         mask = bytearray(_kind(entry) for row in rows for entry in row)
         found, holders = self._agree(collected, mask)
+        check_present(collected.tasks, map(bool, holders), self.method)  # before anything is written
         if _UNFIT in found:
             raise TypeError(
                 "gradients that are averaged over processes must be dense and real, got "
@@ -194,7 +196,8 @@ class Replicas:
             [what.encode(), shapes.encode(), mask + present], [self.group], device
         )
         if others:
-            raise ValueError(_others(what))
+            hint = "" if self.method.num_batches > 1 else " (collect() takes None for a loss that only others have)"
+            raise ValueError(_others(what) + hint)
         if other_shapes:
             raise ValueError("parameters must have the same shapes, dtypes and memory layouts on every process")
         if not other_mask:
@@ -205,6 +208,13 @@ class Replicas:
             distributed.all_reduce(union, distributed.ReduceOp.MAX, group=self.group)
             distributed.all_reduce(holders, group=self.group)
             return bytearray(union.tolist()), holders.tolist()
+
+
+def check_present(tasks: list[str], present: Iterable[bool], method: Method) -> None:
+    """Raise ValueError unless each task has a loss, or the method takes absent ones."""
+    absent = [task for task, here in zip(tasks, present, strict=True) if not here]
+    if absent and not method.takes_absent:
+        raise ValueError(f"a step of method {method.name!r} needs a loss of every task, got none of {absent}")
 
 
 def check_same(tasks: list[str], method: Method, groups: list[Any], device: torch.device) -> None:
@@ -221,10 +231,7 @@ def _with_seed(method: Method) -> str:
 
 def _others(what: str) -> str:
     process = distributed.get_rank()
-    return (
-        f"every process must have the same tasks, parameters and seed, got others than {what} on process {process} "
-        "(collect() takes None for a loss that only others have)"
-    )
+    return f"every process must have the same tasks, parameters and seed, got others than {what} on process {process}"
 
 
 def _differ(values: list[bytes | bytearray], groups: list[Any], device: torch.device) -> list[bool]:

@@ -259,9 +259,6 @@ class SurgeryOptimizer(OptimizerWrapper):
         planner, processes = self._planner, self._processes
         # They are written over what was collected: after a failure averages are averaged again, the same to rounding.
         self._pending = collected = processes.average(collected)
-        if not (self.method.takes_absent or all(collected.present)):
-            absent = [task for task, present in zip(collected.tasks, collected.present, strict=True) if not present]
-            raise ValueError(f"a step of method {self.method.name!r} needs a loss of every task, got none of {absent}")
         collected.warn_of_nothing(stacklevel=6)
         self._survey.check(collected, processes)
         info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)
@@ -322,6 +319,7 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
+        self._notice_shards()
         self.optimizer.add_param_group(param_group)
         try:
             self._processes.check(self.param_groups[-1]["params"])
@@ -330,7 +328,6 @@ class SurgeryOptimizer(OptimizerWrapper):
             raise
 
     def _save(self) -> dict[str, Any]:
-        self._notice_shards()
         ours = self._planner.state_dict(self._parameters(), self._processes.shards)
         return {**self.optimizer.state_dict(), **ours}
 

@@ -88,8 +88,11 @@ def resumed(make=Net):
     return result(net, info)
 
 
-def kept_and_resumed(method, make=Net):
-    """Gradients that a method keeps, from a checkpoint on; the last step of M-ConFIG does not reach a shared layer."""
+def kept_and_resumed(method, make=Net, late=False):
+    """Gradients that a method keeps, from a checkpoint on; the last step of M-ConFIG does not reach a shared layer.
+
+    ``late``: it is loaded by an optimizer that was wrapped before the parameters were sharded.
+    """
     net = make()
     optimizer = wrap(net, method)
     for t, x in enumerate(BATCHES):
@@ -100,7 +103,8 @@ def kept_and_resumed(method, make=Net):
                 like = [isinstance(p, DTensor) for p in optimizer._planner.kept]
                 assert all([isinstance(b, DTensor) for b in row] == like for row in buffers)
                 assert make is Net or [whole(b).shape for b in buffers[0]] == [p.shape for p in optimizer._planner.kept]
-            optimizer = wrap(net, method)
+            optimizer = wrap(Net() if late else net, method)
+            optimizer.param_groups[0]["params"] = list(net.parameters())
             optimizer.load_state_dict(stored)
         optimizer.zero_grad()
         losses = on_each(net, lambda rank, x=x: net(x[rank]))
@@ -220,6 +224,25 @@ def absent_losses(method="m_config", again=False):
     return result(net)
 
 
+def absent_at_first():
+    """A step fails for a task that no process has, and goes on with what was collected before."""
+    net = Net()
+    optimizer = wrap(net)
+
+    def collect(lost):
+        optimizer.collect(
+            on_each(
+                net, lambda rank: [None if t in lost[rank] else loss for t, loss in enumerate(net(BATCHES[0][rank]))]
+            )
+        )
+
+    collect([(1, 2), (0, 2)])
+    with suppress(ValueError):
+        optimizer.combine()
+    collect([(1,), (0,)])
+    return result(net, optimizer.combine())
+
+
 def sharded_later(method):
     """The optimizer is wrapped before its model is sharded, and given the shards, as Accelerate does."""
     net = Net()
@@ -326,6 +349,8 @@ if DEVICE == "cpu":
         "shards accumulated": partial(accumulated, sharded),
         "sharded later": partial(sharded_later, "pcgrad"),
         "sharded later, one pass": partial(sharded_later, "uw"),
+        "sharded later, resumed": partial(kept_and_resumed, "excess_mtl", sharded, late=True),
+        "absent losses, failed": absent_at_first,
         "shards of copies": partial(train, "uw", partial(sharded, (WORLD, 1)), scaler=True),
         "shards accumulated of copies": partial(accumulated, partial(sharded, (WORLD, 1))),
         "shards of one copy": partial(train, make=partial(sharded, (1, WORLD)), scaler=True),

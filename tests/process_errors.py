@@ -130,6 +130,13 @@ def sharded_later(method="pcgrad", **options):
     optimizer.backward(net(BATCHES[0][distributed.get_rank()]))
 
 
+def added_to_shards_later():
+    net = Net()
+    optimizer = wrap(net)
+    sharding_later(net, optimizer)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+
+
 def absent_everywhere():
     net = Net()
     optimizer = wrap(net)
@@ -219,6 +226,7 @@ if DEVICE == "cpu":
         "tasks of shards": partial(sharded_tasks, ("ab", "ba")),
         "losses of shards": partial(sharded_tasks, ("abc", "ab")),
         "graddrop sharded later": partial(sharded_later, "graddrop"),
+        "whole among shards later": added_to_shards_later,
         "shared sharded later": partial(sharded_later, shared=lambda net: net.first.parameters()),
         "shards held back": held_back,
         "flat shards": flat_shards,

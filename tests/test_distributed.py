@@ -50,6 +50,10 @@ MESSAGES = dict(
             "whole among shards",
             ["TypeError: all parameters must be spread over processes or none, got one of shape (3,)"] * 2,
         ),
+        (
+            "whole among shards later",
+            ["TypeError: all parameters must be spread over processes or none, got one of shape (3,)"] * 2,
+        ),
         ("whole beside parts", ["TypeError: all parameters must be spread over processes or none, got one of"] * 2),
         (
             "shard among whole",

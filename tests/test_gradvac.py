@@ -141,3 +141,6 @@ def test_gradvac_state(backend):
         first.weights(grams[0, 0], backend=backend)
     with pytest.raises(ValueError, match=r"targets must be a tensor .*, got a tensor of shape \(3,\)"):
         fresh.load_state_dict({"targets": torch.ones(3), "seed": 0, "step": torch.tensor(0)})
+    with pytest.raises(ValueError, match="step must be"):
+        fresh.load_state_dict({"targets": torch.ones(2, 2), "seed": 0, "step": 0})
+    assert fresh.state_dict() == {"targets": None, "seed": 7, "step": torch.tensor(0)}

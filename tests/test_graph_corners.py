@@ -191,8 +191,9 @@ class ByBatch(UserDict):
 
 def test_losses_of_a_mapping_that_goes_by_batches():
     w = ones(2)
-    info = wrap([w], "famo").backward(ByBatch({"a": w[0], "b": w[1]}))
-    assert info.tasks == ["a", "b"]
+    optimizer = wrap([w], "famo")
+    assert optimizer.backward(ByBatch({"a": w[0], "b": w[1]})).tasks == ["a", "b"]
+    optimizer.update(ByBatch({"a": 0.5, "b": 0.25}))
 
 
 @on_cpu

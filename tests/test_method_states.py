@@ -209,7 +209,13 @@ def test_weights_are_constants_to_autograd(name):
 
 
 def test_states_that_cannot_be():
-    for weights in (torch.ones(()), torch.ones(2).long(), torch.ones(2, dtype=torch.complex128)):
+    for weights in (
+        torch.ones(()),
+        torch.ones(0),
+        torch.ones(2).to_sparse(),
+        torch.ones(2).long(),
+        torch.ones(2, dtype=torch.complex128),
+    ):
         wanted = r"weights must be a tensor (\[..., T\]|of shape .*), got a tensor of shape \(.*\) in torch"
         with pytest.raises(ValueError, match=wanted):
             methods.get("cr_mogm").load_state_dict({"weights": weights, "method": {}})
@@ -219,6 +225,15 @@ def test_states_that_cannot_be():
     for state in (None, torch.ones(2)):
         with pytest.raises(ValueError, match="method must be the other method's state, a dict, got"):
             methods.get("cr_mogm").load_state_dict({"weights": None, "method": state})
+    # Refused whole: the part that is right is not taken.
+    method, ones = methods.get("cr_mogm", method="pcgrad"), torch.ones(2)
+    for state in (
+        {"weights": ones, "method": {"seed": 0, "step": 3}},
+        {"weights": ones.long(), "method": {"seed": 7, "step": torch.tensor(9)}},
+    ):
+        with pytest.raises(ValueError, match=r"(step|weights) must be"):
+            method.load_state_dict(state)
+    assert method.state_dict() == {"weights": None, "method": {"seed": 0, "step": torch.tensor(0)}}
     weights = torch.ones(2, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"initial_losses must be a tensor of shape .*, got NoneType"):
         methods.get("gradnorm").load_state_dict({"weights": weights, "initial_losses": None})

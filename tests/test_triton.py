@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import gradsurgery
 from conftest import USABLE, WHOLE
+from gradsurgery import methods
 from gradsurgery._gradients import parse
 from gradsurgery.backends import choose
 from inputs import DEVICE, DTYPES, normal
@@ -265,19 +266,30 @@ def test_samples_leave_the_generators_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_compiled_callers_launch_uncompiled(monkeypatch):
+@pytest.mark.parametrize(
+    ("launched", "call"),
+    {
+        "gradnorm": lambda gram: gradsurgery.gradnorm_update(gram[0], gram[1], gram[1], gram[2], backend="triton"),
+        "gradnorm_step": lambda gram: methods.GradNorm().weights(gram, losses=gram[0], backend="triton"),
+        "min_norm": lambda gram: gradsurgery.min_norm_weights(gram, backend="triton"),
+        "pcgrad": lambda gram: gradsurgery.pcgrad_weights(gram, backend="triton"),
+        "random": lambda gram: methods.Random().weights(gram, backend="triton"),
+        "simplex_steps": lambda gram: methods.MoDo().weights(gram, backend="triton"),
+        "weights": lambda gram: methods.UPGrad().weights(gram, backend="triton"),
+    }.items(),
+)
+def test_compiled_callers_launch_uncompiled(monkeypatch, launched, call):
     # torch.compile drops enable_fp_fusion, which the solvers need.
-    traced, min_norm = [], weights.min_norm
+    traced, launch = [], getattr(weights, launched)
 
     def spy(*args):
         traced.append(torch.compiler.is_compiling())
-        min_norm(*args)
+        launch(*args)
 
-    monkeypatch.setattr(weights, "min_norm", spy)
-    rows = normal(3, 5, torch.float64)
+    monkeypatch.setattr(weights, launched, spy)
+    rows = normal(3, 5, torch.float64).abs()
     gram = rows @ rows.T
-    compiled = torch.compile(lambda gram: gradsurgery.min_norm_weights(gram, backend="triton"), backend="eager")
-    assert torch.equal(compiled(gram), gradsurgery.min_norm_weights(gram, backend="triton"))
+    assert torch.equal(torch.compile(call, backend="eager")(gram), call(gram))
     assert traced == [False, False]
 
 

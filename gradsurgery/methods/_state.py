@@ -51,10 +51,12 @@ def numbers_of(name: str, values: Iterable[Any] | Mapping[str, Any], device: tor
 
 
 def check_like(state: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless a ``state_dict`` has tensors of these shapes and dtypes."""
+    """Raise ValueError unless a ``state_dict`` has dense tensors of these shapes and dtypes."""
     for name, like in wanted.items():
         value = state[name]
-        if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+        if not isinstance(value, Tensor) or any(
+            getattr(value, of) != getattr(like, of) for of in ("shape", "dtype", "layout")
+        ):
             raise ValueError(f"{name} must be {describe(like)}, got {describe(value)}")
 
 

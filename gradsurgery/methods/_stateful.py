@@ -71,7 +71,7 @@ class StatefulMethod(Method):
         if all(value is None for value in tensors.values()):
             return None
         first = tensors[self.state_names[0]]
-        if not isinstance(first, Tensor) or not self._shape_of(first):
+        if not isinstance(first, Tensor) or not self._shape_of(first) or not self._shape_of(first)[-1]:
             raise ValueError(f"{self.state_names[0]} must be a tensor [..., T], got {describe(first)}")
         like = torch.empty(self._shape_of(first), dtype=torch.float64, device=first.device)
         check_like(tensors, self._initial(like))

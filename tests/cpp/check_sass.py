@@ -184,21 +184,24 @@ def faults_of_fused(kernel: Kernel) -> list[str]:
 
 
 def main() -> int:
-    """Print the faults of all objects; return 1 if there are any, or nothing was checked."""
-    checked, faults = 0, []
+    """Print the faults of all objects; return 1 if there are any, or no hot loop was checked."""
+    checked, planned, faults = 0, 0, []
     with ProcessPoolExecutor() as pool:
-        for count, found in pool.map(check, sys.argv[1:]):
-            checked += count
+        for kernels, with_plan, found in pool.map(check, sys.argv[1:]):
+            checked += kernels
+            planned += with_plan
             faults += found
-    print(*faults, f"checked {checked} kernels", sep="\n")
-    return 1 if faults or not checked else 0
+    print(*faults, f"checked {checked} kernels, and the hot loops of {planned}", sep="\n")
+    return 1 if faults or not planned else 0
 
 
-def check(object_path: str) -> tuple[int, list[str]]:
-    """Return how many kernels an object holds, and their faults."""
+def check(object_path: str) -> tuple[int, int, list[str]]:
+    """Return how many kernels an object holds, how many of them with a plan, and their faults."""
     path = Path(object_path)
     kernels = kernels_of(path, shutil.which("cuobjdump") or find_in_triton())
-    return len(kernels), [f"{path.name} {kernel.name}: {fault}" for kernel in kernels for fault in faults_of(kernel)]
+    planned = sum(KERNEL.search(kernel.name) is not None for kernel in kernels)
+    faults = [f"{path.name} {kernel.name}: {fault}" for kernel in kernels for fault in faults_of(kernel)]
+    return len(kernels), planned, faults
 
 
 def find_in_triton() -> str:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// csrc/cuda/device.cuh on the host: the functions by which kernels reach a GPU, over the emulated threads.
+// csrc/cuda/device.cuh and launch.cuh on the host: what kernels and launches reach a GPU by, over emulated threads.
 #pragma once
 #include <bit>
 
