@@ -138,8 +138,8 @@ def extension_arguments(build: str) -> dict:
     patterns = ("*.h", "*.inl", "*.cuh")
     headers = [str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(f"csrc/**/{pattern}")]
     openmp = openmp_flags()
-    # A caller's -ffast-math would remove what handles NaN.
-    exact = ["-fno-fast-math", "-ffp-contract=fast"]
+    # A caller's -ffast-math would remove what handles NaN, -fstrict-enums the checks of numbers that are none.
+    exact = ["-fno-fast-math", "-fno-strict-enums", "-ffp-contract=fast"]
     flags = ["-O3", "-std=c++20", *exact, "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0", *openmp]
     if build == "cuda":
         choose_architectures()

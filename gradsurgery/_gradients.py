@@ -105,7 +105,7 @@ def _parse_matrix(grads: Tensor, segments: Sequence[int] | None) -> TaskGradient
     if grads.dim() != 2 or (grads.shape[1] > 1 and grads.stride(1) != 1):
         raise ValueError(
             f"grads must be [T, N] with a contiguous last dimension, got shape {tuple(grads.shape)} with strides "
-            f"{grads.stride()}"
+            f"{grads.stride()}" + ": contiguous() makes one" * (grads.dim() == 2)
         )
     if not len(grads):
         raise ValueError(f"grads must hold the gradients of at least one task, got shape {tuple(grads.shape)}")

@@ -25,7 +25,7 @@ SPARSE = torch.sparse_coo_tensor([[0]], [1.0], (8,))
         ),
         (torch.ones(3, 4, 2), ValueError, r"got shape \(3, 4, 2\)"),
         (torch.ones(0, 4), ValueError, r"at least one task, got shape \(0, 4\)"),
-        (torch.ones(4, 3).T, ValueError, r"got shape \(3, 4\) with strides \(1, 3\)"),
+        (torch.ones(4, 3).T, ValueError, r"got shape \(3, 4\) with strides \(1, 3\): contiguous\(\)"),
         (ROWS.int(), TypeError, "grads must be float64, float32, bfloat16 or float16, got torch.int32"),
         (torch.ones(2, 3, dtype=torch.complex64), TypeError, r"complex64 gradient.*view_as_complex.*shared="),
         (SPARSE, TypeError, r"grads is a torch.sparse_coo gradient.*sparse=False"),

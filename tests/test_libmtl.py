@@ -144,6 +144,9 @@ def test_each_model_has_a_state_of_its_own_and_a_method_object_one():
     given = methods.get("pcgrad", seed=5)
     train(build(weighting(given)), 2)
     assert given.state_dict()["step"] == 2
+    averaged = build(weighting("cr_mogm", method="mgda"))  # an option that is named as the first argument
+    train(averaged, 1)
+    assert averaged.surgery_method.method.name == "mgda"
 
 
 def test_checkpoints_and_copies_go_on_with_the_methods_state():

@@ -169,6 +169,10 @@ def test_their_state_dict_and_reset_carry_our_state():
     assert torch.equal(one(rows), first)
 
 
+def test_an_option_that_is_named_as_the_method_is():
+    assert SurgeryAggregator("cr_mogm", method="upgrad").gramian_weighting.method.method.name == "upgrad"
+
+
 def test_their_modifier_on_our_method():
     grams = [rows @ rows.T for rows in (normal(5, 9, seed=s) for s in range(3))]
     modified, plain = CRMOGMWeighting(SurgeryWeighting("pcgrad"), alpha=0.5), methods.get("pcgrad")
@@ -360,4 +364,4 @@ except ImportError as error:
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "needs TorchJD 0.18 or later: pip install torchjd" in result.stdout
+    assert "needs TorchJD 0.18 or later: pip install -U torchjd" in result.stdout

@@ -171,7 +171,7 @@ GS_INLINE void stream_fence() {
 typedef int32_t vint32 __attribute__((vector_size(8 * GS_LANES)));
 template <class V>
 using vmask = std::conditional_t<std::is_same<V, vdouble>::value, vint64, vint32>;
-#define GS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vmask<std::decay_t<decltype(a)>>){__VA_ARGS__})
+#define GS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vmask<std::decay_t<decltype(a)>>{__VA_ARGS__})
 #endif
 
 // The four lane sums of a, b, c, d.

@@ -15,12 +15,12 @@ from ..optim import SurgeryOptimizer
 
 
 def weighting(
-    method: str | Method = "pcgrad", *, backend: str | None = None, **method_options: Any
+    method: str | Method = "pcgrad", /, *, backend: str | None = None, **method_options: Any
 ) -> type[SurgeryWeighting]:
     """Return a class to use where LibMTL takes a weighting class: ``Trainer(weighting=weighting("pcgrad"), ...)``.
 
-    Trainers that look weightings up by name find it once it is an attribute of their module:
-    ``LibMTL.weighting.SurgeryPCGrad = weighting("pcgrad")``.
+    Scripts that take weightings by name find it in place of one that they know: ``LibMTL.weighting.EW =
+    weighting("pcgrad")``.
 
     Args:
         method: a name of ``methods.available()``; each model then has a method, and a state, of its own. Or a

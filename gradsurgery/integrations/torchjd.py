@@ -24,7 +24,7 @@ try:
     from torchjd.aggregation import Aggregator, CRMOGMWeighting, GramianWeightedAggregator, Weighting
     from torchjd.linalg import PSDMatrix
 except ImportError as error:
-    raise ImportError("gradsurgery.integrations.torchjd needs TorchJD 0.18 or later: pip install torchjd") from error
+    raise ImportError("gradsurgery.integrations.torchjd needs TorchJD 0.18 or later: pip install -U torchjd") from error
 
 # TorchJD declares these as weightings of J, of which they read the number of rows only, which is G's too.
 _BY_COUNT = tuple(getattr(aggregation, f"{name}Weighting") for name in ("Constant", "Mean", "Random", "Sum"))
@@ -50,7 +50,9 @@ class SurgeryWeighting(Weighting[PSDMatrix], Stateful):
         TypeError: G is not a real floating-point tensor.
     """
 
-    def __init__(self, method: str | Method = "pcgrad", *, backend: str | None = None, **method_options: Any) -> None:
+    def __init__(
+        self, method: str | Method = "pcgrad", /, *, backend: str | None = None, **method_options: Any
+    ) -> None:
         super().__init__()
         self.method = resolve(method, method_options)
         if isinstance(self.method, (BufferedMethod, CoordinateMethod)):
@@ -105,7 +107,9 @@ class SurgeryAggregator(GramianWeightedAggregator, Stateful):
 
     gramian_weighting: SurgeryWeighting
 
-    def __init__(self, method: str | Method = "pcgrad", *, backend: str | None = None, **method_options: Any) -> None:
+    def __init__(
+        self, method: str | Method = "pcgrad", /, *, backend: str | None = None, **method_options: Any
+    ) -> None:
         inner = SurgeryWeighting(method, backend=backend, **method_options)
         super().__init__(inner)
         # The base class composed it with a matrix product in J's dtype.

@@ -8,7 +8,8 @@
 //   * the library never allocates: the caller passes gradients and outputs, which need no alignment but their type's,
 //     and a workspace, aligned to 64 bytes, of at least the size that the matching gs_*_workspace_bytes names (-1 for
 //     invalid arguments);
-//   * numbers are checked where a comment bounds them; elsewhere any, NaN too, give some result;
+//   * numbers passed by value are checked where a comment bounds them; others, and all in arrays, NaN too, give some
+//     result;
 //   * a batch is at most 2^40;
 //   * a status comes back; gs_last_error() is the message of the last failure on this thread;
 //   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or of a GPU's
@@ -61,7 +62,8 @@ typedef enum gs_method {
   GS_WEIGHTING = 2,  // one of gs_weighting
 } gs_method;
 
-// Weights that are functions of G, of a preference, and of up to two numbers, parameter and limit.
+// Weights that are functions of G, of a preference, and of up to two numbers, parameter and limit. docs/methods.md and
+// the docstrings in gradsurgery/methods have equations, scales and usual parameters. A ridge is relative to trace(G).
 typedef enum gs_weighting {
   GS_UPGRAD = 0,    // preference; parameter: ridge > 0
   GS_DUALPROJ = 1,  // preference; parameter: ridge > 0
