@@ -23,8 +23,9 @@ from ._shards import Shards
 from ._survey import Survey
 
 _ABSENT = (
-    "a task that this batch lacks is left out, unless the method keeps something of each task; collect() takes None "
-    "for a task that another call or process has, and so does backward() for methods that take absent losses"
+    "a task that this batch lacks is left out, unless the method keeps something of each task; None stands for one "
+    "that another call of collect() or another process has, and in one process backward() takes it for methods that "
+    "take absent losses"
 )
 
 Losses: TypeAlias = Iterable[Tensor | None] | Tensor | Mapping[Any, Tensor | None]

@@ -196,7 +196,7 @@ class Replicas:
             [what.encode(), shapes.encode(), mask + present], [self.group], device
         )
         if others:
-            hint = "" if self.method.num_batches > 1 else " (collect() takes None for a loss that only others have)"
+            hint = "" if self.method.num_batches > 1 else " (None stands for a loss that only others have)"
             raise ValueError(_others(what) + hint)
         if other_shapes:
             raise ValueError("parameters must have the same shapes, dtypes and memory layouts on every process")

@@ -123,7 +123,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         Args:
             losses: one scalar per task: a sequence or another iterable, a 1-D tensor, or a dict from name to scalar.
                 None for a loss that this step lacks, where the method takes that (``takes_absent``): its task has no
-                gradients then.
+                gradients then. None also for one that other processes have, where there are T passes.
             scaler: a gradient scaler. The losses are given unscaled; ``.grad`` comes out scaled, for
                 ``scaler.unscale_`` and ``scaler.step``; the method sees unscaled values.
             retain_graph: keep the graph after the last pass.
@@ -171,7 +171,8 @@ class SurgeryOptimizer(OptimizerWrapper):
             survey.began = True
             return info
         try:
-            self._collect(losses, how, self.method.takes_absent)
+            others_have = not self._processes.alone and self._processes.shards is None and self.method.num_batches == 1
+            self._collect(losses, how, self.method.takes_absent or others_have)
             return self._combine()
         except OverwrittenError:
             raise
