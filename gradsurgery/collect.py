@@ -82,6 +82,7 @@ def collect(
     Args:
         losses: as in :meth:`gradsurgery.SurgeryOptimizer.backward`.
         parameters: the P parameters.
+        how: how the passes run.
         check: raises unless these tasks' gradients can be used, before the passes.
         weigh: maps task names and losses [T] to weights [T]. If given, there is one pass, from the weighted sum, and
             one row of gradients, whatever ``how.mode`` and ``how.features`` are.

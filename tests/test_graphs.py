@@ -215,17 +215,17 @@ def test_selective_checkpoints_take_one_pass():
     optimizer = gradsurgery.MGDA(torch.optim.SGD(trunk.parameters(), lr=0.1))
     contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
 
-    def losses(selective):
+    def step(selective, by_features=False, **way):
+        trunk.zero_grad()
         z = checkpoint(trunk, X, use_reentrant=False, context_fn=contexts) if selective else trunk(X)
-        return [z.mean(), -z[:, 0].mean()]
+        optimizer.backward([z.mean(), -z[:, 0].mean()], features=z if by_features else None, **way)
+        return grads_of(trunk)
 
-    optimizer.backward(losses(False))
-    expected = grads_of(trunk)
-    trunk.zero_grad()
-    optimizer.backward(losses(True), mode="batched")
-    torch.testing.assert_close(grads_of(trunk), expected)
+    torch.testing.assert_close(step(True, mode="batched"), step(False))
+    representation = {"by_features": True, "mode": "representation"}
+    torch.testing.assert_close(step(True, **representation), step(False, **representation))
     with pytest.raises(RuntimeError, match="an extra time"):
-        optimizer.backward(losses(True))
+        step(True)
 
 
 class SquareInPlace(torch.autograd.Function):

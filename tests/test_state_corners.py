@@ -59,15 +59,30 @@ def test_methods_that_need_no_backend_check_its_name(name):
         methods.get(name).weights(GRAM, losses=torch.ones(2), backend="nonsense")
 
 
-def test_a_state_of_any_strides_counts_as_its_values(backend):
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("gradnorm", {"weights": [[0.5, 1.5], [1.25, 0.75], [1.0, 1.0]], "initial_losses": [[1.0, 2.0]] * 3}),
+        ("modo", {"weights": [[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]]}),
+    ],
+)
+def test_a_state_of_any_strides_counts_as_its_values(backend, name, state):
     gram = GRAM.expand(3, 2, 2).contiguous()
-    state = {"weights": torch.tensor([[0.5, 1.5], [1.25, 0.75], [1.0, 1.0]]), "initial_losses": torch.ones(3, 2)}
-    state = {name: value.double() for name, value in state.items()}
-    transposed = {name: value.t().contiguous().t() for name, value in state.items()}
+    state = {key: torch.tensor(value, dtype=torch.float64) for key, value in state.items()}
+    transposed = {key: value.t().contiguous().t() for key, value in state.items()}
     later = []
     for loaded in (state, transposed):
-        method = methods.GradNorm()
+        method = methods.get(name)
         method.load_state_dict(loaded)
         later.append((method.weights(gram, losses=torch.ones(2), backend=backend), method.state_dict()))
-    torch.testing.assert_close(later[0][0], state["weights"], rtol=0, atol=0)
     torch.testing.assert_close(later[1], later[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["excess_mtl", "moco"])
+def test_a_float32_state_beside_buffers_becomes_float64(name):
+    first, then, rows = methods.get(name), methods.get(name), torch.eye(2)
+    gradsurgery.aggregate(rows, first, losses=torch.ones(2))
+    state = first.state_dict()
+    converted = {key: value.float() if key in ("w", "first") else value for key, value in state.items()}
+    then.load_state_dict(converted)
+    torch.testing.assert_close(then.state_dict(), state)

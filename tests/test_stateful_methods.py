@@ -68,15 +68,6 @@ def test_a_step_that_is_not_finite_leaves_the_weights(backend, name, bad):
         assert torch.equal(method.state_dict()["weights"], before)
 
 
-def test_a_state_in_another_layout():
-    method, like = methods.get("modo"), methods.get("modo")
-    w = normal(3, 2).softmax(0).T
-    method.load_state_dict({"weights": w})
-    like.load_state_dict({"weights": w.contiguous()})
-    grams = torch.eye(3).double().expand(2, 3, 3)
-    assert torch.equal(method.weights(grams), like.weights(grams))
-
-
 def explicit_db_mtl(inputs, beta, sigma):
     averages = 0
     for k, (rows, losses) in enumerate(inputs, 1):

@@ -205,18 +205,17 @@ class BufferedMethod(StatefulMethod):
         of_each = [[(b.shape, b.dtype) for b in row] for row in kept]
         if not kept or any(row != of_each[0] for row in of_each):
             raise ValueError("buffers must be of the same shapes and dtypes for each task, got others")
-        check_like(state, self._initial(torch.empty(len(kept), dtype=torch.float64, device="cpu")))
+        tensors = self._in_float64(state)
+        check_like(tensors, self._initial(torch.empty(len(kept), dtype=torch.float64, device="cpu")))
         if self._buffers is not None:
             _check_alike(self._buffers, len(kept), kept[0], self.name)
-        if self._buffers and self._state and [b.dtype for b in self._buffers[0]] == [b.dtype for b in kept[0]]:
+        if self._buffers and [b.dtype for b in self._buffers[0]] == [b.dtype for b in kept[0]]:
             # In place: a captured graph goes on from there.
             for mine, theirs in zip(self._buffers, kept, strict=True):
                 torch._foreach_copy_(mine, list(theirs))
-            for name, value in self._state.items():
-                value.copy_(state[name])
         else:
             self._buffers = [[b.clone() for b in row] for row in kept]
-            self._state = {name: state[name].clone() for name in self.state_names}
+        self._take_over(tensors)
 
 
 def _check_alike(buffers: Buffers, num_tasks: int, gradients: Sequence[Tensor], name: str) -> None:

@@ -197,7 +197,7 @@ def slot_sums(
                 tl.store(out + j * num_tasks + i, sums, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_tasks"], do_not_specialize_on_alignment=["segments"])
+@triton.jit(do_not_specialize=["num_slots", "num_tasks"])
 def sum_slots(
     out,
     partials,
