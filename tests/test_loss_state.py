@@ -55,7 +55,9 @@ def test_a_state_that_cannot_be_is_refused_whole(name):
             method.load_state_dict(bad)
     for key, value in before.items():
         fewer_dimensions = value[0] if value.dim() else value[None]
-        for wrong in (3, value.to(torch.complex64), fewer_dimensions, *([] if key == first else [value[None], None])):
+        other_kind = value.long() if value.is_floating_point() else value.float()
+        wrongs = [3, value.to(torch.complex64), other_kind, fewer_dimensions]
+        for wrong in (*wrongs, *([] if key == first else [value[None], None])):
             with pytest.raises(ValueError, match=f"{key} must be"):
                 method.load_state_dict({**before, key: wrong})
     torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)

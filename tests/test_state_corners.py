@@ -76,13 +76,3 @@ def test_a_state_of_any_strides_counts_as_its_values(backend, name, state):
         method.load_state_dict(loaded)
         later.append((method.weights(gram, losses=torch.ones(2), backend=backend), method.state_dict()))
     torch.testing.assert_close(later[1], later[0], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", ["excess_mtl", "moco"])
-def test_a_float32_state_beside_buffers_becomes_float64(name):
-    first, then, rows = methods.get(name), methods.get(name), torch.eye(2)
-    gradsurgery.aggregate(rows, first, losses=torch.ones(2))
-    state = first.state_dict()
-    converted = {key: value.float() if key in ("w", "first") else value for key, value in state.items()}
-    then.load_state_dict(converted)
-    torch.testing.assert_close(then.state_dict(), state)

@@ -205,7 +205,7 @@ class BufferedMethod(StatefulMethod):
         of_each = [[(b.shape, b.dtype) for b in row] for row in kept]
         if not kept or any(row != of_each[0] for row in of_each):
             raise ValueError("buffers must be of the same shapes and dtypes for each task, got others")
-        tensors = self._in_float64(state)
+        tensors = {name: state[name] for name in self.state_names}
         check_like(tensors, self._initial(torch.empty(len(kept), dtype=torch.float64, device="cpu")))
         if self._buffers is not None:
             _check_alike(self._buffers, len(kept), kept[0], self.name)

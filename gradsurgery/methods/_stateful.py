@@ -64,7 +64,10 @@ class StatefulMethod(Method):
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Tensor] | None:
         """Return the tensors of what ``state_dict`` returned, in float64; None from before the first step."""
-        tensors = self._in_float64(state)
+        tensors = {name: state[name] for name in self.state_names}
+        for name, value in tensors.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                tensors[name] = value.double()
         if all(value is None for value in tensors.values()):
             return None
         first = tensors[self.state_names[0]]
@@ -73,11 +76,6 @@ class StatefulMethod(Method):
         like = torch.empty(self._shape_of(first), dtype=torch.float64, device=first.device)
         check_like(tensors, self._initial(like))
         return tensors
-
-    def _in_float64(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the state's own part of what ``state_dict`` returned, floating-point numbers in float64."""
-        own = {name: state[name] for name in self.state_names}
-        return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in own.items()}
 
     def _take_over(self, state: dict[str, Tensor] | None) -> None:
         """Make this the state, in place where shapes allow: a captured graph goes on from there."""
