@@ -14,12 +14,12 @@ from itertools import combinations
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, distributed
 
+from ._agreement import Processes
 from ._collected import Collected
 from ._dtensor import as_dtensor, is_sharded, local_part, part_of
-from .distributed import Replicas, check_present, check_same
+from .distributed import Replicas, check_present
 from .methods import Method
 
 
@@ -36,7 +36,7 @@ def processes_of(group: Any, parameters: list[Tensor], method: Method) -> Replic
     return replicas
 
 
-class Shards:
+class Shards(Processes):
     """The processes that parameters are spread over.
 
     Args:
@@ -50,7 +50,6 @@ class Shards:
     """
 
     alone = False
-    """Other processes wait for this one."""
 
     def __init__(self, parameters: list[Any], group: Any, method: Method) -> None:
         self.method = method
@@ -64,6 +63,11 @@ class Shards:
     def shards(self) -> Shards:
         """These, where :class:`Replicas` has None."""
         return self
+
+    @property
+    def groups(self) -> list[Any]:  # type: ignore[override]
+        """Those that parameters are spread over, and the one with the same parts."""
+        return [*map(self._group, self._dims), *([] if self._replicas is None else self._replicas.groups)]
 
     def check(self, parameters: Iterable[Any]) -> None:
         """Take note of the processes of more parameters.
@@ -172,10 +176,6 @@ class Shards:
         for ranks in self._dims:
             distributed.all_reduce(losses, group=self._group(ranks))
         return losses
-
-    def check_same(self, tasks: list[str], device: torch.device) -> None:
-        """Raise ValueError, on every process, unless all have losses of these tasks and the method's seed."""
-        check_same(tasks, self.method, [self._group(ranks) for ranks in self._dims], device)
 
     def _group(self, ranks: tuple[int, ...]) -> Any:
         mesh, dim = self._dims[ranks]

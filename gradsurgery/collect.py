@@ -71,6 +71,7 @@ def collect(
     weigh: Callable[[list[str], Tensor], Tensor] | None = None,
     steer: Callable[[Collected], tuple[list[Any], Tensor | None]] | None = None,
     partial: bool = False,
+    empty: bool = False,
     shards: Shards | None = None,
     survey: Survey | None = None,
 ) -> Collected:
@@ -89,6 +90,7 @@ def collect(
         steer: for mode="representation": maps the gradients of the features to those that one pass goes on with, and
             to weights [T] of the gradients above, or None. The sums of the rows are then what is wanted.
         partial: accept None for an absent loss; its row is of None.
+        empty: accept None for all losses.
         shards: where the parameters are spread over processes; the gradients are then this process's parts.
         survey: what the graphs of the steps so far tell about the passes; None: they go to named inputs.
 
@@ -101,10 +103,11 @@ def collect(
     mode, features = how.mode, cast("Sequence[Tensor] | None", how.features)
     if mode == "representation" and steer is None and weigh is None:
         raise ValueError('mode="representation" is for backward(), whose last pass needs the weights')
-    tasks, each = _check_losses(losses, partial)
+    tasks, each = _check_losses(losses, partial, empty)
     if check is not None:
         check(tasks)
     given = [loss for loss in each if loss is not None]
+    device = next((at.device for at in (*given, *parameters)), torch.device("cpu"))
     # A hook of the stack itself runs in passes that begin above it.
     hooked = isinstance(losses, Tensor) and bool(losses._backward_hooks)
     roots = [None if loss is None else Root(loss) if hooked else root_of(loss) for loss in each]
@@ -117,19 +120,19 @@ def collect(
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
         # Before the hooks average what does not belong together.
-        shards.check_same([*compress(tasks, present)], given[0].device)
+        shards.check_same([*compress(tasks, present)], device)
     elif through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
             "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "
             "with use_reentrant=False take both"
         )
-    values = _values(each, given)
+    values = _values(each, device)
     if weigh is not None:
         weights = weigh(tasks, values)
         terms = [(loss * weight.to(loss)).reshape(()) for weight, loss in zip(weights.unbind(), given, strict=True)]
         total = sum((term.to(terms[0].device) for term in terms[1:]), terms[0])
         each, roots, mode, features = [total], [Root(total)], "sequential", None
-    scale = None if how.scaler is None else how.scaler.scale(torch.ones((), device=given[0].device))
+    scale = None if how.scaler is None else how.scaler.scale(torch.ones((), device=device))
     starts = [
         (root, torch.ones_like(loss) if scale is None else scale.to(loss, copy=True).expand_as(loss))  # type: ignore[arg-type]
         for root, loss in zip(roots, each, strict=True)
@@ -139,7 +142,9 @@ def collect(
     hiding = hiding or whole
     passes = Passes(list(parameters), mode == "batched", how.chunk_size, how.retain_graph, starts, hiding)
     with passes.grads_aside() if hiding else nullcontext():
-        if whole:
+        if not starts:
+            grads = []
+        elif whole:
             grads = passes.through_grad(sharded=shards is not None)
         elif features is None:
             grads = passes.from_losses()
@@ -165,15 +170,15 @@ def _spread(rows: Rows, roots: Sequence[Root | None], width: int) -> Rows:
     return [[None] * width if root is None else next(found) for root in roots]
 
 
-def _values(each: list[Tensor | None], given: list[Tensor]) -> Tensor:
+def _values(each: list[Tensor | None], device: torch.device) -> Tensor:
     """Return the losses as float64 [T], detached; 0 for an absent one."""
-    scalars = [loss.detach().reshape(()) for loss in given]
-    alike = len(given) == len(each) and len({(loss.dtype, loss.device) for loss in scalars}) == 1
-    if not alike:
-        absent = torch.zeros((), dtype=torch.float64, device=given[0].device)
-        scalars = [absent if loss is None else loss.detach().to(absent).reshape(()) for loss in each]
+    scalars = [None if loss is None else loss.detach().reshape(()) for loss in each]
+    kinds = {None if loss is None else (loss.dtype, loss.device) for loss in scalars}
+    if None in kinds or len(kinds) > 1:
+        absent = torch.zeros((), dtype=torch.float64, device=device)
+        scalars = [absent if loss is None else loss.to(absent) for loss in scalars]
     # A plain tensor, whatever class the losses are of.
-    return torch.stack(scalars).to(torch.float64).as_subclass(Tensor)
+    return torch.stack(scalars).to(torch.float64).as_subclass(Tensor)  # type: ignore[arg-type]
 
 
 def listed(losses: Losses) -> Losses:
@@ -188,7 +193,7 @@ def holds_weights(losses: Losses) -> bool:
     return not any(loss.dtype in (torch.bfloat16, torch.float16) for loss in each if loss is not None)
 
 
-def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor | None]]:
+def _check_losses(losses: Losses, partial: bool, empty: bool = False) -> tuple[list[str], list[Tensor | None]]:
     """Return the tasks' names and their losses, of one element each."""
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
@@ -208,7 +213,7 @@ def _check_losses(losses: Losses, partial: bool) -> tuple[list[str], list[Tensor
         )
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"losses must have names that differ as strings, got {tasks}")
-    if all(loss is None for loss in scalars):
+    if not empty and all(loss is None for loss in scalars):
         raise ValueError("losses must hold at least one loss, got none")
     for task, loss in zip(tasks, scalars, strict=True):
         if loss is None and partial:

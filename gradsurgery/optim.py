@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -61,10 +62,11 @@ class SurgeryOptimizer(OptimizerWrapper):
         process_group: the processes that train the model together, each with a batch of its own. Task gradients and
             losses are averaged over them before surgery, as if one process had all batches. None: the default group if
             ``torch.distributed`` is initialised. A group of this process alone averages nothing. Every process must
-            call ``backward`` and ``combine``; if one raises, the others wait until the group's timeout. Sharded
-            parameters: leave it None with ``fully_shard``, whose hooks average. With tensor parallelism alone pass the
-            group of processes with the same parts; None averages nothing. Each process then combines its own parts, by
-            one pass per loss, which also adds to ``.grad`` of parameters outside the optimizer. GradDrop is refused.
+            call ``backward`` and ``combine``. If one raises before numbers are exchanged, the others raise a
+            RuntimeError, and nothing has changed on any. Sharded parameters: leave it None with ``fully_shard``, whose
+            hooks average. With tensor parallelism alone pass the group of processes with the same parts; None averages
+            nothing. Each process then combines its own parts, by one pass per loss, which also adds to ``.grad`` of
+            parameters outside the optimizer. GradDrop is refused.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Raises:
@@ -151,34 +153,42 @@ class SurgeryOptimizer(OptimizerWrapper):
                 failed pass.
             OverwrittenError: a RuntimeError; passes returned gradients in the same memory. What was collected before
                 is forgotten, too, for they may have written over it.
-            RuntimeError: the batched pass failed, for example because vmap does not support an operator. Gradients and
-                state are then unchanged.
+            RuntimeError: the batched pass failed, for example because vmap does not support an operator; or another
+                process raised an error. Gradients and state are then unchanged.
         """
-        losses, how = listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features)
-        before, survey = self._pending, self._survey
-        once = self.method.weights_losses and not self.method.needs_gram
-        if once and before is None and holds_weights(losses):
-            info = backward_once(losses, self._trainable(), self._planner, self._processes, self.backend, how, survey)
+        with self._telling(awaited=True):
+            losses, how = listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features)
+            before, survey = self._pending, self._survey
+            once = self.method.weights_losses and not self.method.needs_gram
+            if once and before is None and holds_weights(losses):
+                info = backward_once(
+                    losses, self._trainable(), self._planner, self._processes, self.backend, how, survey
+                )
+            elif mode == "representation":
+                if before is not None:
+                    raise ValueError('mode="representation" does not add to what was collected: call combine() first')
+                check_representation(self.method, self.granularity)
+                info = backward_by_representation(
+                    losses,
+                    self._trainable(),
+                    self._planner,
+                    self._processes,
+                    self.backend,
+                    how,
+                    survey,
+                    self._check_tasks,
+                )
+            else:
+                try:
+                    self._collect(losses, how, self.method.takes_absent or self._others_may_have_losses)
+                    return self._combine()
+                except OverwrittenError:
+                    raise
+                except BaseException:
+                    self._pending = before
+                    raise
             survey.began = True
             return info
-        if mode == "representation":
-            if before is not None:
-                raise ValueError('mode="representation" does not add to what was collected: call combine() first')
-            check_representation(self.method, self.granularity)
-            info = backward_by_representation(
-                losses, self._trainable(), self._planner, self._processes, self.backend, how, survey, self._check_tasks
-            )
-            survey.began = True
-            return info
-        try:
-            others_have = not self._processes.alone and self._processes.shards is None and self.method.num_batches == 1
-            self._collect(losses, how, self.method.takes_absent or others_have)
-            return self._combine()
-        except OverwrittenError:
-            raise
-        except BaseException:
-            self._pending = before
-            raise
 
     @untraced
     def collect(
@@ -202,7 +212,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         """
         # With several batches, a call's tasks are those of its batch.
         partial = self.method.takes_absent or self.method.num_batches == 1
-        self._collect(listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features), partial)
+        with self._telling(awaited=self._processes.shards is not None):  # those with copies wait in combine()
+            self._collect(listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features), partial)
 
     def _check_tasks(self, tasks: list[str]) -> None:
         """Raise what would be raised of these tasks after the passes, as far as it is known before."""
@@ -226,7 +237,16 @@ class SurgeryOptimizer(OptimizerWrapper):
                 before.check_next(tasks, parameters, scaled=how.scaler is not None)
 
         try:
-            new = collect(losses, parameters, how, partial=partial, check=check, shards=shards, survey=self._survey)
+            new = collect(
+                losses,
+                parameters,
+                how,
+                partial=partial,
+                empty=self._others_may_have_losses,
+                check=check,
+                shards=shards,
+                survey=self._survey,
+            )
             self._pending = new if before is None else before.plus(new) if batches == 1 else before.beside(new)
         except OverwrittenError:
             self._pending = None  # what was collected before may have been written over, too
@@ -245,7 +265,8 @@ class SurgeryOptimizer(OptimizerWrapper):
             ValueError: nothing was collected, or not all tasks, or another number of batches than the method takes.
             ValueError, TypeError: as :meth:`backward` does; what was collected is kept then.
         """
-        return self._combine()
+        with self._telling(awaited=self._processes.shards is None):
+            return self._combine()
 
     @torch.no_grad()
     def _combine(self) -> SurgeryInfo:
@@ -285,13 +306,14 @@ class SurgeryOptimizer(OptimizerWrapper):
                 f"method {self.method.name!r} learns from the losses of its steps alone, and has no update"
             )
         device = self._parameters()[0].device
-        numbers = numbers_of("values", values, device)
-        tasks = [str(task) for task in (values.keys() if isinstance(values, Mapping) else range(len(numbers)))]
-        if isinstance(values, Mapping):
-            self._planner.check_tasks(tasks)
-        if self._processes.shards is not None:
-            self._processes.shards.check_same(tasks, device)
-        numbers = self._processes.average_losses(tasks, numbers)
+        with self._telling(awaited=True):
+            numbers = numbers_of("values", values, device)
+            tasks = [str(task) for task in (values.keys() if isinstance(values, Mapping) else range(len(numbers)))]
+            if isinstance(values, Mapping):
+                self._planner.check_tasks(tasks)
+            if self._processes.shards is not None:
+                self._processes.shards.check_same(tasks, device)
+            numbers = self._processes.average_losses(tasks, numbers)
         with Rollback(self.method, device):
             learn(numbers)
         if isinstance(values, Mapping):
@@ -355,6 +377,15 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def _forget(self) -> None:
         self._pending = None
+
+    def _telling(self, *, awaited: bool) -> AbstractContextManager[None]:
+        """Return a context whose errors other processes learn of, where these ``awaited`` what this one will do."""
+        return self._processes.telling(self._parameters()[0].device, awaited=awaited)
+
+    @property
+    def _others_may_have_losses(self) -> bool:
+        """Whether other processes may have losses that this one lacks."""
+        return not self._processes.alone and self._processes.shards is None and self.method.num_batches == 1
 
     def _processes_of(self, group: distributed.ProcessGroup | None) -> Replicas | Shards:
         """Return the processes that train these parameters; errors as of the constructor."""

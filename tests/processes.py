@@ -8,6 +8,7 @@ from torch import distributed
 
 from process_cases import CASES
 from process_errors import ERRORS, GROUPS
+from process_failures import FAILURES
 from process_nets import WORLD
 
 
@@ -15,7 +16,7 @@ def main(rank, store, path):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     found = {}
-    for name, case in [*CASES.items(), *GROUPS.items()]:
+    for name, case in {**CASES, **FAILURES, **GROUPS}.items():
         found[name] = case()
     for name, case in ERRORS.items():
         try:

@@ -3,12 +3,14 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import torch
 
 import processes
 from process_cases import CASES
 from process_errors import ERRORS
+from process_failures import FAILURES
 from process_nets import BATCHES, WORLD, Net, gradients, wrap
 
 MESSAGES = dict(
@@ -100,10 +102,10 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
 
 
-def check_case(found, name):
+def check_case(case, found, name):
     first, second = (results[name] for results in found)
     assert same(first, second)
-    alone = CASES[name]()
+    alone = case()
     assert len(first) == len(alone)
     for ours, theirs in zip(first, alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -126,7 +128,8 @@ def check_error(found, name):
 # One test, for the processes are started once.
 def test_two_processes(tmp_path):
     found, wrong = run(tmp_path), {}
-    checks = [*((check_case, name) for name in CASES), (check_groups, "groups"), *((check_error, e) for e in ERRORS)]
+    checks = [*((partial(check_case, case), name) for name, case in (CASES | FAILURES).items())]
+    checks += [(check_groups, "groups"), *((check_error, name) for name in ERRORS)]
     for check, name in checks:
         try:
             check(found, name)
