@@ -69,7 +69,7 @@ gs_solve weighting_solve(int64_t method, const std::optional<Tensor>& preference
   if (preference) check_square_data(*preference, at::kDouble, {num_tasks}, device, "preference");
   gs_solve solve = {};
   solve.method = GS_WEIGHTING;
-  solve.weighting = static_cast<gs_weighting>(method);
+  solve.weighting = weighting_of(method);
   solve.preference = preference ? preference->const_data_ptr<double>() : nullptr;
   solve.parameter = parameter;
   solve.limit = limit;

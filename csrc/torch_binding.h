@@ -26,11 +26,26 @@ inline void check_status(gs_status status) {
   TORCH_CHECK(status == GS_OK, gs_last_error());
 }
 
+// ValueError where elements have no memory, as after untyped_storage().resize_(0): kernels would take the tensor for an
+// absent one, which only torch's zero tensors are as good as.
+inline void check_memory(const Tensor& tensor, const void* data) {
+  TORCH_CHECK_VALUE(data || tensor.numel() == 0 || tensor._is_zerotensor(),
+                    message("tensors must have memory, got one of shape ", tensor.sizes(), " without"));
+}
+
+inline const void* address_of(const Tensor& tensor) {
+  const void* const data = tensor.const_data_ptr();
+  check_memory(tensor, data);
+  return data;
+}
+
 // A tensor's memory, to write to: autograd is told, as by torch's own functions.
 template <class T = void>
 T* written(const Tensor& tensor) {
+  void* const data = tensor.mutable_data_ptr();
+  check_memory(tensor, data);
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-  return static_cast<T*>(tensor.mutable_data_ptr());
+  return static_cast<T*>(data);
 }
 
 const gs_parallel kTorchThreads = {[](void*, int64_t count, void (*body)(void*, int64_t), void* arg) {
@@ -118,7 +133,7 @@ struct Gradients {
     g.device = grads.device();
     g.num_tasks = grads.size(0);
     g.num_segments = static_cast<int64_t>(offsets.size()) - 1;
-    const auto* base = static_cast<const char*>(grads.const_data_ptr());
+    const auto* base = static_cast<const char*>(address_of(grads));
     const int64_t bytes = grads.element_size();
     for (int64_t s = 0; s < g.num_segments; s++) {
       g.add(offsets[s + 1] - offsets[s], dtype_of(grads), s);
@@ -144,17 +159,16 @@ struct Gradients {
     g.num_segments = num_segments;
     g.data.resize(count);
     std::vector<Tensor> first(params);
-    for (int64_t t = 0; t < num_tasks; t++) {
-      for (int64_t p = 0; p < params; p++) {
-        const std::optional<Tensor> entry = grads.get(t * params + p);
-        if (!entry || !entry->defined()) continue;
-        if (!g.device) g.device = entry->device();
-        if (!first[p].defined()) first[p] = *entry;
-        TORCH_CHECK_VALUE(entry->device() == *g.device,
-                          message("gradient ", p, " must be on ", *g.device, ", got ", entry->device()));
-        check_same_layout(*entry, first[p], p);
-        g.data[p * num_tasks + t] = entry->const_data_ptr();
-      }
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t t = i / params, p = i % params;
+      const std::optional<Tensor> entry = grads.get(i);
+      if (!entry || !entry->defined()) continue;
+      if (!g.device) g.device = entry->device();
+      if (!first[p].defined()) first[p] = *entry;
+      TORCH_CHECK_VALUE(entry->device() == *g.device,
+                        message("gradient ", p, " must be on ", *g.device, ", got ", entry->device()));
+      check_same_layout(*entry, first[p], p);
+      g.data[p * num_tasks + t] = address_of(*entry);
     }
     for (int64_t p = 0; p < params; p++) {
       const bool any = first[p].defined();
@@ -177,6 +191,12 @@ struct Gradients {
   }
 };
 
+inline gs_weighting weighting_of(int64_t method) {
+  TORCH_CHECK_VALUE(method == static_cast<int32_t>(method),
+                    message("weighting is ", method, ", which no gs_weighting is"));
+  return static_cast<gs_weighting>(method);
+}
+
 // T x T data: contiguous, of one dtype and shape, on the device of the call.
 inline void check_square_data(const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape,
                               const at::Device& device, const char* name) {
@@ -184,6 +204,7 @@ inline void check_square_data(const Tensor& tensor, at::ScalarType dtype, at::In
   TORCH_CHECK_VALUE(tensor.device() == device && tensor.is_contiguous() && tensor.sizes() == shape,
                     message(name, " must be contiguous on ", device, " with shape ", shape, ", got ", tensor.device(),
                             " ", tensor.sizes(), " with strides ", tensor.strides()));
+  TORCH_CHECK_VALUE(!tensor.is_neg(), message(name, " must not be a negated view"));
 }
 
 struct Problems {

@@ -156,7 +156,7 @@ std::optional<Lists> Lists::read(pybind11::handle rows) {
     } else if (!alike(*tensor, THPVariable_Unpack(first))) {
       return std::nullopt;
     }
-    g.data[p * num_tasks + t] = tensor->const_data_ptr();
+    g.data[p * num_tasks + t] = address_of(*tensor);
     if (lists.counts_[p] < kManyTasks) lists.counts_[p]++;
     held.push_back(pybind11::reinterpret_borrow<pybind11::object>(object));
   }
@@ -244,38 +244,42 @@ void Lists::gram(Tensor& out) const {
 
 void Lists::combine(const Tensor& weights, pybind11::handle out, bool accumulate) const {
   RECORD_FUNCTION("gradsurgery::combine", {});
-  std::vector<void*> pointers = pointers_of(out);
+  Outputs outputs = outputs_of(out);
   const pybind11::gil_scoped_release release;
-  run_combine(grads_, weights, accumulate, pointers);
+  run_combine(grads_, weights, accumulate, outputs.pointers);
 }
 
 void Lists::combine_by_rule(const gs_rule& rule, pybind11::handle out, bool accumulate) const {
   RECORD_FUNCTION("gradsurgery::combine_by_rule", {});
-  std::vector<void*> pointers = pointers_of(out);
+  Outputs outputs = outputs_of(out);
   const pybind11::gil_scoped_release release;
-  run_combine_by_rule(grads_, rule, accumulate, pointers);
+  run_combine_by_rule(grads_, rule, accumulate, outputs.pointers);
 }
 
 std::optional<std::pair<Tensor, Tensor>> Lists::aggregate(const gs_solve& solve, pybind11::handle out,
                                                           bool accumulate) const {
   RECORD_FUNCTION("gradsurgery::aggregate", {});
-  std::vector<void*> pointers = pointers_of(out);
+  Outputs outputs = outputs_of(out);
   const pybind11::gil_scoped_release release;
-  if (!flat_) return run_aggregate(grads_, solve, accumulate, pointers);
-  run_aggregate_alone(grads_, solve, accumulate, pointers);
+  if (!flat_) return run_aggregate(grads_, solve, accumulate, outputs.pointers);
+  run_aggregate_alone(grads_, solve, accumulate, outputs.pointers);
   return std::nullopt;
 }
 
-std::vector<void*> Lists::pointers_of(pybind11::handle out) const {
+Lists::Outputs Lists::outputs_of(pybind11::handle out) const {
   TORCH_CHECK_VALUE(fits(out, /*apart=*/false), "out must be a list of tensors like the gradients, one per parameter");
-  if (flat_) return {written(THPVariable_Unpack(out.ptr()))};
-  const Items targets(out.ptr());
-  std::vector<void*> pointers;
-  pointers.reserve(targets.size);
-  for (int64_t p = 0; p < targets.size; p++) {
-    pointers.push_back(written(THPVariable_Unpack(targets.data[p])));
+  const Items items(out.ptr());
+  PyObject* const whole = out.ptr();
+  PyObject* const* const targets = flat_ ? &whole : items.data;
+  const int64_t count = flat_ ? 1 : items.size;
+  Outputs outputs;
+  outputs.held.reserve(count);
+  outputs.pointers.reserve(count);
+  for (int64_t p = 0; p < count; p++) {
+    outputs.held.push_back(pybind11::reinterpret_borrow<pybind11::object>(targets[p]));
+    outputs.pointers.push_back(written(THPVariable_Unpack(targets[p])));
   }
-  return pointers;
+  return outputs;
 }
 
 pybind11::object Lists::targets(pybind11::handle parameters, const std::vector<int64_t>& params) const {

@@ -47,8 +47,13 @@ class Lists {
  private:
   static constexpr char kManyTasks = 127;
 
+  struct Outputs {
+    std::vector<pybind11::object> held;  // another thread may take them from the list while kernels run
+    std::vector<void*> pointers;
+  };
+
   PyObject* first_of(int64_t p) const;
-  std::vector<void*> pointers_of(pybind11::handle out) const;
+  Outputs outputs_of(pybind11::handle out) const;
 
   Gradients grads_;
   bool flat_ = false;

@@ -2,6 +2,7 @@
 // The operators of stage 3, and of the rules on the gradients themselves that take its place.
 #include <torch/library.h>
 
+#include "solvers/philox.h"
 #include "torch_binding.h"
 
 namespace gs::binding {
@@ -69,7 +70,7 @@ void pcgrad(const Tensor& gram, const std::optional<Tensor>& order, int64_t seed
     return check_status(gs_pcgrad_cuda(g, batch, num_tasks, visit, key, now, advance, mean, out, target.stream()));
   }
   check_status(gs_pcgrad_cpu(g, batch, num_tasks, visit, key, static_cast<uint64_t>(*now), mean, out, &kTorchThreads));
-  if (advance) ++*now;
+  if (advance) *now = next_step(*now);
 }
 
 void min_norm(const Tensor& gram, bool exact, int64_t max_iter, double tol, Tensor& weights) {
@@ -92,7 +93,7 @@ void weights_of(const Tensor& gram, int64_t method, const std::optional<Tensor>&
   const auto [batch, num_tasks] = check_problems(gram, weights);
   if (preference) check_square_data(*preference, at::kDouble, {num_tasks}, gram.device(), "preference");
   const Target target(gram.device());
-  const auto solver = static_cast<gs_weighting>(method);
+  const auto solver = weighting_of(method);
   const Tensor workspace =
       target.make_workspace(target.is_cuda() ? gs_weights_cuda_workspace_bytes(solver, batch, num_tasks)
                                              : gs_weights_workspace_bytes(solver, batch, num_tasks));

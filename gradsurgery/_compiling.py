@@ -6,7 +6,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -14,12 +16,20 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+def is_traced() -> bool:
+    """Whether torch.compile or torch.export traces the caller.
+
+    ``torch.compiler.is_compiling()`` is also true while another thread compiles.
+    """
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
 def untraced(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Return a function that compiled callers run uncompiled: traced, it would lose what it sets for later calls."""
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if torch.compiler.is_compiling():
+        if is_traced():
             return _outside(function, *args, **kwargs)  # type: ignore[no-any-return]
         return function(*args, **kwargs)
 
@@ -38,20 +48,29 @@ def cached(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(function)
     def call(*args: Any) -> Result:
-        return (function if torch.compiler.is_compiling() else keeping)(*args)
+        return (function if is_traced() else keeping)(*args)
 
     return call
 
 
-@cached
+# Of functions that are alive: one may be a closure over a whole model.
+_options: WeakKeyDictionary[Callable[..., Any], tuple[frozenset[str], bool]] = WeakKeyDictionary()
+
+
 def takes(function: Callable[..., Any], option: str) -> bool:
-    """Whether a function has a parameter of this name."""
-    kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
-    return option in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values()
+    """Whether a function has a parameter of this name, or takes any."""
+    try:
+        named, any_other = _options[function]
+    except (KeyError, TypeError):  # or it can have no weak reference
+        kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
+        named, any_other = frozenset(kinds), inspect.Parameter.VAR_KEYWORD in kinds.values()
+        with suppress(TypeError):
+            _options[function] = named, any_other
+    return option in named or any_other
 
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is captured on the device's current stream; never while a function is traced."""
-    if device.type != "cuda" or torch.compiler.is_compiling():
+    if device.type != "cuda" or is_traced():
         return False
     return torch.cuda.is_current_stream_capturing()

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ._compiling import is_traced
+
 Result = TypeVar("Result", Tensor, list[Any], Tensor | list[Any])
 
 
@@ -39,7 +41,7 @@ def constant(name: str, result: Result, inputs: Sequence[Tensor]) -> Result:
     """Return ``result``, tied to those inputs that require grad so that a backward pass through it raises."""
     inputs = [tensor for tensor in inputs if tensor.requires_grad]
     # A compiler would trace the backward pass, which raises.
-    if not inputs or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not inputs or not torch.is_grad_enabled() or is_traced():
         return result
     if isinstance(result, list):
         return [None if part is None else constant(name, part, inputs) for part in result]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import as_integer, describe
+from ._compiling import is_traced
 from ._dtensor import is_sharded
 from ._extension import C
 
@@ -94,7 +95,7 @@ def read_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[int]
 
 
 def _reads_past_dispatcher() -> bool:
-    return C is not None and not torch.compiler.is_compiling()
+    return C is not None and not is_traced()
 
 
 def _parse_matrix(grads: Tensor, segments: Sequence[int] | None) -> TaskGradients:
@@ -137,7 +138,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
     like: list[Tensor | None] = []
     device = None
     differentiable: list[Tensor] = []
-    negated = torch.compiler.is_compiling()  # traced tensors cannot be asked
+    negated = is_traced()  # traced tensors cannot be asked
     irregular = set()
     for t, row in enumerate(grads):
         if isinstance(row, Tensor) or not isinstance(row, Sequence):

@@ -58,11 +58,11 @@ class Survey:
         functions = functions_behind(losses)
         if functions <= self.functions:
             return
-        self.functions |= functions
-        self.checked = False
         graph = Graph.of(roots)
         self.through_grad = self.through_grad or _REENTRANT in graph.names
         self.hiding = self.hiding or any(map(graph.may_hide, graph.functions))
+        self.checked = False
+        self.functions |= functions  # last, or after an interrupt none of this would be done
 
     def check(self, collected: Collected, processes: Replicas | Shards) -> None:
         """Warn of shared parameters that one task alone trains, where another gives zeros.

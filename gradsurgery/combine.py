@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._checks import describe
+from ._compiling import is_traced
 from ._constant import constant
 from ._extension import Rule
 from ._gradients import Grads, TaskGradients, as_float64, is_dense, is_expanded, parse
@@ -197,7 +198,7 @@ def _check_target(target: Tensor, like: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be {like.dtype} like the gradients, got {target.dtype}")
     if target.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the gradients, got {target.device}")
-    if torch.compiler.is_compiling():
+    if is_traced():
         return  # of traced tensors the rest cannot be asked
     if target.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name} is an inference tensor, which can be written to in inference mode only")
@@ -208,7 +209,7 @@ def _check_target(target: Tensor, like: Tensor, name: str) -> None:
 def _check_apart(target: Tensor, gradients: Tensor | list[Tensor], name: str) -> None:
     """Raise ValueError if the target overlaps one of the gradients, rows of a matrix or a list, in part."""
     # Traced tensors have no memory, those of subclasses may have none; what is not dense is written by a temporary.
-    if torch.compiler.is_compiling() or type(target) not in (Tensor, Parameter) or not is_dense(target):
+    if is_traced() or type(target) not in (Tensor, Parameter) or not is_dense(target):
         return
     if isinstance(gradients, Tensor):
         step = gradients.stride(0) * gradients.itemsize

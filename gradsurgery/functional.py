@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_count, check_not_negative, check_word, describe
+from ._compiling import is_traced
 from ._constant import constant
 from ._gradients import as_float64
 from .backends import choose
@@ -218,7 +219,7 @@ def _check_order(order: Tensor, num_tasks: int, device: torch.device) -> Tensor:
     if order.device != device:
         raise ValueError(f"order must be on {device} like gram, got {order.device}")
     # Only host values can be checked without a synchronisation.
-    on_host = device.type == "cpu" and not torch.compiler.is_compiling()
+    on_host = device.type == "cpu" and not is_traced()
     if on_host and not (order.sort(dim=1).values == torch.arange(num_tasks, device=device)).all():
         raise ValueError(f"each row of order must be a permutation of 0..{num_tasks - 1}, got {order.tolist()}")
     return order.contiguous()

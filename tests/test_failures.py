@@ -192,6 +192,21 @@ def test_an_optimizer_does_not_hide_the_error_either():
         optimizer.backward(two_losses(net, torch.ones(2, 6)))
 
 
+def test_a_compiler_in_another_thread_does_not_matter(monkeypatch):
+    """Its flag is of the process."""
+    net = two_task_net()
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters()), "famo")
+    optimizer.backward(two_losses(net, torch.ones(2, 6)))
+    before = optimizer.method.state_dict()
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    monkeypatch.setattr(gradsurgery._operate, "add_all", fails)
+    with pytest.raises(Fault):
+        optimizer.backward(two_losses(net, torch.ones(2, 6)))
+    after = optimizer.method.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_an_update_that_fails_is_not_half_made(monkeypatch):
     method, other = methods.get("famo"), methods.get("famo")
     net = two_task_net()

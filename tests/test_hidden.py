@@ -243,6 +243,22 @@ def test_a_failure_leaves_no_gradient():
 WRAPS = {"own": Hiding.apply, "torch": lambda f, x: checkpoint(f, x, use_reentrant=True)}
 
 
+@pytest.mark.parametrize("hidden", ["1", "2"])
+def test_an_interrupt_while_the_first_graph_is_read(hidden, monkeypatch):
+    net = Net(hidden)
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Graph, "of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.backward(net.losses(net.features()))
+    optimizer.backward(net.losses(net.features()))
+    torch.testing.assert_close(grads_of(net), step(hidden)[1])
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def late(hidden, wrap, steps):
     """Two tasks from the first step on, two more from the second on; gradients and G of the last step."""
     torch.manual_seed(0)

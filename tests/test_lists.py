@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Gradients read past the dispatcher by the extension, beside the operators that serve what it does not take."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -191,8 +193,55 @@ def test_direct_calls_are_safe():
         lists.select([0, 1], [0], 1)
     with pytest.raises(ValueError, match=r"segments must be in 0..0, got 1"):
         lists.select([0, 1], [0, 1], 1).gram(torch.empty(4, 4, dtype=torch.float64, device=lists.device))
+    with pytest.raises(ValueError, match="weights must not be a negated view"):
+        lists.combine(torch._neg_view(weights), fresh, False)
     with pytest.raises(ValueError, match="gram must be contiguous"):
         lists.gram(torch.empty(3, 3, dtype=torch.float64, device=lists.device))
+
+
+def freed(*shape):
+    tensor = torch.ones(shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def test_freed_memory_is_no_absent_gradient():
+    """As that of parameters that somebody gathers and frees."""
+    ones, operators = torch.ones(4), torch.ops.gradsurgery
+    weights, gram = (torch.ones(shape, dtype=torch.float64, device=ones.device) for shape in ([2], [2, 2]))
+    calls = [
+        lambda: gradsurgery.gram([[ones], [freed(4)]]),
+        lambda: gradsurgery.gram(freed(2, 4)),
+        lambda: gradsurgery.gram([[ones], [freed(4).requires_grad_()]]),
+        lambda: gradsurgery.combine([[ones], [ones]], weights, out=[freed(4)]),
+        lambda: operators.gram(freed(2, 4), [], gram),
+        lambda: operators.gram.list([ones, freed(4)], 2, [], gram),
+        lambda: operators.combine.list([ones, ones], weights, [], False, [freed(4)]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"tensors must have memory, got one of shape \[.*4\] without"):
+            call()
+    assert torch.equal(gradsurgery.gram([[freed(0)], [torch.ones(0)]]), torch.zeros_like(gram))
+
+
+def test_outputs_live_while_kernels_write_to_them():
+    """Another thread takes them from the caller's list."""
+    rows = [[torch.ones(1 << 21)] for _ in range(4)]
+    ended = threading.Event()
+
+    def take():
+        while not ended.is_set():
+            out[0] = torch.empty_like(rows[0][0])
+
+    out = [torch.empty_like(rows[0][0])]
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        for _ in range(30):
+            gradsurgery.combine(rows, torch.ones(4), out=out)
+    finally:
+        ended.set()
+        thread.join()
 
 
 def make_optimizer(parameters):

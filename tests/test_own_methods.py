@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What users write: methods, ways to pass losses, and questions to what a step returns."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -79,6 +82,32 @@ def test_a_class_without_a_name_is_called_by_its_own():
     _, optimizer = wrapped(Averaged())
     with pytest.raises(ValueError, match="the state must be that of method 'Averaged', got that of 'Other'"):
         optimizer.load_state_dict(state)
+
+
+def test_a_class_does_not_outlive_its_use():
+    """It may be a closure over a model."""
+
+    def use():
+        model = torch.nn.Linear(2, 2)
+
+        class Own(methods.Method):
+            def weights(self, gram, *, losses=None):
+                return gram[..., 0].clamp(model.weight.detach().sum().double())
+
+        class OwnOptimizer(torch.optim.SGD):
+            def zero_grad(self, set_to_none=True):
+                model.zero_grad()
+                super().zero_grad(set_to_none)
+
+        net = two_task_net()
+        optimizer = gradsurgery.SurgeryOptimizer(OwnOptimizer(net.parameters(), lr=0.1), Own())
+        optimizer.zero_grad()
+        optimizer.backward(two_losses(net, X))
+        return weakref.ref(model)
+
+    model = use()
+    gc.collect()
+    assert model() is None
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "uw"])

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Stages 2 to 4 on the CPU, one after the other.
 #include "boundary.h"
+#include "solvers/philox.h"
 
 namespace gs {
 namespace {
@@ -23,7 +24,7 @@ gs_status solve_weights(const gs_solve& solve, const double* gram, int64_t batch
       const auto step = solve.step ? static_cast<uint64_t>(*solve.step) : 0;
       const gs_status status =
           gs_pcgrad_cpu(gram, batch, num_tasks, nullptr, solve.seed, step, solve.mean, weights, parallel);
-      if (status == GS_OK && solve.step) ++*solve.step;
+      if (status == GS_OK && solve.step) *solve.step = next_step(*solve.step);
       return status;
     }
     case GS_MIN_NORM:

@@ -3,6 +3,7 @@
 // any split of the columns gives the same bits.
 #include "chunks.h"
 #include "kernels.h"
+#include "solvers/philox.h"
 
 int64_t gs_combine_by_rule_workspace_bytes(const gs_gradients* grads) {
   if (gs::check(grads) != GS_OK) return -1;
@@ -38,6 +39,6 @@ gs_status gs_combine_by_rule_cpu(const gs_gradients* grads, const gs_rule* rule,
                               coordinate[p] + begin, const_cast<char*>(offset(out[p], g.dtype[p], begin)),
                               accumulate != 0, stream);
   });
-  if (rule->kind == GS_GRADDROP) ++*rule->step;
+  if (rule->kind == GS_GRADDROP) *rule->step = gs::next_step(*rule->step);
   return GS_OK;
 }

@@ -55,7 +55,7 @@ gs_status gs_random_cpu(const double* gram, int64_t batch, int64_t num_tasks, ui
     const bool finite = gs::all_finite(gram + b * num_tasks * num_tasks, num_tasks * num_tasks);
     for (int64_t t = 0; t < num_tasks; t++) weights[b * num_tasks + t] = finite ? drawn[t] : NAN;
   }
-  ++*step;
+  *step = gs::next_step(*step);
   return GS_OK;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "cuda/launch.cuh"
 #include "cuda/table.cuh"
+#include "solvers/philox.h"
 
 int gs_has_cuda(void) { return 1; }
 
@@ -21,7 +22,7 @@ GS_KERNEL write_table_kernel(GS_ARGUMENT(TableChunk) chunk, int64_t words, bool 
 GS_KERNEL advance_kernel(int64_t* step) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  ++*step;
+  *step = next_step(*step);
 }
 
 }  // namespace

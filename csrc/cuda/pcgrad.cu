@@ -82,7 +82,7 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
     const double added = kShares ? sum_parts(sums, blocks, num_tasks, j) : sum_parts(parts, warps, num_tasks, j);
     weights[problem * num_tasks + j] = pcgrad_weight(added, num_tasks, broken, mean);
   }
-  if (advance && thread() == 0) ++*step;
+  if (advance && thread() == 0) *step = next_step(*step);
 }
 
 // From this many tasks on one multiprocessor takes longer than several and their meeting, as long as there are few

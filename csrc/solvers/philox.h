@@ -23,6 +23,9 @@ GS_HOST_DEVICE inline PhiloxBlock philox(PhiloxBlock counter, uint64_t key) {
   return counter;
 }
 
+// The counter of the next step, modulo 2^64.
+GS_HOST_DEVICE inline int64_t next_step(int64_t step) { return static_cast<int64_t>(static_cast<uint64_t>(step) + 1); }
+
 // The words of a row's order for the swaps at positions num_tasks-1 - 4 block and the three below it.
 GS_HOST_DEVICE inline PhiloxBlock order_draws(uint64_t seed, uint64_t step, int64_t row, uint32_t block) {
   return philox({{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), static_cast<uint32_t>(row), block}},

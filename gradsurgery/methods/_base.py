@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import describe
-from .._compiling import capturing, takes
+from .._compiling import capturing, is_traced, takes
 from .._constant import constant
 from .._extension import NativeSolver
 from ..backends import check_name
@@ -175,7 +175,7 @@ class Rollback:
 
     def __init__(self, method: Method, device: torch.device) -> None:
         stateless = type(method).state_dict is Method.state_dict
-        self._method = None if stateless or torch.compiler.is_compiling() or capturing(device) else method
+        self._method = None if stateless or is_traced() or capturing(device) else method
         try:
             self._snapshot = None if self._method is None else method._snapshot()
         except Exception:
@@ -194,7 +194,7 @@ def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | No
     """Return the method's weights; ValueError or TypeError where a method of the user's own returns something else."""
     function = getattr(method.weights, "__func__", method.weights)
     # torch.compile cannot trace what looks at signatures.
-    takes_backend = method._takes_backend if torch.compiler.is_compiling() else takes(function, "backend")
+    takes_backend = method._takes_backend if is_traced() else takes(function, "backend")
     named = {"backend": backend} if backend is not None and takes_backend else {}
     weights = method.weights(gram, losses=losses, **named)
     if not isinstance(weights, Tensor) or not weights.is_floating_point():

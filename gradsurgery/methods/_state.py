@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import describe
-from .._compiling import capturing
+from .._compiling import capturing, is_traced
 
 
 @contextmanager
@@ -80,7 +80,7 @@ class PerTask:
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} must be T {wanted}, got {values!r}") from None
         # Traced values cannot be looked at.
-        looked_at = not torch.compiler.is_compiling()
+        looked_at = not is_traced()
         if (
             self.values.dim() != 1
             or not len(self.values)

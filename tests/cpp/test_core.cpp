@@ -132,6 +132,32 @@ void test_combine(int64_t tasks) {
   }
 }
 
+// Step counters are numbers modulo 2^64.
+void test_last_step() {
+  int64_t step = INT64_MAX;
+  const double one = 1;
+  double w = 0, space[8];
+  CHECK(gs_random_cpu(&one, 1, 1, 1, &step, &w) == GS_OK && step == INT64_MIN);
+  float gradient = 1, direction = 0;
+  const void* data[1] = {&gradient};
+  void* out[1] = {&direction};
+  const int64_t numel = 1;
+  const int32_t dtype = GS_FLOAT32;
+  const gs_gradients grads = {1, 1, 1, data, &numel, &dtype, nullptr};
+  const gs_rule rule = {GS_GRADDROP, 9, &step, nullptr, 0};
+  const int64_t bytes = gs_combine_by_rule_workspace_bytes(&grads);
+  const auto scratch = workspace(bytes);
+  step = INT64_MAX;
+  CHECK(gs_combine_by_rule_cpu(&grads, &rule, out, 0, scratch.get(), bytes, nullptr) == GS_OK && step == INT64_MIN);
+  gs_solve solve = {};
+  solve.method = GS_PCGRAD;
+  solve.step = &step;
+  const int64_t needed = gs_aggregate_workspace_bytes(&grads, &solve);
+  const auto more = workspace(needed);
+  step = INT64_MAX;
+  CHECK(gs_aggregate_cpu(&grads, &solve, space, &w, out, 0, more.get(), needed, nullptr) == GS_OK && step == INT64_MIN);
+}
+
 void test_solvers() {
   // Two equal gradients, their opposite, and one across: the shortest combination is 0.
   const double gram[16] = {1, 1, -1, 0, 1, 1, -1, 0, -1, -1, 1, 0, 0, 0, 0, 9};
@@ -309,6 +335,7 @@ int main() {
   }
   for (const int64_t tasks : {1, 2, 5, 16, 64, 128, 256}) test_min_norm(tasks);
   test_solvers();
+  test_last_step();
   test_errors();
   test_sizes();
   test_ranges();

@@ -10,6 +10,7 @@
 //     invalid arguments);
 //   * numbers passed by value are checked where a comment bounds them; others, and all in arrays, NaN too, give some
 //     result;
+//   * solvers are right where the G_ii that are not 0 are between 2^-900 and 2^1000; else weights may be of another G;
 //   * a batch is at most 2^40;
 //   * a status comes back; gs_last_error() is the message of the last failure on this thread;
 //   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or of a GPU's
