@@ -8,12 +8,14 @@ What several processes have the same copy of, one of them counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import combinations
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, distributed
 
 from ._agreement import Processes
@@ -66,8 +68,15 @@ class Shards(Processes):
 
     @property
     def groups(self) -> list[Any]:  # type: ignore[override]
-        """Those that parameters are spread over, and the one with the same parts."""
-        return [*map(self._group, self._dims), *([] if self._replicas is None else self._replicas.groups)]
+        """Those that parameters are spread over."""
+        return [*map(self._group, self._dims)]
+
+    @contextmanager
+    def exchange(self, device: torch.device, *, tells: bool) -> Iterator[None]:
+        """Return such a context; the group with the same parts is not told of an error."""
+        copies = nullcontext() if self._replicas is None else self._replicas.exchange(device, tells=False)
+        with copies, super().exchange(device, tells=tells):
+            yield
 
     def check(self, parameters: Iterable[Any]) -> None:
         """Take note of the processes of more parameters.

@@ -120,7 +120,7 @@ def collect(
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
         # Before the hooks average what does not belong together.
-        shards.check_same([*compress(tasks, present)], device)
+        shards.check_same([*compress(tasks, present)])
     elif through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
             "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "
@@ -213,7 +213,7 @@ def _check_losses(losses: Losses, partial: bool, empty: bool = False) -> tuple[l
         )
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"losses must have names that differ as strings, got {tasks}")
-    if not empty and all(loss is None for loss in scalars):
+    if not scalars or (not empty and all(loss is None for loss in scalars)):
         raise ValueError("losses must hold at least one loss, got none")
     for task, loss in zip(tasks, scalars, strict=True):
         if loss is None and partial:

@@ -163,11 +163,11 @@ class Replicas(Processes):
     def _averages(self, tasks: list[str], *values: Tensor) -> list[Tensor]:
         if self.count == 1:
             return [*values]
-        self.check_same(tasks, values[0].device)
+        self.check_same(tasks)
         averages = [value / self.count for value in values]
         for average in averages:
             distributed.all_reduce(average, group=self.group)
-        self._awaited = True  # when the gradients of the pass that follows are averaged
+        self.will_differ()  # where the gradients of the pass that follows are averaged
         return averages
 
     def _average_bucket(
@@ -201,7 +201,7 @@ class Replicas(Processes):
             f"{self.with_seed}"
         )
         shapes = str([(_dtype(p), p.shape, p.stride()) for p in collected.parameters])
-        others, other_shapes, other_mask = self.differ([what.encode(), shapes.encode(), mask + present], device)
+        others, other_shapes, other_mask = self.differ([what.encode(), shapes.encode(), mask + present])
         if others:
             hint = "" if self.method.num_batches > 1 else " (None stands for a loss that only others have)"
             raise ValueError(others_than(what) + hint)

@@ -62,9 +62,10 @@ class SurgeryOptimizer(OptimizerWrapper):
         process_group: the processes that train the model together, each with a batch of its own. Task gradients and
             losses are averaged over them before surgery, as if one process had all batches. None: the default group if
             ``torch.distributed`` is initialised. A group of this process alone averages nothing. Every process must
-            call ``backward`` and ``combine``. If one raises before numbers are exchanged, the others raise a
-            RuntimeError, and nothing has changed on any. Sharded parameters: leave it None with ``fully_shard``, whose
-            hooks average. With tensor parallelism alone pass the group of processes with the same parts; None averages
+            call ``backward`` and ``combine``. From the second step on an error that one raises before numbers are
+            exchanged is a RuntimeError of the others, and nothing has changed on any, unless functions in Python in the
+            graph may wait for other processes. Sharded parameters: leave it None with ``fully_shard``, whose hooks
+            average. With tensor parallelism alone pass the group of processes with the same parts; None averages
             nothing. Each process then combines its own parts, by one pass per loss, which also adds to ``.grad`` of
             parameters outside the optimizer. GradDrop is refused.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
@@ -156,7 +157,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             RuntimeError: the batched pass failed, for example because vmap does not support an operator; or another
                 process raised an error. Gradients and state are then unchanged.
         """
-        with self._telling(awaited=True):
+        with self._exchange(copies=self._survey.passes_alone, shards=True):
             losses, how = listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features)
             before, survey = self._pending, self._survey
             once = self.method.weights_losses and not self.method.needs_gram
@@ -212,7 +213,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         """
         # With several batches, a call's tasks are those of its batch.
         partial = self.method.takes_absent or self.method.num_batches == 1
-        with self._telling(awaited=self._processes.shards is not None):  # those with copies wait in combine()
+        with self._exchange(copies=False, shards=True):
             self._collect(listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features), partial)
 
     def _check_tasks(self, tasks: list[str]) -> None:
@@ -265,7 +266,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             ValueError: nothing was collected, or not all tasks, or another number of batches than the method takes.
             ValueError, TypeError: as :meth:`backward` does; what was collected is kept then.
         """
-        with self._telling(awaited=self._processes.shards is None):
+        with self._exchange(copies=True, shards=False):
             return self._combine()
 
     @torch.no_grad()
@@ -306,13 +307,13 @@ class SurgeryOptimizer(OptimizerWrapper):
                 f"method {self.method.name!r} learns from the losses of its steps alone, and has no update"
             )
         device = self._parameters()[0].device
-        with self._telling(awaited=True):
+        with self._exchange(copies=True, shards=True):
             numbers = numbers_of("values", values, device)
             tasks = [str(task) for task in (values.keys() if isinstance(values, Mapping) else range(len(numbers)))]
             if isinstance(values, Mapping):
                 self._planner.check_tasks(tasks)
             if self._processes.shards is not None:
-                self._processes.shards.check_same(tasks, device)
+                self._processes.shards.check_same(tasks)
             numbers = self._processes.average_losses(tasks, numbers)
         with Rollback(self.method, device):
             learn(numbers)
@@ -378,9 +379,16 @@ class SurgeryOptimizer(OptimizerWrapper):
     def _forget(self) -> None:
         self._pending = None
 
-    def _telling(self, *, awaited: bool) -> AbstractContextManager[None]:
-        """Return a context whose errors other processes learn of, where these ``awaited`` what this one will do."""
-        return self._processes.telling(self._parameters()[0].device, awaited=awaited)
+    def _exchange(self, *, copies: bool, shards: bool) -> AbstractContextManager[None]:
+        """Return a context for what processes do together.
+
+        ``copies`` and ``shards``: whether those with copies of the parameters, or with shards of them, surely come to
+        agree then on what they do, so that they can be told of an error before that.
+        """
+        self._notice_shards()
+        parameters = self._parameters()
+        device = next((p.device for p in parameters if p.requires_grad), parameters[0].device)
+        return self._processes.exchange(device, tells=copies if self._processes.shards is None else shards)
 
     @property
     def _others_may_have_losses(self) -> bool:
@@ -403,5 +411,4 @@ class SurgeryOptimizer(OptimizerWrapper):
             self._processes = self._processes_of(self._processes.group)
 
     def _trainable(self) -> list[Tensor]:
-        self._notice_shards()
         return [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]  # torch allows doubles in a group

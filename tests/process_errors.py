@@ -205,6 +205,7 @@ ERRORS = {
     "other tasks later, one pass": partial(other_tasks_later, "dwa"),
     "other tasks later, representation": partial(other_tasks_later, "gradnorm", mode="representation"),
     "other tasks": other_tasks,
+    "no tasks": lambda: wrap(Net()).backward([]),
     "other seeds": other_seeds,
     "other seeds within": partial(other_seeds, name="cr_mogm", method="pcgrad"),
     "other losses": other_losses,

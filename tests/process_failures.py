@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
 """What test_distributed.py has two processes do after one of them failed, or without losses on one of them."""
 
+import time
 from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 from torch import distributed
+from torch.distributed.nn.functional import all_reduce
 
 from inputs import DEVICE
 from process_cases import result
-from process_nets import BATCHES, WORLD, Net, alone, gradients, group_alone, on_each, sharded, wrap
+from process_nets import BATCHES, WORLD, Net, alone, gradients, group_alone, on_each, sharded, sharding_later, wrap
 
 
 def fail(grad):
@@ -61,6 +63,11 @@ def combining(attempt):
     attempt.run = attempt.optimizer.combine
 
 
+def collection(attempt):
+    loss(attempt)
+    attempt.run = lambda: attempt.optimizer.collect(attempt.losses)
+
+
 def update(attempt):
     attempt.run = lambda: attempt.optimizer.update([1.0, "two", 3.0])
 
@@ -73,36 +80,67 @@ def collecting(attempt):
     attempt.run = lambda: (attempt.optimizer.collect(attempt.losses), attempt.optimizer.combine())
 
 
-def after_failures(spoil, method="pcgrad", make=Net, others=None, **how):
-    """Train for some steps, each after one that failed on one process, and then on both."""
+def after_failures(spoil, method="pcgrad", make=Net, others=None, later=None, **how):
+    """Train for some steps, each after one that failed on one process, and then on both.
+
+    ``later`` shards the net after it was wrapped.
+    """
     net = make()
     optimizer = wrap(net, method)
+    if later is not None and not alone():
+        later(net, optimizer)
+    # That passes of copies do not wait for others is known after the first step.
     for t, x in enumerate(BATCHES):
-        if not alone():
-            before = result(net) + gradients(net)
-            rank, fails_on = distributed.get_rank(), t % WORLD
-            attempt = Attempt(net, optimizer, x[rank], **how)
-            if rank == fails_on:
-                spoil(attempt)
-                with pytest.raises((ArithmeticError, TypeError, ValueError)):
-                    attempt.run()
-            else:
-                if others is not None:
-                    others(attempt)
-                with pytest.raises(RuntimeError, match="another process raised an error in this step"):
-                    attempt.run()
-            assert all(map(torch.equal, before, result(net) + gradients(net)))
-            optimizer.zero_grad()
-            # An error of all is everyone's own.
-            attempt = Attempt(net, optimizer, x[rank], **how)
-            spoil(attempt)
-            with pytest.raises((ArithmeticError, TypeError, ValueError)):
-                attempt.run()
+        if not alone() and (t > 0 or getattr(net.first.weight, "placements", None)):
+            fail_once(net, optimizer, spoil, others, x[distributed.get_rank()], t % WORLD, how)
         losses = on_each(net, lambda rank, x=x: Attempt(net, optimizer, x[rank]).losses)
         info = optimizer.backward(losses)
         optimizer.step()
         optimizer.zero_grad()
     return result(net, info)
+
+
+def fail_once(net, optimizer, spoil, others, x, fails_on, how):
+    before = result(net) + gradients(net)
+    attempt = Attempt(net, optimizer, x, **how)
+    if distributed.get_rank() == fails_on:
+        spoil(attempt)
+        with pytest.raises((ArithmeticError, TypeError, ValueError)):
+            attempt.run()
+    else:
+        if others is not None:
+            others(attempt)
+        with pytest.raises(RuntimeError, match="another process raised an error in this step"):
+            attempt.run()
+    assert all(map(torch.equal, before, result(net) + gradients(net)))
+    optimizer.zero_grad()
+    # An error of all is everyone's own.
+    attempt = Attempt(net, optimizer, x, **how)
+    spoil(attempt)
+    with pytest.raises((ArithmeticError, TypeError, ValueError)):
+        attempt.run()
+
+
+def communicating():
+    """Passes that may wait for others, as functions in Python can have them do, are not told of an error."""
+    if alone():
+        return []
+    net, rank = Net(), distributed.get_rank()
+    optimizer, x = wrap(net, "mgda"), BATCHES[0][rank]
+
+    def losses():
+        low, high = net.features(x)
+        return net.losses(low, all_reduce(high))
+
+    optimizer.backward(losses())
+    each = losses()
+    if rank == 0:
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match="has no graph"):
+            optimizer.backward([each[0].detach(), *each[1:]])
+        assert time.monotonic() - begin < 5
+    optimizer.backward(each)  # which the other process has waited for
+    return []
 
 
 def failing_alone():
@@ -147,6 +185,7 @@ FAILURES = {
     "after a combination": partial(after_failures, combining, others=collecting),
     "after an update": partial(after_failures, update, "dtp", others=updating),
     "failing alone": failing_alone,
+    "communicating passes": communicating,
     "no losses": partial(without_losses, "mgda"),
     "no losses, state": partial(without_losses, "gradnorm"),
     "no losses, batched": partial(without_losses, "pcgrad", mode="batched"),
@@ -159,4 +198,7 @@ if DEVICE == "cpu":
         "shards after a loss": partial(after_failures, loss, make=sharded),
         "shards after a loss, one pass": partial(after_failures, loss, "uw", make=sharded),
         "shards after a mode": partial(after_failures, option, make=sharded),
+        "shards after a collection": partial(after_failures, collection, others=collecting, make=sharded),
+        "sharded later, after a loss": partial(after_failures, loss, later=sharding_later),
+        "sharded later, after a mode": partial(after_failures, option, "uw", later=sharding_later),
     }

@@ -2,6 +2,7 @@
 """One process of test_distributed.py: ``python tests/processes.py RANK STORE RESULT`` stores what cases returned."""
 
 import sys
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -14,7 +15,8 @@ from process_nets import WORLD
 
 def main(rank, store, path):
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    where, limit = f"file://{store}", timedelta(seconds=60)
+    distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=WORLD, timeout=limit)
     found = {}
     for name, case in {**CASES, **FAILURES, **GROUPS}.items():
         found[name] = case()

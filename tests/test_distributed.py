@@ -28,6 +28,7 @@ MESSAGES = dict(
             (f"other tasks later{how}", ["ValueError: every process must have the same tasks, parameters and seed"] * 2)
             for how in ("", ", one pass", ", representation")
         ),
+        ("no tasks", ["ValueError: losses must hold at least one loss, got none"] * 2),
         ("other seeds", ["'2'] with seed 0 on process 0", "'2'] with seed 1 on process 1"]),
         ("other seeds within", ["'2'] with seed 0 on process 0", "'2'] with seed 1 on process 1"]),
         ("other losses", ["got others than losses of ['0', '1'] on process 0", "losses of ['0', '1', '2'] on"]),
