@@ -26,26 +26,27 @@ inline void check_status(gs_status status) {
   TORCH_CHECK(status == GS_OK, gs_last_error());
 }
 
-// ValueError where elements have no memory, as after untyped_storage().resize_(0): kernels would take the tensor for an
-// absent one, which only torch's zero tensors are as good as.
-inline void check_memory(const Tensor& tensor, const void* data) {
-  TORCH_CHECK_VALUE(data || tensor.numel() == 0 || tensor._is_zerotensor(),
-                    message("tensors must have memory, got one of shape ", tensor.sizes(), " without"));
+// Whether a tensor with this address has its memory, which untyped_storage().resize_(0) takes away.
+inline bool has_memory(const Tensor& tensor, const void* data) {
+  const c10::StorageImpl* const storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  return data && (!storage || storage->nbytes() > 0);
 }
 
+// The address. ValueError where elements have no memory: kernels would take the tensor for an absent one, which only
+// torch's zero tensors are as good as.
 inline const void* address_of(const Tensor& tensor) {
   const void* const data = tensor.const_data_ptr();
-  check_memory(tensor, data);
+  TORCH_CHECK_VALUE(has_memory(tensor, data) || tensor.numel() == 0 || tensor._is_zerotensor(),
+                    message("tensors must have memory, got one of shape ", tensor.sizes(), " without"));
   return data;
 }
 
 // A tensor's memory, to write to: autograd is told, as by torch's own functions.
 template <class T = void>
 T* written(const Tensor& tensor) {
-  void* const data = tensor.mutable_data_ptr();
-  check_memory(tensor, data);
+  address_of(tensor);
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-  return static_cast<T*>(data);
+  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 const gs_parallel kTorchThreads = {[](void*, int64_t count, void (*body)(void*, int64_t), void* arg) {

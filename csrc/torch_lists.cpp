@@ -335,7 +335,8 @@ std::optional<bool> shares_memory(pybind11::handle rows) {
       const Tensor* const tensor = plain_tensor(row.data[p]);
       // Copies on write have the address of the others until they are written to.
       if (!tensor || c10::impl::cow::is_cow_data_ptr(tensor->storage().data_ptr())) return std::nullopt;
-      if (tensor->numel() > 0) addresses.push_back(tensor->const_data_ptr());
+      const void* const data = tensor->const_data_ptr();
+      if (tensor->numel() > 0 && has_memory(*tensor, data)) addresses.push_back(data);
     }
     std::sort(addresses.begin(), addresses.end(), std::less<>());
     if (std::adjacent_find(addresses.begin(), addresses.end()) != addresses.end()) return true;

@@ -11,17 +11,18 @@ from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch._guards import TracingContext
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 def is_traced() -> bool:
-    """Whether torch.compile or torch.export traces the caller.
-
-    ``torch.compiler.is_compiling()`` is also true while another thread compiles.
-    """
-    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+    """Whether torch.compile or torch.export traces the caller."""
+    if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        return True
+    # This is also true while another thread compiles, which has a context of its own.
+    return torch.compiler.is_compiling() and TracingContext.try_get() is not None
 
 
 def untraced(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

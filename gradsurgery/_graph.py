@@ -15,7 +15,7 @@ from ._extension import C
 
 _PARTS = ("UnbindBackward0", "SelectBackward0")
 
-PASSING = {"_DDPSinkBackward", "BackwardHookFunctionBackward"}
+_PASSING = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 """Functions whose outputs are their inputs, one by one: DistributedDataParallel's, and of hooks of whole modules."""
 
 Output = Tensor | GradientEdge
@@ -116,7 +116,7 @@ class Graph(NamedTuple):
         """Go from the roots to the leaves, and not beyond the stops."""
         masks = [0] * len(self.names)
         stop_masks = dict.fromkeys(stops, 0)
-        passing: dict[int, dict[int, int]] = {n: defaultdict(int) for n in self.functions if self.names[n] in PASSING}
+        passing: dict[int, dict[int, int]] = {n: defaultdict(int) for n in self.functions if self.names[n] in _PASSING}
 
         def depends(edge: Edge, mask: int) -> None:
             node, output = edge
@@ -140,7 +140,7 @@ class Graph(NamedTuple):
         return Reach(leaves, [stop_masks[stop] for stop in stops], masks)
 
     def _places(self, node: int) -> list[int | None]:
-        """Return for each input of a function of ``PASSING`` the output that it is; None for one without a graph."""
+        """Return for each input of a function of ``_PASSING`` the output that it is; None for one without a graph."""
         # Outputs that are no tensors count, too. DistributedDataParallel's function takes the module first.
         skipped = self.names[node] == "_DDPSinkBackward"
         needed = self.functions[node].needs_input_grad

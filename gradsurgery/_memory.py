@@ -40,4 +40,6 @@ def _has_memory(grad: Tensor) -> bool:
     """Whether the address tells tensors apart: subclasses and sparse tensors hold others inside, some are nowhere."""
     if type(grad) is not Tensor or grad.layout is not torch.strided:
         return False
-    return grad.numel() > 0 and not grad.is_meta and not grad._is_zerotensor()
+    if grad.is_meta or grad._is_zerotensor():
+        return False
+    return grad.numel() > 0 and grad.untyped_storage().nbytes() > 0

@@ -223,16 +223,14 @@ def backward_by_representation(
     @torch.no_grad()
     def steer(collected: Collected) -> tuple[list[Any], Tensor | None]:
         assert isinstance(processes, Replicas)  # no pass goes to features where parameters are sharded
+        values = processes.average_losses(collected.tasks, collected.losses)
+        planner.check_tasks(collected.tasks)
         grads = parse(collected.grads, None)
         backend = choose(backend_name, grads.device, grads.num_tasks)
         if isinstance(method, CoordinateMethod):
-            processes.average_losses(collected.tasks, collected.losses)  # or a process would not learn of other tasks
-            planner.check_tasks(collected.tasks)
             rule = method.rule(grads.device, grads.num_tasks)
             return combine_by_rule_of(grads, rule, None, False, backend), None  # type: ignore[return-value]
-        own = gram_of(grads, backend)
-        values, gram = processes.average_losses_and_gram(collected.tasks, collected.losses, own)
-        planner.check_tasks(collected.tasks)
+        gram = processes.total_of_batches(gram_of(grads, backend))
         if collected.scale is not None:
             gram = gram / collected.scale.double().square()
         weights = weigh(method, gram, values, backend_name)

@@ -8,8 +8,7 @@ What several processes have the same copy of, one of them counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import combinations
 from math import prod
@@ -18,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ._agreement import Processes
 from ._collected import Collected
 from ._dtensor import as_dtensor, is_sharded, local_part, part_of
-from .distributed import Replicas, check_present
+from .distributed import Replicas, check_present, check_same
 from .methods import Method
 
 
@@ -38,7 +36,7 @@ def processes_of(group: Any, parameters: list[Tensor], method: Method) -> Replic
     return replicas
 
 
-class Shards(Processes):
+class Shards:
     """The processes that parameters are spread over.
 
     Args:
@@ -52,6 +50,7 @@ class Shards(Processes):
     """
 
     alone = False
+    """Other processes wait for this one."""
 
     def __init__(self, parameters: list[Any], group: Any, method: Method) -> None:
         self.method = method
@@ -65,18 +64,6 @@ class Shards(Processes):
     def shards(self) -> Shards:
         """These, where :class:`Replicas` has None."""
         return self
-
-    @property
-    def groups(self) -> list[Any]:  # type: ignore[override]
-        """Those that parameters are spread over."""
-        return [*map(self._group, self._dims)]
-
-    @contextmanager
-    def exchange(self, device: torch.device, *, tells: bool) -> Iterator[None]:
-        """Return such a context; the group with the same parts is not told of an error."""
-        copies = nullcontext() if self._replicas is None else self._replicas.exchange(device, tells=False)
-        with copies, super().exchange(device, tells=tells):
-            yield
 
     def check(self, parameters: Iterable[Any]) -> None:
         """Take note of the processes of more parameters.
@@ -185,6 +172,10 @@ class Shards(Processes):
         for ranks in self._dims:
             distributed.all_reduce(losses, group=self._group(ranks))
         return losses
+
+    def check_same(self, tasks: list[str], device: torch.device) -> None:
+        """Raise ValueError, on every process, unless all have losses of these tasks and the method's seed."""
+        check_same(tasks, self.method, [self._group(ranks) for ranks in self._dims], device)
 
     def _group(self, ranks: tuple[int, ...]) -> Any:
         mesh, dim = self._dims[ranks]

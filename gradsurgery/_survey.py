@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._collected import Collected
 from ._compiling import capturing
-from ._graph import PASSING, Graph, Root, functions_behind
+from ._graph import Graph, Root, functions_behind
 from ._shards import Shards
 from .distributed import Replicas
 
@@ -43,11 +43,6 @@ class Survey:
     """Whether there was a step of surgery."""
     early_steps: int = 0
     """Steps of the wrapped optimizer before that."""
-
-    @property
-    def passes_alone(self) -> bool:
-        """Whether passes are known not to wait for other processes', as those of some functions in Python do."""
-        return self.began and self.functions <= PASSING
 
     def begin_step(self) -> None:
         """Warn of the second step before any surgery; some checkpoints make one, to have a state to load into."""

@@ -120,7 +120,7 @@ def collect(
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
         # Before the hooks average what does not belong together.
-        shards.check_same([*compress(tasks, present)])
+        shards.check_same([*compress(tasks, present)], device)
     elif through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
             "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "

@@ -8,7 +8,9 @@ the same numbers, and ends with the same parameters.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from itertools import accumulate, groupby
@@ -17,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ._agreement import Processes, aside, others_than
 from ._collected import Collected
 from ._dtensor import is_sharded
 from ._extension import C
@@ -29,7 +30,7 @@ _BUCKET_BYTES = 64 << 20  # held twice while they are averaged; larger messages 
 _ALIGNMENT = 64  # bytes: the kernels read aligned memory fastest
 
 
-class Replicas(Processes):
+class Replicas:
     """The processes of a group.
 
     Args:
@@ -64,14 +65,9 @@ class Replicas(Processes):
         return distributed.get_world_size(self.group)
 
     @property
-    def alone(self) -> bool:  # type: ignore[override]
+    def alone(self) -> bool:
         """Whether no other process waits for this one."""
         return self.count == 1
-
-    @property
-    def groups(self) -> list[Any]:  # type: ignore[override]
-        """The one group."""
-        return [self.group]
 
     def check(self, parameters: list[Tensor]) -> None:
         """Raise TypeError for a parameter that is spread over processes."""
@@ -90,6 +86,14 @@ class Replicas(Processes):
 
     def total(self, gram: Tensor) -> Tensor:
         """Return G of what lies on this process, which is all of it."""
+        return gram
+
+    def total_of_batches(self, gram: Tensor) -> Tensor:
+        """Return G of the gradients of all processes' features from that of this process's, by averaged losses."""
+        if self.count == 1:
+            return gram
+        gram = gram / self.count**2
+        distributed.all_reduce(gram, group=self.group)
         return gram
 
     def local(self, parameters: list[Tensor]) -> list[Tensor]:
@@ -150,25 +154,12 @@ class Replicas(Processes):
 
     def average_losses(self, tasks: list[str], losses: Tensor) -> Tensor:
         """Return the averages of losses [T]; ValueError, on every process, where they are not of the same tasks."""
-        return self._averages(tasks, losses)[0]
-
-    def average_losses_and_gram(self, tasks: list[str], losses: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Return averages as :meth:`average_losses` does, and G of all processes' features by averaged losses.
-
-        ``gram`` is that of this process's features.
-        """
-        losses, gram = self._averages(tasks, losses, gram / self.count)
-        return losses, gram
-
-    def _averages(self, tasks: list[str], *values: Tensor) -> list[Tensor]:
         if self.count == 1:
-            return [*values]
-        self.check_same(tasks)
-        averages = [value / self.count for value in values]
-        for average in averages:
-            distributed.all_reduce(average, group=self.group)
-        self.will_differ()  # where the gradients of the pass that follows are averaged
-        return averages
+            return losses
+        check_same(tasks, self.method, [self.group], losses.device)
+        losses = losses / self.count
+        distributed.all_reduce(losses, group=self.group)
+        return losses
 
     def _average_bucket(
         self, parameters: list[Tensor], row: list[Tensor | None], places: list[int], holders: int
@@ -198,18 +189,20 @@ class Replicas(Processes):
         scaled = "unscaled" if collected.scale is None else "scaled"
         what = (
             f"{len(collected.grads)} {scaled} gradients of {len(collected.parameters)} parameters by {collected.tasks}"
-            f"{self.with_seed}"
+            f"{_with_seed(self.method)}"
         )
         shapes = str([(_dtype(p), p.shape, p.stride()) for p in collected.parameters])
-        others, other_shapes, other_mask = self.differ([what.encode(), shapes.encode(), mask + present])
+        others, other_shapes, other_mask = _differ(
+            [what.encode(), shapes.encode(), mask + present], [self.group], device
+        )
         if others:
             hint = "" if self.method.num_batches > 1 else " (None stands for a loss that only others have)"
-            raise ValueError(others_than(what) + hint)
+            raise ValueError(_others(what) + hint)
         if other_shapes:
             raise ValueError("parameters must have the same shapes, dtypes and memory layouts on every process")
         if not other_mask:
             return mask, [self.count * here for here in present]
-        with aside(device):
+        with _aside(device):
             union = torch.tensor(list(mask), dtype=torch.uint8, device=device)
             holders = torch.tensor(list(present), device=device)
             distributed.all_reduce(union, distributed.ReduceOp.MAX, group=self.group)
@@ -218,10 +211,42 @@ class Replicas(Processes):
 
 
 def check_present(tasks: list[str], present: Iterable[bool], method: Method) -> None:
-    """Raise ValueError unless each task has a loss, or the method takes absent ones."""
+    """Raise ValueError unless each task has a loss, or some task where the method takes absent ones."""
     absent = [task for task, here in zip(tasks, present, strict=True) if not here]
-    if absent and not method.takes_absent:
-        raise ValueError(f"a step of method {method.name!r} needs a loss of every task, got none of {absent}")
+    if len(absent) == len(tasks) or (absent and not method.takes_absent):
+        wanted = "one loss" if method.takes_absent else "a loss of every task"
+        raise ValueError(f"a step of method {method.name!r} needs {wanted}, got none of {absent}")
+
+
+def check_same(tasks: list[str], method: Method, groups: list[Any], device: torch.device) -> None:
+    """Raise ValueError, on every process of the groups, unless all have losses of these tasks and the method's seed."""
+    what = f"losses of {tasks}{_with_seed(method)}"
+    if any(_differ([what.encode()], groups, device)):
+        raise ValueError(_others(what))
+
+
+def _with_seed(method: Method) -> str:
+    seed = getattr(method, "seed", None)
+    return "" if seed is None else f" with seed {seed}"
+
+
+def _others(what: str) -> str:
+    process = distributed.get_rank()
+    return f"every process must have the same tasks, parameters and seed, got others than {what} on process {process}"
+
+
+def _differ(values: list[bytes | bytearray], groups: list[Any], device: torch.device) -> list[bool]:
+    """Return for each value whether it differs between the processes of the groups, which are dimensions of a mesh.
+
+    The host learns it, but does not wait for what the device computes.
+    """
+    digests = [int.from_bytes(hashlib.blake2b(value, digest_size=7).digest(), "little") for value in values]
+    with _aside(device):
+        extremes = torch.tensor([digests, [-digest for digest in digests]], device=device)
+        for group in groups:
+            distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group=group)
+        largest, least = extremes.tolist()
+    return [high != -low for high, low in zip(largest, least, strict=True)]
 
 
 def _kind(entry: Tensor | None) -> int:
@@ -235,6 +260,11 @@ def _describe(collected: Collected, place: int) -> str:
     t, p = divmod(place, len(collected.parameters))
     grad: Any = collected.grads[t][p]
     return f"{grad.layout} {grad.dtype} for parameter {p} of shape {tuple(grad.shape)}"
+
+
+def _aside(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which nothing waits for the device's other work."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def _buckets(parameters: list[Tensor], there: bytearray) -> Iterator[list[int]]:

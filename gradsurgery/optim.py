@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -62,12 +61,10 @@ class SurgeryOptimizer(OptimizerWrapper):
         process_group: the processes that train the model together, each with a batch of its own. Task gradients and
             losses are averaged over them before surgery, as if one process had all batches. None: the default group if
             ``torch.distributed`` is initialised. A group of this process alone averages nothing. Every process must
-            call ``backward`` and ``combine``. From the second step on an error that one raises before numbers are
-            exchanged is a RuntimeError of the others, and nothing has changed on any, unless functions in Python in the
-            graph may wait for other processes. Sharded parameters: leave it None with ``fully_shard``, whose hooks
-            average. With tensor parallelism alone pass the group of processes with the same parts; None averages
-            nothing. Each process then combines its own parts, by one pass per loss, which also adds to ``.grad`` of
-            parameters outside the optimizer. GradDrop is refused.
+            call ``backward`` and ``combine``; if one raises, the others wait until the group's timeout. Sharded
+            parameters: leave it None with ``fully_shard``, whose hooks average. With tensor parallelism alone pass the
+            group of processes with the same parts; None averages nothing. Each process then combines its own parts, by
+            one pass per loss, which also adds to ``.grad`` of parameters outside the optimizer. GradDrop is refused.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Raises:
@@ -154,42 +151,33 @@ class SurgeryOptimizer(OptimizerWrapper):
                 failed pass.
             OverwrittenError: a RuntimeError; passes returned gradients in the same memory. What was collected before
                 is forgotten, too, for they may have written over it.
-            RuntimeError: the batched pass failed, for example because vmap does not support an operator; or another
-                process raised an error. Gradients and state are then unchanged.
+            RuntimeError: the batched pass failed, for example because vmap does not support an operator. Gradients and
+                state are then unchanged.
         """
-        with self._exchange(copies=self._survey.passes_alone, shards=True):
-            losses, how = listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features)
-            before, survey = self._pending, self._survey
-            once = self.method.weights_losses and not self.method.needs_gram
-            if once and before is None and holds_weights(losses):
-                info = backward_once(
-                    losses, self._trainable(), self._planner, self._processes, self.backend, how, survey
-                )
-            elif mode == "representation":
-                if before is not None:
-                    raise ValueError('mode="representation" does not add to what was collected: call combine() first')
-                check_representation(self.method, self.granularity)
-                info = backward_by_representation(
-                    losses,
-                    self._trainable(),
-                    self._planner,
-                    self._processes,
-                    self.backend,
-                    how,
-                    survey,
-                    self._check_tasks,
-                )
-            else:
-                try:
-                    self._collect(losses, how, self.method.takes_absent or self._others_may_have_losses)
-                    return self._combine()
-                except OverwrittenError:
-                    raise
-                except BaseException:
-                    self._pending = before
-                    raise
+        losses, how = listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features)
+        before, survey = self._pending, self._survey
+        once = self.method.weights_losses and not self.method.needs_gram
+        if once and before is None and holds_weights(losses):
+            info = backward_once(losses, self._trainable(), self._planner, self._processes, self.backend, how, survey)
             survey.began = True
             return info
+        if mode == "representation":
+            if before is not None:
+                raise ValueError('mode="representation" does not add to what was collected: call combine() first')
+            check_representation(self.method, self.granularity)
+            info = backward_by_representation(
+                losses, self._trainable(), self._planner, self._processes, self.backend, how, survey, self._check_tasks
+            )
+            survey.began = True
+            return info
+        try:
+            self._collect(losses, how, self.method.takes_absent or self._others_may_have_losses)
+            return self._combine()
+        except OverwrittenError:
+            raise
+        except BaseException:
+            self._pending = before
+            raise
 
     @untraced
     def collect(
@@ -213,8 +201,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         """
         # With several batches, a call's tasks are those of its batch.
         partial = self.method.takes_absent or self.method.num_batches == 1
-        with self._exchange(copies=False, shards=True):
-            self._collect(listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features), partial)
+        self._collect(listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features), partial)
 
     def _check_tasks(self, tasks: list[str]) -> None:
         """Raise what would be raised of these tasks after the passes, as far as it is known before."""
@@ -242,9 +229,9 @@ class SurgeryOptimizer(OptimizerWrapper):
                 losses,
                 parameters,
                 how,
+                check=check,
                 partial=partial,
                 empty=self._others_may_have_losses,
-                check=check,
                 shards=shards,
                 survey=self._survey,
             )
@@ -266,8 +253,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             ValueError: nothing was collected, or not all tasks, or another number of batches than the method takes.
             ValueError, TypeError: as :meth:`backward` does; what was collected is kept then.
         """
-        with self._exchange(copies=True, shards=False):
-            return self._combine()
+        return self._combine()
 
     @torch.no_grad()
     def _combine(self) -> SurgeryInfo:
@@ -307,14 +293,13 @@ class SurgeryOptimizer(OptimizerWrapper):
                 f"method {self.method.name!r} learns from the losses of its steps alone, and has no update"
             )
         device = self._parameters()[0].device
-        with self._exchange(copies=True, shards=True):
-            numbers = numbers_of("values", values, device)
-            tasks = [str(task) for task in (values.keys() if isinstance(values, Mapping) else range(len(numbers)))]
-            if isinstance(values, Mapping):
-                self._planner.check_tasks(tasks)
-            if self._processes.shards is not None:
-                self._processes.shards.check_same(tasks)
-            numbers = self._processes.average_losses(tasks, numbers)
+        numbers = numbers_of("values", values, device)
+        tasks = [str(task) for task in (values.keys() if isinstance(values, Mapping) else range(len(numbers)))]
+        if isinstance(values, Mapping):
+            self._planner.check_tasks(tasks)
+        if self._processes.shards is not None:
+            self._processes.shards.check_same(tasks, device)
+        numbers = self._processes.average_losses(tasks, numbers)
         with Rollback(self.method, device):
             learn(numbers)
         if isinstance(values, Mapping):
@@ -379,17 +364,6 @@ class SurgeryOptimizer(OptimizerWrapper):
     def _forget(self) -> None:
         self._pending = None
 
-    def _exchange(self, *, copies: bool, shards: bool) -> AbstractContextManager[None]:
-        """Return a context for what processes do together.
-
-        ``copies`` and ``shards``: whether those with copies of the parameters, or with shards of them, surely come to
-        agree then on what they do, so that they can be told of an error before that.
-        """
-        self._notice_shards()
-        parameters = self._parameters()
-        device = next((p.device for p in parameters if p.requires_grad), parameters[0].device)
-        return self._processes.exchange(device, tells=copies if self._processes.shards is None else shards)
-
     @property
     def _others_may_have_losses(self) -> bool:
         """Whether other processes may have losses that this one lacks."""
@@ -411,4 +385,5 @@ class SurgeryOptimizer(OptimizerWrapper):
             self._processes = self._processes_of(self._processes.group)
 
     def _trainable(self) -> list[Tensor]:
+        self._notice_shards()
         return [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]  # torch allows doubles in a group

@@ -2,9 +2,8 @@
 """What test_distributed.py has two processes do, and one process with both batches."""
 
 import copy
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
-from unittest import mock
 
 import torch
 from torch import distributed, nn
@@ -25,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 import gradsurgery
 from gradsurgery import methods
 from inputs import DEVICE, normal
+from process_losses import LOSSES
 from process_nets import (
     BATCHES,
     WORLD,
@@ -36,6 +36,7 @@ from process_nets import (
     parallel,
     recomputing,
     replicated,
+    result,
     sharded,
     sharding_later,
     whole,
@@ -45,15 +46,6 @@ from process_nets import (
 
 # One of each kind of method.
 OF_SHARDS = ("cr_mogm", "db_mtl", "gradvac", "krum", "mgda", "moco", "pcgrad", "sdmgrad", "sum", "trimmed_mean", "uw")
-
-
-def result(net, info=None):
-    """Return the parameters, which of them have a gradient, and what the step says of itself."""
-    found = [whole(p) for p in net.parameters()]
-    found.append(torch.tensor([p.grad is not None for p in net.parameters()]))
-    if info is not None:
-        found += [value for value in (info._gram, info._weights) if value is not None]
-    return found
 
 
 def train(method="pcgrad", make=Net, model=lambda net: net, scaler=None, **how):
@@ -205,47 +197,6 @@ def different_reach():
     return result(net, info)
 
 
-def absent_losses(method="m_config", again=False, in_backward=False):
-    """Each process lacks another loss, and then both the same; ``again``, after a failure amid each step."""
-    net = Net()
-    optimizer = wrap(net, method)
-    lacks_one = optimizer.method.takes_absent
-    for x, absent in zip(BATCHES, [(0, 1), (2, 2) if lacks_one else (2, 1), (0, None)], strict=True):
-
-        def losses(rank, x=x, absent=absent):
-            return [None if t == absent[rank] else loss for t, loss in enumerate(net(x[rank]))]
-
-        if in_backward:
-            optimizer.backward(on_each(net, losses))
-        else:
-            optimizer.collect(on_each(net, losses))
-            if again:
-                with mock.patch("gradsurgery._operate.read", side_effect=MemoryError), suppress(MemoryError):
-                    optimizer.combine()
-            optimizer.combine()
-        optimizer.step()
-    return result(net)
-
-
-def absent_at_first():
-    """A step fails for a task that no process has, and goes on with what was collected before."""
-    net = Net()
-    optimizer = wrap(net)
-
-    def collect(lost):
-        optimizer.collect(
-            on_each(
-                net, lambda rank: [None if t in lost[rank] else loss for t, loss in enumerate(net(BATCHES[0][rank]))]
-            )
-        )
-
-    collect([(1, 2), (0, 2)])
-    with suppress(ValueError):
-        optimizer.combine()
-    collect([(1,), (0,)])
-    return result(net, optimizer.combine())
-
-
 def sharded_later(method):
     """The optimizer is wrapped before its model is sharded, and given the shards, as Accelerate does."""
     net = Net()
@@ -343,7 +294,7 @@ def gradnorm_of_first(net):
     return methods.get("gradnorm", norm_parameters=[net.first.weight], lr=0.1)
 
 
-CASES = {name: partial(train, name) for name in methods.available()}
+CASES = {name: partial(train, name) for name in methods.available()} | LOSSES
 # Two processes on one GPU average its tensors by gloo, which shards none.
 if DEVICE == "cpu":
     CASES |= {f"shards {name}": partial(train, name, sharded) for name in OF_SHARDS}
@@ -353,7 +304,6 @@ if DEVICE == "cpu":
         "sharded later": partial(sharded_later, "pcgrad"),
         "sharded later, one pass": partial(sharded_later, "uw"),
         "sharded later, resumed": partial(kept_and_resumed, "excess_mtl", sharded, late=True),
-        "absent losses, failed": absent_at_first,
         "shards of copies": partial(train, "uw", partial(sharded, (WORLD, 1)), scaler=True),
         "shards accumulated of copies": partial(accumulated, partial(sharded, (WORLD, 1))),
         "shards of one copy": partial(train, make=partial(sharded, (1, WORLD)), scaler=True),
@@ -388,9 +338,6 @@ CASES |= {
     **{f"representation {name}": partial(by_representation, name) for name in ("gradnorm", "mgda", "trimmed_mean")},
     "representation by losses": lambda: by_representation(methods.MGDA(normalization="loss")),
     "different reach": different_reach,
-    **{f"absent losses {name}": partial(absent_losses, name) for name in ("gradnorm", "m_config", "pcgrad", "uw")},
-    "absent losses in backward": partial(absent_losses, "mgda", in_backward=True),
-    "absent losses again": partial(absent_losses, again=True),
     "small buckets": small_buckets,
     "mixed": mixed,
 }

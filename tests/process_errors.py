@@ -144,6 +144,10 @@ def absent_everywhere():
     optimizer.combine()
 
 
+def no_losses_anywhere():
+    wrap(Net(), "m_config").backward([None] * 3)
+
+
 def held_back():
     net, rank = sharded(), distributed.get_rank()
     net.set_requires_gradient_sync(False)
@@ -206,6 +210,7 @@ ERRORS = {
     "other tasks later, representation": partial(other_tasks_later, "gradnorm", mode="representation"),
     "other tasks": other_tasks,
     "no tasks": lambda: wrap(Net()).backward([]),
+    "no losses anywhere": no_losses_anywhere,
     "other seeds": other_seeds,
     "other seeds within": partial(other_seeds, name="cr_mogm", method="pcgrad"),
     "other losses": other_losses,

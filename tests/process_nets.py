@@ -69,6 +69,15 @@ def gradients(net):
     return [whole(p.grad) for p in net.parameters() if p.grad is not None]
 
 
+def result(net, info=None):
+    """Return the parameters, which of them have a gradient, and what the step says of itself."""
+    found = [whole(p) for p in net.parameters()]
+    found.append(torch.tensor([p.grad is not None for p in net.parameters()]))
+    if info is not None:
+        found += [value for value in (info._gram, info._weights) if value is not None]
+    return found
+
+
 def wrap(net, method="pcgrad", **options):
     if hasattr(net, "group"):
         options["process_group"] = net.group

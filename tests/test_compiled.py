@@ -170,3 +170,14 @@ def test_vmap_does_not_take_a_compiled_function(whole):
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), shared=[*net.parts["trunk"].parameters()])
     with pytest.raises(RuntimeError, match=r"compiled backward function within vmap.*mode='sequential' goes back"):
         optimizer.backward(losses_of(compiled(X)), mode="batched")
+
+
+@pytest.mark.parametrize("wrapped", [torch.compiler.allow_in_graph, torch._dynamo.nonstrict_trace])
+def test_functions_that_the_compiler_traces_by_calling_them(wrapped):
+    def direction(gradients):
+        return gradsurgery.combine(gradients, gradsurgery.pcgrad_weights(gradsurgery.gram(gradients)))
+
+    traced = wrapped(direction)
+    compiled = torch.compile(lambda gradients: traced(gradients) * 1, fullgraph=True, backend="aot_eager")
+    rows = X[:3].clone().requires_grad_()
+    torch.testing.assert_close(compiled(rows), direction(rows.detach()))

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradsurgery
 from conftest import USABLE
 from gradsurgery import _gradients
+from gradsurgery._memory import check_memory
 from inputs import DEVICE, normal
 
 if DEVICE not in USABLE:
@@ -199,10 +200,15 @@ def test_direct_calls_are_safe():
         lists.gram(torch.empty(3, 3, dtype=torch.float64, device=lists.device))
 
 
-def freed(*shape):
-    tensor = torch.ones(shape)
+def freed(tensor):
     tensor.untyped_storage().resize_(0)
     return tensor
+
+
+def test_freed_memory_is_shared_by_nothing():
+    rows = [[freed(torch.ones(4))], [freed(torch.ones(4))]]
+    check_memory(rows)
+    assert _gradients.C.shares_memory(rows) is False
 
 
 def test_freed_memory_is_no_absent_gradient():
@@ -210,18 +216,20 @@ def test_freed_memory_is_no_absent_gradient():
     ones, operators = torch.ones(4), torch.ops.gradsurgery
     weights, gram = (torch.ones(shape, dtype=torch.float64, device=ones.device) for shape in ([2], [2, 2]))
     calls = [
-        lambda: gradsurgery.gram([[ones], [freed(4)]]),
-        lambda: gradsurgery.gram(freed(2, 4)),
-        lambda: gradsurgery.gram([[ones], [freed(4).requires_grad_()]]),
-        lambda: gradsurgery.combine([[ones], [ones]], weights, out=[freed(4)]),
-        lambda: operators.gram(freed(2, 4), [], gram),
-        lambda: operators.gram.list([ones, freed(4)], 2, [], gram),
-        lambda: operators.combine.list([ones, ones], weights, [], False, [freed(4)]),
+        lambda: gradsurgery.gram([[ones], [freed(torch.ones(4))]]),
+        lambda: gradsurgery.gram([[ones], [freed(torch.ones(8)[4:])]]),
+        lambda: gradsurgery.gram(freed(torch.ones(2, 8)[:, 4:])),
+        lambda: gradsurgery.gram(freed(torch.ones(2, 4))),
+        lambda: gradsurgery.gram([[ones], [freed(torch.ones(4)).requires_grad_()]]),
+        lambda: gradsurgery.combine([[ones], [ones]], weights, out=[freed(torch.ones(4))]),
+        lambda: operators.gram(freed(torch.ones(2, 4)), [], gram),
+        lambda: operators.gram.list([ones, freed(torch.ones(4))], 2, [], gram),
+        lambda: operators.combine.list([ones, ones], weights, [], False, [freed(torch.ones(4))]),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=r"tensors must have memory, got one of shape \[.*4\] without"):
             call()
-    assert torch.equal(gradsurgery.gram([[freed(0)], [torch.ones(0)]]), torch.zeros_like(gram))
+    assert torch.equal(gradsurgery.gram([[freed(torch.ones(0))], [torch.ones(0)]]), torch.zeros_like(gram))
 
 
 def test_outputs_live_while_kernels_write_to_them():
