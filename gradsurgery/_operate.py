@@ -15,7 +15,7 @@ from ._collected import Collected
 from ._gradients import TaskGradients, check_gradient, parse
 from ._plan import Plan, Planner
 from ._shards import Shards
-from ._step import add_all, add_plain, foreign_sums, read, targets
+from ._step import add_all, add_plain, foreign_sums, put, read, targets
 from ._survey import Survey
 from .backends import Backend, choose
 from .collect import Losses, PassOptions, collect
@@ -169,7 +169,7 @@ def operate(
         there = set() if method.weights_losses or collected.batches > 1 else {i - begin for i in done if i >= begin}
         if len(there) < len(plain):
             add_plain(grads, plain, of_losses(weights), out[begin:], accumulate, there, backend)
-        processes.assign(parameters, local, [*out, *sums])
+        processes.assign(parameters, local, [*out, *map(put, local[len(written) :], sums)])
     planner.remember(plan, collected)
     if whole:
         gram, weights = (None if value is None else value[0] for value in (gram, weights))

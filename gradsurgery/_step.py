@@ -95,7 +95,7 @@ def add_all(collected: Collected, processes: Replicas | Shards, backend: str | N
     ones = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device)
     sums = foreign_sums(collected, foreign, local[len(params) :], ones)
     add_plain(grads, params, ones, out, accumulate, done, choose(backend, grads.device, grads.num_tasks))
-    processes.assign(parameters, local, [*out, *sums])
+    processes.assign(parameters, local, [*out, *map(put, local[len(params) :], sums)])
 
 
 def _is_foreign(grad: Tensor | None) -> bool:
@@ -115,3 +115,11 @@ def foreign_sums(collected: Collected, params: list[int], local: list[Tensor], w
         first, *rest = sorted(terms, key=lambda term: term.layout is not torch.strided)
         sums.append(sum(rest, first))
     return sums
+
+
+def put(parameter: Tensor, total: Tensor) -> Tensor:
+    """Return what becomes a parameter's ``.grad``: the tensor that is there, with the total in it, or the total."""
+    grad = parameter.grad
+    if grad is None or grad.layout is not torch.strided or grad.dtype != total.dtype or is_expanded(grad):
+        return total
+    return grad.copy_(total)

@@ -321,7 +321,8 @@ def test_a_function_that_comes_later_and_joins_trunk_and_heads_is_warned_of():
         a, b = checkpoint(outputs, X.clone().requires_grad_(), use_reentrant=True) if joined else outputs(X)
         optimizer.backward([a.square().mean(), b.abs().mean()])
 
-    with warnings.catch_warnings(record=True, action="always") as warned:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         step(False)
         assert not warned
         step(True)

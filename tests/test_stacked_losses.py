@@ -229,7 +229,8 @@ def test_a_layer_of_zeros_that_two_losses_share_is_not_warned_of(zeros, times, m
 def test_zeros_from_one_side_are_warned_of_at_the_second_step():
     net = two_task_net()
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
-    with warnings.catch_warnings(record=True, action="always") as warned:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         for step in range(3):
             z = net["trunk"](X)
             logits, embedding = Doubled.apply(net["a"](z), z)

@@ -60,6 +60,28 @@ def test_the_gradient_of_a_complex_head_keeps_its_dtype():
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "sum"])
+def test_gradients_that_no_kernel_reads_are_added_in_place(method):
+    """As torch adds them: others may hold ``.grad``."""
+    w, head, table = (
+        ones(2),
+        torch.nn.Parameter(torch.ones(2, dtype=torch.complex64)),
+        torch.nn.Embedding(3, 2, sparse=True),
+    )
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([w, head, table.weight], lr=0.1), method)
+    held = [torch.ones_like(p) for p in (head, table.weight)]
+    head.grad, table.weight.grad = held
+    optimizer.backward([(w * head).abs().sum(), (w * table(torch.tensor([1]))).sum()])
+    assert head.grad is held[0]
+    assert table.weight.grad is held[1]
+    torch.testing.assert_close(held[0], torch.full((2,), 2 + 0j))
+    assert held[1][[0, 2]].eq(1).all()
+    assert held[1][1].ne(1).all()
+    head.grad = torch.ones((), dtype=torch.complex64).expand(2)
+    optimizer.backward([(w * head).abs().sum(), w.sum()])
+    torch.testing.assert_close(head.grad, torch.full((2,), 2 + 0j))
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "sum"])
 def test_no_parameter_that_requires_grad(method):
     v, w = ones(2), Parameter(torch.ones(2), requires_grad=False)
     wrap([w], method).backward([v[0], v[1]])
