@@ -32,21 +32,26 @@ inline bool has_memory(const Tensor& tensor, const void* data) {
   return data && (!storage || storage->nbytes() > 0);
 }
 
-// The address. ValueError where elements have no memory: kernels would take the tensor for an absent one, which only
-// torch's zero tensors are as good as.
-inline const void* address_of(const Tensor& tensor) {
-  const void* const data = tensor.const_data_ptr();
+// ValueError where elements have no memory: kernels would take the tensor for an absent one, which only torch's zero
+// tensors are as good as.
+inline void check_memory(const Tensor& tensor, const void* data) {
   TORCH_CHECK_VALUE(has_memory(tensor, data) || tensor.numel() == 0 || tensor._is_zerotensor(),
                     message("tensors must have memory, got one of shape ", tensor.sizes(), " without"));
+}
+
+inline const void* address_of(const Tensor& tensor) {
+  const void* const data = tensor.const_data_ptr();
+  check_memory(tensor, data);
   return data;
 }
 
 // A tensor's memory, to write to: autograd is told, as by torch's own functions.
 template <class T = void>
 T* written(const Tensor& tensor) {
-  address_of(tensor);
+  void* const data = tensor.mutable_data_ptr();
+  check_memory(tensor, data);
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-  return static_cast<T*>(tensor.mutable_data_ptr());
+  return static_cast<T*>(data);
 }
 
 const gs_parallel kTorchThreads = {[](void*, int64_t count, void (*body)(void*, int64_t), void* arg) {
