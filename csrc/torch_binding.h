@@ -26,10 +26,9 @@ inline void check_status(gs_status status) {
   TORCH_CHECK(status == GS_OK, gs_last_error());
 }
 
-// Whether a tensor with this address has its memory, which untyped_storage().resize_(0) takes away.
+// Whether a tensor with this address has memory: its storage begins at NULL where untyped_storage().resize_(0) took it.
 inline bool has_memory(const Tensor& tensor, const void* data) {
-  const c10::StorageImpl* const storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-  return data && (!storage || storage->nbytes() > 0);
+  return reinterpret_cast<uintptr_t>(data) != static_cast<uintptr_t>(tensor.storage_offset()) * tensor.itemsize();
 }
 
 // ValueError where elements have no memory: kernels would take the tensor for an absent one, which only torch's zero
