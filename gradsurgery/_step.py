@@ -120,6 +120,7 @@ def foreign_sums(collected: Collected, params: list[int], local: list[Tensor], w
 def put(parameter: Tensor, total: Tensor) -> Tensor:
     """Return what becomes a parameter's ``.grad``: the tensor that is there, with the total in it, or the total."""
     grad = parameter.grad
-    if grad is None or grad.layout is not torch.strided or grad.dtype != total.dtype or is_expanded(grad):
+    if grad is None or grad.layout is not torch.strided or is_expanded(grad) or grad._is_zerotensor():
         return total
-    return grad.copy_(total)
+    # To write to an inference tensor raises, once it is written.
+    return total if grad.is_inference() else grad.copy_(total)

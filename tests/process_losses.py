@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 
 from inputs import DEVICE
-from process_nets import BATCHES, Net, on_each, result, wrap
+from process_nets import BATCHES, Net, alone, on_each, result, wrap
 
 
 def absent_losses(method="m_config", again=False, in_backward=False):
@@ -52,18 +52,23 @@ def absent_at_first():
     return result(net, optimizer.combine())
 
 
-def without_losses(method, in_backward=True, scaler=None, **how):
+def without_losses(method, in_backward=True, scaler=None, features=False, **how):
     """In one step a process has no loss at all, as where its data has ended, and another one in the next."""
     net = Net()
     optimizer = wrap(net, method)
     scaler = scaler and torch.amp.GradScaler(DEVICE, init_scale=4.0)
     for x, lacks in zip(BATCHES, [((), (0, 1, 2)), ((0, 1, 2), ()), ((1,), (0, 2))], strict=True):
+        kept = []
 
-        def losses(rank, x=x, lacks=lacks):
-            return [None if t in lacks[rank] else loss for t, loss in enumerate(net(x[rank]))]
+        def losses(rank, x=x, lacks=lacks, kept=kept):
+            low, high = net.features(x[rank])
+            if not alone() or len(lacks[rank]) < 3:
+                kept.append(low)
+            return [None if t in lacks[rank] else loss for t, loss in enumerate(net.losses(low, high))]
 
         if in_backward:
-            info = optimizer.backward(on_each(net, losses), scaler=scaler, **how)
+            each = on_each(net, losses)
+            info = optimizer.backward(each, scaler=scaler, **({"features": kept} if features else {}), **how)
         else:
             optimizer.collect(on_each(net, losses), scaler=scaler, **how)
             info = optimizer.combine()
@@ -78,6 +83,8 @@ LOSSES = {
     "absent losses, failed": absent_at_first,
     **{f"no losses {name}": partial(without_losses, name) for name in ("gradnorm", "m_config", "mgda")},
     "no losses, batched": partial(without_losses, "pcgrad", mode="batched"),
+    "no losses, features": partial(without_losses, "mgda", features=True),
+    "no losses, features batched": partial(without_losses, "mgda", features=True, mode="batched"),
     "no losses, scaled": partial(without_losses, "pcgrad", scaler=True),
     "no losses, collected": partial(without_losses, "uw", in_backward=False),
 }

@@ -76,9 +76,36 @@ def test_gradients_that_no_kernel_reads_are_added_in_place(method):
     torch.testing.assert_close(held[0], torch.full((2,), 2 + 0j))
     assert held[1][[0, 2]].eq(1).all()
     assert held[1][1].ne(1).all()
-    head.grad = torch.ones((), dtype=torch.complex64).expand(2)
-    optimizer.backward([(w * head).abs().sum(), w.sum()])
-    torch.testing.assert_close(head.grad, torch.full((2,), 2 + 0j))
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "sum"])
+def test_gradients_that_no_kernel_reads_where_nothing_can_be_added_to(method):
+    w, head = ones(2), torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([w, head], lr=0.1), method)
+    with torch.inference_mode():
+        inferred = torch.ones(2, dtype=torch.complex64)
+    zero = torch._efficientzerotensor(2, dtype=torch.complex64, device=w.device)
+    for grad, end in [(torch.ones((), dtype=torch.complex64).expand(2), 2), (inferred, 2), (zero, 1)]:
+        head.grad = grad
+        optimizer.backward([(w * head).abs().sum(), w.sum()])
+        torch.testing.assert_close(head.grad, torch.full((2,), end + 0j))
+    assert torch.equal(inferred, torch.ones_like(inferred))
+
+
+@pytest.mark.parametrize("collected", [True, False])
+def test_a_grad_without_memory_is_seen_before_anything_is_written(collected):
+    w, a, b = ones(2), ones(2), ones(2)
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([w, a, b], lr=0.1))
+    w.grad, b.grad = torch.zeros(2), torch.zeros(2)
+    b.grad.untyped_storage().resize_(0)
+    losses = [(w * a).sum(), (w * b).sum()]
+    if collected:
+        optimizer.collect(losses)
+    with pytest.raises(ValueError, match="tensors must have memory"):
+        optimizer.combine() if collected else optimizer.backward(losses)
+    assert torch.equal(w.grad, torch.zeros(2))
+    assert a.grad is None
+    assert (optimizer._pending is not None) is collected
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "sum"])
