@@ -292,7 +292,7 @@ pybind11::object Lists::targets(pybind11::handle parameters, const std::vector<i
     if (!first || !THPVariable_CheckExact(owners.data[i])) return pybind11::none();
     const Tensor &owner = THPVariable_Unpack(owners.data[i]), &grad = owner.grad();
     if (!alike(grad.defined() ? grad : owner, THPVariable_Unpack(first))) return pybind11::none();
-    if (grad.defined()) address_of(grad);  // before anything is written
+    if (grad.defined()) check_memory(grad, grad.const_data_ptr());  // before anything is written
     accumulate = accumulate || grad.defined();
   }
   pybind11::list out(count);

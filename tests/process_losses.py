@@ -10,27 +10,41 @@ import torch
 from inputs import DEVICE
 from process_nets import BATCHES, Net, alone, on_each, result, wrap
 
+EACH_ONE = [((0,), (1,)), ((2,), (1,)), ((0,), ())]
+BOTH_ONE = [((0,), (1,)), ((2,), (2,)), ((0,), ())]
+ALL = [((), (0, 1, 2)), ((0, 1, 2), ()), ((1,), (0, 2))]
 
-def absent_losses(method="m_config", again=False, in_backward=False):
-    """Each process lacks another loss, and then both the same; ``again``, after a failure amid each step."""
+
+def lacking(lacks, method="m_config", again=False, collected=False, scaler=None, by_features=False, **how):
+    """Train where each process lacks the losses that ``lacks`` has for a step and it; all, where its data has ended.
+
+    ``again``: after a failure amid each step.
+    """
     net = Net()
     optimizer = wrap(net, method)
-    lacks_one = optimizer.method.takes_absent
-    for x, absent in zip(BATCHES, [(0, 1), (2, 2) if lacks_one else (2, 1), (0, None)], strict=True):
+    scaler = scaler and torch.amp.GradScaler(DEVICE, init_scale=4.0)
+    for x, absent in zip(BATCHES, lacks, strict=True):
+        features = []
 
-        def losses(rank, x=x, absent=absent):
-            return [None if t == absent[rank] else loss for t, loss in enumerate(net(x[rank]))]
+        def losses(rank, x=x, absent=absent, features=features):
+            low, high = net.features(x[rank])
+            if not alone() or len(absent[rank]) < 3:  # a feature that no loss depends on is an error
+                features.append(low)
+            return [None if t in absent[rank] else loss for t, loss in enumerate(net.losses(low, high))]
 
-        if in_backward:
-            optimizer.backward(on_each(net, losses))
-        else:
-            optimizer.collect(on_each(net, losses))
+        each = on_each(net, losses)
+        if by_features:
+            how["features"] = features
+        if collected:
+            optimizer.collect(each, scaler=scaler, **how)
             if again:
                 with mock.patch("gradsurgery._operate.read", side_effect=MemoryError), suppress(MemoryError):
                     optimizer.combine()
-            optimizer.combine()
+            info = optimizer.combine()
+        else:
+            info = optimizer.backward(each, scaler=scaler, **how)
         optimizer.step()
-    return result(net)
+    return result(net, info)
 
 
 def absent_at_first():
@@ -52,39 +66,19 @@ def absent_at_first():
     return result(net, optimizer.combine())
 
 
-def without_losses(method, in_backward=True, scaler=None, features=False, **how):
-    """In one step a process has no loss at all, as where its data has ended, and another one in the next."""
-    net = Net()
-    optimizer = wrap(net, method)
-    scaler = scaler and torch.amp.GradScaler(DEVICE, init_scale=4.0)
-    for x, lacks in zip(BATCHES, [((), (0, 1, 2)), ((0, 1, 2), ()), ((1,), (0, 2))], strict=True):
-        kept = []
-
-        def losses(rank, x=x, lacks=lacks, kept=kept):
-            low, high = net.features(x[rank])
-            if not alone() or len(lacks[rank]) < 3:
-                kept.append(low)
-            return [None if t in lacks[rank] else loss for t, loss in enumerate(net.losses(low, high))]
-
-        if in_backward:
-            each = on_each(net, losses)
-            info = optimizer.backward(each, scaler=scaler, **({"features": kept} if features else {}), **how)
-        else:
-            optimizer.collect(on_each(net, losses), scaler=scaler, **how)
-            info = optimizer.combine()
-        optimizer.step()
-    return result(net, info)
-
-
 LOSSES = {
-    **{f"absent losses {name}": partial(absent_losses, name) for name in ("gradnorm", "m_config", "pcgrad", "uw")},
-    "absent losses in backward": partial(absent_losses, "mgda", in_backward=True),
-    "absent losses again": partial(absent_losses, again=True),
+    "absent losses m_config": partial(lacking, BOTH_ONE, collected=True),
+    "absent losses again": partial(lacking, BOTH_ONE, collected=True, again=True),
+    **{
+        f"absent losses {name}": partial(lacking, EACH_ONE, name, collected=True)
+        for name in ("gradnorm", "pcgrad", "uw")
+    },
+    "absent losses in backward": partial(lacking, EACH_ONE, "mgda"),
     "absent losses, failed": absent_at_first,
-    **{f"no losses {name}": partial(without_losses, name) for name in ("gradnorm", "m_config", "mgda")},
-    "no losses, batched": partial(without_losses, "pcgrad", mode="batched"),
-    "no losses, features": partial(without_losses, "mgda", features=True),
-    "no losses, features batched": partial(without_losses, "mgda", features=True, mode="batched"),
-    "no losses, scaled": partial(without_losses, "pcgrad", scaler=True),
-    "no losses, collected": partial(without_losses, "uw", in_backward=False),
+    **{f"no losses {name}": partial(lacking, ALL, name) for name in ("gradnorm", "m_config", "mgda")},
+    "no losses, batched": partial(lacking, ALL, "pcgrad", mode="batched"),
+    "no losses, features": partial(lacking, ALL, "mgda", by_features=True),
+    "no losses, features batched": partial(lacking, ALL, "mgda", by_features=True, mode="batched"),
+    "no losses, scaled": partial(lacking, ALL, "pcgrad", scaler=True),
+    "no losses, collected": partial(lacking, ALL, "uw", collected=True),
 }

@@ -42,6 +42,18 @@ def test_golden_values(backend, method):
     torch.testing.assert_close(got, torch.tensor(direction), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("method", [*SOLVED, "krum", "mgda", "pcgrad"])
+def test_weights_of_the_longest_and_shortest_gradients(backend, method):
+    """Between squares of 2^-900 and 2^1000 only the weights' size may follow the gradients'."""
+    gram = gradsurgery.gram(normal(4, 8, torch.float64))
+    expected = torch.nn.functional.normalize(weigh(method, gram, backend), dim=0)
+    squares = gram.diagonal()
+    for power in (-900 - squares.min().log2().floor(), 1000 - squares.max().log2().ceil()):
+        scaled = torch.ldexp(gram, 2 * torch.div(power, 2, rounding_mode="trunc"))
+        got = weigh(method, scaled, backend)
+        torch.testing.assert_close(got / got.abs().max(), expected / expected.abs().max(), rtol=1e-9, atol=1e-9)
+
+
 def assert_dualproj_is_optimal(gram, backend, ridge):
     """v >= u, H v >= 0, (v - u) . (H v) = 0."""
     tasks = len(gram)

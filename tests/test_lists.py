@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Gradients read past the dispatcher by the extension, beside the operators that serve what it does not take."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -235,11 +236,12 @@ def test_freed_memory_is_no_absent_gradient():
 def test_outputs_live_while_kernels_write_to_them():
     """Another thread takes them from the caller's list."""
     rows = [[torch.ones(1 << 21)] for _ in range(4)]
-    ended = threading.Event()
+    ended, taken = threading.Event(), itertools.count()
 
     def take():
         while not ended.is_set():
             out[0] = torch.empty_like(rows[0][0])
+            next(taken)
 
     out = [torch.empty_like(rows[0][0])]
     thread = threading.Thread(target=take)
@@ -250,6 +252,7 @@ def test_outputs_live_while_kernels_write_to_them():
     finally:
         ended.set()
         thread.join()
+    assert next(taken) > 1
 
 
 def make_optimizer(parameters):
