@@ -1,54 +1,59 @@
 // SPDX-License-Identifier: MIT
-// The combine kernel: rows are summed in float64, a few at a time, and rounded once to the output. Up to kGroup rows
-// need one pass; with more, the sums of a block of columns wait in the level-1 cache between passes.
+// The combine kernel: rows are summed in float64, and rounded once to the output. Up to kGroup rows need one pass; with
+// more, the sums of a block of columns wait in the level-1 cache between passes.
 namespace gs::GS_ISA {
 
-constexpr int64_t kGroup = 4;  // rows streamed together
+constexpr int kGroup = 8;  // rows streamed together
+// Rows are fetched ahead of what is summed: so many bytes of all rows of a pass together, at most a page of each.
+constexpr int64_t kFetchBytes = 8192, kPageBytes = 4096;
 
 // Adds R rows, from row on, to the sums of the earlier ones (First: there are none), and rounds them to out (Last).
+// Each row has instructions of its own, for processors tell streams apart by these.
 template <class In, int R, bool First, bool Last>
 void add_rows(const Block<In>& block, int64_t row, double* sums) {
+  constexpr int kRows = std::max(R, 1);
+  constexpr int64_t kAhead = std::min(kPageBytes, kFetchBytes / kRows) / sizeof(In);
+  constexpr int64_t kLine = std::min<int64_t>(kStep, 64 / sizeof(In));
   alignas(64) In rounded[kBlockColumns];
   In* destination = block.stream ? rounded : block.out;
-  const In* rows[R > 0 ? R : 1];
-  vdouble weights[R > 0 ? R : 1];
+  const In* rows[kRows];
+  vdouble weights[kRows];
   for (int r = 0; r < R; r++) {
     rows[r] = block.rows[row + r];
     weights[r] = block.weights[row + r] - vdouble{};
   }
   for (int64_t c = 0; c < block.columns; c += kStep) {
-    for (int r = 0; r < R; r++) __builtin_prefetch(rows[r] + c + kBlockColumns, 0, 2);
+    for (int64_t line = 0; line < kStep; line += kLine) {
+      for (int r = 0; r < R; r++) __builtin_prefetch(rows[r] + c + kAhead + line, 0, 2);
+    }
+    vdouble sum[2] = {};
+    for (int h = 0; !First && h < 2; h++) sum[h] = load_as<vdouble>(sums + c + h * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
-    for (int64_t h = c; h < c + kStep; h += kLanes) {
-      vdouble sum = {};
-      if (!First) sum = load_as<vdouble>(sums + h);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) sum += weights[r] * load_doubles(rows[r] + h);
+      for (int h = 0; h < 2; h++) sum[h] += weights[r] * load_doubles(rows[r] + c + h * kLanes);
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+      const int64_t column = c + h * kLanes;
       if (Last) {
-        if (block.accumulate) sum += load_doubles(block.out + h);
-        store_doubles(destination + h, sum);
+        if (block.accumulate) sum[h] += load_doubles(block.out + column);
+        store_doubles(destination + column, sum[h]);
       } else {
-        store_as(sums + h, sum);
+        store_as(sums + column, sum[h]);
       }
     }
   }
   if (Last && block.stream) stream_copy(block.out, rounded, block.columns * sizeof(In));
 }
 
-template <class In, bool First>
+// The same with the last rows, of which there are up to R.
+template <class In, bool First, int R = kGroup>
 void add_last_rows(const Block<In>& block, int64_t row, int64_t count, double* sums) {
-  switch (count) {
-    case 0:
-      return add_rows<In, 0, First, true>(block, row, sums);
-    case 1:
-      return add_rows<In, 1, First, true>(block, row, sums);
-    case 2:
-      return add_rows<In, 2, First, true>(block, row, sums);
-    case 3:
-      return add_rows<In, 3, First, true>(block, row, sums);
-    default:
-      return add_rows<In, 4, First, true>(block, row, sums);
+  if constexpr (R > 0) {
+    if (count < R) return add_last_rows<In, First, R - 1>(block, row, count, sums);
   }
+  add_rows<In, R, First, true>(block, row, sums);
 }
 
 template <class In>

@@ -17,7 +17,11 @@ constexpr int64_t kDoubleRows = sizeof(In) == 4 ? 4 : 0;
 // Rows read in place. The 16-bit formats are converted at each use, so more than one panel of them is packed.
 template <class In>
 constexpr int64_t kDirectRows = sizeof(In) == 2 ? kPanel : 15;
-constexpr int64_t kDirectColumns = 4 * kFold * kStep;  // of up to 9 rows of float fit the level-1 cache
+// Of those 28 lines in a block, where several tiles read them: fewer make more tiles, with more the memory works in
+// bursts, for each tile fetches rows of its own.
+template <class In>
+constexpr int64_t kDirectColumns = 1792 / sizeof(In);
+constexpr int64_t kTileColumns = 16 * kFold * kStep;  // where a single tile reads them
 constexpr int64_t kPackedBytes = 262144;
 // 14 lines of a row: fewer make more tiles, more leave the level-1 cache.
 template <class In>
@@ -164,8 +168,9 @@ GS_INLINE void each_block_of_rows(const Row* rows, int64_t k, int64_t n, int64_t
 template <class V, class In>
 void add_direct(const void* const* rows, const int32_t* index, int64_t k, int64_t n, double* gram, int64_t ld) {
   // A single tile reads each value once; several read it from the level-1 cache.
-  const int64_t columns = k <= kPanel ? 4 * kDirectColumns : std::min<int64_t>(4, 37 / k) * kFold * kStep;
-  each_block_of_rows<In>(rows, k, n, columns, std::min(columns, kDirectColumns), [&](const BlockRows<In>& block) {
+  const int64_t columns = k <= kPanel ? kTileColumns : kDirectColumns<In>;
+  const int64_t ahead = k <= kPanel ? kTileColumns / 4 : columns;
+  each_block_of_rows<In>(rows, k, n, columns, ahead, [&](const BlockRows<In>& block) {
     if (k > kDoubleRows<In> && add_block<V>(DirectBlock<V, In>{block}, index, k, gram, ld)) return;
     add_block<vdouble>(DirectBlock<vdouble, In>{block}, index, k, gram, ld);
   });
