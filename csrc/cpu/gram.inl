@@ -28,19 +28,20 @@ template <class In>
 constexpr int64_t kMaxPackedColumns = 896 / sizeof(In);
 constexpr int64_t kMaxPanels = (GS_MAX_TASKS + kPanel - 1) / kPanel;
 
-// The rows of one block of columns. The tiles take turns to fetch those of the next block.
+// The rows of one block of columns. The tiles take turns to fetch those of the next block, diagonal ones fewer.
 template <class In>
 struct BlockRows {
   const In* const* rows;
   int64_t k, n;
   int64_t next_block;  // its distance in elements
   int64_t fetched = 0;
-  int64_t panels = (k + kPanel - 1) / kPanel, tiles = panels * (panels + 1) / 2;
-  int64_t rows_per_tile = (k + tiles - 1) / tiles;
+  int64_t panels = (k + kPanel - 1) / kPanel, others = panels * (panels - 1) / 2;
+  int64_t rows_of_diagonal = std::max<int64_t>(1, k / (panels + others));
+  int64_t rows_of_other = others ? (k - panels * rows_of_diagonal + others - 1) / others : 0;
 
-  Fetch<In> fetch_rows() {
+  Fetch<In> fetch_rows(bool diagonal) {
     Fetch<In> fetch = {};
-    for (; fetch.count < rows_per_tile && fetched < k; fetched++) {
+    for (; fetch.count < (diagonal ? rows_of_diagonal : rows_of_other) && fetched < k; fetched++) {
       fetch.row[fetch.count++] = rows[fetched] + next_block;
     }
     return fetch;
@@ -55,8 +56,8 @@ template <class V, class In>
 struct DirectBlock : BlockRows<In> {
   template <int R, int C, bool Diagonal>
   __attribute__((noinline)) void run(int64_t i, int64_t j, double (&sums)[kPanel][4]) {
-    tile<Diagonal, R, C>(Rows<V, In>{this->rows + i}, Rows<V, In>{this->rows + j}, this->n / kStep, this->fetch_rows(),
-                         sums, V{});
+    tile<Diagonal, R, C>(Rows<V, In>{this->rows + i}, Rows<V, In>{this->rows + j}, this->n / kStep,
+                         this->fetch_rows(Diagonal), sums, V{});
   }
   void diagonal(int64_t i, double (&sums)[kPanel][4]) {
     switch (std::min<int64_t>(kPanel, this->k - i)) {
@@ -99,10 +100,11 @@ struct PackedBlock : BlockRows<In> {
     PackingRows<V, In> rows;
     for (int r = 0; r < kPanel; r++) rows.row[r] = this->rows[std::min(i + r, this->k - 1)];
     rows.panel = panel(i);
-    tile<true, kPanel, kPanel>(rows, rows, this->n / kStep, this->fetch_rows(), sums, V{});
+    tile<true, kPanel, kPanel>(rows, rows, this->n / kStep, this->fetch_rows(true), sums, V{});
   }
   __attribute__((noinline)) void products(int64_t i, int64_t j, double (&sums)[kPanel][4]) {
-    tile<false, kPanel, kPanel>(Panel<V>{panel(i)}, Panel<V>{panel(j)}, this->n / kStep, this->fetch_rows(), sums, V{});
+    tile<false, kPanel, kPanel>(Panel<V>{panel(i)}, Panel<V>{panel(j)}, this->n / kStep, this->fetch_rows(false), sums,
+                                V{});
   }
 };
 
