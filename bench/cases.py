@@ -19,7 +19,7 @@ from .timing import ALLOCATING, FLOOR, MM, OURS, Case
 
 
 def task_gradients(tasks: int, size: int) -> Tensor:
-    """Return J [T, N]: independent noise, norms up to 10 times apart, and half of all pairs in conflict.
+    """Return J [T, N]: independent noise, norms up to 10 times apart, and conflicts.
 
     Every second task opposes a direction that the others share, which makes a cosine of -0.2 or 0.2.
     """

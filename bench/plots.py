@@ -24,7 +24,7 @@ BARS = {
     "pcgrad, batched": "gradsurgery, batched",
     "pcgrad, representation": "gradsurgery, representation",
     "torchjd PCGrad": "torchjd PCGrad, batched",
-    "torchjd PCGrad, one by one": "torchjd PCGrad",
+    "torchjd PCGrad, one by one": "torchjd PCGrad, one by one",
     "torchjd UPGrad": "torchjd UPGrad",
     "pytorch_optimizer PCGrad": "pytorch_optimizer PCGrad",
 }

@@ -20,7 +20,7 @@ STEPS = {
     "ours, features and batched": ("pcgrad, features, batched", "pcgrad, batched"),
     "ours, representation": ("pcgrad, representation",),
     "pytorch_optimizer": (COMMON,),
-    "torchjd": ("torchjd PCGrad",),
+    "torchjd, batched": ("torchjd PCGrad",),
     "torchjd, one by one": (ONE_BY_ONE,),
 }
 """Contenders by column, the first that a model has."""
@@ -54,7 +54,7 @@ def steps_table(run: dict[str, Any]) -> str:
     """Return the table of whole training steps."""
     rows = {(row["workload"], row["contender"]): row for row in run["rows"]}
     lines = [
-        f"On {_where(run)}; milliseconds, in brackets those of surgery:",
+        f"On {_where(run)}; milliseconds, in brackets surgery:",
         "",
         f"| model | {' | '.join(STEPS)} |",
         f"|---|{'---|' * len(STEPS)}",
@@ -80,7 +80,8 @@ def commit_of(run: dict[str, Any]) -> str:
 
 def _where(run: dict[str, Any]) -> str:
     machine = run["machine"]
-    return f"{machine['threads']} cores of {machine['cpu']}, {commit_of(run)}"
+    load = f"load {machine['load_at_start']:.1f} at the start"
+    return f"{machine['threads']} cores of {machine['cpu']}, {load}, {commit_of(run)}"
 
 
 def _short(value: float) -> str:

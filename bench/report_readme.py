@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
 from pathlib import Path
@@ -34,9 +35,11 @@ GPU_SHOWN += [(method, 8, 10**5) for method in ("mgda", "upgrad", "cagrad")]
 
 
 def _wrapped(lines: list[str]) -> str:
-    """Return Markdown with lines of prose of at most 120 characters."""
+    """Return Markdown with each paragraph in lines of at most 120 characters; tables stay as they are."""
     prose = textwrap.TextWrapper(120, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(line if line.startswith("|") else prose.fill(line) for line in lines) + "\n"
+    parts = itertools.groupby(lines, lambda line: "" if not line else "|" if line.startswith("|") else "prose")
+    texts = (prose.fill(" ".join(part)) if kind == "prose" else "\n".join(part) for kind, part in parts)
+    return "\n".join(texts) + "\n"
 
 
 def _link(path: Path) -> str:
@@ -133,7 +136,8 @@ def cpu_steps_section(run: dict[str, Any]) -> str:
     lines += [
         "",
         "Representation: surgery on the gradients of the features that tasks share, an approximation with one pass",
-        "below them ([docs/training.md](docs/training.md#fewer-or-cheaper-backward-passes)).",
+        "below them ([docs/training.md](docs/training.md#fewer-or-cheaper-backward-passes)). torchjd is batched by its",
+        "default, and goes one by one with `parallel_chunk_size=1`.",
         f"Medians of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch {versions['torch']}, "
         f"torchjd {versions['torchjd']}, pytorch_optimizer {versions['pytorch_optimizer']}; load "
         f"{machine['load_at_start']:.1f} at the start; {commit_of(run)}:",
@@ -175,7 +179,8 @@ def gpu_section(run: dict[str, Any]) -> str:
         "",
         f"Medians of `{run['command']}`; torch {run['versions']['torch']}, CUDA {run['versions']['cuda']}; "
         f"{commit_of(run)}.",
-        f"Of the targets of `bench/gpu_targets.py` it met {verdicts.count(True)} and missed {verdicts.count(False)}:",
+        f"Of today's targets, `bench/gpu_targets.py`, it met {verdicts.count(True)} and missed "
+        f"{verdicts.count(False)} (in the file are those of its day):",
         f"{_link(GPU)}. What changed since then and what it brought:",
         "[bench/HISTORY.md](bench/HISTORY.md#the-solvers-and-what-the-last-changes-brought).",
         "",

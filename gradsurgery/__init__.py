@@ -7,6 +7,7 @@ direction, the optimizer's step.
 
 from . import methods
 from ._constant import NotDifferentiableError
+from ._memory import OverwrittenError
 from .aggregate import aggregate
 from .backends import backends
 from .collect import Losses
@@ -50,6 +51,7 @@ __all__ = [
     "NashMTL",
     "NotComputedError",
     "NotDifferentiableError",
+    "OverwrittenError",
     "PCGrad",
     "SurgeryInfo",
     "SurgeryOptimizer",

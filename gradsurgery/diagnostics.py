@@ -22,7 +22,8 @@ class SurgeryInfo:
     Everything is a tensor on the gradients' device, computed when it is asked for; nothing synchronises with the
     host but :meth:`to_dict`. Shapes are given for granularity "global"; the others put a leading dimension of
     segments before each, a single one of zeros where nothing is shared. Values are unscaled where a gradient scaler was
-    given.
+    given. Of methods that keep averages in place of the task gradients ("moco", "db_mtl", "m_config") G, the weights and
+    what follows from them are of these averages, and ``update_norm`` of "m_config" is not |d|.
 
     Attributes:
         tasks: the tasks' names, or their indices as strings.

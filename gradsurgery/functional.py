@@ -152,7 +152,8 @@ def gradnorm_update(
     target's mean is over all tasks. The step depends on the scale of the gradients, as in the paper.
 
     Args:
-        weights, norms, losses, initial_losses: [..., T] each, of any floating dtype; both losses positive.
+        weights, norms, losses, initial_losses: [..., T] each, of any floating dtype; finite, initial losses > 0, the
+            others >= 0. That is not checked: other values give some result, such as NaN.
         alpha: restoring force, >= 0; 0 equalises the norms.
         lr: step on w, >= 0.
         backend: a name of :func:`gradsurgery.backends`; None chooses.

@@ -23,7 +23,7 @@ class AlignedMTL(SolverMethod):
     Scale: a mean over tasks. No state. Cost: O(T^3).
 
     Args:
-        pref: p, T numbers; None: 1 / T each.
+        pref: p, T finite numbers; None: 1 / T each.
         scale_mode: "min", "median" or "rmse" (the mean eigenvalue).
     """
 

@@ -23,7 +23,7 @@ class ConFIG(SolverMethod):
     Scale: a sum over tasks; d conflicts with none if the gradients are independent and p > 0. No state. Cost: O(T^3).
 
     Args:
-        pref: p, T numbers; None: 1 each.
+        pref: p, T finite numbers; None: 1 each.
     """
 
     name = "config"

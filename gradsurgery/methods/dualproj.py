@@ -22,7 +22,7 @@ class DualProj(SolverMethod):
     Scale: a mean over tasks. No state. Cost: O(T^3).
 
     Args:
-        pref: p, T numbers; None: 1 / T each.
+        pref: p, T finite numbers; None: 1 / T each.
         reg_eps: the ridge, > 0.
     """
 

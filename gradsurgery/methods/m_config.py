@@ -35,7 +35,7 @@ class MConFIG(BufferedMethod):
 
     Args:
         beta: 0 <= beta < 1, the wrapped optimizer's.
-        pref: ConFIG's, T numbers; None: 1 each.
+        pref: ConFIG's, T finite numbers; None: 1 each.
     """
 
     name = "m_config"

@@ -25,7 +25,7 @@ class UPGrad(SolverMethod):
     Scale: a mean over tasks. No state. Cost: O(T^4).
 
     Args:
-        pref: p, T numbers; None: 1 / T each.
+        pref: p, T finite numbers; negative ones count as 0; None: 1 / T each.
         reg_eps: the ridge, > 0.
     """
 
