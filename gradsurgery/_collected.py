@@ -62,8 +62,7 @@ class Collected:
         Raises:
             OverwrittenError: the second backward passes wrote over the first ones' gradients.
         """
-        for mine, theirs in zip(self.grads, other.grads, strict=True):
-            check_memory([mine, theirs])
+        check_memory(self.grads + other.grads)
         grads = []
         for mine, theirs in zip(self.grads, other.grads, strict=True):
             grads.append([_sum(a, b) for a, b in zip(mine, theirs, strict=True)])

@@ -11,10 +11,8 @@ from ._checks import describe
 from ._graph import Edge, Graph, Reach
 
 
-def check_features(features: Sequence[Tensor] | None) -> None:
+def check_features(features: Sequence[Tensor]) -> None:
     """Raise TypeError or ValueError unless these are tensors with graphs, whose passes can be parted."""
-    if features is None:
-        return
     wanted = "features must be a tensor with a graph, or a non-empty list of them"
     if not isinstance(features, Sequence):
         raise TypeError(f"{wanted}, got {describe(features)}")

@@ -169,7 +169,7 @@ def operate(
         there = set() if method.weights_losses or collected.batches > 1 else {i - begin for i in done if i >= begin}
         if len(there) < len(plain):
             add_plain(grads, plain, of_losses(weights), out[begin:], accumulate, there, backend)
-        processes.assign(parameters, local, [*out, *map(put, local[len(written) :], sums)])
+        processes.assign(parameters, [*out, *map(put, local[len(written) :], sums)])
     planner.remember(plan, collected)
     if whole:
         gram, weights = (None if value is None else value[0] for value in (gram, weights))
@@ -203,6 +203,7 @@ def backward_once(
         with torch.no_grad():
             add_all(processes.average_gradients(collected), processes, backend)
     planner.remember_tasks(collected.tasks, collected.losses.device)
+    survey.began = True
     return SurgeryInfo(collected.tasks, None, found[0])
 
 
@@ -244,5 +245,6 @@ def backward_by_representation(
         with torch.no_grad():
             add_all(processes.average_gradients(collected), processes, backend_name)
     planner.remember_tasks(collected.tasks, collected.losses.device)
+    survey.began = True
     gram, weights = found or (None, None)
     return SurgeryInfo(collected.tasks, gram, weights)

@@ -56,7 +56,7 @@ class Passes:
     retain_graph: bool
     starts: list[tuple[Root, Tensor]]
     """What the pass of each loss begins at, and the gradient there: 1, or a gradient scaler's factor."""
-    hiding: bool = False
+    hiding: bool
     """Whether functions may leave gradients of what is inside them in ``.grad``, which is set aside then."""
 
     @contextmanager

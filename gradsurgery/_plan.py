@@ -73,11 +73,12 @@ class Planner:
             own = shards.spread(own, self.kept)
         state: dict[str, Any] = {"surgery": {self.method.name: own}}
         places = {id(p): place for place, p in enumerate(parameters)}
-        if self.kept:
-            state["shared"] = [places[id(p)] for p in self.kept]
+        shared = [places.get(id(p)) for p in self.kept]
+        if shared and None not in shared:  # of a parameter that was taken from the optimizer since
+            state["shared"] = shared
         if self._blocks is not None and self.granularity != "global":
             blocks = [block if isinstance(block, int) else places.get(id(block)) for block in self._blocks]
-            if None not in blocks:  # of a parameter that was taken from the optimizer since
+            if None not in blocks:
                 state["blocks"] = blocks
         if self._tasks is not None:
             state["tasks"] = {task: place for place, task in enumerate(self._tasks)}

@@ -127,7 +127,7 @@ class Shards:
             parts.append(part)
         return parts
 
-    def assign(self, parameters: list[Any], local: list[Tensor], grads: list[Tensor]) -> None:
+    def assign(self, parameters: list[Any], grads: list[Tensor]) -> None:
         """Make each gradient the part of its parameter's ``.grad``."""
         for p, grad in zip(parameters, grads, strict=True):
             p.grad = as_dtensor(grad, p)

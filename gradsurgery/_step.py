@@ -95,7 +95,7 @@ def add_all(collected: Collected, processes: Replicas | Shards, backend: str | N
     ones = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device)
     sums = foreign_sums(collected, foreign, local[len(params) :], ones)
     add_plain(grads, params, ones, out, accumulate, done, choose(backend, grads.device, grads.num_tasks))
-    processes.assign(parameters, local, [*out, *map(put, local[len(params) :], sums)])
+    processes.assign(parameters, [*out, *map(put, local[len(params) :], sums)])
 
 
 def _is_foreign(grad: Tensor | None) -> bool:

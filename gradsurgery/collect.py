@@ -56,15 +56,16 @@ class PassOptions:
             check_count("chunk_size", self.chunk_size)
         if isinstance(self.features, Tensor):
             self.features = [self.features]
-        check_features(self.features)
-        if self.mode == "representation" and self.features is None:
+        if self.features is not None:
+            check_features(self.features)
+        elif self.mode == "representation":
             raise ValueError('mode="representation" operates on the gradients of features: name them by features=')
 
 
 @torch.enable_grad()
 def collect(
     losses: Losses,
-    parameters: Sequence[Tensor],
+    parameters: list[Tensor],
     how: PassOptions,
     *,
     check: Callable[[list[str]], None] | None = None,
@@ -92,7 +93,7 @@ def collect(
         partial: accept None for an absent loss; its row is of None.
         empty: accept None for all losses.
         shards: where the parameters are spread over processes; the gradients are then this process's parts.
-        survey: what the graphs of the steps so far tell about the passes; None: they go to named inputs.
+        survey: what the graphs of the steps so far tell about the passes; None: there were no steps.
 
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes do not support ``how``.
@@ -112,16 +113,14 @@ def collect(
     hooked = isinstance(losses, Tensor) and bool(losses._backward_hooks)
     roots = [None if loss is None else Root(loss) if hooked else root_of(loss) for loss in each]
     present = [loss is not None for loss in each]
-    through_grad = hiding = False
-    if survey is not None:
-        survey.take(given, [r for r in roots if r is not None])
-        through_grad, hiding = survey.through_grad, survey.hiding
+    survey = survey or Survey(infers_shared=False)
+    survey.take(given, [r for r in roots if r is not None])
     if shards is not None:
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
         # Before the hooks average what does not belong together.
         shards.check_same([*compress(tasks, present)], device)
-    elif through_grad and (mode != "sequential" or features is not None):
+    elif survey.through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
             "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "
             "with use_reentrant=False take both"
@@ -138,9 +137,9 @@ def collect(
         for root, loss in zip(roots, each, strict=True)
         if root is not None
     ]
-    whole = shards is not None or through_grad
-    hiding = hiding or whole
-    passes = Passes(list(parameters), mode == "batched", how.chunk_size, how.retain_graph, starts, hiding)
+    whole = shards is not None or survey.through_grad
+    hiding = survey.hiding or whole
+    passes = Passes(parameters, mode == "batched", how.chunk_size, how.retain_graph, starts, hiding)
     with passes.grads_aside() if hiding else nullcontext():
         if not starts:
             grads = []
@@ -161,7 +160,7 @@ def collect(
 
             grads = passes.by_representation(features, steer_each)
     grads = _spread(grads, roots, len(parameters))
-    return Collected(tasks, list(parameters), grads, values, present, scale)
+    return Collected(tasks, parameters, grads, values, present, scale)
 
 
 def _spread(rows: Rows, roots: Sequence[Root | None], width: int) -> Rows:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.problems import squared_length
+
 _FIELDS = ("gram", "weights", "norms", "cosines", "conflicts", "magnitude_similarity", "update_norm", "finite")
 
 
@@ -22,8 +24,8 @@ class SurgeryInfo:
     Everything is a tensor on the gradients' device, computed when it is asked for; nothing synchronises with the
     host but :meth:`to_dict`. Shapes are given for granularity "global"; the others put a leading dimension of
     segments before each, a single one of zeros where nothing is shared. Values are unscaled where a gradient scaler was
-    given. Of methods that keep averages in place of the task gradients ("moco", "db_mtl", "m_config") G, the weights and
-    what follows from them are of these averages, and ``update_norm`` of "m_config" is not |d|.
+    given. Of methods that keep averages in place of the task gradients ("moco", "db_mtl", "m_config") G, the weights
+    and what follows from them are of these averages, and ``update_norm`` of "m_config" is not |d|.
 
     Attributes:
         tasks: the tasks' names, or their indices as strings.
@@ -96,8 +98,7 @@ class SurgeryInfo:
     @property
     def update_norm(self) -> Tensor:
         """|d| = sqrt(w^T G w) over the shared parameters, []."""
-        product = (self.gram @ self.weights[..., None]).squeeze(-1)
-        return (self.weights * product).sum(-1).clamp(min=0).sqrt()
+        return squared_length(self.gram, self.weights).squeeze(-1).sqrt()
 
     @property
     def finite(self) -> Tensor:

@@ -100,7 +100,7 @@ class Replicas:
         """Return the parameters, which lie on this process."""
         return parameters
 
-    def assign(self, parameters: list[Tensor], local: list[Tensor], grads: list[Tensor]) -> None:
+    def assign(self, parameters: list[Tensor], grads: list[Tensor]) -> None:
         """Make each gradient the ``.grad`` of its parameter."""
         assign_grads(parameters, grads)
 

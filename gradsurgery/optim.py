@@ -158,18 +158,14 @@ class SurgeryOptimizer(OptimizerWrapper):
         before, survey = self._pending, self._survey
         once = self.method.weights_losses and not self.method.needs_gram
         if once and before is None and holds_weights(losses):
-            info = backward_once(losses, self._trainable(), self._planner, self._processes, self.backend, how, survey)
-            survey.began = True
-            return info
+            return backward_once(losses, self._trainable(), self._planner, self._processes, self.backend, how, survey)
         if mode == "representation":
             if before is not None:
                 raise ValueError('mode="representation" does not add to what was collected: call combine() first')
             check_representation(self.method, self.granularity)
-            info = backward_by_representation(
+            return backward_by_representation(
                 losses, self._trainable(), self._planner, self._processes, self.backend, how, survey, self._check_tasks
             )
-            survey.began = True
-            return info
         try:
             self._collect(losses, how, self.method.takes_absent or self._others_may_have_losses)
             return self._combine()
@@ -295,11 +291,11 @@ class SurgeryOptimizer(OptimizerWrapper):
         device = self._parameters()[0].device
         numbers = numbers_of("values", values, device)
         tasks = [str(task) for task in (values.keys() if isinstance(values, Mapping) else range(len(numbers)))]
-        if isinstance(values, Mapping):
-            self._planner.check_tasks(tasks)
         if self._processes.shards is not None:
             self._processes.shards.check_same(tasks, device)
         numbers = self._processes.average_losses(tasks, numbers)
+        if isinstance(values, Mapping):
+            self._planner.check_tasks(tasks)
         with Rollback(self.method, device):
             learn(numbers)
         if isinstance(values, Mapping):

@@ -198,6 +198,14 @@ def other_tasks_later(method, **way):
         optimizer.backward(losses, **way, **({"features": high} if way else {}))
 
 
+def other_tasks_of_an_update():
+    net, rank = Net(), distributed.get_rank()
+    optimizer = wrap(net, "famo")
+    losses = dict(zip("abc", net(BATCHES[0][rank]), strict=True))
+    optimizer.backward(losses)
+    optimizer.update({name: losses[name].detach() for name in ("abc", "bac")[rank]})
+
+
 GROUPS = {
     "of one process": of_one_process,
     "of a named group": lambda: of_a_group(distributed.group.WORLD),
@@ -209,6 +217,7 @@ ERRORS = {
     "other tasks later, one pass": partial(other_tasks_later, "dwa"),
     "other tasks later, representation": partial(other_tasks_later, "gradnorm", mode="representation"),
     "other tasks": other_tasks,
+    "other tasks of an update": other_tasks_of_an_update,
     "no tasks": lambda: wrap(Net()).backward([]),
     "no losses anywhere": no_losses_anywhere,
     "other seeds": other_seeds,

@@ -140,3 +140,12 @@ def test_a_method_takes_no_other_ones_state():
     for own in ({"s": torch.ones(2)}, {"seed": 5}, {"imtl_l": torch.ones(2)}):
         with pytest.raises(ValueError, match="state must be that of method 'imtl_l', got that of"):
             imtl.load_state_dict({**imtl.state_dict(), "surgery": own})
+
+
+def test_places_of_kept_parameters_go_with_one_that_is_removed():
+    v, w = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([{"params": [v]}, {"params": [w]}], lr=0.1), "moco")
+    optimizer.backward([(v * w).sum(), (v - w).sum()])
+    assert optimizer.state_dict()["shared"] == [0, 1]
+    optimizer.param_groups.pop()
+    assert "shared" not in optimizer.state_dict()

@@ -26,6 +26,7 @@ MESSAGES = dict(
             (f"other tasks later{how}", ["ValueError: every process must have the same tasks, parameters and seed"] * 2)
             for how in ("", ", one pass", ", representation")
         ),
+        ("other tasks of an update", ["ValueError: every process must have the same tasks, parameters and seed"] * 2),
         ("no tasks", ["ValueError: losses must hold at least one loss, got none"] * 2),
         (
             "no losses anywhere",

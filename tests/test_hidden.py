@@ -387,3 +387,11 @@ def test_passes_name_an_edge_where_nothing_else_leads_through_a_function():
     assert nodes([]) == [get_gradient_edge(x).node, twice.grad_fn]
     assert nodes([z]) == [twice.grad_fn]
     assert nodes([z, twice]) == []
+
+
+def test_batched_passes_through_what_is_hidden_where_nothing_is_shared():
+    layers = [torch.nn.Linear(6, 6) for _ in range(4)]
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.1))
+    with pytest.raises(RuntimeError, match="calls backward"):
+        optimizer.backward([Hiding.apply(layers[i + 2], layers[i](X)).sum() for i in range(2)], mode="batched")
+    assert layers[0].weight.grad is None

@@ -325,6 +325,14 @@ def test_micro_batches_that_write_to_the_same_memory_are_an_error(method):
         optimizer.collect([Static.apply(w, torch.ones(3)), w.sum()])
 
 
+def test_tasks_one_by_one_that_write_to_the_same_memory_are_an_error():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([w], lr=0.1))
+    optimizer.collect([Static.apply(w, torch.arange(3.0)), None])
+    with pytest.raises(gradsurgery.OverwrittenError):
+        optimizer.collect([None, Static.apply(w, torch.ones(3))])
+
+
 def test_a_graph_without_a_gradient():
     a, b, c = (nn.Parameter(torch.ones(2, device=DEVICE)) for _ in range(3))
     losses = [(a * c).sum() + Stop.apply(b).sum(), (a * a).sum()]

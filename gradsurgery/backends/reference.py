@@ -74,7 +74,7 @@ class ReferenceBackend:
         num_tasks = out.shape[0]
         rows = torch.arange(num_tasks, device=out.device)
         out.copy_(rows.expand(num_tasks, num_tasks))
-        draws = philox_words(rows, num_tasks - 1, seed, step.to(out.device))
+        draws = philox_words(rows, num_tasks - 1, seed, step)
         for draw, k in enumerate(range(num_tasks - 1, 0, -1)):
             other = (draws[:, draw] * (k + 1)) >> 32
             picked = out[rows, other]

@@ -58,13 +58,12 @@ def solve(
     gram = gram.view(-1, num_tasks, num_tasks)
     finite = is_finite(gram)
     gram = torch.where(finite[..., None], gram, 0)
-    if solver == "pcd":
-        weights = pcd(gram, parameter if preference is None else preference, project)
-        out.copy_(torch.where(finite, weights, torch.nan).view_as(out))
-        return
+    shares = parameter if preference is None else preference
     if preference is None:
         preference = equal_preference(gram, solver)
-    if solver == "upgrad":
+    if solver == "pcd":
+        weights = pcd(gram, shares, project)
+    elif solver == "upgrad":
         weights = dual_cone(gram, preference.diag(), parameter).sum(-2)
     elif solver == "dualproj":
         weights = dual_cone(gram, preference[None], parameter).squeeze(-2)
