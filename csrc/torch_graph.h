@@ -11,7 +11,7 @@
 
 namespace gs::binding {
 
-// The names of the functions in Python that the losses depend on.
+// The names of the functions in Python that the losses depend on, and of those whole in C++.
 std::set<std::string> functions_behind(const std::vector<at::Tensor>& losses);
 
 // A tensor, and of a part of a torch.stack its place there, where the graph then begins at what was stacked.

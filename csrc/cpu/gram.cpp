@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Stage 2 on the CPU: splits each segment's columns into a fixed number of slots, sums each slot in one thread, and
 // adds the slots in order. The slots depend on the sizes alone, so the bits do not depend on the threads.
-#include <cstring>
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -20,8 +19,8 @@ constexpr int64_t kPartColumns = 57344;  // whole blocks of most kernels
 constexpr int64_t kPartTerms = 1024;     // each the sum of at least 64 columns, or of a parameter's
 
 int64_t slots_of(int64_t columns, int64_t num_tasks) {
-  const int64_t limit = std::max<int64_t>(1, kMaxSlots * 64 / num_tasks);  // bounds the partial sums' bytes
-  return std::clamp<int64_t>(columns / std::max<int64_t>(1, kSlotElements / num_tasks), 1, std::min(kMaxSlots, limit));
+  const int64_t limit = kMaxSlots * 64 / num_tasks;  // bounds the partial sums' bytes
+  return std::clamp<int64_t>(columns / (kSlotElements / num_tasks), 1, std::min(kMaxSlots, limit));
 }
 
 // Parameters sorted by segment, and the slots of each segment.
@@ -43,8 +42,7 @@ struct Plan {
     int64_t total = 0;
     for (int64_t p = 0; p < g.num_params; p++) total += g.numel[p];
     // No split of the columns into segments needs more slots than this.
-    const int64_t most =
-        segments + std::min(segments * kMaxSlots, total / std::max<int64_t>(1, kSlotElements / g.num_tasks));
+    const int64_t most = segments + std::min(segments * kMaxSlots, total / (kSlotElements / g.num_tasks));
     partials = space.take<double>(most * 2 * g.num_tasks * g.num_tasks);
     bytes = space.bytes();
     if (workspace) fill(g);

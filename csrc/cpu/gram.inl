@@ -17,23 +17,23 @@ constexpr int64_t kDoubleRows = sizeof(In) == 4 ? 4 : 0;
 // Rows read in place. The 16-bit formats are converted at each use, so more than one panel of them is packed.
 template <class In>
 constexpr int64_t kDirectRows = sizeof(In) == 2 ? kPanel : 15;
-// Of those 28 lines in a block, where several tiles read them: fewer make more tiles, with more the memory works in
-// bursts, for each tile fetches rows of its own.
+// 28 lines of such a row, where several tiles read it: fewer make more tiles, with more the memory works in bursts, for
+// each tile fetches rows of its own.
 template <class In>
 constexpr int64_t kDirectColumns = 1792 / sizeof(In);
-constexpr int64_t kTileColumns = 16 * kFold * kStep;  // where a single tile reads them
+constexpr int64_t kTileColumns = 16 * kFold * kStep;  // where a single tile reads it
 constexpr int64_t kPackedBytes = 262144;
 // 14 lines of a row: fewer make more tiles, more leave the level-1 cache.
 template <class In>
 constexpr int64_t kMaxPackedColumns = 896 / sizeof(In);
 constexpr int64_t kMaxPanels = (GS_MAX_TASKS + kPanel - 1) / kPanel;
 
-// The rows of one block of columns. The tiles take turns to fetch those of the next block, diagonal ones fewer.
+// The rows of one block of columns. The tiles take turns to fetch what comes `ahead` elements later, mostly the next
+// block; diagonal ones fetch fewer rows.
 template <class In>
 struct BlockRows {
   const In* const* rows;
-  int64_t k, n;
-  int64_t next_block;  // its distance in elements
+  int64_t k, n, ahead;
   int64_t fetched = 0;
   int64_t panels = (k + kPanel - 1) / kPanel, others = panels * (panels - 1) / 2;
   int64_t rows_of_diagonal = std::max<int64_t>(1, k / (panels + others));
@@ -42,7 +42,7 @@ struct BlockRows {
   Fetch<In> fetch_rows(bool diagonal) {
     Fetch<In> fetch = {};
     for (; fetch.count < (diagonal ? rows_of_diagonal : rows_of_other) && fetched < k; fetched++) {
-      fetch.row[fetch.count++] = rows[fetched] + next_block;
+      fetch.row[fetch.count++] = rows[fetched] + ahead;
     }
     return fetch;
   }
@@ -148,13 +148,13 @@ bool add_block(Block block, const int32_t* index, int64_t k, double* gram, int64
 
 // Calls add(block) for the columns of the rows, block after block; the last ones come in buffers of a whole step.
 template <class In, class Row, class Add>
-GS_INLINE void each_block_of_rows(const Row* rows, int64_t k, int64_t n, int64_t columns, int64_t next_block,
+GS_INLINE void each_block_of_rows(const Row* rows, int64_t k, int64_t n, int64_t columns, int64_t ahead,
                                   const Add& add) {
   const In* block[GS_MAX_TASKS];
   const int64_t whole = n / kStep * kStep;
   for (int64_t start = 0; start < whole; start += columns) {
     for (int64_t r = 0; r < k; r++) block[r] = static_cast<const In*>(rows[r]) + start;
-    add(BlockRows<In>{block, k, std::min(columns, whole - start), next_block});
+    add(BlockRows<In>{block, k, std::min(columns, whole - start), ahead});
   }
   if (whole < n) {
     In tails[GS_MAX_TASKS][kStep];

@@ -74,7 +74,7 @@ gs_status sum_slots(const Table& table, int num_tasks, const double* partials, b
                 gram);
 }
 
-// float32 and shorter formats in fewer tasks than this are cheaper pair by pair.
+// Up to so many tasks are summed pair by pair in registers.
 int64_t direct_tasks(int32_t dtype, bool fast_double) {
   return dtype == GS_FLOAT64 || fast_double ? kDirectTasks : kSlowDirectTasks;
 }

@@ -69,7 +69,7 @@ gs_status launch_lanes(const Table& table, int64_t num_tasks, double* partials, 
 gs_status launch_tiles(const Table& table, int64_t num_tasks, bool fast_double, double* partials, gs_stream stream);
 gs_status launch_staged(const Table& table, int64_t num_tasks, bool fast_double, double* partials, gs_stream stream);
 
-// Float64 products and sums for these tasks and this dtype: always exact, but for 16-bit formats slower.
+// Float64 products and sums for this dtype: always exact, but for 16-bit formats slower.
 inline bool in_double(int32_t dtype, bool fast_double) {
   return dtype == GS_FLOAT64 || (dtype == GS_FLOAT32 && fast_double);
 }

@@ -30,7 +30,6 @@ class ActiveSet {
   GS_HOST_DEVICE int64_t size() const { return size_; }
   GS_HOST_DEVICE int64_t member(int64_t k) const { return members_[k]; }
   GS_HOST_DEVICE double u(int64_t k) const { return u_[k]; }
-  GS_HOST_DEVICE double shift() const { return shift_; }  // c
   GS_HOST_DEVICE void set_shift(double shift) { shift_ = shift; }
   GS_HOST_DEVICE double* spare() const { return a_; }  // [T], which every change of the set writes over
 
@@ -290,8 +289,8 @@ class ActiveSet {
   double *u_, *z_;       // by member
   double *a_, *b_, *c_;  // scratch of one function at a time
   int64_t* members_;
-  double* inverse_;  // R
-  double shift_ = 0;
+  double* inverse_;   // R
+  double shift_ = 0;  // c
   int64_t size_ = 0;
   bool updated_ = false;    // R, as a task left
   double least_pivot_ = 1;  // the least p^2 / M_jj of the tasks that entered since S was empty, those that left too

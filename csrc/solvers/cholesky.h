@@ -213,7 +213,7 @@ struct SmallFactor {
 // becomes x. Up to kSmall rows each member does all of the work by itself: it takes less time than waiting for others.
 template <class Team, class Entry>
 GS_HOST_DEVICE bool solve_positive(const Team& team, const Entry& entry, double* rows, int64_t stride, int64_t size,
-                                   double least = -INFINITY) {
+                                   double least) {
   constexpr int kSmall = Team::kSmall;
   double* const right = rows + size * stride;
   if constexpr (kSmall > 0) {

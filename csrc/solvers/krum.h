@@ -5,7 +5,7 @@
 
 namespace gs {
 
-GS_HOST_DEVICE constexpr int64_t krum_scratch(int64_t num_tasks) { return num_tasks * (num_tasks + 1); }
+constexpr int64_t krum_scratch(int64_t num_tasks) { return num_tasks * (num_tasks + 1); }
 
 // How many values come before value j in ascending order, of equal ones the first first.
 GS_HOST_DEVICE inline int64_t rank_of(const double* values, int64_t count, int64_t j) {

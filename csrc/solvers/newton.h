@@ -135,7 +135,7 @@ class Newton {
   const int64_t tasks_;
   const double power_;
   double *norms_, *c_, *y_;
-  double *missing_, *bend_, *inverse_;  // -F', the second derivatives of F's separate terms, 1 / y (|g_i| at first)
+  double *missing_, *bend_, *inverse_;  // -F', the second derivatives of F's separate terms, 1 / y (1 / |g_i| at first)
   double* tried_;                       // what becomes y
   double *cosines_, *rows_;
   double largest_ = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and what is drawn from
-// it: visiting orders, and a number for each coordinate.
+// it: visiting orders, random weights, and a number for each coordinate.
 #pragma once
 #include "common.h"
 

@@ -6,9 +6,7 @@
 namespace gs {
 
 // Whole lines of a processor's cache, for problems side by side.
-GS_HOST_DEVICE constexpr int64_t simplex_scratch_bytes(int64_t num_tasks) {
-  return (num_tasks * (num_tasks + 2) + 7) / 8 * 64;
-}
+constexpr int64_t simplex_scratch_bytes(int64_t num_tasks) { return (num_tasks * (num_tasks + 2) + 7) / 8 * 64; }
 
 // argmin |w - x| with w >= 0 and sum(w) = 1: w = max(x - tau, 0). Michelot's algorithm (1986): tau from a set of tasks
 // that holds those of w > 0, which loses the others until there are none. x is shifted by its largest value, which no
