@@ -13,7 +13,6 @@ template <class In, int R, bool First, bool Last>
 void add_rows(const Block<In>& block, int64_t row, double* sums) {
   constexpr int kRows = std::max(R, 1);
   constexpr int64_t kAhead = std::min(kPageBytes, kFetchBytes / kRows) / sizeof(In);
-  constexpr int64_t kLine = std::min<int64_t>(kStep, 64 / sizeof(In));
   alignas(64) In rounded[kBlockColumns];
   In* destination = block.stream ? rounded : block.out;
   const In* rows[kRows];
@@ -23,7 +22,7 @@ void add_rows(const Block<In>& block, int64_t row, double* sums) {
     weights[r] = block.weights[row + r] - vdouble{};
   }
   for (int64_t c = 0; c < block.columns; c += kStep) {
-    for (int64_t line = 0; line < kStep; line += kLine) {
+    for (int64_t line = 0; line < kStep; line += kLine<In>) {
       for (int r = 0; r < R; r++) __builtin_prefetch(rows[r] + c + kAhead + line, 0, 2);
     }
     vdouble sum[2] = {};

@@ -68,7 +68,6 @@ GS_INLINE void store_result(const Block<In>& block, In* destination, int64_t col
 // With the sums p of the positive and n of the negative values, P > u is (1 - u) p > u |n|.
 template <class In, bool kLeaks>
 GS_INLINE void graddrop_block(const Block<In>& block, int64_t k, const gs_rule& rule, int64_t coordinate) {
-  constexpr int64_t kLine = std::min<int64_t>(kStep, 64 / sizeof(In));
   uint32_t words[kBlockColumns + 4 * kLanes];
   alignas(64) In rounded[kBlockColumns];
   const uint64_t first = static_cast<uint64_t>(coordinate + block.begin);
@@ -80,7 +79,7 @@ GS_INLINE void graddrop_block(const Block<In>& block, int64_t k, const gs_rule& 
     for (int64_t r = 0; r < k; r++) {
       if (!block.rows[r]) continue;
       const In* const from = block.rows[r] + c;
-      for (int64_t line = 0; line < kStep; line += kLine) __builtin_prefetch(from + kBlockColumns + line, 0, 2);
+      for (int64_t line = 0; line < kStep; line += kLine<In>) __builtin_prefetch(from + kBlockColumns + line, 0, 2);
       for (int h = 0; h < 2; h++) {
         const vdouble x = load_doubles(from + h * kLanes), zero = {};
         // What is not a number goes with the negative values.

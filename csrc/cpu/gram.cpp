@@ -18,6 +18,8 @@ constexpr int64_t kSlotAlignment = 64;    // columns
 constexpr int64_t kPartColumns = 57344;  // whole blocks of most kernels
 constexpr int64_t kPartTerms = 1024;     // each the sum of at least 64 columns, or of a parameter's
 
+static_assert(GS_MAX_TASKS <= kMaxSlots * 64 && GS_MAX_TASKS <= kSlotElements);
+
 int64_t slots_of(int64_t columns, int64_t num_tasks) {
   const int64_t limit = kMaxSlots * 64 / num_tasks;  // bounds the partial sums' bytes
   return std::clamp<int64_t>(columns / (kSlotElements / num_tasks), 1, std::min(kMaxSlots, limit));

@@ -45,11 +45,10 @@ struct Fetch {
   const In* row[4];
   int count;
   GS_INLINE void operator()(int64_t step) const {
-    constexpr int64_t kLine = std::min<int64_t>(kStep, 64 / sizeof(In));
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
       if (r == count) break;
-      for (int64_t c = 0; c < kStep; c += kLine) __builtin_prefetch(row[r] + step * kStep + c, 0, 2);
+      for (int64_t c = 0; c < kStep; c += kLine<In>) __builtin_prefetch(row[r] + step * kStep + c, 0, 2);
     }
   }
 };

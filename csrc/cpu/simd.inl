@@ -7,6 +7,9 @@ namespace gs::GS_ISA {
 constexpr int64_t kLanes = GS_LANES;
 constexpr int64_t kStep = 2 * kLanes;  // columns per iteration: two vectors of doubles, one of floats
 
+template <class In>
+constexpr int64_t kLine = std::min<int64_t>(kStep, 64 / sizeof(In));  // those of a step that a line of the cache holds
+
 typedef double vdouble __attribute__((vector_size(8 * GS_LANES)));
 typedef int64_t vint64 __attribute__((vector_size(8 * GS_LANES)));
 typedef float vfloat __attribute__((vector_size(8 * GS_LANES)));  // kStep floats
