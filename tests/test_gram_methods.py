@@ -105,6 +105,12 @@ def test_upgrad_is_the_sum_of_projections(backend, tasks, case):
     torch.testing.assert_close(got, torch.stack(parts).sum(0), rtol=1e-9, atol=1e-11)
 
 
+def test_a_negative_preference_of_upgrad_counts_as_0(backend):
+    gram = gradsurgery.gram(normal(3, 8, torch.float64))
+    got, expected = (weigh("upgrad", gram, backend, pref=[first, 1.0, 0.5]) for first in (-2.0, 0.0))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_upgrad_of_two_tasks_is_pcgrad(backend):
     for seed in range(10):
         gram = gradsurgery.gram(normal(2, 5, seed=seed))

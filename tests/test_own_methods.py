@@ -129,5 +129,20 @@ def test_what_a_step_did_not_compute():
     info = optimizer.backward(two_losses(net, X))
     assert hasattr(info, "weights")
     assert not any(hasattr(info, name) for name in ("gram", "norms", "cosines", "conflicts", "update_norm", "finite"))
-    with pytest.raises(ValueError, match="this step computed no G"):
+    with pytest.raises(gradsurgery.NotComputedError, match="this step computed no G"):
         info.conflicts  # noqa: B018
+
+
+@pytest.mark.parametrize("method", ["sum", "moco", "db_mtl", "m_config"])
+def test_what_a_step_tells_of_averages(method):
+    net, optimizer = wrapped(method)
+    for scale in (1, 3):
+        optimizer.zero_grad()
+        optimizer.collect([scale * loss for loss in two_losses(net, X)])
+        info = optimizer.combine()
+    trunk = [*net["trunk"].parameters()]
+    rows = [torch.autograd.grad(3 * loss, trunk, retain_graph=True) for loss in two_losses(net, X)]
+    norms = gradsurgery.gram(rows).diagonal().sqrt()
+    assert torch.allclose(info.norms, norms, rtol=0.1) is (method == "sum")
+    length = torch.cat([p.grad.flatten() for p in trunk]).norm().double()
+    assert torch.allclose(info.update_norm, length, rtol=1e-3) is (method != "m_config")

@@ -58,7 +58,7 @@ def solve(
     gram = gram.view(-1, num_tasks, num_tasks)
     finite = is_finite(gram)
     gram = torch.where(finite[..., None], gram, 0)
-    shares = parameter if preference is None else preference
+    shares = parameter if preference is None else preference  # of pcd
     if preference is None:
         preference = equal_preference(gram, solver)
     if solver == "pcd":
