@@ -29,7 +29,7 @@ def parse_options(module: str, description: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few sizes and few rounds")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try this script out")
     parser.add_argument("--budget", type=float, default=420, help="seconds after which the other cases are left out")
-    parser.add_argument("--output", type=Path, help=f"the folder of the JSON; a whole run's on a GPU: {RESULTS.name}")
+    parser.add_argument("--output", type=Path, help=f"the folder of the JSON ({RESULTS.name} for a whole run on a GPU)")
     options = parser.parse_args()
     if options.output is None and options.device == "cuda" and not options.quick:
         options.output = RESULTS
@@ -51,7 +51,7 @@ def print_heading() -> None:
 
 
 def print_row(row: Row) -> None:
-    """Print one row, as soon as it is there: a run that is cut off has then told what it knew."""
+    """Print one row as soon as it is there, so that a run that is cut off has printed what it measured."""
     size = "-" if row.size is None else str(row.size)
     form = row.form if row.batch == 1 else f"x{row.batch}"
     where = [row.stage, form, str(row.tasks), size, row.dtype, row.cache, row.contender]

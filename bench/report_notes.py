@@ -54,7 +54,7 @@ def steps_table(run: dict[str, Any]) -> str:
     """Return the table of whole training steps."""
     rows = {(row["workload"], row["contender"]): row for row in run["rows"]}
     lines = [
-        f"On {_where(run)}; milliseconds, in brackets surgery:",
+        f"On {_where(run)}; milliseconds, with surgery in brackets:",
         "",
         f"| model | {' | '.join(STEPS)} |",
         f"|---|{'---|' * len(STEPS)}",

@@ -62,9 +62,9 @@ def cpu_section(run: dict[str, Any]) -> str:
         return f"{ratio:.1f}x" if other["rounds"] >= MIN_ROUNDS else f"about {ratio:.0f}x"
 
     lines = [
-        "One call from float32 task gradients [T, N] to the direction. PCGrad and MGDA: the time of gradsurgery, which",
-        "writes to a given `out`, as in an optimizer's step. Other columns, as multiples of it: gradsurgery without",
-        "`out=`, and other implementations. Both make new tensors.",
+        "One call from float32 task gradients [T, N] to the direction. The columns PCGrad and MGDA have the time of",
+        "gradsurgery, which writes to a given `out`, as in an optimizer's step. The columns after each have multiples",
+        "of that time: of gradsurgery without `out=`, and of other implementations, which all make new tensors.",
         "",
         "| T | N | PCGrad | no `out=` | torchjd | pytorch_optimizer | plain loop | MGDA | no `out=` | torchjd |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -81,15 +81,15 @@ def cpu_section(run: dict[str, Any]) -> str:
     machine, versions = run["machine"], run["versions"]
     lines += [
         "",
-        "MGDA is not the same work everywhere: the weights here are exact, torchjd's are those of at most 100",
-        f'Frank-Wolfe steps. "About": there was time for fewer than {MIN_ROUNDS} calls. Surgery is one part of a step:',
-        "the T backward passes before it remain.",
+        "For MGDA the work differs: gradsurgery's weights are exact, torchjd's are those of at most 100 Frank-Wolfe",
+        f'steps. "About": there was time for fewer than {MIN_ROUNDS} calls. Surgery is only one part of a training',
+        "step: the T backward passes before it remain.",
         "",
         f"Medians of one run of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch "
         f"{versions['torch']}, torchjd {versions['torchjd']}, pytorch_optimizer {versions['pytorch_optimizer']}; "
         f"load {machine['load_at_start']:.1f} at the start; {commit_of(run)}. "
         "All rows, with spreads, bfloat16 and errors:",
-        "[bench/results/cpu-peers.json](bench/results/cpu-peers.json). How they are taken:",
+        "[bench/results/cpu-peers.json](bench/results/cpu-peers.json). How the measurements are taken:",
         "[bench/NOTES.md](bench/NOTES.md).",
         "",
         *_on_another(json.loads(OTHER_CPU.read_text())),
@@ -122,8 +122,8 @@ def cpu_steps_section(run: dict[str, Any]) -> str:
     contenders = {name: label for name, label in plots.BARS.items() if name != "torchjd UPGrad"}
     lines = [
         "Whole training steps of small models with PCGrad, forward and backward passes included, and the most memory",
-        "that a step takes on top of what lay there before. Backward passes take "
-        f"{least} to {most} % of gradsurgery's steps:",
+        "that a step takes on top of what was allocated before it. In the column gradsurgery, backward passes take "
+        f"{least} to {most} % of a step:",
         "",
         f"| model | T | N | {' | '.join(contenders.values())} |",
         f"|---|--:|--:|{'--:|' * len(contenders)}",
@@ -135,9 +135,9 @@ def cpu_steps_section(run: dict[str, Any]) -> str:
     machine, versions = run["machine"], run["versions"]
     lines += [
         "",
-        "Representation: surgery on the gradients of the features that tasks share, an approximation with one pass",
-        "below them ([docs/training.md](docs/training.md#fewer-or-cheaper-backward-passes)). torchjd is batched by its",
-        "default, and goes one by one with `parallel_chunk_size=1`.",
+        '"Representation" is surgery on the gradients of the features that tasks share: an approximation, with one',
+        "backward pass below the features ([docs/training.md](docs/training.md#fewer-or-cheaper-backward-passes)).",
+        "torchjd batches its backward passes by default, and makes them one by one with `parallel_chunk_size=1`.",
         f"Medians of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch {versions['torch']}, "
         f"torchjd {versions['torchjd']}, pytorch_optimizer {versions['pytorch_optimizer']}; load "
         f"{machine['load_at_start']:.1f} at the start; {commit_of(run)}:",
@@ -163,8 +163,8 @@ def gpu_section(run: dict[str, Any]) -> str:
 
     lines = [
         f"Microseconds from 300 MB of task gradients [T, N] to PCGrad's direction on one {run['machine']['name']}. In",
-        "brackets: the share of it that moving the bytes takes at the bandwidth measured in the same run.",
-        "`torch.mm + mv` computes products and a sum in the gradients' dtype, and no weights.",
+        "brackets: the share of this time that it would take to move the bytes alone, at the bandwidth measured in the",
+        "same run. `torch.mm + mv` computes products and a weighted sum in the gradients' dtype, but no weights.",
         "",
         f"| T | dtype | {' | '.join(f'`{label}`' for label in plots.LINES.values())} |",
         "|--:|---|--:|--:|--:|",
@@ -179,9 +179,9 @@ def gpu_section(run: dict[str, Any]) -> str:
         "",
         f"Medians of `{run['command']}`; torch {run['versions']['torch']}, CUDA {run['versions']['cuda']}; "
         f"{commit_of(run)}.",
-        f"Of today's targets, `bench/gpu_targets.py`, it met {verdicts.count(True)} and missed "
-        f"{verdicts.count(False)} (in the file are those of its day):",
-        f"{_link(GPU)}. What changed since then and what it brought:",
+        f"Of today's targets, `bench/gpu_targets.py`, this run met {verdicts.count(True)} and missed "
+        f"{verdicts.count(False)} (its file has the targets of its day):",
+        f"{_link(GPU)}. What changed since then, and what each change brought:",
         "[bench/HISTORY.md](bench/HISTORY.md#the-solvers-and-what-the-last-changes-brought).",
         "",
         "![Share of the bandwidth over the size of the gradients](docs/bandwidth.svg)",
@@ -200,9 +200,10 @@ def gpu_peers_section(run: dict[str, Any]) -> str:
     products = [row for row in run["rows"] if (row["contender"], row["how"]) == (others[0], "graph")]
     least, most = (find(products, key=lambda row: row["x_ours"]) for find in (min, max))
     lines = [
-        f"Whole calls on one {run['machine']['name']}, float32, in microseconds: one of many calls in a row, and",
-        "one in a CUDA graph. Other columns: multiples of the time of a call. `stack + mm + mv` first copies rows into",
-        "the matrix that the others are given, and computes no weights; in graphs it",
+        f"Whole calls on one {run['machine']['name']}, float32. The columns call and graph have gradsurgery's time in",
+        "microseconds, for one of many calls in a row and for one in a CUDA graph. Other columns: multiples of the",
+        "column call. `stack + mm + mv` first copies the rows into a matrix, which the others are given as such, and",
+        "computes no weights; in CUDA graphs it",
         f"takes {least['x_ours']:.1f} (T = {least['tasks']}, N = {least['size']:,}, {least['dtype']}) to",
         f"{most['x_ours']:.0f} times as long as PCGrad.",
         "",
@@ -230,7 +231,7 @@ def gpu_peers_section(run: dict[str, Any]) -> str:
 def steps_section(run: dict[str, Any]) -> str:
     """Return the Markdown for whole training steps."""
     lines = [
-        f"Whole training steps on one {run['machine']['name']} by what takes the time",
+        f"What takes the time in whole training steps on one {run['machine']['name']}",
         f"({_link(STEPS)}, {commit_of(run)}):",
         "",
         "![Time of training steps, split into forward, backward, surgery and optimizer](docs/steps.svg)",
