@@ -81,7 +81,7 @@ def list_of(parameters: Iterable[Tensor], name: str) -> list[Tensor]:
     """
     if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
         raise TypeError(
-            f"{name} must be an iterable of parameters, as module.parameters() is one, got {describe(parameters)}"
+            f"{name} must be an iterable of parameters, such as module.parameters(), got {describe(parameters)}"
         )
     found = list(parameters)
     if not found:

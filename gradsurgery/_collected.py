@@ -21,10 +21,11 @@ class Collected:
     Attributes:
         tasks: names.
         parameters: the P parameters.
-        grads: T lists of P gradients, None where a task does not reach a parameter; for each of the batches in turn.
-        losses: [T], detached and unscaled; summed over micro-batches like the gradients, but of several independent
-            batches those of the last; 0 for an absent one.
-        present: of each task, whether a micro-batch had its loss.
+        grads: T lists of P gradients, None where a task does not reach a parameter; with several batches, one batch's
+            lists after the other's.
+        losses: [T], detached and unscaled; summed over micro-batches like the gradients, but with several independent
+            batches, those of the last one; 0 for an absent loss.
+        present: for each task, whether some micro-batch had its loss.
         scale: the gradient scaler's factor that ``grads`` still carry, [], or None.
         batches: how many independent batches ``grads`` holds, one after the other; 1 for sums of micro-batches.
     """
@@ -52,12 +53,12 @@ class Collected:
         if self.parameters and all(entry is None for row in self.grads for entry in row):
             warnings.warn(
                 "these losses depend on no parameter of the optimizer that requires grad, and train nothing: make the "
-                "optimizer of the parameters that the model keeps",
+                "optimizer from the parameters that the model has now",
                 stacklevel=stacklevel,
             )
 
     def plus(self, other: Collected) -> Collected:
-        """Return the sum with one that :meth:`check_next` takes, whose gradients are gone then.
+        """Return the sum with another one, which :meth:`check_next` has accepted and whose gradients are released.
 
         Raises:
             OverwrittenError: the second backward passes wrote over the first ones' gradients.
@@ -66,20 +67,20 @@ class Collected:
         grads = []
         for mine, theirs in zip(self.grads, other.grads, strict=True):
             grads.append([_sum(a, b) for a, b in zip(mine, theirs, strict=True)])
-            theirs.clear()  # what is summed goes; ``self`` stays until all is
+            theirs.clear()  # frees what is summed; ``self`` stays until all is summed
         present = [a or b for a, b in zip(self.present, other.present, strict=True)]
         return Collected(self.tasks, self.parameters, grads, self.losses + other.losses, present, other.scale)
 
     def beside(self, other: Collected) -> Collected:
         """Return both, as batches of their own; errors as those of :meth:`plus`."""
-        # Lists of their own: what this one still holds is not written over.
+        # New lists, so that what this object still holds is not written over.
         grads = [[*row] for row in self.grads + other.grads]
         check_memory(grads)
         batches = self.batches + other.batches
         return Collected(self.tasks, self.parameters, grads, other.losses, other.present, other.scale, batches)
 
     def covering(self, parameters: Sequence[Tensor]) -> Collected:
-        """Return the same where each of these has a gradient: a zero one of the first task that reaches any of them."""
+        """Return this with a gradient for each of these: if it lacks one, a zero one of the first task that has any."""
         named = {id(p) for p in parameters}
         places = [place for place, p in enumerate(self.parameters) if id(p) in named]
         first = next((t for t, row in enumerate(self.grads) if any(row[p] is not None for p in places)), None)
@@ -107,4 +108,4 @@ class Collected:
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
-    return a + b if a.layout is torch.strided else b + a  # a sparse tensor takes no dense one
+    return a + b if a.layout is torch.strided else b + a  # torch adds no dense tensor to a sparse one

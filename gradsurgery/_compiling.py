@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What torch.compile cannot trace: functions that stay uncompiled, caches, and questions that it must not meet."""
+"""What torch.compile cannot trace: functions that stay uncompiled, caches, and checks that it must not see."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_traced() -> bool:
 
 
 def untraced(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Return a function that compiled callers run uncompiled: traced, it would lose what it sets for later calls."""
+    """Return a function that runs uncompiled in compiled callers: traced, it would lose state that it sets."""
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -44,7 +44,7 @@ def _outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def cached(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Return the function with a cache of its results, of which torch.compile sees nothing: it would warn."""
+    """Return the function with a cache that is hidden from torch.compile, which would warn of it."""
     keeping = functools.lru_cache(function)
 
     @functools.wraps(function)
@@ -54,7 +54,7 @@ def cached(function: Callable[..., Result]) -> Callable[..., Result]:
     return call
 
 
-# Of functions that are alive: one may be a closure over a whole model.
+# Weak, because a function may be a closure over a whole model.
 _options: WeakKeyDictionary[Callable[..., Any], tuple[frozenset[str], bool]] = WeakKeyDictionary()
 
 
@@ -62,7 +62,7 @@ def takes(function: Callable[..., Any], option: str) -> bool:
     """Whether a function has a parameter of this name, or takes any."""
     try:
         named, any_other = _options[function]
-    except (KeyError, TypeError):  # or it can have no weak reference
+    except (KeyError, TypeError):  # TypeError: it can have no weak reference
         kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
         named, any_other = frozenset(kinds), inspect.Parameter.VAR_KEYWORD in kinds.values()
         with suppress(TypeError):

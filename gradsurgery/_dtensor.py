@@ -19,7 +19,7 @@ def local_part(tensor: Any) -> Tensor:
 
 
 def part_of(grad: Any, parameter: Any) -> Tensor:
-    """Return this process's part of a parameter's gradient, which may still be summands of the processes."""
+    """Return this process's part of a parameter's gradient, which may still have to be summed over processes."""
     if not is_sharded(grad):
         return grad  # type: ignore[no-any-return]
     if not is_sharded(parameter):
@@ -33,7 +33,7 @@ def as_dtensor(part: Tensor, parameter: Any) -> Tensor:
     """Return this process's part as a DTensor like the parameter, if that is one."""
     if not is_sharded(parameter):
         return part
-    from torch.distributed.tensor import DTensor  # which takes a second, and whoever has shards has it
+    from torch.distributed.tensor import DTensor  # here, because it takes a second; with shards it is loaded already
 
     return DTensor.from_local(
         part,

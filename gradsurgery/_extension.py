@@ -32,7 +32,7 @@ class NativeSolver(NamedTuple):
     """"pcgrad", "min_norm" or "weights"."""
     arguments: tuple[Any, ...]
     depends_on_scale: bool = False
-    """Whether the weights change where all gradients are scaled."""
+    """Whether the weights change if all gradients are scaled by one factor."""
 
 
 class Rule(NamedTuple):
@@ -41,4 +41,4 @@ class Rule(NamedTuple):
     name: str
     """"graddrop" or "trimmed_mean"."""
     arguments: tuple[Any, ...]
-    """(seed, step counter, leaks [T] or None); (number of values left out at either end,)."""
+    """Of "graddrop" (seed, step counter, leaks [T] or None), of "trimmed_mean" (number left out at either end,)."""

@@ -38,7 +38,7 @@ class TaskGradients:
     rows: Sequence[Sequence[Tensor | None]] | None = None
     params: list[int] | None = None
     lists: Any = None
-    """What the compiled extension reads past the dispatcher, which is faster; None where it does not."""
+    """The gradients as the compiled extension reads them, bypassing torch's dispatcher; None if it does not."""
     differentiable: list[Tensor] = field(default_factory=list)
     """The tensors among the user's gradients that require grad; ``matrix`` and ``rows`` hold them detached."""
 
@@ -58,7 +58,7 @@ class TaskGradients:
         return [next((entry for entry in entries[p::step] if entry is not None), None) for p in range(step)]
 
     def writing_to(self, out: Any) -> TaskGradients | None:
-        """Return these gradients in a form whose kernels write to ``out`` itself; None if that takes copies of it."""
+        """Return these gradients in a form whose kernels write to ``out`` itself; None if it needs temporaries."""
         if self.lists is not None and self.lists.fits(out):
             return self
         return None if self.matrix is None else replace(self, lists=None)
@@ -138,7 +138,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
     like: list[Tensor | None] = []
     device = None
     differentiable: list[Tensor] = []
-    negated = is_traced()  # traced tensors cannot be asked
+    negated = is_traced()  # traced tensors cannot be asked for it
     irregular = set()
     for t, row in enumerate(grads):
         if isinstance(row, Tensor) or not isinstance(row, Sequence):
@@ -185,7 +185,7 @@ def _parse_lists(grads: Sequence[Sequence[Tensor | None]], segments: Sequence[in
             negated = negated or entry.is_neg()
         entries.extend(row)
     if differentiable or negated:
-        # The imaginary part of a conjugate has the other sign than its memory, which is what kernels read.
+        # The imaginary part of a conjugate has the opposite sign of what is in memory, which is what kernels read.
         entries = [None if entry is None else entry.detach().resolve_neg() for entry in entries]
     for p in irregular:
         _unify_layout(entries, like, p)

@@ -16,7 +16,7 @@ from ._extension import C
 _PARTS = ("UnbindBackward0", "SelectBackward0")
 
 _PASSING = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
-"""Functions whose outputs are their inputs, one by one: DistributedDataParallel's, and of hooks of whole modules."""
+"""Functions each of whose outputs is one of the inputs: DistributedDataParallel's, and those of module hooks."""
 
 Output = Tensor | GradientEdge
 """What torch's passes take."""
@@ -30,7 +30,7 @@ class Root(NamedTuple):
 
     tensor: Tensor
     place: int | None = None
-    """Of a part of a torch.stack, the place there of the tensor that the pass begins at in its stead."""
+    """For a part of a torch.stack, its place there: the pass then begins at the tensor that was stacked in it."""
 
     def edge(self) -> GradientEdge:
         """Return where the graph begins."""
@@ -44,9 +44,10 @@ class Root(NamedTuple):
 
 
 def root_of(loss: Tensor) -> Root | None:
-    """Return what a loss's backward pass begins at: the loss, or for a part of a torch.stack what was stacked.
+    """Return what a loss's backward pass begins at: the loss, or for a part of a torch.stack the tensor stacked there.
 
-    The stack's backward pass would give zeros to all that the other parts depend on. None: it depends on nothing.
+    The stack's own backward pass would give zeros to everything that the other parts depend on. None: the loss depends
+    on nothing.
     """
     node = loss.grad_fn
     name = type(node).__name__
@@ -64,12 +65,12 @@ def root_of(loss: Tensor) -> Root | None:
 
 
 def _signed(number: int) -> int:
-    """Return a number that autograd saved, whose negative ones come back as unsigned ones of 64 bits."""
+    """Return a number that autograd saved; it hands back negative numbers as unsigned ones of 64 bits."""
     return number if number < 2**63 else number - 2**64
 
 
 def functions_behind(losses: list[Tensor]) -> set[str]:
-    """Return the names of the functions in Python that the losses depend on, and of those whole in C++."""
+    """Return the names of the functions in Python that the losses depend on, and of those written wholly in C++."""
     if C is not None:
         return C.functions_behind(losses)  # type: ignore[no-any-return]
     graph = Graph.of([Root(loss) for loss in losses])
@@ -77,7 +78,7 @@ def functions_behind(losses: list[Tensor]) -> set[str]:
 
 
 class Reach(NamedTuple):
-    """Masks, bit r where a path leads from root r without a stop."""
+    """Masks: bit r is set if a path from root r leads there without passing a stop."""
 
     leaves: dict[int, int]
     """By the id of each leaf that a root depends on."""
@@ -86,7 +87,7 @@ class Reach(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """Autograd's graph behind some roots. The nodes have numbers, higher than those of what they depend on."""
+    """Autograd's graph behind some roots. Nodes have numbers, above those of the nodes that they depend on."""
 
     roots: list[Edge]
     names: list[str]
@@ -99,7 +100,7 @@ class Graph(NamedTuple):
 
     @classmethod
     def of(cls, roots: Sequence[Root]) -> Graph:
-        """Read the graph, in C++ if it can be: torch 2.13 frees nodes that Python has held by recursion."""
+        """Read the graph, in C++ if possible: nodes that Python has held are freed by deep recursion in torch 2.13."""
         return cls(*C.read_graph(roots)) if C is not None else _walk(roots)
 
     def behind(self, node: int) -> set[int]:
@@ -140,7 +141,7 @@ class Graph(NamedTuple):
         return Reach(leaves, [stop_masks[stop] for stop in stops], masks)
 
     def _places(self, node: int) -> list[int | None]:
-        """Return for each input of a function of ``_PASSING`` the output that it is; None for one without a graph."""
+        """Return for each input of a function of ``_PASSING`` which output it is; None for an input without a graph."""
         # Outputs that are no tensors count, too. DistributedDataParallel's function takes the module first.
         skipped = self.names[node] == "_DDPSinkBackward"
         needed = self.functions[node].needs_input_grad
@@ -155,14 +156,14 @@ class Graph(NamedTuple):
     def edges_behind_functions(
         self, parameters: Sequence[Tensor], reached: Reach | None = None, stops: Sequence[Edge] = ()
     ) -> dict[int, GradientEdge]:
-        """Return edges out of the reached functions that a pass to these parameters and stops would not come to.
+        """Return an edge out of each reached function that a pass to these parameters and stops would not run.
 
-        By the node that each leads to; without ``reached``, of all functions. A pass that names the edges, too, runs
-        those functions. Their backward may call another pass, whose gradients of parameters that are not in the graph
-        it leaves in ``.grad``, as those of reversible layers do.
+        The edges are keyed by the node that each leads to; without ``reached``, all functions count. A pass that names
+        these edges, too, runs those functions. Their backward may call another pass, which leaves gradients of
+        parameters that are not in the graph in ``.grad``, as that of reversible layers does.
         """
         known, ends = {id(p) for p in parameters}, set(stops)
-        leads = [False] * (len(self.names) + 1)  # one more, where no graph is behind
+        leads = [False] * (len(self.names) + 1)  # one more, for edges to -1, without a graph behind
         for node, leaf in self.leaves.items():
             leads[node] = id(leaf) in known
         found = {}

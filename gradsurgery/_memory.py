@@ -23,8 +23,8 @@ def check_memory(rows: Rows) -> None:
     if _shares_memory(rows) if shared is None else shared:
         raise OverwrittenError(
             "backward passes returned gradients in the same memory, where one writes over the other's: each must "
-            "return tensors of its own, which those of torch.cuda.make_graphed_callables do not (capture the whole "
-            "step instead), nor functions that return a saved gradient as it is (clone it there)"
+            "return new tensors. The passes of torch.cuda.make_graphed_callables do not (capture the whole step "
+            "instead), nor do functions that return a saved gradient as it is (clone it there)"
         )
 
 
@@ -37,7 +37,7 @@ def _shares_memory(rows: Rows) -> bool:
 
 
 def _has_memory(grad: Tensor) -> bool:
-    """Whether the address tells tensors apart: subclasses and sparse tensors hold others inside, some are nowhere."""
+    """Whether the address identifies the tensor: subclasses and sparse tensors hold others, some have no memory."""
     if type(grad) is not Tensor or grad.layout is not torch.strided:
         return False
     if grad.is_meta or grad._is_zerotensor():

@@ -41,7 +41,7 @@ class Operation:
     backend_name: str | None
     """The user's choice."""
     whole: bool
-    """One G for all shared parameters."""
+    """Whether there is one G for all shared parameters."""
 
     def write(
         self, out: list[Any], accumulate: bool, before: Callable[[Tensor | None], None]
@@ -49,7 +49,8 @@ class Operation:
         """Write or add the directions; return G [S, T, T], unscaled, and the weights [S, T].
 
         Calls ``before`` before it writes to ``out`` or over the collected gradients; until then only the method's state
-        may have changed. It is given the weights, but None where they are not known by then and weigh no losses.
+        may have changed. ``before`` gets the weights, or None if they are not known by then, in which case they never
+        multiply the heads' gradients.
         """
         method, plan = self.method, self.plan
         if isinstance(method, BufferedMethod) and plan.shared:
@@ -63,7 +64,7 @@ class Operation:
         reads_all = method.gram_parameters is None and self.processes.shards is None
         if self.backend.aggregate is not None and reads_all and shared.lists is not None and not method.weights_losses:
             solver = method.native_solver(self.grads.device, self.grads.num_tasks)
-            # The call computes G of the scaled gradients.
+            # The call computes G of the scaled gradients, which changes such weights.
             if solver is not None and solver.depends_on_scale and self.collected.scale is not None:
                 solver = None
             if solver is not None and out and shared.lists.fits(out):
@@ -109,7 +110,7 @@ class Operation:
         return gram, measured
 
     def _counted(self) -> list[bool]:
-        """Return of each shared parameter whether its gradients count in this process's G."""
+        """Return for each shared parameter whether its gradients count in this process's G."""
         return self.processes.counted([self.collected.parameters[p] for p in self.plan.shared])
 
     def _weigh(self, measured: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def operate(
     begin = len(plan.shared)
 
     def of_losses(weights: Tensor | None) -> Tensor:
-        """Return what multiplies the gradients of what is not shared."""
+        """Return the factors on the gradients of parameters that are not shared."""
         if method.weights_losses:
             return weights[0]  # type: ignore[index]
         return torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device) / collected.batches

@@ -18,17 +18,17 @@ from ._graph import Graph, Output, Root
 from ._memory import Rows, check_memory
 
 Edges = Mapping[int, GradientEdge]
-"""Those that a pass goes to besides."""
+"""Edges that a pass goes to, in addition to its inputs."""
 Steer = Callable[[Rows], tuple[list[Any], Sequence[Tensor] | None]]
-"""From the gradients of features to those that one pass goes on with, and factors of what is above, one a loss."""
+"""Maps the features' gradients to those that one pass goes on with, and to a factor per loss for what is above."""
 
 _WRONG_UNDER_VMAP = {"AsStridedScatterBackward0", "CdistBackward0"}
-"""Functions whose backward pass gives every task the first one's gradient there, without a word (torch 2.13)."""
+"""Functions whose backward pass under vmap silently gives every task the first one's gradient (torch 2.13)."""
 
 
 @dataclass(slots=True)
 class Parted:
-    """What the passes from the losses to the features leave, and what lies below."""
+    """The results of the passes from the losses to the features, and what lies below the features."""
 
     rows: Rows
     """T lists of P gradients, of the parameters above the features."""
@@ -38,7 +38,7 @@ class Parted:
     trunk: list[int]
     """The parameters below."""
     mask: list[int]
-    """Of each parameter, bit t: some feature that loss t depends on depends on it."""
+    """For each parameter: bit t is set if loss t depends on a feature that depends on the parameter."""
     edges: Edges
     names: set[str]
     """Of the functions below."""
@@ -57,11 +57,11 @@ class Passes:
     starts: list[tuple[Root, Tensor]]
     """What the pass of each loss begins at, and the gradient there: 1, or a gradient scaler's factor."""
     hiding: bool
-    """Whether functions may leave gradients of what is inside them in ``.grad``, which is set aside then."""
+    """Whether functions may leave gradients of parameters inside them in ``.grad``, which is then set aside."""
 
     @contextmanager
     def grads_aside(self) -> Iterator[None]:
-        """Clear ``.grad`` of the parameters meanwhile; RuntimeError if a batched pass has left anything there."""
+        """Clear ``.grad`` of the parameters for this context; RuntimeError if a batched pass left anything there."""
         with ExitStack() as restoring:
             for p in self.parameters:
                 restoring.callback(setattr, p, "grad", p.grad)
@@ -108,11 +108,11 @@ class Passes:
     def through_grad(self, *, sharded: bool) -> Rows:
         """Go from each loss to all leaves, by way of ``.grad``, where passes to named inputs do not work.
 
-        Reentrant checkpoints hide what is inside them. ``fully_shard`` keeps other tensors in the graph than the
-        parameters, and its hooks wait for whole passes; of spread parameters the gradients are this process's parts.
+        Re-entrant checkpoints hide what is inside them. ``fully_shard`` has other tensors than the parameters in the
+        graph, and its hooks wait for whole passes. The gradients of sharded parameters are this process's parts.
 
         Raises:
-            RuntimeError: a pass left no shard, as where ``set_requires_gradient_sync`` holds them back.
+            RuntimeError: a pass left no shard of a gradient, for example because of ``set_requires_gradient_sync``.
         """
         parameters: list[Any] = self.parameters
         rows: Rows = []
@@ -124,12 +124,12 @@ class Passes:
             if sharded and all(entry is None for entry in rows[-1]):
                 raise RuntimeError(
                     f"loss {len(rows) - 1} left no gradient in the sharded parameters: it must depend on one, and "
-                    "set_requires_gradient_sync must stay True, also between micro-batches, for which collect() is"
+                    "set_requires_gradient_sync must stay True, also between micro-batches (use collect() for these)"
                 )
         return rows
 
     def _batched_from_losses(self) -> Rows:
-        """All losses at once, but to the parameters of one task alone by a pass of their sum."""
+        """Go from all losses at once to shared parameters; to those of one task alone, by one pass from all losses."""
         roots, factors = map(list, zip(*self.starts, strict=True))
         graph = Graph.of(roots)
         _check_vmap(set(graph.names))
@@ -175,10 +175,11 @@ class Passes:
     def by_representation(self, features: Sequence[Tensor], steer: Steer) -> Rows:
         """Go from each loss to the features, and from there once, with what ``steer`` makes of their gradients.
 
-        The gradients of that one pass are in the first row, beside those of the first loss's parameters above.
+        The gradients of that one pass are in the first row, together with the first loss's gradients above the
+        features.
 
         Raises:
-            ValueError: the features do not part the graph, or each belongs to another loss.
+            ValueError: the features do not part the graph, or each belongs to a loss of its own.
             TypeError: a feature is complex.
         """
         parted = self._to_features(features, joint=True)
@@ -199,8 +200,8 @@ class Passes:
         below, above = part(graph, starts, stops, self.parameters)
         if joint and len({*above.stops}) > 1 and all(tasks.bit_count() == 1 for tasks in above.stops):
             raise ValueError(
-                "each feature belongs to one loss alone, as where each task has data of its own: their gradients have "
-                'no products, and mode="representation" would find no conflicts'
+                "each feature belongs to one loss alone, as where each task has data of its own: two losses' gradients "
+                'then have no products, and mode="representation" would find no conflicts'
             )
         if joint and any(f.is_complex() for f in features):
             raise TypeError('mode="representation" takes real features, got complex ones')
@@ -279,8 +280,8 @@ class Passes:
             return tuple(torch.zeros_like(p) if g is None else g for p, g in zip(inputs, found, strict=True))
 
         try:
-            # Not by is_grads_batched, whose convolutions loop over the batch. What a checkpoint draws again is the same
-            # for all tasks.
+            # Not by is_grads_batched, whose convolutions loop over the batch. Random numbers that a checkpoint draws
+            # again are the same for all tasks.
             return torch.vmap(go_back, randomness="same")(*cotangents)
         except torch.OutOfMemoryError:
             raise

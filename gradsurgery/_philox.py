@@ -9,8 +9,8 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _COORDINATES = 1 << 31
 _WEIGHTS = 0xFFFFFFFF
-"""The counter's third word is a task's number for orders, from 2^31 on for coordinates, and the last of all for random
-weights, so that no two share words."""
+"""The counter's third word is a task's number for visiting orders, 2^31 or more for coordinates and 2^32 - 1 for random
+weights, so that no two uses share random words."""
 
 
 def philox_words(rows: Tensor, count: int, seed: int, step: Tensor) -> Tensor:

@@ -25,21 +25,21 @@ class Plan:
 
     parameters: list[Tensor]
     reach: bytes
-    """Of each parameter, how many losses reach it."""
+    """For each parameter, how many losses reach it."""
     enough: int
-    """How many must, for it to be shared."""
+    """How many losses must reach a parameter for it to be shared."""
     groups: list[int] | None
-    """Of each parameter, its group, where segments are by groups."""
+    """For each parameter, its group, with granularity "per_group"; else None."""
     shared: list[int]
     plain: list[int]
     """The other parameters with a gradient."""
     segments: list[int]
     """The segment of each shared parameter."""
     blocks: list[Any]
-    """What each segment is of: a group's number, or a parameter."""
+    """For each segment, the number of its group, or its parameter."""
     num_segments: int
     read_segments: list[int]
-    """The segments that G is computed in: the same, or 1 for the method's ``gram_parameters``, 0 for the others."""
+    """Like ``segments``, but for computing G: with ``gram_parameters``, these are segment 1, all others segment 0."""
     num_read_segments: int
 
 
@@ -55,18 +55,19 @@ class Planner:
     def __init__(self, method: Method, named: Iterable[Tensor] | None, granularity: str) -> None:
         self.method = method
         self._by_task = method.tells_tasks_apart
-        self._looks = 0  # at the state after steps, which may have turned a number into one for each task
+        self._looks = 0  # how often the state was inspected after a step, which may have made a number one per task
         self.named = None if named is None else list_of(named, "shared")
         self.granularity = granularity
         self._plan: Plan | None = None  # that of the last step
         self._blocks: list[Any] | None = None
-        self.kept: list[Tensor] = []  # whose gradients the method keeps
-        self._tasks: list[str] | None = None  # of a method that tells them apart
+        self.kept: list[Tensor] = []  # the parameters whose gradients the method keeps
+        self._tasks: list[str] | None = None  # those of the steps before, if the method tells tasks apart
 
     def state_dict(self, parameters: list[Tensor], shards: Shards | None) -> dict[str, Any]:
-        """Return the method's state and, as far as it keeps something of each, parameters, blocks and tasks.
+        """Return the method's state and, if it keeps something for each of these, its parameters, blocks and tasks.
 
-        Parameters are given by their places among all, blocks by those or their groups' numbers.
+        Parameters are given by their places among all parameters, blocks by the place of their parameter or the number
+        of their group.
         """
         own = self.method.state_dict()
         if self.kept and shards is not None:
@@ -74,7 +75,7 @@ class Planner:
         state: dict[str, Any] = {"surgery": {self.method.name: own}}
         places = {id(p): place for place, p in enumerate(parameters)}
         shared = [places.get(id(p)) for p in self.kept]
-        if shared and None not in shared:  # of a parameter that was taken from the optimizer since
+        if shared and None not in shared:  # None: the parameter has since been removed from the optimizer
             state["shared"] = shared
         if self._blocks is not None and self.granularity != "global":
             blocks = [block if isinstance(block, int) else places.get(id(block)) for block in self._blocks]
@@ -85,7 +86,7 @@ class Planner:
         return state
 
     def own_state(self, surgery: dict[str, dict[str, Any]] | None) -> dict[str, Any] | None:
-        """Return the method's state from what ``state_dict`` returned as "surgery"; ValueError if it is another's."""
+        """Return the method's state from a ``state_dict``'s "surgery"; ValueError if it is another method's."""
         if surgery is None:
             return None
         if not isinstance(surgery, dict):
@@ -99,7 +100,7 @@ class Planner:
         return surgery.get(name, {})
 
     def check_state(self, state: dict[str, Any], num_parameters: int) -> None:
-        """Raise ValueError unless what ``state_dict`` returned, but for the method's own state, can be restored."""
+        """Raise ValueError unless a ``state_dict``, apart from the method's own state, can be restored."""
         for name in ("shared", "blocks"):
             places = state.get(name, [])
             if not isinstance(places, (list, tuple)) or not all(isinstance(place, int) for place in places):
@@ -112,7 +113,7 @@ class Planner:
             raise ValueError(f"tasks must hold a place for each name, got {tasks!r}")
 
     def restore(self, state: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Begin anew with what ``state_dict`` returned, but for the method's own state."""
+        """Begin anew from a ``state_dict``, apart from the method's own state."""
         self._plan = None
         self.kept = [parameters[place] for place in state.get("shared", [])]
         self._tasks = sorted(state["tasks"], key=state["tasks"].__getitem__) if "tasks" in state else None
@@ -129,20 +130,20 @@ class Planner:
             )
 
     def remember_tasks(self, tasks: list[str], device: torch.device | None = None) -> None:
-        """Take note of the tasks of an update, or of a step that is done on a device."""
+        """Remember the tasks of an update, or of a step that is done on a device."""
         if device is not None and not self._by_task and self._looks < 2 and not capturing(device):
             self._looks += 1
-            with suppress(Exception):  # of a user's method, whose step is done
+            with suppress(Exception):  # a user's method may raise, but its step is done
                 self._by_task = self.method.tells_tasks_apart
         if self._by_task:
             self._tasks = tasks
 
     def cover(self, collected: Collected) -> Collected:
-        """Return the same with zero gradients of the parameters that the method keeps and no loss reaches this time."""
+        """Return it with zero gradients for parameters that the method keeps, but no loss reaches this time."""
         named = self._settled()
         if not named and not all(collected.present):
             raise ValueError(
-                "what is shared cannot be told without every loss: name it by shared=, or give all of them first"
+                "what is shared cannot be told without every loss: name it by shared=, or give all losses first"
             )
         return collected if named is None else collected.covering(self.kept)
 
@@ -150,13 +151,13 @@ class Planner:
         """Return the last step's plan if it still holds, else a new one.
 
         Args:
-            collected: that of the step.
-            reach: of each parameter, how many losses reach it.
+            collected: the step's gradients.
+            reach: for each parameter, how many losses reach it.
             groups: the optimizer's parameter groups.
 
         Raises:
-            ValueError: the method keeps something of other parameters, segments or tasks, or reads a G that there is
-                not.
+            ValueError: the method keeps something for other parameters, segments or tasks, or takes G from parameters
+                of which none is shared.
         """
         parameters, enough, group_of = collected.parameters, min(2, len(collected.tasks)), None
         if self.granularity == "per_group":
@@ -174,7 +175,7 @@ class Planner:
         return plan
 
     def _make(self, parameters: list[Tensor], reach: bytes, enough: int, groups: list[int] | None) -> Plan:
-        """Return a plan; ``enough`` losses must reach a parameter for it to be shared, unless they are named."""
+        """Return a plan; ``enough`` losses must reach a parameter for it to be shared, unless the user named those."""
         shared, measured = self._settled(), self.method.gram_parameters
         if shared is None:
             chosen = [p for p, count in enumerate(reach) if count >= enough]
@@ -210,7 +211,7 @@ class Planner:
         )
 
     def remember(self, plan: Plan, collected: Collected) -> None:
-        """Take note of a step that is done: of its plan, and of what the method keeps."""
+        """Remember the plan of a step that is done, and what the method keeps of it."""
         self._plan = plan
         self.remember_tasks(collected.tasks, collected.losses.device)
         if not plan.shared:
@@ -221,13 +222,13 @@ class Planner:
             self.kept = self.kept or [plan.parameters[p] for p in plan.shared]
 
     def _settled(self) -> list[Tensor] | None:
-        """Return the shared parameters, where steps before this one or the user have settled them."""
+        """Return the shared parameters if the user or earlier steps have determined them; else None."""
         if self.named is None and self.method.takes_absent:
             return self.kept or None
         return self.named
 
     def _check_same(self, plan: Plan) -> None:
-        """Raise ValueError if the method keeps something of other parameters or segments."""
+        """Raise ValueError if the method keeps something for other parameters or segments."""
         if not plan.shared:
             return
         shared = [plan.parameters[p] for p in plan.shared]
@@ -269,9 +270,9 @@ def check_representation(method: Method, granularity: str) -> None:
     if granularity != "global":
         raise ValueError(f"{wanted}, which needs granularity 'global', got {granularity!r}")
     if isinstance(method, BufferedMethod):
-        raise ValueError(f"{wanted}, which change from batch to batch: method {method.name!r} keeps gradients")
+        raise ValueError(f"{wanted}, which change from batch to batch, but method {method.name!r} keeps gradients")
     if method.gram_parameters is not None:
-        raise ValueError(f"{wanted}, and method {method.name!r} reads the G of parameters of its own")
+        raise ValueError(f"{wanted}, but method {method.name!r} reads the G of parameters of its own")
 
 
 def _are_same(these: list[Any], those: list[Any]) -> bool:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Surgery on parameters that are spread over processes: by ``fully_shard``, tensor parallelism or both.
 
-Each process has its part of a task's gradient, which ``fully_shard``'s hooks have averaged. So G is the sum over the
-processes of their parts' products, T x T numbers, and each combines its own part; no process ever has a whole gradient.
-What several processes have the same copy of, one of them counts.
+Each process has its part of every task gradient, which ``fully_shard``'s hooks have averaged. G is the sum over the
+processes of the products of their parts, T x T numbers. Each process combines its own part; none ever has a whole
+gradient. If several processes have copies of the same part, only one of them counts it in G.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Shards:
     """The processes that parameters are spread over.
 
     Args:
-        parameters: DTensors; with a group also others, which every process has a copy of.
-        group: the processes with the same parts and batches of their own. Gradients are averaged over them. None:
-            nothing but ``fully_shard``'s hooks averages any.
+        parameters: DTensors; with a group also other tensors, of which every process has a copy.
+        group: the processes that hold the same parts and have batches of their own. Gradients are averaged over them.
+            None: only ``fully_shard``'s hooks average gradients.
         method: the method, whose random numbers must be the same everywhere.
 
     Raises:
@@ -50,27 +50,27 @@ class Shards:
     """
 
     alone = False
-    """Other processes wait for this one."""
+    """False, because other processes wait for this one."""
 
     def __init__(self, parameters: list[Any], group: Any, method: Method) -> None:
         self.method = method
         self._replicas = None if group is None else Replicas(group, method)
-        # The dimensions of the meshes by their processes, for each mesh makes groups of its own.
+        # The dimensions of the meshes, by their processes, because each mesh makes process groups of its own.
         self._dims: dict[tuple[int, ...], tuple[Any, int]] = {}
         self._cut: set[tuple[int, ...]] = set()
         self.check(parameters)
 
     @property
     def shards(self) -> Shards:
-        """These, where :class:`Replicas` has None."""
+        """This object; :class:`Replicas` has None in this place."""
         return self
 
     def check(self, parameters: Iterable[Any]) -> None:
-        """Take note of the processes of more parameters.
+        """Check more parameters, and remember the processes that hold them.
 
         Raises:
             TypeError: a parameter is not spread, and no group says whether its gradients are to be averaged; or the
-                processes are not the dimensions of one grid, as those of ``fully_shard`` and tensor parallelism are.
+                processes do not form the dimensions of one mesh, as for ``fully_shard`` and tensor parallelism.
             ValueError: the group has processes with other parts.
         """
         dims, cut = dict(self._dims), set(self._cut)
@@ -80,8 +80,8 @@ class Shards:
                     raise TypeError(
                         f"all parameters must be spread over processes or none, got one of shape {tuple(p.shape)} that "
                         "is not: fully_shard the module that holds it, and wrap the optimizer before the model first "
-                        "runs; or, if tensor parallelism leaves it whole, give as process_group= those with the same "
-                        "parts and batches of their own, which may be this process alone"
+                        "runs; or, if tensor parallelism leaves it whole, pass as process_group= the processes with "
+                        "the same parts and batches of their own, which may be this process alone"
                     )
                 continue
             if any(placement.is_partial() for placement in p.placements):
@@ -105,21 +105,21 @@ class Shards:
         self._dims, self._cut = dims, cut
 
     def counted(self, parameters: Iterable[Any]) -> list[bool]:
-        """Return whether this process's part of each counts in G: of several copies that of the first process does."""
+        """Return for each whether this process's part counts in G; of several copies, the first process's counts."""
         first = {ranks for ranks in self._cut if ranks[0] == distributed.get_rank()}
         kinds = [(p.device_mesh, p.placements) if is_sharded(p) else None for p in parameters]
         count = {kind: self._cut - _cut_by(kind) <= first for kind in set(kinds)}
         return [count[kind] for kind in kinds]
 
     def total(self, gram: Tensor) -> Tensor:
-        """Return G of whole gradients from that of the parts that count, which it is written over."""
+        """Return G of whole gradients, computed in place from the G of the parts that count."""
         for ranks in self._dims:
             if ranks in self._cut:
                 distributed.all_reduce(gram, group=self._group(ranks))
         return gram
 
     def local(self, parameters: list[Any]) -> list[Tensor]:
-        """Return this process's parts, with those of ``.grad`` as theirs."""
+        """Return this process's parts of the parameters, each with its part of ``.grad`` as ``.grad``."""
         parts = []
         for p in parameters:
             part = _part(p)
@@ -128,24 +128,24 @@ class Shards:
         return parts
 
     def assign(self, parameters: list[Any], grads: list[Tensor]) -> None:
-        """Make each gradient the part of its parameter's ``.grad``."""
+        """Make each gradient this process's part of its parameter's ``.grad``."""
         for p, grad in zip(parameters, grads, strict=True):
             p.grad = as_dtensor(grad, p)
 
     def spread(self, surgery: dict[str, Any], parameters: list[Any]) -> dict[str, Any]:
-        """Return a method's state with the parts of the gradients that it keeps, of these parameters, as DTensors."""
+        """Return a method's state in which the kept parts of these parameters' gradients are DTensors."""
         kept = [[as_dtensor(b, p) for b, p in zip(row, parameters, strict=True)] for row in surgery["buffers"]]
         return {**surgery, "buffers": kept}
 
     def gathered(self, surgery: dict[str, Any]) -> dict[str, Any]:
-        """Return what :meth:`spread` took."""
+        """Undo :meth:`spread`: return the state with this process's parts."""
         kept = surgery.get("buffers")
         if kept is None:
             return surgery
         return {**surgery, "buffers": [[local_part(b) for b in row] for row in kept]}
 
     def average(self, collected: Collected) -> Collected:
-        """Return the averages of gradients, by the group if there is one, and of losses."""
+        """Return the averages of gradients over the group, if there is one, and of losses."""
         if self._replicas is None:
             check_present(collected.tasks, collected.present, self.method)
         else:
@@ -153,11 +153,11 @@ class Shards:
         return replace(collected, losses=self._average_over_dims(collected.losses))
 
     def average_gradients(self, collected: Collected) -> Collected:
-        """Return the averages of gradients, by the group if there is one."""
+        """Return the averages of gradients over the group, if there is one."""
         return collected if self._replicas is None else self._of_parts(self._replicas.average_gradients, collected)
 
     def average_losses(self, tasks: list[str], losses: Tensor) -> Tensor:
-        """Return the averages of losses [T], whose tasks are known to be the same where parts differ."""
+        """Return the averages of losses [T]; :meth:`check_same` has found the same tasks where parts differ."""
         return self._average_over_dims(
             losses if self._replicas is None else self._replicas.average_losses(tasks, losses)
         )
@@ -183,7 +183,7 @@ class Shards:
 
 
 def _part(parameter: Any) -> Any:
-    """Return this process's part of a parameter, whose gradients have the same dtype."""
+    """Return this process's part of a parameter, with the same dtype for its gradients."""
     part = local_part(parameter).detach()
     if hasattr(parameter, "grad_dtype"):
         part.grad_dtype = parameter.grad_dtype

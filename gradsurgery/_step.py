@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where the directions of a step of the optimizers go, and what the plain gradients become."""
+"""Where the optimizers write a step's directions, and how they add plain gradients."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .distributed import Replicas
 
 
 def read(collected: Collected) -> tuple[TaskGradients, bytes, list[int]]:
-    """Return the gradients, how many losses reach each parameter, and those with sparse or complex gradients.
+    """Return the gradients, how many losses reach each parameter, and which parameters have sparse or complex ones.
 
-    No kernel reads these, and they are left out.
+    Sparse and complex gradients, which no kernel reads, are left out.
     """
     grads = read_lists(collected.grads, None)
     if grads is not None:
@@ -55,7 +55,7 @@ def _target(parameter: Tensor, like: Tensor, accumulate: bool) -> Tensor:
     """Return the tensor that a parameter's direction is written into, or added to; one of its gradients is ``like``."""
     grad, dtype = parameter.grad, like.dtype
     if grad is None:
-        # Of a subclass, such as those of quantised weights, gradients need not be.
+        # Gradients of a parameter of a subclass, such as a quantised weight, need not be of that class.
         is_plain = type(parameter) is Tensor or issubclass(type(parameter), Parameter)
         model = parameter if is_plain else like
         return torch.zeros_like(model, dtype=dtype) if accumulate else torch.empty_like(model, dtype=dtype)
@@ -104,23 +104,23 @@ def _is_foreign(grad: Tensor | None) -> bool:
 
 
 def foreign_sums(collected: Collected, params: list[int], local: list[Tensor], weights: Tensor) -> list[Tensor]:
-    """Return the new ``.grad`` of parameters with sparse or complex gradients: what is there and the weighted sum."""
+    """Return the new ``.grad`` of parameters with sparse or complex gradients: the old one plus the weighted sum."""
     sums = []
     for p, parameter in zip(params, local, strict=True):
         column = zip((row[p] for row in collected.grads), weights.unbind(), strict=True)
         terms = [grad * weight.to(grad.dtype) for grad, weight in column if grad is not None]
         if parameter.grad is not None:
             terms.append(parameter.grad)
-        # Dense ones first: a sparse tensor takes no dense one.
+        # Dense ones first: torch adds no dense tensor to a sparse one.
         first, *rest = sorted(terms, key=lambda term: term.layout is not torch.strided)
         sums.append(sum(rest, first))
     return sums
 
 
 def put(parameter: Tensor, total: Tensor) -> Tensor:
-    """Return what becomes a parameter's ``.grad``: the tensor that is there, with the total in it, or the total."""
+    """Return a parameter's new ``.grad``: the tensor that is there, with the total written into it, or the total."""
     grad = parameter.grad
     if grad is None or grad.layout is not torch.strided or is_expanded(grad) or grad._is_zerotensor():
         return total
-    # To write to an inference tensor raises, once it is written.
+    # Writing to an inference tensor raises, but only after it was written.
     return total if grad.is_inference() else grad.copy_(total)

@@ -21,20 +21,20 @@ _REENTRANT = "CheckpointFunctionBackward"
 
 @dataclass(slots=True)
 class Survey:
-    """What the graphs of the steps so far, and the first gradients that came of them, tell about the passes.
+    """What the graphs of the steps so far, and their first gradients, tell about the passes.
 
-    Only a graph with functions in Python that no earlier one had is looked through, or with the first of TorchScript's,
-    which it makes at a module's second call, or of an extension's.
+    A graph is searched only if it has functions in Python that no earlier graph had, or the first function that is
+    written wholly in C++: TorchScript's, which appear at a module's second call, or an extension's.
     """
 
     infers_shared: bool
     """Whether shared parameters are inferred, until a warning that they cannot be."""
     checked: bool = False
-    """Whether the gradients were looked at since there were new functions, in Python or whole in C++."""
+    """Whether gradients were checked for zeros since the last new functions (in Python, or wholly in C++) appeared."""
     suspected: bool = False
-    """Whether they were, and must be once more."""
+    """Whether a check found zeros that the next step must confirm."""
     functions: frozenset[str] = frozenset()
-    """The names of those functions."""
+    """The names of such functions in the graphs so far."""
     through_grad: bool = False
     """Whether passes must go by way of ``.grad``."""
     hiding: bool = False
@@ -42,10 +42,10 @@ class Survey:
     began: bool = False
     """Whether there was a step of surgery."""
     early_steps: int = 0
-    """Steps of the wrapped optimizer before that."""
+    """Steps of the wrapped optimizer before the first surgery."""
 
     def begin_step(self) -> None:
-        """Warn of the second step before any surgery; some checkpoints make one, to have a state to load into."""
+        """Warn at the second step before any surgery: checkpoint code may take one, to make a state to load into."""
         self.early_steps += not self.began
         if self.early_steps == 2 and not self.began:
             warnings.warn(
@@ -54,7 +54,7 @@ class Survey:
             )
 
     def take(self, losses: list[Tensor], roots: list[Root]) -> None:
-        """Look at the graph of these."""
+        """Look at the graph behind these losses."""
         functions = functions_behind(losses)
         if functions <= self.functions:
             return
@@ -62,14 +62,15 @@ class Survey:
         self.through_grad = self.through_grad or _REENTRANT in graph.names
         self.hiding = self.hiding or any(map(graph.may_hide, graph.functions))
         self.checked = False
-        self.functions |= functions  # last, or after an interrupt none of this would be done
+        self.functions |= functions  # last: after an interrupt, all of this is done again
 
     def check(self, collected: Collected, processes: Replicas | Shards) -> None:
-        """Warn of shared parameters that one task alone trains, where another gives zeros.
+        """Warn of parameters that count as shared, but that one task alone trains, because another gives them zeros.
 
-        So the backward pass of a function with several outputs does, where a loss does not depend on all. If two tasks
-        do so to each other it is certain; else it may come of a layer that begins at zero, and must be so at the next
-        step, too. A task that gives zeros to all shared parameters, as for a batch without its labels, tells nothing.
+        The backward pass of a function with several outputs gives such zeros if a loss does not depend on all outputs.
+        If two tasks give zeros to each other's parameters, this is certain. Otherwise a layer that begins at zero may
+        be the cause, so the next step must show the zeros, too. A task that gives zeros to all shared parameters, as
+        for a batch without its labels, proves nothing.
 
         Args:
             collected: the task gradients, which are read on the host.
@@ -77,7 +78,7 @@ class Survey:
         """
         if not self.infers_shared or self.checked or capturing(collected.losses.device):
             return
-        # After the first step processes may not agree that there are new functions, and their sum would wait.
+        # After the first step processes may disagree on whether functions are new, and total() would wait for some.
         self.checked = processes.shards is not None and self.began and not self.suspected
         shared = [p for p, count in enumerate(collected.reach) if count > 1]
         if self.checked or not shared:
@@ -100,10 +101,11 @@ class Survey:
             self.infers_shared = False
             own, other = (collected.tasks[t] for t in min(certain))
             warnings.warn(
-                f"loss {other!r} gives gradients of zeros to parameters that loss {own!r} alone trains, and they count "
-                "as shared: so do heads where losses are cut from one tensor, or come out of one compiled function, "
-                "checkpoint or sharded module. Name the shared parameters by shared=, or keep trunk and heads apart "
-                "there. (If they are shared, as where a loss has inputs of zeros: shared= says so, too.)",
+                f"loss {other!r} gives gradients of zeros to parameters that loss {own!r} alone trains, but they count "
+                "as shared. This happens to heads if losses are slices of one tensor, or come out of one compiled "
+                "function, checkpoint or sharded module. Name the shared parameters by shared=, or keep trunk and "
+                "heads apart there. (If they really are shared, and a loss has inputs of zeros, for example, shared= "
+                "says so, too.)",
                 stacklevel=6,
             )
 

@@ -19,13 +19,13 @@ _OWN_HOOKS = [
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
-    """Has the parameter groups, state and defaults of the wrapped optimizer, which also runs the hooks of its step.
+    """An optimizer with the wrapped one's parameter groups, state and defaults. That one runs the hooks of ``step``.
 
     Args:
         optimizer: the optimizer to wrap.
 
     Raises:
-        TypeError: it is no optimizer, or such a wrapper itself.
+        TypeError: it is not an optimizer, or is such a wrapper itself.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -58,7 +58,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         return getattr(self.optimizer, "defaults", {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state to save, by way of the hooks."""
+        """Run the hooks of ``state_dict``, and return the state to save."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state = self._save()
@@ -68,7 +68,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned, by way of the hooks."""
+        """Restore what ``state_dict`` returned, and run the hooks of ``load_state_dict``."""
         state = dict(state_dict)  # the caller's own may be changed neither by hooks nor here
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state)
@@ -104,11 +104,11 @@ class OptimizerWrapper(torch.optim.Optimizer):
         """Register a hook of the wrapped optimizer's step; it is called with this optimizer in the other's place."""
         return self.optimizer.register_step_post_hook(lambda inner, args, kwargs: hook(self, (self, *args[1:]), kwargs))
 
-    if not TYPE_CHECKING:  # or a checker would take any name
+    if not TYPE_CHECKING:  # or a type checker would accept any name
 
         def __getattr__(self, name: str) -> Any:
-            # What some optimizers have besides, such as train() and eval(). GradScaler asks for private ones, to set
-            # others here that the wrapped one would need.
+            # For further attributes of some optimizers, such as train() and eval(). Not for private ones: GradScaler
+            # looks for one, and would then set attributes on this object that the wrapped optimizer needs.
             if name.startswith("_") or "optimizer" not in self.__dict__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             try:
@@ -118,7 +118,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 raise AttributeError(why) from None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A scheduler leaves a bound step behind, which belongs to this object alone, as hooks do.
+        # Without the bound step that a scheduler sets, and the hooks: both belong to this object alone.
         return {name: value for name, value in self.__dict__.items() if name not in ("step", *_OWN_HOOKS)}
 
     def _parameters(self) -> list[Tensor]:

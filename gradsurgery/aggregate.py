@@ -56,12 +56,12 @@ def aggregate(
 ) -> Direction:
     """Return the direction d = sum_t w_t g_t with the weights that ``method`` gives to G.
 
-    Equal to ``combine(grads, methods.get(method, **method_options).weights(gram(grads), losses=losses))``, but for the
-    methods that keep gradients from step to step, and those without weights, which work coordinate by coordinate.
+    Equal to ``combine(grads, methods.get(method, **method_options).weights(gram(grads), losses=losses))``, except for
+    methods that keep gradients from step to step, and for coordinate-wise methods, which have no weights.
 
     Args:
         grads, segments, out: as in :func:`gradsurgery.combine`.
-        method: a name of ``methods.available()``, which starts from its initial state, or a ``Method``, which
+        method: a name of ``methods.available()``, for a new method in its initial state, or a ``Method``, which
             carries its state from call to call.
         losses: [T] loss values, for the methods that need them.
         backend: a name of :func:`gradsurgery.backends` for all stages; None chooses.
@@ -71,12 +71,12 @@ def aggregate(
         As :func:`gradsurgery.combine`: [N] or a list of P tensors, in the gradients' dtype; a constant to autograd.
 
     Raises:
-        ValueError: an unknown method, options beside a ``Method``, or missing losses; as the stages do.
-        TypeError: an option that the method does not have; as the stages do.
-        RuntimeError: as the stages do.
+        ValueError: an unknown method, options given together with a ``Method``, missing losses, or an error of a stage.
+        TypeError: an option that the method does not have, or an error of a stage.
+        RuntimeError: an error of a stage.
 
-    Cost: two reads of the gradients, one write of the direction, and a T x T problem; coordinate-wise methods read them
-    once, and those that keep gradients more often. Host synchronisations: none.
+    Cost: two reads of the gradients, one write of the direction, and a T x T problem; coordinate-wise methods read the
+    gradients once, methods that keep gradients more often. Host synchronisations: none.
     """
     resolved = resolve(method, method_options)
     parsed = parse(grads, segments)
@@ -116,7 +116,7 @@ def _aggregate(
 def _aggregate_buffers(
     method: BufferedMethod, grads: TaskGradients, losses: Tensor | None, out: Direction | None, backend: str | None
 ) -> Direction:
-    """Return the direction of what the method keeps in place of the gradients, which every step updates."""
+    """Update what the method keeps in place of the gradients, and return the direction of that."""
     if grads.segmented:
         raise ValueError(f"method {method.name!r} keeps gradients of one segment, got segments")
     rows = grads.rows if grads.matrix is None else [[row] for row in grads.matrix.unbind()]

@@ -23,13 +23,13 @@ from ._shards import Shards
 from ._survey import Survey
 
 _ABSENT = (
-    "a task that this batch lacks is left out, unless the method keeps something of each task; None stands for one "
-    "that another call of collect() or another process has, and in one process backward() takes it for methods that "
-    "take absent losses"
+    "leave out a task that this batch lacks, unless the method keeps something for each task; None stands for a loss "
+    "that another call of collect() or another process has; in a single process, backward() takes None only for "
+    "methods that take absent losses"
 )
 
 Losses: TypeAlias = Iterable[Tensor | None] | Tensor | Mapping[Any, Tensor | None]
-"""One scalar per task, in an order that stays, or by name."""
+"""One scalar per task, in an order that stays the same, or by name."""
 
 
 @dataclass(slots=True)
@@ -78,22 +78,23 @@ def collect(
 ) -> Collected:
     """Return the gradient of every loss with respect to every parameter.
 
-    ``.grad`` is as before then, and the hooks of gradient accumulation do not run, except inside functions whose
-    backward calls ``backward`` itself. The graph is freed by the last pass unless ``retain_graph``.
+    ``.grad`` is left as it was. Hooks after the accumulation of gradients do not run, except with sharded parameters,
+    re-entrant checkpoints, and inside functions whose backward calls ``backward`` itself. The last pass frees the graph
+    unless ``retain_graph``.
 
     Args:
         losses: as in :meth:`gradsurgery.SurgeryOptimizer.backward`.
         parameters: the P parameters.
         how: how the passes run.
-        check: raises unless these tasks' gradients can be used, before the passes.
+        check: called with the task names before the passes; raises if their gradients could not be used.
         weigh: maps task names and losses [T] to weights [T]. If given, there is one pass, from the weighted sum, and
             one row of gradients, whatever ``how.mode`` and ``how.features`` are.
-        steer: for mode="representation": maps the gradients of the features to those that one pass goes on with, and
-            to weights [T] of the gradients above, or None. The sums of the rows are then what is wanted.
-        partial: accept None for an absent loss; its row is of None.
+        steer: for mode="representation": maps the gradients of the features to those that the single pass below starts
+            from, and to weights [T] of the gradients above, or None. The caller then adds up the rows.
+        partial: accept None for an absent loss; its row holds None only.
         empty: accept None for all losses.
-        shards: where the parameters are spread over processes; the gradients are then this process's parts.
-        survey: what the graphs of the steps so far tell about the passes; None: there were no steps.
+        shards: given if the parameters are spread over processes; the gradients are then this process's parts.
+        survey: what the graphs of earlier steps tell about the passes; None: there were no steps.
 
     Raises:
         ValueError: a loss is not a scalar or has no graph, or there is none; the passes do not support ``how``.
@@ -109,7 +110,7 @@ def collect(
         check(tasks)
     given = [loss for loss in each if loss is not None]
     device = next((at.device for at in (*given, *parameters)), torch.device("cpu"))
-    # A hook of the stack itself runs in passes that begin above it.
+    # A hook of the stack itself runs only in passes through the stack.
     hooked = isinstance(losses, Tensor) and bool(losses._backward_hooks)
     roots = [None if loss is None else Root(loss) if hooked else root_of(loss) for loss in each]
     present = [loss is not None for loss in each]
@@ -118,7 +119,7 @@ def collect(
     if shards is not None:
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
-        # Before the hooks average what does not belong together.
+        # Before fully_shard's hooks average gradients that do not belong together.
         shards.check_same([*compress(tasks, present)], device)
     elif survey.through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
@@ -164,7 +165,7 @@ def collect(
 
 
 def _spread(rows: Rows, roots: Sequence[Root | None], width: int) -> Rows:
-    """Return a row for each loss: of None for those without a root, for which there are no passes."""
+    """Return a row for each loss; losses without a root have no pass, and their rows hold None only."""
     found = iter(rows)
     return [[None] * width if root is None else next(found) for root in roots]
 
@@ -187,7 +188,7 @@ def listed(losses: Losses) -> Losses:
 
 
 def holds_weights(losses: Losses) -> bool:
-    """Whether the losses' dtype is precise enough to multiply weights in. 16 bits are not: T passes are taken then."""
+    """Whether the losses' dtypes are precise enough to apply weights. 16 bits are not: T passes are taken then."""
     each = _check_losses(losses, partial=False)[1]
     return not any(loss.dtype in (torch.bfloat16, torch.float16) for loss in each if loss is not None)
 
@@ -202,7 +203,7 @@ def _check_losses(losses: Losses, partial: bool, empty: bool = False) -> tuple[l
             )
         losses = list(losses.unbind())
     if isinstance(losses, Mapping):
-        tasks, scalars = [*map(str, losses.keys())], list(losses.values())  # a TensorDict goes by batches
+        tasks, scalars = [*map(str, losses.keys())], list(losses.values())  # a TensorDict iterates over batches
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
         tasks, scalars = [str(t) for t in range(len(losses))], list(losses)
     else:

@@ -57,7 +57,7 @@ def combine(
 ) -> Direction:
     """Return d = sum_t w_t g_t.
 
-    The sum is taken in float64, in ascending t, and rounded once (to 16 bits by way of float32). A gradient whose
+    The sum is taken in float64, in ascending t, and rounded once (to 16-bit dtypes by way of float32). A gradient whose
     weight is 0 is not read, so it does not matter what it holds.
 
     Args:
@@ -75,8 +75,8 @@ def combine(
         gradients' dtype. A constant to autograd.
 
     Raises:
-        ValueError: shapes, devices or segments do not fit together; ``out`` overlaps a gradient of the
-            same parameter in part; ``accumulate`` without ``out``.
+        ValueError: shapes, devices or segments do not fit together; ``out`` partly overlaps a gradient of the same
+            parameter; ``accumulate`` without ``out``.
         TypeError: a dtype does not fit.
         RuntimeError: the named backend cannot serve the call.
 
@@ -130,7 +130,7 @@ def new_out(grads: TaskGradients) -> Direction:
 
 
 def _write_lists(grads: TaskGradients, out: Direction, write: Callable[[TaskGradients, Direction], None]) -> None:
-    """Write each touched parameter's direction; by way of a temporary where ``out`` has another memory layout."""
+    """Write the direction of each parameter with a gradient; via a temporary if ``out`` has another memory layout."""
     like = grads.like
     touched = [p for p, first in enumerate(like) if first is not None]
     if not touched:
@@ -142,7 +142,7 @@ def _write_lists(grads: TaskGradients, out: Direction, write: Callable[[TaskGrad
         out[p] if _same_layout(out[p], like[p]) else torch.empty_like(like[p]).copy_(out[p])  # type: ignore[arg-type]
         for p in touched
     ]
-    # Operators may take what lists do not, such as tensors of subclasses.
+    # Without ``lists`` operators are called, which also take, for example, tensors of subclasses.
     write(replace(grads, lists=None), written)
     for p, result in zip(touched, written, strict=True):
         if result is not out[p]:
@@ -193,13 +193,13 @@ def _check_target(target: Tensor, like: Tensor, name: str) -> None:
     if is_expanded(target):
         raise ValueError(f"{name} must have memory for each element, got an expanded tensor")
     if target.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} must not require grad, for a direction is a constant to autograd")
+        raise ValueError(f"{name} must not require grad, because a direction is a constant to autograd")
     if target.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype} like the gradients, got {target.dtype}")
     if target.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the gradients, got {target.device}")
     if is_traced():
-        return  # of traced tensors the rest cannot be asked
+        return  # the rest cannot be asked of traced tensors
     if target.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name} is an inference tensor, which can be written to in inference mode only")
     if target.is_neg():
@@ -207,8 +207,8 @@ def _check_target(target: Tensor, like: Tensor, name: str) -> None:
 
 
 def _check_apart(target: Tensor, gradients: Tensor | list[Tensor], name: str) -> None:
-    """Raise ValueError if the target overlaps one of the gradients, rows of a matrix or a list, in part."""
-    # Traced tensors have no memory, those of subclasses may have none; what is not dense is written by a temporary.
+    """Raise ValueError if the target partly overlaps one of the gradients, which are the rows of a matrix or a list."""
+    # Traced tensors have no memory, those of subclasses may have none; a target that is not dense gets a temporary.
     if is_traced() or type(target) not in (Tensor, Parameter) or not is_dense(target):
         return
     if isinstance(gradients, Tensor):
@@ -218,4 +218,4 @@ def _check_apart(target: Tensor, gradients: Tensor | list[Tensor], name: str) ->
         places = [gradient.data_ptr() for gradient in gradients]
     begin, size = target.data_ptr(), target.nbytes
     if any(place != begin and place < begin + size and begin < place + size for place in places):
-        raise ValueError(f"{name} must be one of its gradients or apart from them, got one that overlaps in part")
+        raise ValueError(f"{name} must be one of its gradients or apart from them, got one that partly overlaps")

@@ -15,22 +15,22 @@ _FIELDS = ("gram", "weights", "norms", "cosines", "conflicts", "magnitude_simila
 
 
 class NotComputedError(ValueError, AttributeError):
-    """A step did not compute what it is asked for; ``hasattr`` says so, too."""
+    """The step did not compute this value; ``hasattr`` is False for it, too."""
 
 
 class SurgeryInfo:
     """The Gram matrix and weights of one step, and what follows from them.
 
-    Everything is a tensor on the gradients' device, computed when it is asked for; nothing synchronises with the
-    host but :meth:`to_dict`. Shapes are given for granularity "global"; the others put a leading dimension of
-    segments before each, a single one of zeros where nothing is shared. Values are unscaled where a gradient scaler was
-    given. Of methods that keep averages in place of the task gradients ("moco", "db_mtl", "m_config") G, the weights
-    and what follows from them are of these averages, and ``update_norm`` of "m_config" is not |d|.
+    Values are tensors on the gradients' device, computed when they are asked for; only :meth:`to_dict` synchronises
+    with the host. Shapes are given for granularity "global"; the others add a leading dimension, one entry for each
+    segment. (If nothing is shared there is a single segment, with a G of zeros.) With a gradient scaler, values are
+    unscaled. For methods that keep averages in place of the task gradients ("moco", "db_mtl", "m_config"), G, the
+    weights and what follows from them are those of these averages, and ``update_norm`` of "m_config" is not |d|.
 
     Attributes:
         tasks: the tasks' names, or their indices as strings.
-        segments: what each segment is of: the place of a group in ``param_groups``, or a parameter; empty
-            where nothing is shared, None for granularity "global".
+        segments: for each segment, the place of its group in ``param_groups`` ("per_group"), or its parameter
+            ("per_tensor"); empty if nothing is shared, None for granularity "global".
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class SurgeryInfo:
     def gram(self) -> Tensor:
         """Inner products of the task gradients over the shared parameters, float64 [T, T].
 
-        With mode="representation" it is of the features' gradients, and so is all that follows from it.
+        With mode="representation" these are products of the features' gradients, and all that follows from G is, too.
 
-        NotComputedError, a ValueError, where the step computed none: ``backward`` takes one pass for methods that need
-        none, and coordinate-wise methods read the gradients once.
+        Raises NotComputedError, a ValueError, if the step computed no G: coordinate-wise methods compute none, nor does
+        ``backward`` for methods that do not need it, which take a single pass.
         """
         if self._gram is None:
             raise NotComputedError(
-                "this step computed no G: its method works coordinate by coordinate, or weighs by the losses alone "
-                "(collect() and combine() compute G for the latter)"
+                "this step computed no G: its method works coordinate by coordinate, or its weights do not need G "
+                "(collect() and combine() compute G for such a method)"
             )
         return self._gram
 
@@ -75,7 +75,7 @@ class SurgeryInfo:
 
     @property
     def cosines(self) -> Tensor:
-        """g_i . g_j / (|g_i| |g_j|), [T, T]; 0 beside a zero gradient."""
+        """g_i . g_j / (|g_i| |g_j|), [T, T]; 0 where either gradient is zero."""
         norms = self.norms
         product = norms[..., :, None] * norms[..., None, :]
         return torch.where(product == 0, 0, self.gram / product)
@@ -102,13 +102,13 @@ class SurgeryInfo:
 
     @property
     def finite(self) -> Tensor:
-        """Whether G is finite, which it is when the task gradients of the shared parameters are, []."""
+        """Whether G is finite, []; it is if the task gradients of the shared parameters are."""
         return self.gram.isfinite().all(-1).all(-1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return tasks and tensors as Python numbers and nested lists, by one copy to the host.
 
-        None stands for what is not there. ``segments``, which may be parameters, are left out.
+        None stands for what the step did not compute. ``segments``, which may hold parameters, is left out.
         """
         result: dict[str, Any] = {"tasks": self.tasks, **dict.fromkeys(_FIELDS)}
         values: dict[str, Tensor] = {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Task gradients of several processes, each with the whole model and a batch of its own: their averages.
 
-Surgery is not linear: the average of what it makes of each process's gradients is not what it makes of their averages.
-So the task gradients are averaged first, T gradients where plain training averages one. Every process then goes on with
+Surgery is not linear: averaging each process's direction is not the same as surgery on the averaged task gradients. So
+the task gradients are averaged first, T gradients where plain training averages one. Every process then goes on with
 the same numbers, and ends with the same parameters.
 """
 
@@ -39,8 +39,8 @@ class Replicas:
         method: the method, whose random numbers must be the same everywhere.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: this process does not belong to it.
+        TypeError: ``group`` is neither a process group nor None.
+        ValueError: this process does not belong to the group.
     """
 
     shards = None
@@ -85,11 +85,11 @@ class Replicas:
         return [True] * len(parameters)
 
     def total(self, gram: Tensor) -> Tensor:
-        """Return G of what lies on this process, which is all of it."""
+        """Return G as it is, because whole gradients lie on this process."""
         return gram
 
     def total_of_batches(self, gram: Tensor) -> Tensor:
-        """Return G of the gradients of all processes' features from that of this process's, by averaged losses."""
+        """Return G of all processes' features' gradients, for averaged losses, from the G of this process's."""
         if self.count == 1:
             return gram
         gram = gram / self.count**2
@@ -120,8 +120,8 @@ class Replicas:
     def average_gradients(self, collected: Collected) -> Collected:
         """Return the averages of the gradients over the processes that have the task's loss.
 
-        What one of them lacks counts as 0. The lists take the averages in place, for nobody needs both; averages of
-        averages are, to rounding, the same.
+        A gradient that one of them lacks counts as 0. The averages replace the gradients in the lists; averaging them
+        again gives the same, to rounding.
 
         Raises:
             ValueError, on every process: they have other tasks, parameters or seeds, or none has a task's loss.
@@ -144,7 +144,7 @@ class Replicas:
             )
         width = len(parameters)
         reach = [found[t * width : (t + 1) * width] for t in range(len(rows))]
-        # All rows of a bucket in turn: what autograd returned in one piece for all of them is then free.
+        # All rows of a bucket in turn, which frees memory that autograd returned in one piece for all of them.
         for bucket in _buckets(parameters, bytearray(map(max, zip(*reach, strict=True)))):
             for t, (row, there) in enumerate(zip(rows, reach, strict=True)):
                 places = [p for p in bucket if there[p]]
@@ -164,7 +164,7 @@ class Replicas:
     def _average_bucket(
         self, parameters: list[Tensor], row: list[Tensor | None], places: list[int], holders: int
     ) -> None:
-        """Average the row's entries at these places over so many processes, in a memory of their own."""
+        """Average the row's entries at these places over ``holders`` processes, in new memory."""
         first = parameters[places[0]]
         ends = list(accumulate(_padded(parameters[p]) for p in places))
         flat = torch.empty(ends[-1], dtype=_dtype(first), device=first.device)
@@ -181,9 +181,9 @@ class Replicas:
             row[p] = entry
 
     def _agree(self, collected: Collected, mask: bytearray) -> tuple[bytearray, list[int]]:
-        """Return the largest of the processes' masks, by value, and how many processes have each task's loss.
+        """Return the elementwise maximum of the processes' masks, and how many processes have each task's loss.
 
-        ValueError unless the rest is the same everywhere.
+        ValueError unless tasks, parameters, scaling and seed are the same everywhere.
         """
         device, present = collected.losses.device, bytearray(collected.present)
         scaled = "unscaled" if collected.scale is None else "scaled"
@@ -196,7 +196,7 @@ class Replicas:
             [what.encode(), shapes.encode(), mask + present], [self.group], device
         )
         if others:
-            hint = "" if self.method.num_batches > 1 else " (None stands for a loss that only others have)"
+            hint = "" if self.method.num_batches > 1 else " (None stands for a loss that only other processes have)"
             raise ValueError(_others(what) + hint)
         if other_shapes:
             raise ValueError("parameters must have the same shapes, dtypes and memory layouts on every process")
@@ -211,7 +211,7 @@ class Replicas:
 
 
 def check_present(tasks: list[str], present: Iterable[bool], method: Method) -> None:
-    """Raise ValueError unless each task has a loss, or some task where the method takes absent ones."""
+    """Raise ValueError unless each task has a loss, or, if the method takes absent ones, at least one task."""
     absent = [task for task, here in zip(tasks, present, strict=True) if not here]
     if len(absent) == len(tasks) or (absent and not method.takes_absent):
         wanted = "one loss" if method.takes_absent else "a loss of every task"
@@ -238,7 +238,7 @@ def _others(what: str) -> str:
 def _differ(values: list[bytes | bytearray], groups: list[Any], device: torch.device) -> list[bool]:
     """Return for each value whether it differs between the processes of the groups, which are dimensions of a mesh.
 
-    The host learns it, but does not wait for what the device computes.
+    The host waits for the answer, but not for other work of the device.
     """
     digests = [int.from_bytes(hashlib.blake2b(value, digest_size=7).digest(), "little") for value in values]
     with _aside(device):
@@ -294,7 +294,7 @@ def _dtype(parameter: Tensor) -> torch.dtype:
 
 
 def _padded(parameter: Tensor) -> int:
-    """Return the elements between a parameter's begin and the next one's."""
+    """Return the number of elements from a parameter's beginning to the next one's."""
     step = _ALIGNMENT // _dtype(parameter).itemsize
     return -(-parameter.numel() // step) * step
 

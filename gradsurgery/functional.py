@@ -65,7 +65,7 @@ def pcgrad_weights(
 
     For each task i the running vector p starts at g_i. It visits every j != i in a random order and, where p . g_j <
     0, becomes p - (p . g_j / |g_j|^2) g_j with the original g_j. Then d = sum_i p_i (or the mean), and w are its
-    coefficients: d = J^T w.
+    coefficients: d = sum_t w_t g_t.
 
     Conventions: strict inequality, no epsilon; j = i is skipped; a zero g_j is never projected on; every problem of
     a batch uses the same order.
@@ -111,12 +111,12 @@ def min_norm_weights(
         gram: [..., T, T].
         solver: "exact" or "frank_wolfe".
         max_iter: >= 1, iterations of Frank-Wolfe.
-        tol: >= 0 and finite, step of Frank-Wolfe below which it ends.
+        tol: >= 0 and finite; Frank-Wolfe ends when its step is below this.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Returns:
-        float64 [..., T] on the simplex; NaN where G is not finite. A constant to autograd. Where the shortest point
-        has several representations (dependent gradients) one of them.
+        float64 [..., T] on the simplex; NaN where G is not finite. A constant to autograd. If several weights give the
+        shortest combination (dependent gradients), one of them is returned.
 
     Raises:
         ValueError: G has another shape, or an option is out of its range.
@@ -145,8 +145,9 @@ def gradnorm_update(
     """Return the task weights after one GradNorm step.
 
     With n_i = |grad L_i|, G_i = w_i n_i and r_i = (L_i / L_i(0)) / mean_k (L_k / L_k(0)), the loss
-    sum_i |G_i - mean(G) r_i^alpha|, its target held constant, has the gradient sign(G_i - target_i) n_i in w_i. One
-    step down it, then the weights are scaled to sum to T.
+    sum_i |G_i - target_i|, where target_i = mean(G) r_i^alpha is held constant, has the derivative
+    sign(G_i - target_i) n_i with respect to w_i. The weights take one step of gradient descent on this loss, and are
+    then scaled to sum to T.
 
     Conventions: plain gradient descent on w; a weight stops at 0; if all would reach 0 they stay as they were; the
     target's mean is over all tasks. The step depends on the scale of the gradients, as in the paper.
@@ -197,7 +198,7 @@ def simplex_steps(
 
 
 def new_problems(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return G as contiguous float64, and weights to write; TypeError or ValueError unless it is [..., T, T]."""
+    """Return G as contiguous float64, and new weights to fill in; TypeError or ValueError unless G is [..., T, T]."""
     gram = check_gram(gram)
     return gram, gram.new_empty(gram.shape[:-1])
 
@@ -227,7 +228,7 @@ def _check_order(order: Tensor, num_tasks: int, device: torch.device) -> Tensor:
 
 
 def check_solver(solver: str, max_iter: int, tol: float) -> tuple[int, float]:
-    """Return the numbers; ValueError unless these are options of :func:`min_norm_weights`."""
+    """Return ``max_iter`` and ``tol``; ValueError unless all three are valid for :func:`min_norm_weights`."""
     check_choice("solver", solver, ("exact", "frank_wolfe"))
     return check_count("max_iter", max_iter), check_not_negative("tol", tol)
 

@@ -17,8 +17,9 @@ def gram(grads: Grads, *, segments: Sequence[int] | None = None, backend: str | 
     """Return the inner products of the task gradients, G_ij = g_i . g_j.
 
     Args:
-        grads: a tensor [T, N] with a contiguous last dimension, or a list of T lists of P tensors, read in place;
-            None where a task has no gradient. float64, float32, bfloat16 or float16, one dtype per parameter.
+        grads: a tensor [T, N] with a contiguous last dimension (the flat form), or a list of T lists of P tensors (the
+            list form), read in place; None where a task has no gradient. float64, float32, bfloat16 or float16, one
+            dtype per parameter.
         segments: blocks of parameters that get a Gram matrix each: ascending offsets [0, .., N] for the flat form, one
             segment id >= 0 per parameter for the list form.
         backend: a name of :func:`gradsurgery.backends`; None chooses.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An optimizer per method, where that reads naturally."""
+"""Optimizers named after their methods."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Preference: TypeAlias = Sequence[float] | Tensor | None
 
 
 class Common(TypedDict, total=False):
-    """The arguments of ``SurgeryOptimizer`` that each optimizer here takes, too, by keyword."""
+    """The keyword arguments of ``SurgeryOptimizer`` that every optimizer here takes, too."""
 
     shared: Iterable[Tensor] | None
     granularity: str
@@ -29,7 +29,7 @@ class Common(TypedDict, total=False):
 
 class _NamedOptimizer(SurgeryOptimizer):
     def __init__(self, optimizer: Optimizer, method: methods.Method, **common: Unpack[Common]) -> None:
-        check_optimizer(optimizer)  # before an option of that optimizer's is called unknown
+        check_optimizer(optimizer)  # first: PCGrad(parameters, lr=0.1) lacks an optimizer, and lr is not the error
         super().__init__(optimizer, method, **common)
 
 

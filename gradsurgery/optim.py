@@ -32,50 +32,54 @@ class SurgeryOptimizer(OptimizerWrapper):
     """Wraps a torch optimizer; ``backward(losses)`` takes the place of ``sum(losses).backward()``.
 
     Parameter groups, state, defaults and other public attributes are those of the wrapped optimizer, so schedulers,
-    gradient scalers and checkpoints work as without it. ``state_dict`` adds the method's state, by its name, under
-    "surgery"; for methods that keep gradients, the places of their parameters under "shared"; and for those that keep
-    something of each segment or task, these under "blocks" and "tasks". ``load_state_dict`` also takes a plain
-    optimizer's, and leaves the method as it is.
+    gradient scalers and checkpoints work as they do without the wrapper. ``state_dict`` adds entries to the wrapped
+    optimizer's: "surgery" holds the method's state, by the method's name; "shared", for methods that keep gradients,
+    the places of the parameters whose gradients these are; "blocks" and "tasks", for methods that keep something for
+    each segment or task, the segments and tasks. ``load_state_dict`` also takes a plain optimizer's state, and then
+    leaves the method as it is.
 
     What ``backward`` does with a parameter depends on which losses reach it:
 
     * none: ``.grad`` is left as it was;
-    * one (a head): its plain gradient is added to ``.grad``, times the task's weight only for methods that weight
-      losses;
-    * two or more: it is shared, and the direction d = sum_t w_t g_t is added to ``.grad``; an absent task counts as
-      a zero gradient there. Only shared parameters enter G.
+    * one (a head): its plain gradient is added to ``.grad``; methods that weight losses multiply it by the task's
+      weight;
+    * two or more: it is shared, and the direction d = sum_t w_t g_t is added to ``.grad``; a task that does not reach
+      it has a zero gradient there. Only shared parameters enter G.
 
-    In a step of one loss all that it reaches is shared. Parameters that are not the wrapped optimizer's get no
-    ``.grad``. Hooks of parameters run once for each loss (below features with mode="representation", once). Hooks after
-    the accumulation of gradients do not run, except, once for each loss, with sharded parameters, re-entrant
-    checkpoints, and inside functions whose backward calls ``backward`` itself. If the method keeps something of each
-    task, every step must have the same tasks in the same order.
+    In a step with a single loss, every parameter that it reaches counts as shared. Parameters outside the wrapped
+    optimizer get no ``.grad``. Hooks on parameters run once per loss; with mode="representation", those on parameters
+    below the features run once. Hooks that run after gradients are accumulated
+    (``register_post_accumulate_grad_hook``) do not run, with three exceptions, where they run once per loss: sharded
+    parameters, re-entrant checkpoints, and functions whose backward calls ``backward`` itself. If the method keeps
+    something for each task, every step must have the same tasks in the same order.
 
     Args:
         optimizer: the optimizer to wrap.
         method: a name of ``methods.available()``, or a ``Method``.
-        shared: the shared parameters. All other parameters then get the plain sum of their gradients, or the weighted
-            one of methods that weight losses. Default: those that two or more losses reach, found anew at each
-            backward.
+        shared: the shared parameters. All other parameters then get the plain sum of their gradients, or, from methods
+            that weight losses, the weighted sum. Default: the parameters that two or more losses reach, found anew at
+            each backward.
         granularity: "global" (one G for all shared parameters), "per_group" (one per parameter group) or "per_tensor".
         process_group: the processes that train the model together, each with a batch of its own. Task gradients and
             losses are averaged over them before surgery, as if one process had all batches. None: the default group if
             ``torch.distributed`` is initialised. A group of this process alone averages nothing. Every process must
-            call ``backward`` and ``combine``; if one raises, the others wait until the group's timeout. Sharded
-            parameters: leave it None with ``fully_shard``, whose hooks average. With tensor parallelism alone pass the
-            group of processes with the same parts; None averages nothing. Each process then combines its own parts, by
-            one pass per loss, which also adds to ``.grad`` of parameters outside the optimizer. GradDrop is refused.
+            call ``backward`` and ``combine``; if one raises, the others wait until the group's timeout. If parameters
+            are sharded, leave it None for ``fully_shard``, whose hooks average the gradients. For tensor parallelism
+            alone, pass the group of the processes that hold the same parts; None then averages no gradients. Each
+            process combines its own parts. There is one pass per loss, which also adds to ``.grad`` of parameters
+            outside the optimizer. GradDrop is refused.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
 
     Warns:
-        UserWarning: one loss alone trains a shared parameter, and another loss gives it gradients of zeros: pass
-            ``shared``. This happens where several losses are computed from one stack, compiled function or re-entrant
-            checkpoint. The first step looks for such gradients, on the host; so do the second, if only one loss gave
-            them, and later steps whose losses depend on new functions in Python or TorchScript.
-        UserWarning: no loss depends on any of the parameters, or two ``step()`` came before any surgery.
+        UserWarning: a parameter counts as shared, but one loss alone trains it, and another gives it a gradient of
+            zeros: pass ``shared``. This happens where several losses are computed from one stack, compiled function or
+            re-entrant checkpoint. The first step looks for such gradients, on the host. If it finds some, but no two
+            losses that give zeros to each other's parameters, the second step looks again. So do later steps whose
+            losses depend on new functions in Python or TorchScript.
+        UserWarning: no loss depends on any of the parameters, or ``step()`` was called twice before the first surgery.
     """
 
     def __init__(
@@ -97,12 +101,12 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     @property
     def method(self) -> methods.Method:
-        """The method, for the life of the optimizer."""
+        """The method, which stays the same for the life of the optimizer."""
         return self._planner.method
 
     @property
     def granularity(self) -> str:
-        """What gets a G of its own: "global", "per_group" or "per_tensor"."""
+        """Which parameters have a G together: "global" (all), "per_group" or "per_tensor"."""
         return self._planner.granularity
 
     @untraced
@@ -116,41 +120,44 @@ class SurgeryOptimizer(OptimizerWrapper):
         chunk_size: int | None = None,
         features: Tensor | Sequence[Tensor] | None = None,
     ) -> SurgeryInfo:
-        """Go back from the losses, operate on the task gradients, and add the result to ``.grad``.
+        """Run the backward passes, operate on the task gradients, and add the result to ``.grad``.
 
-        What :meth:`collect` has added before counts, too.
+        Gradients that :meth:`collect` has gathered before are included.
 
         Args:
             losses: one scalar per task: a sequence or another iterable, a 1-D tensor, or a dict from name to scalar.
-                None for a loss that this step lacks, where the method takes that (``takes_absent``): its task has no
-                gradients then. None also for one that other processes have, where there are T passes.
-            scaler: a gradient scaler. The losses are given unscaled; ``.grad`` comes out scaled, for
-                ``scaler.unscale_`` and ``scaler.step``; the method sees unscaled values.
+                None stands for a loss that this step lacks, if the method allows that (``takes_absent``); its task
+                then has no gradients. None also stands for a loss that only other processes have, except with methods
+                that take a single backward pass.
+            scaler: a gradient scaler. Pass the losses unscaled; ``.grad`` comes out scaled, for ``scaler.unscale_``
+                and ``scaler.step``; the method sees unscaled values.
             retain_graph: keep the graph after the last pass.
             mode: "sequential" (one backward pass per loss) or "batched" (one pass for all, under vmap: fewer, larger
                 kernels, and T times the memory for the gradients of activations). With "batched", a loss counts as
                 reaching a parameter if the graph connects them. Or "representation", with ``features``: the surgery is
-                on the losses' gradients with respect to these, of all samples of the batch, and its direction goes on
-                to the parameters below in one pass, instead of T. All others, also those that several losses share,
-                get the plain sum of their gradients, or the weighted one of methods that weight losses. MGDA then is
-                MGDA-UB (Sener & Koltun, NeurIPS 2018, section 3.3). An approximation: G, and what follows from it, is
-                of the features' gradients; samples that one task alone has count in no product of two tasks.
-                ``shared`` does not matter, the granularity must be "global", and no loss may be None.
+                on the losses' gradients with respect to the features, for all samples of the batch. Its direction is
+                passed back from the features to the parameters below them in one pass, instead of T. All other
+                parameters, even those that several losses share, get the plain sum of their gradients, or, from
+                methods that weight losses, the weighted sum. MGDA then is MGDA-UB (Sener & Koltun, NeurIPS 2018,
+                section 3.3). This is an approximation: G, and all that is computed from it, is that of the features'
+                gradients, and a sample that only one task has adds nothing to the products of two tasks. ``shared``
+                has no effect, the granularity must be "global", and no loss may be None.
             chunk_size: the number of losses per batched pass; None: all.
-            features: the shared representation, one tensor or several that do not depend on each other. Each loss then
-                goes back to the features through its own head only, and from there to the parameters below, one by one
-                or batched. Every parameter must lie either above or below the features, and every feature must be used
-                by some loss and have no hooks.
+            features: the shared representation, one tensor or several that do not depend on each other. The pass of
+                each loss then goes through its own head to the features. From there passes go on to the parameters
+                below: one per loss, batched, or, with "representation", a single one. Every parameter must lie either
+                above the features (between losses and features) or below them; every feature must be used by some loss
+                and have no hooks.
 
         Returns:
-            G, the weights and what follows from them, on the gradients' device.
+            G, the weights and the values computed from them, on the gradients' device.
 
         Raises:
             ValueError, TypeError: a loss or a gradient is not what it must be, or another process has other tasks or
                 parameters. Gradients and state are then unchanged, except what ``fully_shard`` itself retains from a
                 failed pass.
             OverwrittenError: a RuntimeError; passes returned gradients in the same memory. What was collected before
-                is forgotten, too, for they may have written over it.
+                is forgotten, too, because the passes may have written over it.
             RuntimeError: the batched pass failed, for example because vmap does not support an operator. Gradients and
                 state are then unchanged.
         """
@@ -190,19 +197,19 @@ class SurgeryOptimizer(OptimizerWrapper):
 
         Surgery on accumulated gradients differs from accumulating the results of surgery on each micro-batch, which
         is what several ``backward`` calls do. ``scaler.update()`` belongs after the step, not between micro-batches.
-        For methods of several independent batches (``num_batches``) each call is one of these batches; nothing is
-        summed. Arguments and errors are those of :meth:`backward`, except that None stands for the loss of a task that
-        another call or process has: each task's graph can then be freed before the next one's is made. An
-        ``OverwrittenError`` also forgets what was collected before, for the passes may have written over it.
+        For methods that take several independent batches (``num_batches``), each call is one of these batches, and
+        nothing is summed. Arguments and errors are those of :meth:`backward`, except that mode="representation" is
+        refused, and that None stands for the loss of a task that another call or process has: each task's graph can
+        then be freed before the next task's is made.
         """
-        # With several batches, a call's tasks are those of its batch.
+        # With several batches, another call is another batch: each call must have all tasks.
         partial = self.method.takes_absent or self.method.num_batches == 1
         self._collect(listed(losses), PassOptions(scaler, retain_graph, mode, chunk_size, features), partial)
 
     def _check_tasks(self, tasks: list[str]) -> None:
-        """Raise what would be raised of these tasks after the passes, as far as it is known before."""
+        """Raise, before the passes, the errors about these tasks that can be found by then."""
         if not self._processes.alone:
-            return  # or the others would wait: what differs between processes is told to all of them, later
+            return  # or the others would wait: differences between processes are an error on all of them, later
         self._planner.check_tasks(tasks)
         if methods.is_known(self.method):
             self.method._check_fits(len(tasks))
@@ -240,14 +247,14 @@ class SurgeryOptimizer(OptimizerWrapper):
     def combine(self) -> SurgeryInfo:
         """Operate on what was collected, add the result to ``.grad``, and forget what was collected.
 
-        Directions are written over collected gradients that nobody else holds.
+        The directions may reuse the memory of collected gradients that nobody else holds.
 
         Returns:
             As :meth:`backward`.
 
         Raises:
-            ValueError: nothing was collected, or not all tasks, or another number of batches than the method takes.
-            ValueError, TypeError: as :meth:`backward` does; what was collected is kept then.
+            ValueError: nothing was collected, a task is missing, or the method takes another number of batches.
+            ValueError, TypeError: as :meth:`backward` does; what was collected is then kept.
         """
         return self._combine()
 
@@ -262,7 +269,7 @@ class SurgeryOptimizer(OptimizerWrapper):
                 f"{collected.batches}"
             )
         planner, processes = self._planner, self._processes
-        # They are written over what was collected: after a failure averages are averaged again, the same to rounding.
+        # The averages replace what was collected: after a failure they are averaged again, the same to rounding.
         self._pending = collected = processes.average(collected)
         collected.warn_of_nothing(stacklevel=6)
         self._survey.check(collected, processes)
@@ -271,17 +278,17 @@ class SurgeryOptimizer(OptimizerWrapper):
         return info
 
     def update(self, values: Sequence[Any] | Mapping[str, Any] | Tensor) -> None:
-        """Pass to the method's ``update`` what it learns from besides the losses of its steps.
+        """Pass values that do not come from the step itself to the method's ``update``.
 
-        Those are FAMO's losses after the step and DTP's KPIs. They are averaged over the processes, each of which must
-        call this; calling the method's own ``update`` would let their weights diverge.
+        These are FAMO's losses after the step, or DTP's KPIs. They are averaged over the processes, each of which must
+        call this; calling the method's own ``update`` instead would let the processes' weights diverge.
 
         Args:
             values: one number per task, in the tasks' order, or a dict from name to number.
 
         Raises:
-            ValueError: the method has no ``update``; the values are none of these; the tasks are others, or in another
-                order, than before; or as the method's ``update`` says.
+            ValueError: the method has no ``update``; ``values`` does not hold one number per task; the tasks or their
+                order are not those of the steps before; or the method's ``update`` raises it.
         """
         learn = getattr(self.method, "update", None)
         if learn is None:
@@ -302,7 +309,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             self._planner.remember_tasks(tasks)
 
     def step(self, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
-        """Step the wrapped optimizer, with its own options; warn of surgery that is missing from ``.grad``."""
+        """Step the wrapped optimizer, with its own options; warn if the result of surgery is not in ``.grad``."""
         if self._pending is not None:
             warnings.warn("collected task gradients are not in .grad: call combine() before step()", stacklevel=2)
         elif closure is None:
@@ -313,7 +320,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         self._survey.begin_step()
         return result
 
-    # The wrapped optimizer's step has the hooks that Optimizer.__init__ would wrap around this one.
+    # Keeps torch from wrapping this step in hooks: the wrapped optimizer's step has them.
     step.hooked = True  # type: ignore[attr-defined]
 
     @untraced
@@ -366,7 +373,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         return not self._processes.alone and self._processes.shards is None and self.method.num_batches == 1
 
     def _processes_of(self, group: distributed.ProcessGroup | None) -> Replicas | Shards:
-        """Return the processes that train these parameters; errors as of the constructor."""
+        """Return the processes that train these parameters; errors are those of the constructor."""
         processes = processes_of(group, self._parameters(), self.method)
         check_method(self.method, self.granularity, processes.shards is not None)
         self._check_known(self._planner.named, "shared")
@@ -374,7 +381,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         return processes
 
     def _notice_shards(self) -> None:
-        """Take up parameters that were sharded since the optimizer was wrapped, as Accelerate does."""
+        """Adapt to parameters that were sharded after the optimizer was wrapped, as Accelerate does it."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return
         if isinstance(self._processes, Replicas) and any(map(is_sharded, self._parameters())):
@@ -382,4 +389,4 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def _trainable(self) -> list[Tensor]:
         self._notice_shards()
-        return [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]  # torch allows doubles in a group
+        return [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]  # torch allows duplicates in a group

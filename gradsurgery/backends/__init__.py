@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The one registry of backends, and the choice among them.
 
-``backend=`` per call goes before the environment variable ``GRADSURGERY_BACKEND``, and that before the automatic
-choice: the first backend of the list that serves the call's device and number of tasks. A named backend that cannot
-serve raises.
+``backend=`` per call takes precedence over the environment variable ``GRADSURGERY_BACKEND``, and that over the
+automatic choice: the first backend of the list that serves the call's device and number of tasks. A named backend that
+cannot serve the call raises an error.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _VARIABLE = "GRADSURGERY_BACKEND"
 class Aggregate(Protocol):
     """Writes (or adds) the directions of a solver's weights.
 
-    For the list form, which must come as ``lists``, it returns G [S, T, T] and the weights [S, T]; the flat form is
-    only written.
+    For the list form, which must come as ``lists``, it returns G [S, T, T] and the weights [S, T]; for the flat form,
+    None.
     """
 
     def __call__(
@@ -41,7 +41,7 @@ class Backend(Protocol):
     """The stages that touch gradients or G, each writing into an output that the caller allocated.
 
     Gram matrices [..., T, T] and weights [..., T] are float64 and contiguous. For ``gram`` and ``combine`` the leading
-    dimension is that of the segments; one segment may go without. The solvers take any.
+    dimension is that of the segments; a single segment needs none. The solvers take any leading dimensions.
     """
 
     name: str
@@ -118,7 +118,7 @@ def choose(name: str | None, device: torch.device, num_tasks: int) -> Backend:
 
 
 def check_name(name: str | None, origin: str = "backend") -> str | None:
-    """Return the name of a backend, or None for the choice; ValueError if there is none such."""
+    """Return the name, or None for the automatic choice; ValueError if there is no backend of that name."""
     if name is not None and name not in _BACKENDS:
         raise ValueError(f"{origin} must be one of {', '.join(_BACKENDS)}, got {name!r}")
     return name
@@ -130,5 +130,5 @@ def _automatic(device: torch.device, num_tasks: int) -> Backend:
 
 
 def backends() -> dict[str, str]:
-    """Return every backend's name with why it can or cannot be used here, the automatic choice's preference first."""
+    """Return every backend's name with why it can or cannot be used here, in the automatic choice's order."""
     return {name: backend.describe() for name, backend in _BACKENDS.items()}

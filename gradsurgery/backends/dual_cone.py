@@ -16,10 +16,11 @@ def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
     """Return argmin v^T H v with v >= u, H = G / trace(G) + ridge I, for each of several u [P, T]: [B, P, T].
 
     With z = v - u and y = H v the conditions are z >= 0, y >= 0, z^T y = 0: the tasks of a set F have y = 0, the others
-    z = 0. Block principal pivoting (Judice & Pires 1994) lets all that come out negative change sides at once, as long
-    as that makes them fewer. Else Lawson & Hanson's method (1974) starts anew, which lowers v^T H v at each step: the
-    task with the most negative y joins F; on the way to the minimum over F those leave whose z would become negative.
-    Where H turns out to be singular, or indefinite, as rounding of G can have it, all begins again with a larger ridge.
+    z = 0. Block principal pivoting (Judice & Pires 1994) lets all tasks whose y or z comes out negative change sides at
+    once, as long as that makes them fewer. Else Lawson & Hanson's method (1974) starts anew, which lowers v^T H v at
+    each step: the task with the most negative y joins F; on the way to the minimum over F, tasks whose z would become
+    negative leave F. If H turns out to be singular or indefinite, which rounding of G can cause, all begins again with
+    a larger ridge.
     """
     num_tasks = gram.shape[-1]
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from .problems import squared_length
 
 _ACCURACY = 1e-6
-"""Of squares: what G is accurate to."""
+"""The relative accuracy of G, and so of squared lengths."""
 _RIDGE = 1e-12
 
 
@@ -19,15 +19,15 @@ def pcd(gram: Tensor, shares: Tensor | float, project: Callable[[Tensor, Tensor,
     """Return the weights [B, T] of |g_1| x / |x|, x = argmin |x - g_1|^2 with g_t . x >= shares_t |g_t|^2 for t > 1.
 
     With u_t = g_t / |g_t|, z = x / |g_1| - u_1 is the shortest z such that u_t . z >= h_t = shares_t |g_t| / |g_1| -
-    u_t . u_1, which Lawson & Hanson (1974, chapter 23) solve by one of non-negative least squares: with e a unit vector
-    at right angles to all u_t, and the v >= 0 for which sum_t v_t (u_t + h_t e) is nearest to e, z = sum_t v_t u_t /
-    (1 - sum_t v_t h_t). That is DualProj's problem for these vectors and -e in the first one's place; h is taken as a
-    multiple of the largest. Where the distance is 0 no z will do, and z = 0 is taken.
+    u_t . u_1. Lawson & Hanson (1974, chapter 23) turn this into a non-negative least squares problem: let e be a unit
+    vector at right angles to all u_t, and v >= 0 such that sum_t v_t (u_t + h_t e) is nearest to e; then z =
+    sum_t v_t u_t / (1 - sum_t v_t h_t). That is DualProj's problem for these vectors, with -e in the first one's place;
+    h is divided by its largest magnitude. If the distance is 0, no z meets the constraints, and z = 0 is taken.
 
     Args:
         gram: [B, T, T], finite.
         shares: [T], or one number.
-        project: :func:`dual_cone`, or what does the same.
+        project: :func:`dual_cone`, or a function that does the same.
     """
     others = torch.arange(gram.shape[-1], device=gram.device) > 0
     norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()

@@ -40,7 +40,7 @@ class ReferenceBackend:
         return "available: plain PyTorch on any device, float64 inside"
 
     def gram(self, grads: TaskGradients, out: Tensor) -> None:
-        """G[s] = sum over the chunks J of segment s of J J^T, with the roundings of that sum (Knuth's) added back."""
+        """G[s] = sum over segment s's chunks J of J J^T, with the sum's rounding errors (Knuth's two-sum) added."""
         out.zero_()
         sums = out.view(-1, *out.shape[-2:])
         lost = torch.zeros_like(sums)
@@ -153,7 +153,7 @@ class ReferenceBackend:
         """One step of GradNorm training, Algorithm 1.
 
         Values that are not finite, as in a step that a gradient scaler will skip, do not enter the weights, nor do
-        negative losses; nor may a loss of 0, of a task without samples in the first batch, stand for L(0).
+        negative losses. A loss of 0, as of a task without samples in the first batch, may not stand for L(0).
         """
         weights, initial = state
         norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()

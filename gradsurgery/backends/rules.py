@@ -49,7 +49,7 @@ def _trimmed_mean(values: Tensor, num_trimmed: int) -> Tensor:
 
 
 def _sum(rows: Tensor) -> Tensor:
-    """Return the sum, taken in ascending order wherever a column stands."""
+    """Return the sum of the rows, added in ascending order in every column."""
     total = torch.zeros_like(rows[0])
     for row in rows:
         total += row

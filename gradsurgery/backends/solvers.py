@@ -48,9 +48,9 @@ def solve(
     out: Tensor,
     project: Callable[[Tensor, Tensor, float], Tensor] = dual_cone,
 ) -> None:
-    """Write the weights for G [..., T, T], NaN where it is not finite; KeyError for what is none of SOLVERS.
+    """Write the weights for G [..., T, T], NaN where it is not finite; KeyError for a name not in SOLVERS.
 
-    ``project`` may stand in for :func:`dual_cone`, within PCD.
+    ``project`` replaces :func:`dual_cone` within PCD.
     """
     if solver not in SOLVERS:
         raise KeyError(solver)
@@ -112,8 +112,9 @@ def gradvac(gram: Tensor, order: Tensor, beta: float, targets: Tensor, out: Tens
 def _cagrad(gram: Tensor, c: float) -> Tensor:
     """Return CAGrad's weights.
 
-    For a given lambda = kappa / |g_x| the x of the dual problem is that of the shortest convex combination of the
-    vectors lambda g_t + g_0. The lambda with |lambda g_x| = kappa is found by a bracketed secant on squares.
+    With kappa = c |g_0|: for a given lambda = kappa / |g_x| the x of the dual problem is that of the shortest convex
+    combination of the vectors lambda g_t + g_0. The lambda with |lambda g_x| = kappa is found by a bracketed secant on
+    squares.
     """
     num_tasks = gram.shape[-1]
     mean = gram.mean(-1)
@@ -123,7 +124,7 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
     x: Any = None
 
     def excess(square: Tensor) -> Tensor:
-        """Return |lambda g_x|^2 - kappa^2 for lambda^2; x becomes this lambda's, sought from the last one's on."""
+        """Return |lambda g_x|^2 - kappa^2 for lambda^2; x becomes this lambda's, starting from the last lambda's."""
         nonlocal x
         scale = square.sqrt()[..., None]
         shifted = scale**2 * gram + scale * (mean[:, :, None] + mean[:, None]) + mean_squared[..., None]
@@ -137,7 +138,7 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
     before, before_value = low, -target
     last, last_value = high, excess(high)
     if not all_done((last_value >= 0) | ~wanted):
-        # So far out a G that was rounded to float32 is but noise.
+        # The root may be farther out, where a G that was rounded to float32 is only noise, unless it is definite.
         eye = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
         definite = torch.linalg.cholesky_ex(gram + 1e-12 * trace[..., None] * eye)[1][:, None] == 0
         far = definite & (last_value < 0)
@@ -146,8 +147,8 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
         last, last_value = high, excess(high)
     stationary = last_value < 0
     if c >= 1:
-        # No lambda solves the problem then, which rounding of large ones may hide. Whatever x the solver found, by
-        # convexity no combination's square is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t).
+        # No lambda solves the problem of stationary gradients, which rounding may hide at a large lambda. Whatever x
+        # the solver found, by convexity no combination's square is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t).
         shortest = wolfe(gram)
         terms = (shortest * gram.diagonal(dim1=-2, dim2=-1).sqrt()).sum(-1, keepdim=True)
         squared = squared_length(gram, shortest)
@@ -158,7 +159,7 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
         settled = settled | (high - low <= 1e-15 * high)
         if all_done(settled):
             break
-        # The secant of the last two, or a mean of the bracket where it is left or nothing much was gained.
+        # The secant of the last two points; a mean of the bracket if the secant leaves it or progress is slow.
         secant = last - last_value * (last - before) / (last_value - before_value)
         slow = (step > 0) & (last_value.abs() > 0.5 * before_value.abs())
         left = ~((secant > low) & (secant < high))
@@ -182,9 +183,10 @@ def _cagrad(gram: Tensor, c: float) -> Tensor:
 def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
     """Return w with (G w)_i = w_i^(-1 / alpha), by Newton's method on the convex function whose minimum that is.
 
-    In a step that takes some y_i further than nine tenths of the way to 0, those that get smaller do so by y_i^-p, in
-    which the equation of a small y_i is linear. Where a second derivative shows that it is not convex, as rounding of G
-    can have it, it starts again with more of a ridge on the cosines.
+    y_i is w_i |g_i|, up to scale, and p = 1 / alpha. In a step that takes some y_i further than nine tenths of the way
+    to 0, the step of those that get smaller is one in y_i^-p, in which the equation of a small y_i is linear. If a
+    second derivative shows that the function is not convex, which rounding of G can cause, the method starts again with
+    a larger ridge on the cosines.
     """
     num_tasks = gram.shape[-1]
     power = 1 / alpha
@@ -202,7 +204,7 @@ def _fairgrad(gram: Tensor, alpha: float) -> Tensor:
     settled = torch.zeros_like(largest, dtype=torch.bool)
 
     def measure(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the pulls c y^-p, what K y lacks of them, and its relative norm without what cannot get smaller."""
+        """Return the pulls c y^-p, what K y lacks of them, and its relative norm, without y that can't get smaller."""
         pull = c * y**-power
         missing = pull - (matrix @ y[..., None]).squeeze(-1)
         error = missing / pull

@@ -42,7 +42,7 @@ def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
             rows[:, p], rows[:, q] = cosine * a - sine * b, sine * a + cosine * b
         if all_done(~rotated):
             break
-    rows = rows[:, :num_tasks]  # what was added for an even number is still 0
+    rows = rows[:, :num_tasks]  # the row that was added for an even number is still 0
     values = rows.norm(dim=-1)
     return values, torch.where(values[..., None] > 0, rows / values[..., None], 0)
 

@@ -19,7 +19,7 @@ def weighting(
 ) -> type[SurgeryWeighting]:
     """Return a class to use where LibMTL takes a weighting class: ``Trainer(weighting=weighting("pcgrad"), ...)``.
 
-    Scripts that take weightings by name find it in place of one that they know: ``LibMTL.weighting.EW =
+    For scripts that look up weightings by name, put it in the place of one that they know: ``LibMTL.weighting.EW =
     weighting("pcgrad")``.
 
     Args:
@@ -31,7 +31,7 @@ def weighting(
     Raises:
         ValueError, TypeError: as ``methods.get`` does.
     """
-    # What is wrong with them is said here, not in the trainer.
+    # Errors in the options are raised here, not in the trainer.
     resolve(method, method_options)
     check_name(backend)
 
@@ -44,16 +44,16 @@ def weighting(
 
 
 class SurgeryWeighting(nn.Module):
-    """What :func:`weighting` configures. A LibMTL trainer's model inherits from an architecture and from this.
+    """The base of what :func:`weighting` returns. A LibMTL trainer's model inherits from an architecture and from this.
 
-    ``backward(losses)`` adds to ``.grad``, which the trainer has cleared: d = sum_t w_t g_t for the parameters that the
-    architecture's ``get_share_params()`` names, absent gradients counting as zero; for all others, the heads, the
-    sum of their gradients, times w_t for methods that weight losses. The task gradients stay in their own tensors on
-    their device; only the weights [T] are copied to the host, for LibMTL's record of them. The parameters are
-    looked up at the first ``backward``.
+    ``backward(losses)`` adds to ``.grad``, which the trainer has cleared. The parameters that the architecture's
+    ``get_share_params()`` yields get d = sum_t w_t g_t; absent gradients count as zero. All others, the heads, get the
+    sum of their gradients, or, from methods that weight losses, the weighted sum. The task gradients stay in their own
+    tensors on their device; only the weights [T] are copied to the host, for LibMTL's record of them. The parameters
+    are looked up at the first ``backward``.
 
-    The method, ``surgery_method``, has its state in the model's ``state_dict`` under "_extra_state", so a checkpoint of
-    a model with another method needs that key removed.
+    The state of the method, ``surgery_method``, is in the model's ``state_dict`` under "_extra_state". To load a
+    checkpoint of a model with another method, remove that key from it.
     """
 
     _method: ClassVar[str | Method]
@@ -81,11 +81,11 @@ class SurgeryWeighting(nn.Module):
         self._surgery = None
 
     def backward(self, losses: Tensor | Sequence[Tensor], **weight_args: Any) -> Any:
-        """Go back from the losses and write ``.grad``.
+        """Run the backward passes and write ``.grad``.
 
         Args:
             losses: [T], or T scalars.
-            weight_args: none; they are here to be refused by name.
+            weight_args: must be empty; the trainer's are accepted only to name them in the error.
 
         Returns:
             The weights as a numpy array, float64 [T]; None for coordinate-wise methods.
@@ -96,11 +96,11 @@ class SurgeryWeighting(nn.Module):
         """
         if weight_args:
             raise ValueError(
-                "weight_args must be empty, for a method takes its options from weighting(method, **options), got "
+                "weight_args must be empty, because a method takes its options from weighting(method, **options), got "
                 f"{sorted(weight_args)}"
             )
         if self._surgery is None:
-            # Steps 1 to 4 are all that it does here: the trainer's own optimizer makes the step.
+            # It only runs stages 1 to 4: the trainer's own optimizer makes the step.
             holder = torch.optim.SGD(self.parameters())
             self._surgery = SurgeryOptimizer(
                 holder, self.surgery_method, shared=self.get_share_params(), backend=self._backend

@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise ImportError("gradsurgery.integrations.torchjd needs TorchJD 0.18 or later: pip install -U torchjd") from error
 
-# TorchJD declares these as weightings of J, of which they read the number of rows only, which is G's too.
+# TorchJD declares these as weightings of J, but they read only its number of rows, which G has, too.
 _BY_COUNT = tuple(getattr(aggregation, f"{name}Weighting") for name in ("Constant", "Mean", "Random", "Sum"))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -93,13 +93,14 @@ class SurgeryWeighting(Weighting[PSDMatrix], Stateful):
 class SurgeryAggregator(GramianWeightedAggregator, Stateful):
     """A method of ours as a TorchJD aggregator: J [T, N] -> d = J^T method(J J^T), [N].
 
-    G and d come from :func:`gradsurgery.gram` and :func:`gradsurgery.combine`: float64 sums whatever the dtype of J,
-    which d has again. Use it with ``torchjd.autojac.jac_to_grad``, which then returns the weights, in float64. With
-    ``optimize_gramian_computation=True`` TorchJD takes G and d by its own products, in J's dtype, and only the weights
-    come from here. Weights of loss-weighting methods reach the aggregated parameters only, not the heads.
+    G and d come from :func:`gradsurgery.gram` and :func:`gradsurgery.combine`: sums are taken in float64 whatever the
+    dtype of J, and d has J's dtype. Use it with ``torchjd.autojac.jac_to_grad``, which then returns the weights, in
+    float64. With ``optimize_gramian_computation=True`` TorchJD computes G and d by its own products, in J's dtype, and
+    only the weights come from here. The weights of methods that weight losses multiply only the aggregated gradients,
+    not those of the heads.
 
     Args:
-        method, backend, method_options: as in :class:`SurgeryWeighting`; ``gramian_weighting`` is that object.
+        method, backend, method_options: as in :class:`SurgeryWeighting`, of which ``gramian_weighting`` is one.
 
     Raises:
         ValueError, TypeError: as :class:`SurgeryWeighting` and :func:`gradsurgery.gram` do.
@@ -112,7 +113,7 @@ class SurgeryAggregator(GramianWeightedAggregator, Stateful):
     ) -> None:
         inner = SurgeryWeighting(method, backend=backend, **method_options)
         super().__init__(inner)
-        # The base class composed it with a matrix product in J's dtype.
+        # In place of what the base class made, which computes the Gramian in J's dtype.
         self.weighting = inner << cast(Callable[[Tensor], PSDMatrix], partial(gram, backend=backend))
 
     @torch.no_grad()
@@ -120,7 +121,7 @@ class SurgeryAggregator(GramianWeightedAggregator, Stateful):
         """Return d [N] for J [T, N]."""
         if matrix.stride(1) != 1:
             matrix = matrix.contiguous()
-        # By way of the module, whose hooks tell jac_to_grad the weights.
+        # Called as a module, because its hooks tell jac_to_grad the weights.
         return combine(matrix, self.weighting(matrix), backend=self.gramian_weighting.backend)
 
     def reset(self) -> None:
@@ -131,9 +132,9 @@ class SurgeryAggregator(GramianWeightedAggregator, Stateful):
 class FromTorchJD(Method):
     """A TorchJD weighting of Gramians as a method of ours: w = weighting(G), in float64.
 
-    TorchJD's weightings take one problem, so a batch is a loop. Where G is not finite the weights are NaN and the
-    weighting is not called; for that the host waits for G, and no step can be captured in a CUDA graph. What the
-    weighting raises at a finite G passes through. Cost: the weighting's.
+    TorchJD's weightings take one problem at a time, so a batch is handled in a loop. If G is not finite the weights are
+    NaN, and the weighting is not called. To check this the host waits for G, so no step can be captured in a CUDA
+    graph. Errors that the weighting raises for a finite G are passed on. Cost: the weighting's.
 
     State: the buffers and attributes, hyperparameters included, of every ``torchjd.Stateful`` module in the weighting
     (``GradVacWeighting``, ``PCDWeighting``, ``CRMOGMWeighting``); empty without one. Random numbers come from torch's
@@ -141,7 +142,7 @@ class FromTorchJD(Method):
 
     Args:
         weighting: a ``Weighting[PSDMatrix]``, or one that reads only the number of tasks (sum, mean, constant, random);
-            a ``CRMOGMWeighting`` of one; or an ``Aggregator`` that combines by one.
+            a ``CRMOGMWeighting`` around such a weighting; or an ``Aggregator`` that combines by such a weighting.
 
     Raises:
         TypeError: the weights do not follow from G (``GradDrop``, ``TrimmedMean``, ``ConFIG``, ``NashMTL``, ...).
@@ -186,7 +187,7 @@ class FromTorchJD(Method):
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return a module's buffers, unset ones too, and what else it has that is no part of every module."""
+    """Return a module's buffers, even unset ones, and its attributes, except those that every module has."""
     return {name: v for name, v in (vars(module) | module._buffers).items() if name not in _OF_EVERY_MODULE}
 
 
@@ -201,8 +202,8 @@ def _gramian_weighting(given: Weighting[PSDMatrix] | Aggregator) -> Weighting[PS
     if isinstance(inner, _BY_COUNT) or _statistic(inner) is PSDMatrix:
         return cast(Weighting[PSDMatrix], weighting)
     raise TypeError(
-        "weighting must be declared as a TorchJD Weighting[PSDMatrix], or be an Aggregator that combines by one, for a "
-        f"method sees only the Gramian; got {type(inner).__name__}"
+        "weighting must be declared as a TorchJD Weighting[PSDMatrix], or be an Aggregator that combines by one, "
+        f"because a method sees only the Gramian; got {type(inner).__name__}"
     )
 
 

@@ -104,7 +104,7 @@ _METHODS: dict[str, type[Method]] = {
     for found in tuple(vars().values())
     if isinstance(found, type) and issubclass(found, Method) and found not in (Method, CoordinateMethod)
 }
-"""All that is imported above but the base classes."""
+"""All methods imported above, without the base classes."""
 
 
 def available() -> list[str]:
@@ -131,7 +131,7 @@ def get(name: str, **options: Any) -> Method:
 
 
 def is_known(method: Method) -> bool:
-    """Whether it is one of these methods as it is: not of a class of one's own, nor with weights of its own."""
+    """Whether this is an unchanged method of this package: neither of a user's class, nor with ``weights`` replaced."""
     return type(method) in _METHODS.values() and "weights" not in vars(method)
 
 
@@ -139,8 +139,8 @@ def resolve(method: str | Method, options: dict[str, Any]) -> Method:
     """Return ``method`` itself, or the one that it names with these options.
 
     Raises:
-        ValueError, TypeError: as :func:`get` does; ValueError for options beside a ``Method``, TypeError for what is
-            neither a name nor a ``Method``.
+        ValueError, TypeError: as :func:`get` does; ValueError for options given together with a ``Method``, TypeError
+            for what is neither a name nor a ``Method``.
     """
     if isinstance(method, str):
         return get(method, **options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a method is."""
+"""The base class of methods, and how the package calls them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Method:
     """
 
     name: ClassVar[str] = "Method"
-    """Lower snake case of the paper's name, or that of a user's class; what messages and checkpoints call it."""
+    """The name in messages and checkpoints: the paper's in lower snake case, or by default that of a user's class."""
     needs_losses: bool = False
     needs_gram: bool = True
     """Whether the weights depend on G. If not, only its shape, its device and whether it is finite are used, and the
     optimizers make one backward pass, from the weighted sum of the losses."""
     num_batches: int = 1
-    """How many independent batches a step may have. With several, ``weights`` is given J_1 J_2^T of the first two in
-    place of G, and d combines the gradients of the last one."""
+    """How many independent batches a step may have. With several, ``weights`` is given J_1 J_2^T in place of G, where
+    J_b holds the task gradients of batch b as rows, and d combines the gradients of the last batch."""
     weights_losses: bool = False
-    """Whether the weights belong to the losses, and so also multiply the gradients of parameters that one task owns."""
+    """Whether these are loss weights, which also multiply the gradients of parameters that one task alone reaches."""
 
     takes_absent: ClassVar[bool] = False
     """Whether a step may lack some of the losses."""
@@ -46,13 +46,13 @@ class Method:
     """Whether each of several processes can work on its own parts of the parameters."""
 
     state_by_problem: ClassVar[bool] = False
-    """Whether the state has a row for each of several problems, which then must be the same at each step."""
+    """Whether the state has a row for each G of a step (each segment); the segments must then stay the same."""
 
     _named_by_default: ClassVar[bool]
-    """In classes whose name is the class's own, for want of another."""
+    """Set in classes that set no ``name`` and therefore have the class's."""
 
     _takes_backend: ClassVar[bool] = True
-    """Whether the class's ``weights`` has the option; that of a user's own method need not."""
+    """Whether the class's ``weights`` takes ``backend=``; that of a user's own method need not."""
 
     gram_parameters: Sequence[Tensor] | None = None
     """The shared parameters whose G the weights come from; None: all."""
@@ -62,19 +62,19 @@ class Method:
     """What the weights come from."""
     scale: ClassVar[str] = ""
     """What the direction is like for orthogonal gradients of equal length: their "sum", their "mean", or the weights'
-    own convention, as "sums to 1"."""
+    own convention, such as "sums to 1"."""
     non_conflicting: ClassVar[str] = "no"
-    """Whether the direction has no negative product with any task gradient: "yes", "no", or when."""
+    """Whether the direction has no negative product with any task gradient: "yes", "no", or under which condition."""
     linear: ClassVar[bool | str] = False
-    """Whether d, as a function of factors a_t > 0 on the task gradients, is linear, or when."""
+    """Whether d is linear in factors a_t > 0 on the task gradients, or under which condition."""
     cost: ClassVar[str] = "T"
     """Operations per problem, in T."""
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None) -> Tensor:
         """Return the weights [..., T] for Gram matrices [..., T, T], and advance the state by one step.
 
-        A function of the arguments and the state alone: each of several processes computes them for itself. The methods
-        of this package also take ``backend=``, a name of :func:`gradsurgery.backends`.
+        The result must depend on the arguments and the state alone, because each of several processes computes it for
+        itself. The methods of this package also take ``backend=``, a name of :func:`gradsurgery.backends`.
 
         Args:
             gram: [..., T, T], of any floating dtype.
@@ -85,8 +85,8 @@ class Method:
             as this step's weights depend on them.
 
         Raises:
-            ValueError, TypeError: G or the losses are not what they must be, or of another number of tasks than the
-                state or an option; the state is as before then.
+            ValueError, TypeError: G or the losses are not what they must be, or the state or an option is for another
+                number of tasks; the state is then left as it was.
             RuntimeError: the named backend cannot serve the call.
         """
         raise NotImplementedError(f"{type(self).__name__} must define weights(gram, *, losses=None)")
@@ -104,10 +104,10 @@ class Method:
         return f"{type(self).__name__}({', '.join(given)})"
 
     def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
-        """Return what ``weights`` would run for T tasks there, for backends with all stages in one call.
+        """Return the solver that ``weights`` would run for T tasks on the device, for backends with a one-call path.
 
-        None: only ``weights`` itself can compute them. The backend advances the state. ``once``: the method is new and
-        is used for this call only, so that no state need be made.
+        Such a backend runs all stages in one call, and advances the state. None: only ``weights`` itself can compute
+        the weights. ``once``: the method is new and is used for this call only, so no state need be made.
 
         Raises:
             ValueError: as ``weights`` does.
@@ -116,7 +116,7 @@ class Method:
 
     @property
     def tells_tasks_apart(self) -> bool:
-        """Whether tasks must stay the same: the state holds more than numbers, or an option something for each task."""
+        """Whether every step must have the same tasks, because the state or an option holds something for each."""
         return any(not _is_number(value) for value in self.state_dict().values()) or any(
             isinstance(option, PerTask) for option in vars(self).values()
         )
@@ -128,14 +128,14 @@ class Method:
                 option.check(num_tasks)
 
     def _has_other_weights(self, method: type[Method]) -> bool:
-        """Whether a subclass or the object itself has weights of its own."""
+        """Whether a subclass or the object itself has replaced this class's ``weights``."""
         return getattr(self.weights, "__func__", None) is not method.weights
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the state, under the same keys at all times; empty for a method without.
+        """Return copies of the state, under the same keys at all times; empty for a method without a state.
 
-        The optimizers call it at each step, and :meth:`load_state_dict` after a step that failed; but methods that keep
-        gradients, which are too large for that, undo the first step only.
+        The optimizers call it at each step, and call :meth:`load_state_dict` to undo a step that failed. Gradients are
+        too large to be copied at each step: methods that keep gradients undo the first step only.
         """
         return {}
 
@@ -167,8 +167,8 @@ class Method:
 class Rollback:
     """A context that takes a method's state back to what it was if its block raises.
 
-    Not while the block is traced or captured in a CUDA graph: nothing has run then. Nor the state of a user's method
-    that cannot be read or restored at this time; what the block raised matters more.
+    It does nothing while the block is traced or captured in a CUDA graph, because then nothing has run; nor if the
+    state of a user's method cannot be read or restored at this time, so that the block's own error is the one raised.
     """
 
     __slots__ = ("_method", "_snapshot")
@@ -193,7 +193,7 @@ class Rollback:
 def weigh(method: Method, gram: Tensor, losses: Tensor | None, backend: str | None) -> Tensor:
     """Return the method's weights; ValueError or TypeError where a method of the user's own returns something else."""
     function = getattr(method.weights, "__func__", method.weights)
-    # torch.compile cannot trace what looks at signatures.
+    # torch.compile cannot trace code that inspects signatures.
     takes_backend = method._takes_backend if is_traced() else takes(function, "backend")
     named = {"backend": backend} if backend is not None and takes_backend else {}
     weights = method.weights(gram, losses=losses, **named)

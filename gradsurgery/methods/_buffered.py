@@ -29,30 +29,30 @@ class Given:
     rows: Rows
     """T lists of P task gradients, None where there is none; every parameter has one."""
     losses: Tensor | None
-    """[T] float64, where the method needs them; else they do not count."""
+    """[T] float64, if the method needs them; else they are ignored."""
     scale: Tensor | None
     """The gradient scaler's factor on ``rows``, []; None: 1."""
     backend: str | None
     counted: Sequence[bool]
-    """Of each parameter, whether it is part of this process's sums."""
+    """For each parameter, whether it is part of this process's sums."""
     total: Callable[[Tensor], Tensor]
-    """From this process's sums to those over all processes, where gradients are sharded."""
+    """Maps this process's sums to those over all processes, if gradients are sharded."""
     gram: Tensor
     """G [T, T] of the rows, unscaled."""
     present: Tensor
     """Whether each task has a gradient, bool [T]."""
     finite: Tensor
-    """Whether gradients and losses are, bool []; else the step leaves the state as it was."""
+    """Whether gradients and losses are finite, bool []; if not, the step leaves the state as it was."""
 
 
 class Step(NamedTuple):
-    """What comes of a step: G [T, T] of the rows that the method keeps, their weights [T], and d as a sum of terms."""
+    """The result of a step: G [T, T] of the rows that the method keeps, their weights [T], and d as a sum of terms."""
 
     gram: Tensor
     weights: Tensor
     terms: Rows
     factors: Tensor
-    """[number of terms]; d has the scale of the step's rows."""
+    """[number of terms], one for each term of d; they give d the scale of the step's rows."""
 
 
 def absent(rows: Rows) -> list[int]:
@@ -61,22 +61,22 @@ def absent(rows: Rows) -> list[int]:
 
 
 class BufferedMethod(StatefulMethod):
-    """A method that keeps tensors as large as the gradients; G and d are taken of rows that it puts in their place.
+    """A method that keeps tensors as large as the gradients; G and d are those of rows that replace the gradients.
 
-    Buffers are T lists of P tensors; a task without a gradient counts as a zero one. A step with a gradient that is not
-    finite leaves the state as it was, and its weights are NaN. State: the buffers, and the other tensors, all on the
+    Buffers are T lists of P tensors; a missing gradient counts as zero. A step with a gradient that is not finite
+    leaves the state as it was, and its weights are NaN. State: the buffers, and the other tensors, all on the
     gradients' device.
     """
 
     weights_from: ClassVar[str] = "gradients"
     num_terms: ClassVar[int] = 1
-    """d is a sum of at most num_terms T tensors."""
+    """d is a sum of at most ``num_terms`` times T tensors."""
 
     _buffers: Buffers | None = None
 
     @property
     def tells_tasks_apart(self) -> bool:
-        """True: buffers are of one task each."""
+        """True: each buffer belongs to one task."""
         return True
 
     def step(
@@ -88,11 +88,11 @@ class BufferedMethod(StatefulMethod):
         counted: Sequence[bool] | None = None,
         total: Callable[[Tensor], Tensor] = lambda numbers: numbers,
     ) -> Step:
-        """Take a step: update the state, and return what d is the sum of. Arguments are those of ``Given``."""
+        """Take a step: update the state, and return the terms of d. Arguments are those of ``Given``."""
         self._begin(rows)
         counted = [True for _ in rows[0]] if counted is None else counted
         segments = [0 if here else 1 for here in counted]
-        # It raises unless each task has like gradients of a parameter.
+        # gram() raises unless the tasks' gradients of a parameter have one shape and dtype.
         products = total(gram(rows, segments=segments, backend=backend)[0])
         if scale is not None:
             products = products / scale.double().square()
@@ -112,7 +112,7 @@ class BufferedMethod(StatefulMethod):
         return Step(problem, weights, *self._terms(given, kept, weights))
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """Raise ValueError: the weights are those of gradients that the method keeps."""
+        """Raise ValueError: the weights are those of gradients that the method keeps, not of G."""
         raise ValueError(
             f"method {self.name!r} weighs gradients that it keeps: use gradsurgery.aggregate or SurgeryOptimizer"
         )
@@ -121,7 +121,7 @@ class BufferedMethod(StatefulMethod):
         """Check the rows before anything changes."""
 
     def _prepare(self, rows: Rows, products: Tensor) -> None:
-        """Make the state for these rows and their G, or bring it to their dtypes and device; ValueError if others'."""
+        """Make the state for these rows, or bring it to their dtypes and device; ValueError if it is for other rows."""
         first = [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
         dtypes = [self._kept_in(g.dtype) for g in first]
         if self._buffers is not None:
@@ -142,25 +142,26 @@ class BufferedMethod(StatefulMethod):
                 self._state = {name: value.to(products.device) for name, value in self._state.items()}
 
     def _replace(self, given: Given) -> Rows:
-        """Update the buffers; return the rows to take G and d of, unscaled. It may find the step not to be finite."""
+        """Update the buffers; return the rows for G and d, unscaled. It may also set ``given.finite`` to False."""
         raise NotImplementedError
 
     def _weigh(self, given: Given, gram: Tensor) -> Tensor:
-        """Return the weights for the G of what ``_replace`` returned; anything for a G that is not finite."""
+        """Return the weights for the G of the rows from ``_replace``; their values do not matter if G is not finite."""
         raise NotImplementedError
 
     def _terms(self, given: Given, kept: Rows, weights: Tensor) -> tuple[Rows, Tensor]:
-        """Return what d is the weighted sum of, and the weights; ``kept`` is what ``_replace`` returned."""
+        """Return the terms of d and their factors; ``kept`` is what ``_replace`` returned."""
         return kept, weights if given.scale is None else weights * given.scale.double()
 
     def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of the buffers of gradients of this dtype."""
+        """Return the dtype of buffers for gradients of this dtype."""
         return dtype
 
     def _average(self, given: Given, keep: Tensor, factor: Tensor) -> Buffers:
         """Replace each buffer b_t by keep b_t + factor_t g_t, in a finite step; keep is [] or [T], factor [T]."""
         assert self._buffers is not None
-        # What became infinite would stay so. In float16 norms may be infinite where no entry is.
+        # An infinite entry would stay so, hence such a step does not count. Float16 entries are clamped below instead:
+        # there norms may be out of range where no entry is.
         largest = [torch.finfo(b.dtype).max / 2 for b in self._buffers[0] if b.dtype != torch.float16]
         most = min([math.inf, *largest])
         given.finite = given.finite & (factor * given.gram.diagonal().sqrt() <= most).all()
@@ -168,7 +169,7 @@ class BufferedMethod(StatefulMethod):
             factor = factor / given.scale.double()
         kept = torch.where(given.finite, keep, 1).expand_as(factor)
         weights = torch.stack([kept, torch.where(given.finite, factor, 0)], 1)
-        # One call for all of them: two "tasks" with T P "parameters", and a segment for each task.
+        # One call for all of them: two "tasks" with T times P "parameters", and a segment for each task.
         flat: list[Any] = [b for row in self._buffers for b in row]
         segments = [t for t, row in enumerate(given.rows) for _ in row]
         combine(
@@ -210,7 +211,7 @@ class BufferedMethod(StatefulMethod):
         if self._buffers is not None:
             _check_alike(self._buffers, len(kept), kept[0], self.name)
         if self._buffers and [b.dtype for b in self._buffers[0]] == [b.dtype for b in kept[0]]:
-            # In place: a captured graph goes on from there.
+            # In place: a captured CUDA graph uses the same tensors.
             for mine, theirs in zip(self._buffers, kept, strict=True):
                 torch._foreach_copy_(mine, list(theirs))
         else:
@@ -219,7 +220,7 @@ class BufferedMethod(StatefulMethod):
 
 
 def _check_alike(buffers: Buffers, num_tasks: int, gradients: Sequence[Tensor], name: str) -> None:
-    """Raise ValueError unless the buffers are those of so many tasks and of parameters with such gradients."""
+    """Raise ValueError unless the buffers are for this number of tasks and for gradients of these shapes."""
     shapes = [b.shape for b in buffers[0]]
     if len(buffers) != num_tasks or shapes != [g.shape for g in gradients]:
         raise ValueError(

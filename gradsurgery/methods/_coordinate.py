@@ -11,21 +11,21 @@ from ._base import Method
 
 
 class CoordinateMethod(Method):
-    """A direction whose every coordinate comes from that coordinate of the T gradients, in place of stages 2 to 4.
+    """A method that computes each coordinate of d from that coordinate of the T gradients, in place of stages 2 to 4.
 
-    Segments do not matter: the coordinates do not depend on each other. A coordinate with a value that is not finite in
-    any of the gradients is NaN.
+    Segments do not matter: the coordinates do not depend on each other. A coordinate of d is NaN if any gradient is not
+    finite there.
     """
 
     weights_from = "gradients"
 
     def rule(self, device: torch.device, num_tasks: int) -> Rule:
-        """Return the rule for T gradients on that device, for a backend, which advances the state."""
+        """Return the rule for T gradients on that device; the backend that applies it advances the state."""
         raise NotImplementedError
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, backend: str | None = None) -> Tensor:
         """Raise ValueError: there are none."""
         raise ValueError(
-            f"method {self.name!r} has no weights, for it works on the gradients coordinate by coordinate: use "
+            f"method {self.name!r} has no weights, because it works on the gradients coordinate by coordinate: use "
             "gradsurgery.aggregate or SurgeryOptimizer"
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the methods share whose weights come from the losses."""
+"""The base classes of methods whose weights come from the losses."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ._stateful import StatefulMethod
 
 
 class LossMethod(StatefulMethod):
-    """Weights from the losses [T] or [..., T] alone; of G only the shape, the device and whether it is finite count.
+    """Weights from the losses [T] or [..., T] alone; of G only the shape, the device and whether it is finite matter.
 
-    A problem does not count where G or a loss is not finite, or a loss is negative and the method needs logarithms: its
-    weights are NaN and its state stays. ``backward`` of the optimizers computes no G for these methods, so there a step
-    whose losses are finite counts even if its gradients are not. Subclasses say in ``_weigh`` what the weights are, and
-    what the state becomes.
+    A problem does not count if G or a loss is not finite, or if a loss is negative and the method needs logarithms. Its
+    weights are then NaN, and its state stays. ``backward`` of the optimizers computes no G for these methods, so there
+    a step whose losses are finite counts even if its gradients are not. Subclasses define ``_weigh``, which returns the
+    weights and updates the state.
     """
 
     needs_losses = True
@@ -41,7 +41,7 @@ class LossMethod(StatefulMethod):
         Args:
             gram: [..., T, T].
             losses: [T], or [..., T] for one set for each problem.
-            backend: a name of :func:`gradsurgery.backends`, of which none is needed.
+            backend: a name of :func:`gradsurgery.backends`; it is checked, but not used.
 
         Raises:
             ValueError: the losses, the state or an option are for another number of tasks, or losses are missing.
@@ -55,7 +55,7 @@ class LossMethod(StatefulMethod):
         return constant(f"{self.name} weights", weights, [gram])
 
     def _weigh(self, losses: Tensor, counts: Tensor) -> Tensor:
-        """Return the weights for float64 losses [..., T]; keep the new state of those problems that count, [..., 1]."""
+        """Return the weights for float64 losses [..., T]; update the state of the problems that count, [..., 1]."""
         raise NotImplementedError
 
     def _counts(self, losses: Tensor) -> Tensor:
@@ -69,11 +69,11 @@ class LossMethod(StatefulMethod):
 
 
 _LARGEST = 80.0
-"""Of s: e^s is then finite in float32."""
+"""The bound on |s|: e^s is then finite in float32."""
 
 
 class TrainedScales(LossMethod):
-    """Weights that are a function of T numbers s, which plain gradient descent trains, and which stay within 80 of 0.
+    """Weights that are a function of T numbers s, trained by plain gradient descent and kept from -80 to 80.
 
     Args:
         lr: step on s, >= 0.

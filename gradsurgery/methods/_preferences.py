@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Scalarisations that know a preference among the losses."""
+"""Scalarisations with a preference among the losses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._state import PerTask
 
 
 class PreferenceMethod(LossMethod):
-    """Weights from the losses, a preference p, T positive numbers, and an ideal point z, T numbers; both optional."""
+    """Weights from the losses and, both optional, a preference p (T positive numbers) and an ideal point z."""
 
     def __init__(
         self, pref: Sequence[float] | Tensor | None = None, ideal: Sequence[float] | Tensor | None = None
@@ -41,7 +41,7 @@ def unit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def across(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the part [..., T] of the unit vectors a across b, and its length [..., 1]; 0 where they are rounding."""
+    """Return the part [..., T] of unit vectors a that is orthogonal to b, and its length; 0 if it is but rounding."""
     part = a - (a * b).sum(-1, keepdim=True) * b
     length = part.square().sum(-1, keepdim=True).sqrt()
     kept = length > 4 * a.shape[-1] * torch.finfo(a.dtype).eps

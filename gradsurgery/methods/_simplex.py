@@ -15,7 +15,8 @@ from ._stateful import StatefulMethod
 class SimplexMethod(StatefulMethod):
     """A method that keeps its weights w [..., T], uniform at first, and takes a step on them at each call.
 
-    Subclasses say in ``_step`` what w becomes. A problem whose G is not finite gets NaN weights and keeps its w.
+    Subclasses define ``_step``, which returns the new w. A problem whose G is not finite gets NaN weights and keeps its
+    w.
     """
 
     state_by_problem = True
@@ -30,7 +31,7 @@ class SimplexMethod(StatefulMethod):
         finite = are_finite(moved)
         weights = torch.where(finite, self._direction(moved), torch.nan)
         w.copy_(torch.where(finite, moved, w))
-        self._state = state  # last: a step that raised has not begun
+        self._state = state  # last: a step that raises leaves no new state
         return constant(f"{self.name} weights", weights, [gram])
 
     def _step(self, gram: Tensor, w: Tensor, backend: str | None) -> Tensor:

@@ -30,7 +30,7 @@ class Solver(NamedTuple):
     divisor: float = 1.0
     """What its weights are divided by."""
     depends_on_scale: bool = False
-    """Whether they change where all gradients are scaled."""
+    """Whether the weights change if all gradients are scaled by one factor."""
 
 
 class SolverMethod(Method):
@@ -57,7 +57,7 @@ class SolverMethod(Method):
         return constant(f"{self.name} weights", out, [gram])
 
     def native_solver(self, device: torch.device, num_tasks: int, *, once: bool = False) -> NativeSolver | None:
-        """Return the solver, the preference and the numbers, where its weights are the method's."""
+        """Return the solver, the preference and the numbers; None if the method's weights are not the solver's."""
         if self._has_other_weights(SolverMethod):
             return None
         solver = self._solver(num_tasks)

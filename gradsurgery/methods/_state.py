@@ -16,10 +16,10 @@ from .._compiling import capturing, is_traced
 
 @contextmanager
 def making_state(name: str, device: torch.device) -> Iterator[None]:
-    """Where a method's state is made, or moved to a device.
+    """A context in which a method's state is made, or moved to a device.
 
-    Raises RuntimeError while a CUDA graph is captured: the state would start anew at each replay. Made in inference
-    mode it would be of no use outside.
+    Raises RuntimeError while a CUDA graph is captured: the state would start anew at each replay. It leaves inference
+    mode, because tensors made there cannot be updated outside.
     """
     if capturing(device):
         raise RuntimeError(f"method {name!r} must run once before its steps are captured in a CUDA graph")
@@ -38,7 +38,7 @@ def read_losses(name: str, losses: Any, shape: torch.Size, device: torch.device)
 
 
 def numbers_of(name: str, values: Iterable[Any] | Mapping[str, Any], device: torch.device) -> Tensor:
-    """Return one number per task as float64 [T]; ValueError unless each is one and there are any."""
+    """Return one number per task as float64 [T]; ValueError if there is none, or a value is not a single number."""
     numbers = []
     with suppress(TypeError, ValueError):
         each = list(values.values() if isinstance(values, Mapping) else values)
@@ -71,7 +71,7 @@ class PerTask:
         valid: Callable[[Tensor], Tensor] = torch.isfinite,
     ) -> None:
         self.name = name
-        # Not on torch's default device, where the check would synchronise, or on "meta" find no values.
+        # On the CPU rather than torch's default device, where the check might synchronise, or on "meta" see no values.
         device = None if isinstance(values, Tensor) else "cpu"
         try:
             if isinstance(values, Tensor) and values.is_complex():

@@ -17,7 +17,7 @@ from ._state import check_like, making_state
 class StatefulMethod(Method):
     """A method with a state: float64, int64 or bool tensors by name, a row for each problem.
 
-    Subclasses name them, and say in ``_initial`` what they are before the first step.
+    Subclasses name the tensors in ``state_names``; ``_initial`` returns their values before the first step.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
@@ -29,7 +29,7 @@ class StatefulMethod(Method):
         return {}
 
     def _state_for(self, like: Tensor) -> dict[str, Tensor]:
-        """Return the state for such weights, on their device; a step makes it the method's own once it is done."""
+        """Return the state for weights like these, on their device; only a step that is done keeps it in the method."""
         if self._state is None:
             with making_state(self.name, like.device):
                 return self._initial(like)
@@ -45,9 +45,9 @@ class StatefulMethod(Method):
             return {name: value.to(like.device) for name, value in self._state.items()}
 
     def _keep(self, counts: Tensor, /, **new: Tensor) -> None:
-        """Write new values into the state where they count, bool [..., 1], and are finite.
+        """Write new values into the state where ``counts``, bool [..., 1], is true and they are finite.
 
-        In place: a captured graph goes on from there.
+        In place, because a captured CUDA graph reads and writes these tensors.
         """
         assert self._state is not None
         for name, value in new.items():
@@ -63,7 +63,7 @@ class StatefulMethod(Method):
         self._take_over(self._checked(state))
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Tensor] | None:
-        """Return the tensors of what ``state_dict`` returned, in float64; None from before the first step."""
+        """Return the tensors of a ``state_dict``, checked, in float64; None if it is from before the first step."""
         tensors = {name: state[name] for name in self.state_names}
         for name, value in tensors.items():
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -78,12 +78,12 @@ class StatefulMethod(Method):
         return tensors
 
     def _take_over(self, state: dict[str, Tensor] | None) -> None:
-        """Make this the state, in place where shapes allow: a captured graph goes on from there."""
+        """Make this the state, in place if shapes allow, because a captured CUDA graph uses the same tensors."""
         if state and self._state and all(self._state[name].shape == value.shape for name, value in state.items()):
             for name, value in state.items():
                 self._state[name].copy_(value)
         else:
-            # Kernels read them as contiguous.
+            # Kernels need them contiguous.
             self._state = state and {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
     def _shape_of(self, first: Tensor) -> torch.Size:
@@ -103,7 +103,7 @@ class SteppedMethod(Method):
         self._step: Tensor | None = None
 
     def _step_on(self, device: torch.device) -> Tensor:
-        """Return the counter, for use and for the increment."""
+        """Return the step counter on the device, which the caller reads and increments."""
         if self._step is None:
             with making_state(self.name, device):
                 # Made where G lives: a copy from the host would synchronise.
@@ -126,4 +126,4 @@ class SteppedMethod(Method):
         if self._step is None:
             self._step = step.clone()
         else:
-            self._step.copy_(step)  # in place: a captured graph goes on from there
+            self._step.copy_(step)  # in place: a captured CUDA graph uses the same tensor

@@ -16,10 +16,10 @@ class AlignedMTL(SolverMethod):
     """Independent component alignment (Senushkin et al., CVPR 2023, Algorithm 1).
 
     With G = V diag(lambda) V^T: w = sqrt(s) V diag(lambda)^(-1/2) V^T p. The principal components of the task gradients
-    are all given one length, sqrt(s), s the least, the median or the mean eigenvalue.
+    are all given one length, sqrt(s), where s is the least, the median or the mean eigenvalue.
 
-    Conventions: eigenvalues up to T 2^-23 of the largest one, float32's rounding, do not count: s is the least of the
-    others; the median of an even number is the lower one. Without any, w = p.
+    Conventions: eigenvalues up to T 2^-23 times the largest one, which may be float32's rounding, are left out, also of
+    s; the median of an even number is the lower one. If all gradients are zero, w = p.
     Scale: a mean over tasks. No state. Cost: O(T^3).
 
     Args:

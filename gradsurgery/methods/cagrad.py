@@ -12,16 +12,17 @@ class CAGrad(SolverMethod):
 
     d = argmax over |d - g_0| <= c |g_0| of min_t g_t . d, with g_0 the mean gradient. By duality d = g_0 + c |g_0| g_x
     / |g_x|, where g_x = sum_t x_t g_t minimises g_x . g_0 + c |g_0| |g_x| over the simplex; w_t = 1 / T + x_t c |g_0|
-    / |g_x|. The solution is exact, without an epsilon, as long as |g_x| is above 1e-7 of sqrt(sum_t |g_t|^2): below,
-    the gradients count as Pareto-stationary, so that tasks a few 1e-8 as long as the longest are not protected. G of
-    16-bit gradients, and of those in float32 of five tasks and more, is rounded too much for that: where |g_x| is below
-    1e-3 of the longest, d may leave the ball with c > 1, many times over below 1e-4.
+    / |g_x|. The solution is exact, without an epsilon, as long as |g_x| is above 1e-7 sqrt(sum_t |g_t|^2). Below that
+    the gradients count as Pareto-stationary, so a task whose gradient is only a few 1e-8 times as long as the longest
+    is not protected. G of 16-bit gradients, and of float32 gradients of five or more tasks, is rounded too much for
+    that: with c > 1, d may leave the ball if |g_x| is below 1e-3 times the longest gradient, and may be many times too
+    far out if it is below 1e-4 times.
 
-    Conventions: where the gradients are Pareto-stationary in the ball, g_x = 0, several directions solve the problem,
-    and the one nearest to g_0 is taken, shortened to the ball where rounding of G leads out of it (TorchJD returns
-    zeros, also for any gradients of sum |g_t|^2 < 1e-4). With c >= 1 d conflicts with no task, with two exceptions:
-    for Pareto-stationary gradients it may conflict with those below 1e-2 of the longest one's length, and a d of
-    almost 0 is a matter of rounding. c = 0 is the mean.
+    Conventions: if g_x = 0 (the gradients are Pareto-stationary in the ball), several directions solve the problem. The
+    one nearest to g_0 is taken, and brought back to the ball if rounding of G leads out of it. (TorchJD returns zeros,
+    also for any gradients with sum |g_t|^2 < 1e-4.) With c >= 1, d conflicts with no task, with two exceptions: for
+    Pareto-stationary gradients it may conflict with those shorter than 1e-2 times the longest one, and a d of almost 0
+    is determined by rounding. c = 0 gives the mean.
     Scale: 1 + c times a mean over tasks, times the factor of ``rescale``. No state. Cost: O(T^3).
 
     Args:

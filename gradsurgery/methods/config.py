@@ -14,13 +14,14 @@ from ._state import PerTask
 class ConFIG(SolverMethod):
     """Conflict-free inverse gradients (Liu, Chu & Thuerey, ICLR 2025, equations 2 and 3).
 
-    d = (sum_t g_t . u) u with the unit vector u in the direction of pinv(U) p, U the unit task gradients as rows: u has
-    cosines in proportion to p with all of them. In Gram form, with K = U U^T: c = pinv(K) p, a_t = c_t / (|g_t|
-    sqrt(c^T K c)), w = (1^T G a) a.
+    d = (sum_t g_t . u) u with the unit vector u in the direction of pinv(U) p, U the unit task gradients as rows: the
+    cosines of u with the task gradients are in proportion to p. In Gram form, with K = U U^T: c = pinv(K) p,
+    a_t = c_t / (|g_t| sqrt(c^T K c)), w = (1^T G a) a.
 
-    Conventions: eigenvalues of K up to T 2^-23 of the largest one, float32's rounding, count as 0; where p has no part
-    in the others, as for opposite gradients, w = 0. A zero gradient does not count.
-    Scale: a sum over tasks; d conflicts with none if the gradients are independent and p > 0. No state. Cost: O(T^3).
+    Conventions: eigenvalues of K up to T 2^-23 times the largest one, which may be float32's rounding, count as 0. If p
+    has no part along the eigenvectors of the others, as for opposite gradients, w = 0. A zero gradient is left out.
+    Scale: a sum over tasks; d conflicts with no task if the gradients are independent and p > 0. No state. Cost:
+    O(T^3).
 
     Args:
         pref: p, T finite numbers; None: 1 each.

@@ -18,9 +18,9 @@ class COSMOS(PreferenceMethod):
     f = p . L - penalty cos(p, L), cos(p, L) = p . L / (|p| |L|). w = df / dL = p - penalty (u - cos(p, L) v) / |L|,
     with u = p / |p| and v = L / |L|.
 
-    Conventions: the second term is 0 where p and L are parallel to rounding, and where L = 0. It depends on the scale
-    of the losses, as in the paper: penalty has the unit of a loss. Weights may be negative. The paper also feeds p to
-    the model, which is left to the user.
+    Conventions: the second term is 0 where p and L are parallel to rounding, and where L = 0. w depends on the scale of
+    the losses, as in the paper: penalty has the unit of a loss. Weights may be negative. The paper also feeds p to the
+    model, which is left to the user.
     Scale: w . L = p . L. Losses of any sign. No state.
 
     Args:

@@ -24,15 +24,15 @@ class CRMOGM(StatefulMethod):
     w_k = alpha w_{k-1} + (1 - alpha) v_k with the weights v_k of another method at step k, so that the weights depend
     less on the batch that they weigh. w_1 = v_1.
 
-    Conventions: a step whose v is not finite has weights that are not, and does not enter the average. Whether losses
-    are needed and heads weighted is as with the other method.
+    Conventions: a step whose v is not finite has weights that are not finite, either, and does not enter the average.
+    CR-MOGM needs losses, and weights heads, if the other method does.
     Scale: the other method's. State: w, and the other method's. Cost: the other method's.
 
     Args:
-        method: a name of ``methods.available()``, or a ``Method``; one with weights from G or losses. Through
-            ``aggregate``, which has an argument of this name itself, give it in a ``CRMOGM``.
+        method: a name of ``methods.available()``, or a ``Method``; its weights must come from G or losses.
+            ``aggregate`` has an argument ``method`` itself: to choose the other method there, pass a ``CRMOGM``.
         alpha: 0 <= alpha <= 1.
-        method_options: the named method's options. For an ``alpha`` of its own give it as a ``Method``.
+        method_options: the named method's options. If it has an option ``alpha`` of its own, pass a ``Method``.
     """
 
     name = "cr_mogm"
@@ -63,7 +63,7 @@ class CRMOGM(StatefulMethod):
         averaged = torch.where(w.isnan(), new, self.alpha * w + (1 - self.alpha) * new)
         finite = are_finite(new)
         w.copy_(torch.where(finite, averaged, w))
-        self._state = state  # last: a step that raised has not begun
+        self._state = state  # last: a step that raises leaves no new state
         return constant(f"{self.name} weights", averaged, [gram])
 
     def _check_fits(self, num_tasks: int) -> None:

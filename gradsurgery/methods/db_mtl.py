@@ -14,12 +14,12 @@ class DBMTL(BufferedMethod):
     """Dual-balancing multi-task learning (Lin et al., 2023, Algorithm 1).
 
     With the gradients of the losses' logarithms, h_t = g_t / L_t, step k averages b_t <- c b_t + (1 - c) h_t, c = beta
-    / k^sigma, b = 0 at first; then d = sum_t (max_s |b_s| / |b_t|) b_t: all averages made as long as the longest.
+    / k^sigma, b = 0 at first; then d = sum_t (max_s |b_s| / |b_t|) b_t: all averages are made as long as the longest.
 
-    Conventions: no epsilons (the authors': 1e-8 on the loss and on the norm). A loss of 0 leaves its b_t as it is; if
-    one is negative, or makes b infinite, the weights are NaN and the state stays. A zero b_t has weight 0. Heads get
-    their plain gradients. b has the gradients' dtype: in bfloat16 it stops to follow where 1 - c is below 2^-9, in
-    float16 its entries stop at 65,504, as with a loss of 1e-6.
+    Conventions: no epsilons (the authors': 1e-8 on the loss and on the norm). A loss of 0 leaves its b_t as it is; if a
+    loss is negative, or makes b infinite, the weights are NaN and the state stays. A zero b_t has weight 0. Heads get
+    their plain gradients. b has the gradients' dtype: in bfloat16 it no longer follows h if 1 - c is below 2^-9; in
+    float16 its entries are limited to 65,504, which a loss of 1e-6, for example, may reach.
     Scale: a sum of vectors as long as the longest average. State: b and k. Memory: T N. G and the weights are those of
     b.
 

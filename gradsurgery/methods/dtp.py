@@ -18,18 +18,18 @@ _LEAST = 1e-6
 class DTP(LossMethod):
     """Dynamic task prioritization (Guo et al., ECCV 2018).
 
-    w_t = -(1 - k_t)^gamma log k_t, with k_t a moving average of task t's performance, a KPI in [0, 1] such as accuracy,
-    which :meth:`update` takes: k_t <- alpha kpi_t + (1 - alpha) k_t. The weights are 1 until the first update, which
-    sets k to the KPIs.
+    w_t = -(1 - k_t)^gamma log k_t, with k_t a moving average of task t's performance: a KPI in [0, 1], such as
+    accuracy, that the user passes to :meth:`update`, k_t <- alpha kpi_t + (1 - alpha) k_t. The weights are 1 until the
+    first update, which sets k to the KPIs.
 
-    Conventions: k below 1e-6 counts as 1e-6, a weight of at most 13.8, for the logarithm has no end. A task with a KPI
-    of 1 has weight 0. The losses are only checked; all problems of a batch have the same weights. The paper leaves
-    gamma and alpha to the user; the defaults are this library's.
+    Conventions: k below 1e-6 counts as 1e-6, because the logarithm is unbounded: a weight is at most 13.8. A task with
+    a KPI of 1 has weight 0. The losses are only checked; all problems of a batch have the same weights. The paper
+    leaves gamma and alpha to the user; the defaults are this library's.
     Scale: between 0 and 13.8. State: k [T], and whether there has been an update.
 
     Args:
         gamma: focusing exponent, >= 0; larger ones take more weight from tasks that do well.
-        alpha: the newest KPI's part of the average, in (0, 1].
+        alpha: the newest KPI's share in the average, in (0, 1].
     """
 
     name = "dtp"
@@ -42,16 +42,16 @@ class DTP(LossMethod):
         self.alpha = check_fraction("alpha", alpha, zero=False)
 
     def update(self, kpis: Sequence[float] | Mapping[str, float] | Tensor) -> None:
-        """Take the tasks' newest KPIs, as after each evaluation.
+        """Take the tasks' newest KPIs, for example after each evaluation.
 
         In training by several processes call :meth:`gradsurgery.SurgeryOptimizer.update`, which averages them.
 
         Args:
             kpis: T numbers in [0, 1], or a dict of them in the tasks' order. Those on a GPU are not read on the host:
-                if one is no such number, nothing changes.
+                if one is out of range, nothing is raised and nothing changes.
 
         Raises:
-            ValueError: these are no T numbers in [0, 1].
+            ValueError: these are not T numbers in [0, 1].
         """
         given = kpis if isinstance(kpis, Tensor) else numbers_of("kpis", kpis, torch.device("cpu"))
         values = given.detach().real.to(torch.float64)

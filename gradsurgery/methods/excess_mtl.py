@@ -20,11 +20,11 @@ class ExcessMTL(BufferedMethod):
     """Robust multi-task learning with excess risks (He et al., ICML 2024, equations 6, 7 and 9).
 
     The excess risk of a task is estimated as e_t = sum_n g_tn^2 / sqrt(S_tn), S the sum of the squared gradients of all
-    steps so far; w_t <- w_t exp(eta e_t / e_t(0)), scaled to sum to T, with e_t(0) that of the first step, which leaves
-    the weights at 1.
+    steps so far; w_t <- w_t exp(eta e_t / e_t(0)), scaled to sum to T. e_t(0) is the estimate of the first step, which
+    leaves the weights at 1.
 
-    Conventions: S = 0 adds nothing to e (the authors add 1e-7 to S); where e_t(0) = 0 the first later e_t > 0 takes its
-    place. They are loss weights: they also multiply the gradients of the heads. The step does not depend on the
+    Conventions: S = 0 adds nothing to e (the authors add 1e-7 to S); if e_t(0) = 0, the first later e_t > 0 takes its
+    place. They are loss weights: they also multiply the gradients of the heads. The step on w does not depend on the
     gradients' scale.
     Scale: sums to T. State: sqrt(S), in float32 at least, w and e(0). Memory: T N.
 
@@ -63,7 +63,7 @@ class ExcessMTL(BufferedMethod):
         return [[next(each) for _ in row] for row in rows]
 
     def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
-        # Sums of 16-bit squares would stop to grow, or overflow.
+        # Sums of 16-bit squares would stop growing, or overflow.
         return torch.promote_types(dtype, torch.float32)
 
     def _excess(self, given: Given, row: Sequence[Tensor | None], roots: list[Tensor]) -> Tensor:

@@ -20,16 +20,17 @@ _EPS = 1e-8
 class FAMO(LossMethod):
     """Fast adaptive multitask optimization (Liu et al., NeurIPS 2023, Algorithm 1).
 
-    With logits x and z = softmax(x), w_t = c z_t / L_t, 1 / c = sum_s z_s / L_s: the gradient of c sum_t z_t log L_t.
-    After the optimizer's step, Adam takes a step on x down z_t (delta_t - sum_s z_s delta_s) + gamma x_t, with delta_t
-    = log L_t - log L'_t the fall of the loss on the same batch: tasks that have fallen less gain weight.
+    With logits x and z = softmax(x), w_t = c z_t / L_t, 1 / c = sum_s z_s / L_s: d is the gradient of
+    c sum_t z_t log L_t for a fixed c. After the optimizer's step, Adam takes a step on x, whose gradient is
+    z_t (delta_t - sum_s z_s delta_s) + gamma x_t. delta_t = log L_t - log L'_t is the fall of the loss on the same
+    batch, with L' the losses after the step: tasks whose losses have fallen less gain weight.
 
-    Conventions: ``update(losses)`` takes L'. Without it the next step's losses stand for L', so that the weights lag by
-    a step and batches differ, and there is no second evaluation. Adam as torch's: betas 0.9 and 0.999, eps 1e-8 on
-    gradients that have no unit, decay added to the gradient. No epsilon in the logarithms (the authors' code: 1e-8,
-    which changes the method when losses are scaled): w = softmax(x - log L). The lower bounds of the losses are 0: they
-    must not be negative (NaN weights). A loss of 0 is left out: weight 0, delta 0. The authors' code also clips the
-    norm of the shared gradients at 1, which is left to the user.
+    Conventions: ``update(losses)`` takes L'. Without that call, the next step's losses stand for L': this saves the
+    second evaluation, but weights lag by a step, and L and L' come from different batches. Adam as torch's: betas 0.9
+    and 0.999, eps 1e-8 (the gradients have no unit), decay added to the gradient. No epsilon in the logarithms (the
+    authors' code: 1e-8, which changes the method when losses are scaled): w = softmax(x - log L). The lower bounds of
+    the losses are 0: losses must not be negative (NaN weights). A loss of 0 is left out: weight 0, delta 0. The
+    authors' code also clips the norm of the shared gradients at 1, which is left to the user.
     Scale: sums to 1. State: x, Adam's averages and step count, the last losses, and whether their L' is still to come.
 
     Args:

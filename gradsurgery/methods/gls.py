@@ -12,11 +12,10 @@ from ._losses import LossMethod
 class GLS(LossMethod):
     """Geometric loss strategy (Chennupati et al., "MultiNet++", CVPR workshops 2019): f = (prod_t L_t)^(1 / T).
 
-    w_t = df / dL_t = f / (T L_t). Multiplying one loss by a factor scales the whole direction, and changes it no
-    further.
+    w_t = df / dL_t = f / (T L_t). Multiplying one loss by a factor scales the whole direction, but does not turn it.
 
-    Conventions: losses must not be negative (NaN weights). A loss of 0, where f has no gradient and would take all
-    weight from the others, is left out of the mean: weight 0, and T counts the others.
+    Conventions: losses must not be negative (NaN weights). A loss of 0 is left out of the mean, because f has no
+    gradient there and would take all weight from the others: its weight is 0, and T counts the others.
     Scale: sum_t w_t L_t = f. No state. Computed in logarithms.
     """
 

@@ -21,13 +21,14 @@ class GradDrop(SteppedMethod, CoordinateMethod):
     Kept are the positive values where P > u and the negative ones where P < u; d = sum_t (l_t + (1 - l_t) m_t) g_t with
     m_t = 1 for what is kept, else 0.
 
-    Conventions: no epsilon; where all gradients are 0 so is d. P is that of the gradients with respect to the
-    parameters, and with mode="representation", as in the paper, to the features; f(P) = P. u is a pure function of
-    (seed, step, i), i the number of the coordinate, counted over the parameters that some task has a gradient of, in
-    their order and in that of the gradients' memory, which other modes of ``backward`` and several processes may lay
-    out otherwise: u = (w + 1/2) / 2^32 with w = word i mod 4 of Philox4x32-10, key ``seed``, counter (step, 2^31 +
-    floor(b / 2^32), b mod 2^32), b = floor(i / 4). The same on every backend, rank and number of threads, without a
-    global generator; so samples of several processes share the numbers of their features.
+    Conventions: no epsilon; where all gradients are 0, so is d. P is computed from the gradients with respect to the
+    parameters, or, with mode="representation", as in the paper, with respect to the features; f(P) = P. u is a pure
+    function of (seed, step, i), i the number of the coordinate: u = (w + 1/2) / 2^32 with w = word i mod 4 of
+    Philox4x32-10, key ``seed``, counter (step, 2^31 + floor(b / 2^32), b mod 2^32), b = floor(i / 4). Coordinates are
+    numbered over the parameters that some task has a gradient of, in their order, and within each in the order of the
+    gradients' memory, which other modes of ``backward``, and several processes, may lay out differently. u is the same
+    on every backend and rank and for every number of threads, without a global generator; so the features of several
+    processes' samples share the same random numbers.
     Scale: a sum over tasks. State: ``seed`` and the step counter, which lives on the gradients' device and is not read
     on the host.
     Cost: one read of the gradients, one write of the direction, O(T) operations per coordinate.

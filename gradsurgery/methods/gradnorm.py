@@ -21,8 +21,8 @@ class GradNorm(StatefulMethod):
 
     Each step uses the current weights and then updates them, in closed form: no second backward pass. The weights
     start at 1 and sum to T. They are loss weights: they also multiply the gradients of the heads. A step whose norms or
-    losses are not finite, or whose losses are negative, leaves them as they are, and has NaN weights only for such
-    norms. State: the weights, and each task's first loss that is positive and finite, which stands for L(0).
+    losses are not finite, or whose losses are negative, does not update them; it uses NaN weights only if a norm is not
+    finite. State: the weights, and each task's first loss that is positive and finite, which stands for L(0).
 
     Args:
         alpha: restoring force, >= 0; 0 equalises the gradient norms.
@@ -52,7 +52,7 @@ class GradNorm(StatefulMethod):
         state = self._state_for(losses)
         of_step = (state["weights"], state["initial_losses"])
         choose(backend, gram.device, gram.shape[-1]).gradnorm_step(problems, losses, self.alpha, self.lr, of_step, out)
-        self._state = state  # last: a step that raised has not begun
+        self._state = state  # last: a step that raises leaves no new state
         return constant(f"{self.name} weights", out, [gram])
 
     def _initial(self, like: Tensor) -> dict[str, Tensor]:

@@ -18,14 +18,14 @@ from ._stateful import StatefulMethod, SteppedMethod
 class GradVac(SteppedMethod, StatefulMethod):
     """Gradient Vaccine (Wang et al., ICLR 2021, Algorithm 1 and equations 3 to 5).
 
-    For each task i the running vector p starts at g_i. It visits every j != i in a random order. With rho = cos(p,
-    g_j) below the target r_ij, p becomes p + g_j |p| (r sqrt(1 - rho^2) - rho sqrt(1 - r^2)) / (|g_j| sqrt(1 - r^2)),
-    whose cosine with g_j is r; then r_ij = (1 - beta) r_ij + beta rho in any case. d = sum_i p_i. With targets of 0, as
-    at first, this is PCGrad.
+    For each task i the running vector p starts at g_i. It visits every j != i in a random order. If rho = cos(p, g_j)
+    is below the target r = r_ij, p becomes p + g_j |p| (r sqrt(1 - rho^2) - rho sqrt(1 - r^2)) / (|g_j| sqrt(1 -
+    r^2)), whose cosine with g_j is r. In any case r_ij then becomes (1 - beta) r_ij + beta rho. d = sum_i p_i. With
+    targets of 0, as at first, this is PCGrad.
 
     Conventions: the orders are :func:`gradsurgery.task_order`'s; rho is that of the running vector; g_j is the original
-    gradient; a zero vector has no cosine; a target above 1 - 1e-8 counts as that. A step whose G is not finite leaves
-    the targets as they were. Granularity "per_tensor" or "per_group" is the paper's version by layer.
+    gradient; a visit with p = 0 or g_j = 0 is skipped; a target above 1 - 1e-8 counts as 1 - 1e-8. A step whose G is
+    not finite leaves the targets as they were. Granularity "per_tensor" or "per_group" is the paper's version by layer.
     Scale: a sum over tasks. State: the targets [..., T, T], ``seed`` and the step counter. Cost: O(T^3).
 
     Args:
@@ -53,7 +53,7 @@ class GradVac(SteppedMethod, StatefulMethod):
         chosen.task_order(self.seed, step, order)
         chosen.gradvac(problems, order, self.beta, state["targets"], out)
         step += 1
-        self._state = state  # last: a step that raised has not begun
+        self._state = state  # last: a step that raises leaves no new state
         return constant(f"{self.name} weights", out, [gram])
 
     def _initial(self, like: Tensor) -> dict[str, Tensor]:

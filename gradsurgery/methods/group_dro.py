@@ -15,9 +15,9 @@ from ._losses import LossMethod
 class GroupDRO(LossMethod):
     """Distributionally robust optimisation over tasks (Sagawa et al., ICLR 2020, Algorithm 1).
 
-    min over the model of max over the simplex of sum_t q_t L_t: each step takes q_t <- q_t exp(eta L_t) / sum_s q_s
-    exp(eta L_s), then w = q. As in the algorithm, and in the authors' code, the step uses the q that its own losses
-    have updated.
+    The problem is min over the model of max over q in the simplex of sum_t q_t L_t. Each step takes q_t <- q_t exp(eta
+    L_t) / sum_s q_s exp(eta L_s), then w = q. As in the algorithm, and in the authors' code, the step uses the q that
+    its own losses have updated.
 
     Conventions: every task takes part in every step; no adjustment for group sizes. eta has the unit of 1 / loss.
     Losses of any sign.

@@ -12,11 +12,12 @@ class IMTLG(SolverMethod):
     d . g_t / |g_t| is the same for all t, and the weights sum to 1 (equation 4): with K_ij = G_ij / (|g_i| |g_j|) and
     c = pinv(K) 1, w_t = (c_t / |g_t|) / sum_k (c_k / |g_k|).
 
-    Conventions: eigenvalues of K up to T 2^-23 of the largest one, float32's rounding, count as 0; for dependent
-    gradients the projections are equal in the sense of least squares, by the pseudo-inverse of K, which does not depend
-    on the gradients' lengths (TorchJD takes that of G). Weights may be negative. If the projections are, d conflicts
-    with every task; the same gradients at other lengths may give a d that conflicts with none. Where the weights sum to
-    0 but for rounding, as for opposite gradients, all are 0. A zero gradient has weight 0.
+    Conventions: eigenvalues of K up to T 2^-23 times the largest one, which may be float32's rounding, count as 0. For
+    dependent gradients the projections are equal in the sense of least squares, by the pseudo-inverse of K, which does
+    not depend on the gradients' lengths (TorchJD takes the pseudo-inverse of G). Weights may be negative. If the
+    projections are negative, d conflicts with every task; the same gradients at other lengths may give a d that
+    conflicts with none. If sum_k (c_k / |g_k|) is 0 up to rounding, as for opposite gradients, all weights are 0. A
+    zero gradient has weight 0.
     Scale: sums to 1. No state. Cost: O(T^3).
     """
 

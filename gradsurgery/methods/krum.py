@@ -13,8 +13,8 @@ class Krum(SolverMethod):
     score_i = sum of |g_i - g_j|^2 = G_ii + G_jj - 2 G_ij over the T - f - 2 nearest j != i; w_i = 1 / m for the m tasks
     of least score, else 0. m = 1 is Krum, m > 1 multi-Krum.
 
-    Conventions: squared distances, as in the paper (TorchJD sums plain ones); of equal scores the first task's counts;
-    T <= 2 leaves no others, and all scores are 0.
+    Conventions: squared distances, as in the paper (TorchJD sums plain ones); of tasks with equal scores the first is
+    taken; for T <= 2 there are no nearest others, and all scores are 0.
     Scale: sums to 1. No state. Cost: O(T^3).
 
     Args:

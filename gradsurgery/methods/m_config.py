@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""M-ConFIG: ConFIG of averaged gradients, of which a step may bring as few as one."""
+"""M-ConFIG: ConFIG of averaged gradients; a step needs only one of the losses."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .config import ConFIG
 class MConFIG(BufferedMethod):
     """Momentum ConFIG (Liu, Chu & Thuerey, ICLR 2025, Algorithm 1), for an optimizer with momentum.
 
-    A step goes back from the losses that it is given, one or more; the others are None. For each of them the
-    bias-corrected average of the task's gradients moves, after n_t of them a_t = (1 - beta) sum_i beta^(n_t - i) g_ti /
-    (1 - beta^n_t); c = ConFIG(a_1 .. a_T) comes of all averages. d is the gradient whose own average is c: with m_k =
-    (1 - beta^k) c_k at step k, d = (m_k - beta m_(k-1)) / (1 - beta).
+    A step takes one loss or more; the others are None. For each loss that is given, the bias-corrected average of the
+    task's gradients is updated: after n_t gradients, a_t = (1 - beta) sum_i beta^(n_t - i) g_ti / (1 - beta^n_t).
+    c = ConFIG(a_1 .. a_T) is computed from all averages. d is the gradient that makes the wrapped optimizer's own
+    bias-corrected average c: with m_k = (1 - beta^k) c_k at step k, d = (m_k - beta m_(k-1)) / (1 - beta).
 
     So ``Adam`` with betas (beta, beta2) takes Algorithm 1's step, c over the root of the averaged d^2, and ``SGD`` with
     momentum and dampening beta steps along m.
 
-    Conventions: the first step needs every loss, which also settles what is shared (the authors' step is 0 until each
-    has been seen once). A task without any gradient is absent, and its average stays; a step that reaches no shared
-    parameter is not counted. The wrapped optimizer divides and has the epsilon. For its average to be c, it must step
-    exactly once for each d, without clipping: i steps after a skipped one it is off by beta^i. Heads get plain
-    gradients. ``aggregate`` needs a gradient of each parameter. A captured CUDA graph belongs to the losses that it was
-    captured with.
+    Conventions: the first step needs every loss, which also determines the shared parameters (the authors' step is 0
+    until each loss has been seen once). A task without any gradient is absent, and its average stays; a step that
+    reaches no shared parameter is not counted. The division by the root, and its epsilon, are the wrapped optimizer's.
+    For its average to be c, it must step exactly once for each d, without clipping: i steps after a skipped one, a part
+    beta^i of the error is left. Heads get plain gradients. With ``aggregate``, each parameter needs some task's
+    gradient. A captured CUDA graph can only be replayed for steps that have the losses it was captured with.
     Scale: a sum over tasks. State: a, the numbers n of gradients and k of steps, and m's weights. Memory: T N. G and
     the weights are those of a; ``update_norm`` is c's.
 
@@ -74,11 +74,12 @@ class MConFIG(BufferedMethod):
         return self._config.weights(gram, backend=given.backend)
 
     def _terms(self, given: Given, kept: Rows, weights: Tensor) -> tuple[Rows, Tensor]:
-        """Return the averages and the gradients, of which d is the sum with the weights that come with them."""
+        """Return the averages and the gradients as the terms of d, and their factors."""
         assert self._state is not None
         step, counts, previous = (self._state[name] for name in self.state_names)
         m = self._total(step) * weights
-        # m_(k-1) was of averages a' of before; a gradient g moved one to a, with beta a' = r a - (1 - beta) g / b.
+        # m_(k-1) was a sum of the averages a' before this step. With a gradient g, beta a' = r a - (1 - beta) g / b for
+        # the new average a, r = ``ratio`` and b = ``before``.
         before = torch.where(counts > 1, self._total(counts - 1), 1)
         ratio = torch.where(given.present, self._total(counts) / before, self.beta)
         of_averages = (m - ratio * previous) / (1 - self.beta)
@@ -89,5 +90,5 @@ class MConFIG(BufferedMethod):
         return [*kept, *given.rows], torch.cat([of_averages, of_gradients])
 
     def _total(self, count: Tensor) -> Tensor:
-        """Return the sum of an average's factors, 1 - beta^n."""
+        """Return the sum of the factors in an average of n gradients, 1 - beta^n."""
         return 1 - self.beta ** count.double()

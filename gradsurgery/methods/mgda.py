@@ -21,8 +21,8 @@ class MGDA(Method):
     |g_t| ("loss+"). sum_t (w_t / n_t) g_t conflicts with no task; it is zero where the gradients are Pareto-stationary.
 
     Conventions: ``combine="original"`` sums the un-normalised gradients, d = sum_t w_t g_t, as the authors' own code
-    does, which may conflict with some; ``combine="normalized"`` sums the rescaled ones, d = sum_t (w_t / n_t) g_t. A
-    task with n_t = 0 is not rescaled; a negative loss makes the weights NaN.
+    does; this d may conflict with some tasks. ``combine="normalized"`` sums the rescaled gradients, d = sum_t (w_t /
+    n_t) g_t. A task with n_t = 0 is not rescaled; a negative loss makes the weights NaN.
     Scale: w sums to 1 ("original"). No state. Cost: O(T^3) typically.
 
     Args:

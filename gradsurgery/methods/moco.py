@@ -20,10 +20,10 @@ class MoCo(BufferedMethod):
 
     Conventions: h_t = L_t g_t / |g_t|, as in LibMTL, so that the steps do not depend on the gradients' scale; a zero
     gradient stays 0. A task whose loss is far below the others' thus gets nearly all of the weight. If a loss is
-    negative, which would turn its gradient round, or makes y infinite, the weights are NaN and the state stays. beta_k
-    = beta / sqrt(k), gamma_k = gamma / sqrt(k). y = 0 and w = 1 / T at first. The projection is the paper's (LibMTL: a
-    softmax). Heads get their plain gradients. y has the gradients' dtype: in bfloat16 it stops to follow where beta_k
-    is below 2^-9, by default after 65,536 steps, in float16 its entries stop at 65,504.
+    negative, which would reverse its gradient, or makes y infinite, the weights are NaN and the state stays. beta_k =
+    beta / sqrt(k), gamma_k = gamma / sqrt(k). y = 0 and w = 1 / T at first. The projection is the paper's (LibMTL: a
+    softmax). Heads get their plain gradients. y has the gradients' dtype: in bfloat16 it no longer follows h if beta_k
+    is below 2^-9, by default after 65,536 steps; in float16 its entries are limited to 65,504.
     Scale: sums to 1. State: y, w and k. Memory: T N. G and the weights are those of y.
 
     Args:

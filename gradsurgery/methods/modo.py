@@ -15,13 +15,13 @@ class MoDo(SimplexMethod):
     """Multi-objective gradient with double sampling (Chen et al., "Three-Way Trade-Off in Multi-Objective Learning",
     NeurIPS 2023, Algorithm 1).
 
-    w <- P(w - gamma (C w + rho w)), P the projection on the simplex, C = J_1 J_2^T of two independent batches; then d =
-    J_3^T w of a third one.
+    w <- P(w - gamma (C w + rho w)), P the projection on the simplex, C = J_1 J_2^T of two independent batches, J_b the
+    task gradients of batch b as rows; then d = J_3^T w with a third batch.
 
     Conventions: rho is from the authors' code; without it (rho = 0) the step is the paper's. With the optimizers, three
-    ``collect`` calls and one ``combine`` make a step; after one ``backward`` or ``collect`` all batches are that one, C
-    = G, and the step on w is biased. The heads get the mean over the batches. The step depends on the gradients' scale,
-    as in the paper.
+    ``collect`` calls and one ``combine`` make a step. With one ``backward`` or ``collect`` only, its batch takes the
+    place of all three: C = G, and the step on w is biased. The heads get the mean over the batches. The step depends on
+    the gradients' scale, as in the paper.
     Scale: sums to 1. State: w. Cost: O(T^2), and inner products of all pairs of the batches' gradients.
 
     Args:

@@ -14,7 +14,7 @@ class NashMTL(SolverMethod):
     |d| <= max_norm.
 
     Conventions: solved to rounding at each step: w is the minimum of a convex function, found by Newton's method with a
-    ridge of 1e-12 on the cosines. If rounding of G leaves the function not convex, the ridge is T 2^-23, then 8 times
+    ridge of 1e-12 on the cosines. If rounding of G makes the function non-convex, the ridge is T 2^-23, then 8 times
     that and so on. (Other implementations iterate a few convex-concave steps from the last w.) Before d is shortened,
     |d|^2 is the number of gradients that are not zero, whatever their scale. |d| is measured by w^T G w, and may exceed
     max_norm by G's rounding where gradients nearly cancel: many times over where 16-bit gradients cancel to 1e-4 of

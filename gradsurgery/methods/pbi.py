@@ -16,7 +16,7 @@ class PBI(PreferenceMethod):
     """Penalty-based boundary intersection (Zhang & Li, "MOEA/D", IEEE Trans. Evol. Comput. 2007).
 
     f = d1 + theta d2, where d1 = (L - z) . u is how far the losses are along the preferred direction u = p / |p|, and
-    d2 = |L - z - d1 u| how far off it. w = df / dL = u + theta (L - z - d1 u) / d2.
+    d2 = |L - z - d1 u| is their distance from that line. w = df / dL = u + theta (L - z - d1 u) / d2.
 
     Conventions: w = u where d2 is 0 to rounding (4 T eps |L - z|). Weights may be negative: a task that does better
     than preferred is held back. They do not depend on the scale of the losses.
@@ -24,7 +24,7 @@ class PBI(PreferenceMethod):
 
     Args:
         theta: penalty, >= 0 (5 as in the paper).
-        pref: p, T positive numbers, of which the direction counts. None: all alike.
+        pref: p, T positive numbers, of which only the direction matters. None: all alike.
         ideal: z, T finite numbers. None: 0.
     """
 

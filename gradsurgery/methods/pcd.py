@@ -21,15 +21,16 @@ from ._stateful import StatefulMethod
 class PCD(StatefulMethod):
     """Priority-constrained descent (Varam & AlHajri, "Not All Objectives Are Born Equal", TMLR 2026, Algorithm 1).
 
-    The first task is the primary one. With n_t = s_t g_t, s_t = 1 / sqrt(v_t) and v_t the average of |g_t|^2 over the
-    steps, of decay beta and corrected for its start: d = |g_1| x / |x|, x = argmin |x - n_1|^2 such that n_t . x >=
-    tau_t |n_t|^2 for all others. A step along x thus brings each of these at least the share tau_t of the progress that
-    one along its own n_t would; d is x at another length.
+    The first task is the primary one. With n_t = s_t g_t, s_t = 1 / sqrt(v_t) and v_t the bias-corrected moving average
+    of |g_t|^2 over the steps, with decay beta: d = |g_1| x / |x|, x = argmin |x - n_1|^2 such that n_t . x >=
+    tau_t |n_t|^2 for all other tasks. A step along x thus brings each of these at least the share tau_t of the progress
+    that a step along its own n_t would bring; d is x rescaled to the length of g_1.
 
-    Conventions: the authors add 1e-8 to v_t, here nothing, so that scaling the gradients scales d. Where no x meets the
-    constraints they are dropped, and d = g_1; g_1 = 0 and x = 0 give d = 0. In both questions a sum of vectors that is
-    shorter than 1e-3 of their lengths' sum counts as 0, for G of float32 gradients is accurate to the square of that;
-    so where other tasks are opposite to within as much, d may conflict with them though tau = 0.
+    Conventions: the authors add 1e-8 to v_t, here nothing is added, so that scaling the gradients scales d. If no x
+    meets the constraints, they are dropped, and d = g_1. If g_1 = 0 or x = 0, d = 0. In deciding whether an x exists,
+    and whether x = 0, a sum of vectors that is shorter than 1e-3 times the sum of their lengths counts as 0, because G
+    of float32 gradients is accurate to the square of that. So if gradients of other tasks are opposite to within that
+    accuracy, d may conflict with them even with tau = 0.
     A step whose G is not finite does not enter the averages.
     Scale: as long as g_1. State: v. Cost: O(T^3).
 
@@ -62,7 +63,7 @@ class PCD(StatefulMethod):
         state = self._state_for(problems[..., 0])
         averages = state["averages"]
         squares, finite = problems.diagonal(dim1=-2, dim2=-1), is_finite(problems)
-        # The correction for the start, the same for all, cancels.
+        # The bias correction, the same for all tasks, cancels.
         moved = averages.lerp(squares, 1 - self.beta)
         s = torch.where(moved > 0, moved.rsqrt(), 0)
         normalised = problems * s[..., :, None] * s[..., None, :]
@@ -70,7 +71,7 @@ class PCD(StatefulMethod):
         chosen.weights(normalised, "pcd", shares, self.tau if isinstance(self.tau, float) else 0.0, math.inf, out)
         out *= torch.where(s[..., :1] > 0, s / s[..., :1], 0)
         averages.copy_(torch.where(finite, moved, averages))
-        self._state = state  # last: a step that raised has not begun
+        self._state = state  # last: a step that raises leaves no new state
         return constant(f"{self.name} weights", out, [gram])
 
     def _shares(self, device: torch.device, num_tasks: int) -> Tensor | None:
@@ -85,4 +86,4 @@ class PCD(StatefulMethod):
             raise ValueError(f"tau must hold {num_tasks - 1} numbers, one for each task but the first, got {given}")
 
     def _initial(self, like: Tensor) -> dict[str, Tensor]:
-        return {"averages": torch.zeros_like(like)}  # of |g_t|^2, without the correction for the start
+        return {"averages": torch.zeros_like(like)}  # of |g_t|^2, without bias correction

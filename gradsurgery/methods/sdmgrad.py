@@ -18,8 +18,8 @@ class SDMGrad(SimplexMethod):
     """Stochastic direction-oriented multi-objective descent (Xiao, Ban & Ji, NeurIPS 2023, Algorithm 1).
 
     w takes ``num_iter`` projected gradient steps with momentum towards the minimum of |J^T w + lam J^T p|^2 / 2 over
-    the simplex, with C = J_1 J_2^T of two independent batches for J J^T; then d = J_3^T (w + lam p) / (1 + lam) of a
-    third.
+    the simplex, with C = J_1 J_2^T of two independent batches in place of J J^T, J_b the task gradients of batch b as
+    rows; then d = J_3^T (w + lam p) / (1 + lam) with a third batch.
 
     Conventions: C is divided by s^2, s the mean of sqrt(max(C_tt, 0)), so that the steps do not depend on the
     gradients' scale (the authors add 1e-8 to s^2; here C = 0 where s = 0). The momentum starts anew at each call, w
@@ -30,7 +30,7 @@ class SDMGrad(SimplexMethod):
     Args:
         lam: lambda >= 0, the pull towards the preferred direction.
         lr: step of the iterations, > 0. The default is LibMTL's; such long steps overshoot the minimum, and magnify
-            rounding so that backends part.
+            rounding, so that results differ between backends.
         momentum: 0 <= momentum < 1.
         num_iter: iterations a step, >= 1.
         pref: p, T numbers that sum to 1; None: 1 / T each.

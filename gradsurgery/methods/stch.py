@@ -17,16 +17,17 @@ class STCH(LossMethod):
 
     f = T mu log sum_t exp(l_t / mu), l_t = log(L_t / n_t), n the nadir: w_t = df / dL_t = T softmax(l / mu)_t / L_t. In
     the first ``warmup`` steps f = sum_t log L_t and w_t = 1 / L_t; n is the mean of the losses over the last fifth of
-    them, at least one step. Multiplying a loss by a factor from the start leaves the direction as it is.
+    these steps, at least one. Multiplying a loss by a factor from the start leaves the direction as it is.
 
-    Conventions: steps in place of LibMTL's epochs, of which four pass and the fifth gives the nadir: for the same, set
-    ``warmup`` to five epochs of steps. No epsilon in the logarithms (LibMTL: 1e-20). Losses must not be negative (NaN
-    weights). A loss of 0 is left out of the sum: weight 0; l_t = 0 where n_t is 0.
+    Conventions: the warm-up counts steps, where LibMTL counts epochs, of which four pass and the fifth gives the nadir:
+    for the same schedule, set ``warmup`` to the number of steps in five epochs. No epsilon in the logarithms (LibMTL:
+    1e-20). Losses must not be negative (NaN weights). A loss of 0 is left out of the sum: weight 0; l_t = 0 where n_t
+    is 0.
     Scale: sum_t w_t L_t = T. State: the nadir [..., T], as far as it has been summed, and the number of steps.
 
     Args:
         mu: smoothness, > 0; the smaller, the nearer to the maximum.
-        warmup: steps on the sum of logarithms, >= 1; the same after a checkpoint as before it.
+        warmup: steps on the sum of logarithms, >= 1; a run resumed from a checkpoint must use the same number.
     """
 
     name = "stch"

@@ -14,8 +14,8 @@ class Tchebycheff(PreferenceMethod):
 
     w_t = df / dL_t: p_t for the task of the maximum, 0 for the others; of equal tasks the first one counts.
 
-    Conventions: no absolute value, so that a loss below its z is not pushed back up; z, a lower bound of the losses,
-    makes no difference between the two.
+    Conventions: no absolute value of L_t - z_t, so that a loss below its z is not pushed back up. If z is a lower bound
+    of the losses, as it should be, the absolute value would make no difference.
     Scale: w sums to the p of the worst task. Losses of any sign. No state.
 
     Args:

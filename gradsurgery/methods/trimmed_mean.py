@@ -16,8 +16,8 @@ class TrimmedMean(CoordinateMethod):
     d_i is the mean of the T - 2 k values g_{t,i} that are neither among the k largest nor among the k least.
 
     Conventions: k = min(num_trimmed, floor((T - 1) / 2)), so that T <= 2 num_trimmed gradients still have a middle; k
-    is a number, where the paper has the fraction k / T. The middle is selected by comparisons and only then summed, so
-    outliers of any size leave no rounding errors behind.
+    is a number of values, where the paper has the fraction k / T. The middle values are selected by comparisons and
+    only then summed, so outliers of any size leave no rounding errors behind.
     Scale: a mean of the middle values. No state. Cost: one read of the gradients, one write of the direction, O(T k)
     operations per coordinate.
 

@@ -23,9 +23,9 @@ _OLDEST = (3, 6)
 
 
 class TritonBackend(ReferenceBackend):
-    """Kernels in Triton; what has none is the reference backend's, on the tensors' device.
+    """Kernels in Triton; what has no kernel runs on the reference backend, on the tensors' device.
 
-    Traced, the launches would lose options that the solvers need (weights._SOLVER).
+    The launches are not traced: that would lose options that the solvers need (weights._SOLVER).
     """
 
     name = "triton"

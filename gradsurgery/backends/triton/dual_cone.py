@@ -13,7 +13,7 @@ def cone_projection(out, gram, preference, num_tasks, ridge: tl.float64, ALONE: 
     """Write argmin v^T H v with v >= u, H = G / trace(G) + ridge I; program: (problem, vector u).
 
     u is the preference, or with ALONE its entry of the program's task alone. z = v - u solves the problem of descend()
-    with M = H and b = -H u. Where v^T H v comes out negative, because G was rounded, it is solved with more of a ridge.
+    with M = H and b = -H u. If v^T H v comes out negative, because G was rounded, it is solved with a larger ridge.
     """
     problem = tl.program_id(0).to(tl.int64)
     gram += problem * num_tasks * num_tasks
@@ -42,7 +42,7 @@ def cone_projection(out, gram, preference, num_tasks, ridge: tl.float64, ALONE: 
 
 @triton.jit
 def terms(gram, u, ridge, num_tasks, TASKS: tl.constexpr):
-    """Return 1 / trace(G), 1 / sqrt(H_ii), -H u times that, and what of it is rounding: of |H^(1/2) u|."""
+    """Return 1 / trace(G), 1 / sqrt(H_ii), -H u times the latter, and the rounding of that, from |H^(1/2) u|."""
     task = tl.arange(0, TASKS)
     inside = task < num_tasks
     square = tl.load(gram + task * (num_tasks + 1), mask=inside, other=0.0)
@@ -58,11 +58,12 @@ def terms(gram, u, ridge, num_tasks, TASKS: tl.constexpr):
 def cagrad(out, gram, num_tasks, c: tl.float64, TASKS: tl.constexpr):
     """Write CAGrad's weights; program: problem.
 
-    For a given lambda = kappa / |g_x| the x of the dual problem is that of the shortest convex combination of the
-    vectors lambda g_t + g_0. The lambda with |lambda g_x| = kappa is found by a bracketed secant on squares: first the
-    bracket's ends, the upper one first, at 2^11.5 and if that is too low at 1e7, unless G is indefinite, where it would
-    be but rounding. If that is too low as well, the gradients are Pareto-stationary, and the projection of g_0 on the
-    dual cone is next and last. For c >= 1 the shortest combination of the gradients, which tells that, comes first:
+    With kappa = c |g_0|: for a given lambda = kappa / |g_x| the x of the dual problem is that of the shortest convex
+    combination of the vectors lambda g_t + g_0. The lambda with |lambda g_x| = kappa is found by a bracketed secant on
+    squares. The bracket's ends are computed first, the upper one before the lower: at 2^11.5 times the lower end and,
+    if that is too low, at 1e7 times, unless G is indefinite, where the result would be only rounding. If that is too
+    low as well, the gradients are Pareto-stationary, and the last step is the projection of g_0 on the dual cone. For
+    c >= 1 the shortest combination of the gradients, which tells whether they are stationary, comes before all this:
     whatever x is found, by convexity no square is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t).
     """
     problem = tl.program_id(0).to(tl.int64)

@@ -38,7 +38,7 @@ def slot_total(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Return the sums over this program's slot, of pairs or of a square, and its rows' largest magnitudes' bits."""
+    """Return the sums of products over this program's slot, and the bits of its rows' largest magnitudes."""
     SAME: tl.constexpr = TASKS <= SIDE
     COUNT: tl.constexpr = TASKS if SAME else SIDE
     sums = ()
@@ -126,8 +126,8 @@ def slot_sums(
 ):
     """Write each slot's products [T, T] in float64: G's upper triangle, or where MIRRORED E with E + E^T = 2 G.
 
-    Program: (slot, square); of more than 64 tasks the upper left square, the upper right and the lower right one. A
-    slot of FLOAT32 whose values are out of the range of its products is taken again with scaled rows.
+    Program: (slot, square); with more than 64 tasks there are three squares: upper left, upper right, lower right. A
+    FLOAT32 slot whose values are out of the range of its products is computed again with scaled rows.
     """
     x_first = tl.program_id(1) // 2 * SIDE
     y_first = (tl.program_id(1) + 1) // 2 * SIDE

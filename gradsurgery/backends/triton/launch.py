@@ -43,7 +43,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 @lru_cache
 def fast_float64(device: torch.device) -> bool:
-    """Whether the device adds float64 at no less than a quarter of float32's rate; the interpreter may as well."""
+    """Whether the device adds float64 at no less than a quarter of float32's rate; True in the interpreter."""
     if device.type == "cpu":
         return True
     if torch.version.hip:
@@ -146,7 +146,7 @@ def _plan(pieces: Pieces, num_tasks: int, device: torch.device, config: Config |
 
 
 def _place(launches: list[_Launch], num_segments: int) -> np.ndarray:
-    """Give every slot its place, a segment's together whatever their dtypes; return each segment's first place."""
+    """Number the slots so that a segment's are together, whatever their dtypes; return each segment's first number."""
     owners = np.concatenate([np.zeros(0, np.int64), *(launch.segments for launch in launches)])
     places = np.argsort(np.argsort(owners, kind="stable"))
     for launch in launches:
@@ -203,7 +203,7 @@ def _flat(grads: TaskGradients, listed: bool) -> tuple[int, int, int]:
 
 
 def _sample(num_tasks: int, dtype: torch.dtype, device: torch.device) -> TaskGradients:
-    """Return random gradients for measurements, of more bytes than a cache holds; torch's own generators stay."""
+    """Return random gradients for measurements, larger than a cache; torch's global generators are not used."""
     columns = (1 << 28) // (16 * num_tasks) * 16 // dtype.itemsize
     matrix = torch.randn(num_tasks, columns, generator=torch.Generator(device), device=device)
     return TaskGradients(num_tasks, 1, [], False, device, matrix.to(dtype))

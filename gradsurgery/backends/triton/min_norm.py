@@ -52,9 +52,9 @@ def exact(out, gram, num_tasks, TASKS: tl.constexpr):
 def descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASKS: tl.constexpr):
     """Return v with M v >= b, v >= 0, v^T (M v - b) = 0 for the matrix() M with ``outer`` as its b.
 
-    What is missing in M v >= b up to ``noise`` does not count. Of the solutions on active sets it returns that of which
-    least is missing: where gradients nearly depend on others, rounding lets sets cycle. With a ``ridge`` it ends where
-    the task of which most is missing makes the set dependent: rounding made that up, and may have made M indefinite.
+    If M v >= b is missed by up to ``noise``, that does not count. Of the solutions on active sets, the one that misses
+    it least is returned, because with nearly dependent gradients rounding lets sets cycle. With a ``ridge`` it ends if
+    the task that misses it most makes the set dependent: that miss is rounding, which may have made M indefinite.
     """
     task = tl.arange(0, TASKS)
     table = matrix(gram, scale, shift, ridge, inverse, outer, num_tasks, TASKS)
@@ -117,7 +117,7 @@ def descend(gram, scale, shift, ridge, inverse, outer, b, noise, num_tasks, TASK
 
 @triton.jit
 def invert(table, active, floor, TASKS: tl.constexpr):
-    """Bring the active set into a table of none, the largest pivot first, and none that is not above ``floor``.
+    """Bring the active set into a table with an empty one, the largest pivot first, and only pivots above ``floor``.
 
     Returns the table, the tasks that came in and the least pivot.
     """

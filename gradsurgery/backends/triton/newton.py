@@ -18,7 +18,7 @@ def power_of(x, exponent):
 
 @triton.jit
 def residual_of(y, matrix, pull, inside):
-    """Return how much of the pulls is missing or too much, but for what cannot get smaller."""
+    """Return the relative norm of what K y lacks of the pulls, without y that cannot get smaller."""
     error = tl.where(inside, 1 - tl.sum(matrix * y[None, :], 1) / pull, 0.0)
     error = tl.where((y > LEAST_Y) | (error > 0), error, 0.0)
     return tl.sqrt(tl.sum(error * error, 0))
@@ -28,7 +28,7 @@ def residual_of(y, matrix, pull, inside):
 def fairgrad(out, gram, num_tasks, alpha: tl.float64, limit: tl.float64, TASKS: tl.constexpr):
     """Write w with (G w)_i = w_i^(-1 / alpha), shortened to |d| <= limit; program: problem.
 
-    By Newton's method on the convex function whose minimum that is, with more of a ridge where it is not convex, as in
+    By Newton's method on the convex function whose minimum that is, with a larger ridge where it is not convex, as in
     csrc/solvers/newton.h.
     """
     problem = tl.program_id(0).to(tl.int64)

@@ -55,7 +55,7 @@ def project(
     inside = (row < num_tasks)[:, None] & (task < num_tasks)
     if GIVEN:
         order = tl.load(given + row[:, None] * num_tasks + task, mask=inside, other=0)
-        order = tl.minimum(tl.maximum(order, 0), num_tasks - 1).to(tl.int32)  # nobody has looked at it
+        order = tl.minimum(tl.maximum(order, 0), num_tasks - 1).to(tl.int32)  # it was not validated
     else:
         order = visiting_orders(row, seed, tl.load(step), num_tasks, TASKS)
     gram += problem * num_tasks * num_tasks

@@ -24,7 +24,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 @triton.jit
 def mask_of(exists, offsets, columns, TAIL: tl.constexpr):
     """Return which columns of a row to read: those that there are, if it ``exists``."""
-    if INTERPRETED:  # which cannot broadcast a truth value
+    if INTERPRETED:  # the interpreter cannot broadcast a truth value
         return offsets < tl.where(exists, columns, 0)
     mask = exists
     if TAIL:

@@ -11,7 +11,7 @@ from .problems import all_finite, load_gram
 def projected(x, inside, num_tasks):
     """Return argmin |w - x| over the simplex, max(x - tau, 0), by Michelot's algorithm (1986).
 
-    tau comes from a set of tasks that holds those of w > 0; it loses the others until there are none.
+    tau is computed from a set that contains all tasks with w > 0; the others leave it until none are left.
     """
     x = x - tl.max(tl.where(inside, x, float("-inf")), 0)  # or large entries would swallow the 1
     tau = tl.full((), -1.0, tl.float64)

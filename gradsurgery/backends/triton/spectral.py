@@ -7,7 +7,7 @@ import triton.language as tl
 from .problems import all_finite, load_gram, sweep
 
 ROUNDING = tl.constexpr(2.0**-23)
-"""What an eigenvalue counts as 0 below, relative to T times the largest."""
+"""An eigenvalue up to this times T times the largest one counts as 0."""
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def diagonalize(rows, TASKS: tl.constexpr):
 def solve_cosines(gram, preference, norms, num_tasks, TASKS: tl.constexpr):
     """Return c = pinv(K) p with the matrix K of cosines (0 for a zero gradient), and its length sqrt(c^T K c).
 
-    Eigenvalues up to T 2^-23 of the largest count as 0. If hardly more is left of p then, c = 0. By exchanges alone
-    where trace(K^-1), which no 1 / pivot exceeds, shows that no eigenvalue counts as 0.
+    Eigenvalues up to T 2^-23 times the largest one count as 0. If hardly more is then left of p, c = 0. Exchanges alone
+    suffice if trace(K^-1), which no 1 / pivot exceeds, shows that no eigenvalue counts as 0.
     """
     task = tl.arange(0, TASKS)
     is_diagonal = task[:, None] == task[None, :]

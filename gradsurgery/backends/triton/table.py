@@ -109,7 +109,7 @@ def cut(pieces: Pieces, block: int, max_slots: int, least_blocks: int = 1) -> tu
 
 
 cut_once = lru_cache(cut)
-"""For pieces that come again."""
+"""``cut`` with a cache, for pieces that recur."""
 
 # What captured graphs read when they are replayed, which may be at any time: kept as long as the process lives.
 _captured: list[Tensor] = []

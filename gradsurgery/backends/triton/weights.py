@@ -18,7 +18,7 @@ from . import pcgrad as pcgrad_kernels
 from .launch import on
 
 _SPECTRAL = ("imtl_g", "config", "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse")
-# A product that one lane fuses with a sum and another does not would make them disagree on what both decide by.
+# If one lane fused a product with a sum and another did not, they might decide differently on the same values.
 _SOLVER = {"enable_fp_fusion": False}
 _PCGRAD_ELEMENTS = 64
 # A block has at most 1,024 threads.
@@ -192,6 +192,6 @@ def _solver_shape(num_tasks: int) -> dict[str, int]:
 def _tile(num_tasks: int) -> tuple[int, int, int]:
     """Return the padded number of tasks, and the rows and warps of a program of PCGrad."""
     tasks = triton.next_power_of_2(num_tasks)
-    # Few, for many programs; the interpreter takes them one after the other.
+    # Few rows, for many programs; all in the interpreter, which runs programs one after the other.
     rows = tasks if products.INTERPRETED.value else max(1, _PCGRAD_ELEMENTS // tasks)
     return tasks, min(rows, tasks), 1
