@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The torch operators over the C boundary. Each writes into outputs that the caller allocated and returns nothing, so
-// torch.compile needs no fake kernel. The Python stages give the messages that users see.
+// The torch operators on top of the C boundary. Each writes into outputs that the caller allocated and returns nothing,
+// so torch.compile needs no fake kernel. Error messages for users come from the Python stages.
 #include "torch_binding.h"
 
 #include <torch/library.h>
@@ -111,7 +111,7 @@ void run_aggregate_alone(const Gradients& grads, const gs_solve& solve, bool acc
   const Target target(*grads.device);
   const int64_t bytes = aggregate_workspace_bytes(view, solve, target);
   TORCH_CHECK_VALUE(bytes >= 0, gs_last_error());
-  // One allocation: behind G and the weights the workspace, from a boundary of 64 bytes on.
+  // One allocation for G, the weights and, from a 64-byte boundary on, the workspace.
   const int64_t gram_size = grads.num_segments * grads.num_tasks * grads.num_tasks;
   const int64_t begin = (gram_size + grads.num_segments * grads.num_tasks + 7) / 8 * 8;
   const Tensor space = target.make_workspace(begin * int64_t{sizeof(double)} + bytes);
@@ -195,7 +195,7 @@ void combine_list(const c10::List<std::optional<Tensor>>& grads, const Tensor& w
   run_combine(g, weights, accumulate, pointers);
 }
 
-// The same for the CPU's and CUDA's keys: each looks where its tensors are.
+// The same functions serve the CPU and CUDA dispatch keys: each checks where its tensors are.
 void register_operators(torch::Library& m) {
   m.impl("gram", &gram);
   m.impl("gram.list", &gram_list);
@@ -240,7 +240,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["max_tasks"] = GS_MAX_TASKS;
     return info;
   });
-  // The methods of the operators `weights` and `aggregate_weights`.
+  // The values of the argument `method` of the operators `weights` and `aggregate_weights`.
   m.def("weightings", [] {
     return std::map<std::string, int>{{"upgrad", GS_UPGRAD},
                                       {"dualproj", GS_DUALPROJ},

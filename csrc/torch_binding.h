@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the operators make of torch's tensors: the structs of the C boundary, the device and stream to run on, and the
-// checks that keep a direct call of an operator memory-safe.
+// Conversion of torch tensors for the operators: the structs of the C boundary, the device and stream to run on, and
+// checks that keep even a direct call of an operator memory-safe.
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -26,13 +26,13 @@ inline void check_status(gs_status status) {
   TORCH_CHECK(status == GS_OK, gs_last_error());
 }
 
-// Whether a tensor with this address has memory: its storage begins at NULL where untyped_storage().resize_(0) took it.
+// Whether a tensor with this address has memory: after untyped_storage().resize_(0) its storage begins at NULL.
 inline bool has_memory(const Tensor& tensor, const void* data) {
   return reinterpret_cast<uintptr_t>(data) != static_cast<uintptr_t>(tensor.storage_offset()) * tensor.itemsize();
 }
 
-// ValueError where elements have no memory: kernels would take the tensor for an absent one, which only torch's zero
-// tensors are as good as.
+// ValueError if elements have no memory: kernels would take the tensor for an absent gradient. That is right only for
+// torch's zero tensors (_is_zerotensor), which are allowed.
 inline void check_memory(const Tensor& tensor, const void* data) {
   TORCH_CHECK_VALUE(has_memory(tensor, data) || tensor.numel() == 0 || tensor._is_zerotensor(),
                     message("tensors must have memory, got one of shape ", tensor.sizes(), " without"));
@@ -44,7 +44,7 @@ inline const void* address_of(const Tensor& tensor) {
   return data;
 }
 
-// A tensor's memory, to write to: autograd is told, as by torch's own functions.
+// The address of a tensor that will be written to; raises its version, as torch's own functions do, for autograd.
 template <class T = void>
 T* written(const Tensor& tensor) {
   void* const data = tensor.mutable_data_ptr();
@@ -60,7 +60,8 @@ const gs_parallel kTorchThreads = {[](void*, int64_t count, void (*body)(void*, 
                                    },
                                    nullptr};
 
-// Where a call runs: its device is current as long as this lives, and CUDA kernels go to its current stream.
+// Where a call runs: while this object lives its device is the current one, and CUDA kernels go to that device's
+// current stream.
 class Target {
  public:
   explicit Target(const at::Device& device) : device_(device), guard_(device) {
@@ -72,7 +73,7 @@ class Target {
 #if defined(GS_WITH_CUDA)
     return reinterpret_cast<gs_stream>(c10::cuda::getCurrentCUDAStream(device_.index()).stream());
 #else
-    return nullptr;  // the library answers that it has no CUDA kernels
+    return nullptr;  // the library will report that it has no CUDA kernels
 #endif
   }
   Tensor make_workspace(int64_t bytes) const {
@@ -101,7 +102,7 @@ inline int32_t dtype_of(const Tensor& tensor) {
   }
 }
 
-// Backs a gs_gradients with vectors.
+// Owns the arrays of a gs_gradients.
 struct Gradients {
   std::vector<const void*> data;
   std::vector<int64_t> numel;
@@ -109,7 +110,7 @@ struct Gradients {
   std::vector<int32_t> segment;
   int64_t num_tasks = 0;
   int64_t num_segments = 1;
-  std::optional<at::Device> device;  // none where no task has a gradient
+  std::optional<at::Device> device;  // none if no task has a gradient
 
   gs_gradients view() const {
     return {num_tasks,    static_cast<int64_t>(numel.size()),        num_segments, data.data(), numel.data(),
@@ -188,7 +189,7 @@ struct Gradients {
     TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && tensor.scalar_type() == first.scalar_type(),
                      message("gradient ", param, " must be strided ", first.scalar_type(), ", got ",
                              tensor.layout() == at::kStrided ? "" : "not strided ", tensor.scalar_type()));
-    // Strides of dimensions of size 1 say nothing, so contiguous tensors may differ there.
+    // Strides of dimensions of size 1 do not matter, so two contiguous tensors may differ in them.
     const bool same = tensor.is_contiguous() ? first.is_contiguous() : tensor.strides() == first.strides();
     TORCH_CHECK_VALUE(tensor.sizes() == first.sizes() && same && tensor.is_non_overlapping_and_dense(),
                       message("gradient ", param, " must be dense with shape ", first.sizes(), " and strides ",
@@ -225,7 +226,7 @@ inline Problems check_problems(const Tensor& gram, const Tensor& weights, const 
   return {gram.numel() / (gram.size(-1) * gram.size(-1)), gram.size(-1)};
 }
 
-// The number of segments of gram [S, T, T] or weights [S, T]; without that dimension one.
+// The number of segments of gram [S, T, T] or weights [S, T]; 1 if the first dimension is missing.
 inline int64_t segments_of(const Tensor& tensor, int64_t dimensions, const char* name) {
   TORCH_CHECK_VALUE(
       tensor.dim() == dimensions || tensor.dim() == dimensions - 1,
@@ -233,11 +234,11 @@ inline int64_t segments_of(const Tensor& tensor, int64_t dimensions, const char*
   return tensor.dim() == dimensions ? tensor.size(0) : 1;
 }
 
-// Addresses of the outputs, which are checked: of the flat form, cut like the gradients, and of the list form.
+// Check the outputs and return their addresses: for the flat form, cut like the gradients, and for the list form.
 std::vector<void*> cut_out(const Gradients& g, const Tensor& grads, Tensor& out);
 std::vector<void*> pointers_to(const Gradients& g, const c10::List<std::optional<Tensor>>& grads, at::TensorList out);
 
-// The stages, into outputs that are checked first.
+// Run a stage, after checking its outputs.
 void run_gram(const Gradients& grads, Tensor& gram);
 void run_combine(const Gradients& grads, const Tensor& weights, bool accumulate, std::vector<void*>& out);
 
@@ -253,7 +254,8 @@ gs_solve min_norm_solve(bool exact, int64_t max_iter, double tol);
 gs_solve weighting_solve(int64_t method, const std::optional<Tensor>& preference, double parameter, double limit,
                          int64_t num_tasks, const at::Device& device);
 
-// All stages in one call; returns the Gram matrices [S, T, T] and the weights [S, T], or only the direction, sooner.
+// Run stages 2 to 4 in one call. The first returns the Gram matrices [S, T, T] and the weights [S, T]; the second
+// computes the direction only, with fewer allocations.
 std::pair<Tensor, Tensor> run_aggregate(const Gradients& grads, const gs_solve& solve, bool accumulate,
                                         std::vector<void*>& out);
 void run_aggregate_alone(const Gradients& grads, const gs_solve& solve, bool accumulate, std::vector<void*>& out);

@@ -18,10 +18,11 @@ namespace {
 using torch::autograd::Edge;
 using torch::autograd::Node;
 
-// By name, as the class is not part of torch's interface. Of other nodes name() is slow.
+// Tells by the type's name, as the class is not part of torch's interface; node.name() would be slow for other nodes.
 bool is_in_python(const Node& node) { return std::strstr(typeid(node).name(), "PyNode") != nullptr; }
 
-// Whether it stands for several operations with several outputs: an extension's function, or one of TorchScript.
+// Whether the node is a function in C++ with several outputs that may stand for several operations: an extension's
+// autograd function, or one of TorchScript.
 bool is_whole_in_cpp(const Node& node) {
   if (node.num_inputs() < 2) return false;
   const char* const name = typeid(node).name();
@@ -36,12 +37,13 @@ Edge edge_of(const GraphRoot& root) {
 
 class Reader {
  public:
-  // The node behind an edge, and which of its outputs; -1 where there is none. The node has been read.
+  // The number of the node that an edge leads to (-1 if there is none), and which of its outputs. It must have been
+  // read.
   std::pair<int64_t, int64_t> number(const Edge& edge) const {
     return {edge.function ? numbers_.at(edge.function.get()) : -1, edge.input_nr};
   }
 
-  // Read what the edge leads to, each node behind those that it depends on.
+  // Read all nodes that can be reached through the edge; each comes after the nodes that its own edges lead to.
   void read(const Edge& start) {
     enter(start);
     while (!path_.empty()) {
@@ -82,7 +84,7 @@ class Reader {
     }
   }
 
-  // As Python's type is named, without the namespace.
+  // The name of the node's type in Python, without the namespace.
   pybind11::str name_of(const Node& node) {
     if (is_in_python(node)) return node.name();
     const auto [found, is_new] = type_names_.try_emplace(typeid(node));
@@ -95,7 +97,7 @@ class Reader {
 
   std::unordered_map<const Node*, int64_t> numbers_;
   std::unordered_map<std::type_index, pybind11::str> type_names_;
-  // From the start to where the walk is: an edge, and the next of its node's.
+  // The path of the depth-first walk: each edge, and the number of its node's next edge to follow.
   std::vector<std::pair<const Edge*, size_t>> path_;
 };
 
@@ -120,7 +122,7 @@ std::set<std::string> functions_behind(const std::vector<at::Tensor>& losses) {
 }
 
 pybind11::tuple read_graph(const std::vector<GraphRoot>& roots) {
-  std::vector<Edge> starts;  // which keep a leaf's node, that nothing else may own
+  std::vector<Edge> starts;  // own the nodes: that of a leaf may have no other owner
   for (const GraphRoot& root : roots) starts.push_back(edge_of(root));
   Reader reader;
   std::vector<std::pair<int64_t, int64_t>> numbers;

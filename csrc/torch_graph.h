@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What stands in autograd's graph, read where it lies: objects in Python for its nodes would outlive the walk.
+// Reads autograd's graph in C++, as Python objects made for its nodes would outlive the walk.
 #pragma once
 #include <torch/csrc/utils/pybind.h>
 
@@ -11,10 +11,11 @@
 
 namespace gs::binding {
 
-// The names of the functions in Python that the losses depend on, and of those whole in C++.
+// The names of the autograd functions in Python that the losses depend on, and of those in C++ that may stand for
+// several operations.
 std::set<std::string> functions_behind(const std::vector<at::Tensor>& losses);
 
-// A tensor, and of a part of a torch.stack its place there, where the graph then begins at what was stacked.
+// A tensor, and for a part of a torch.stack its place in that; the graph then begins at the tensor that was stacked.
 using GraphRoot = std::pair<at::Tensor, std::optional<int64_t>>;
 
 // The arguments of `Graph` in _graph.py.

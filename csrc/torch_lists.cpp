@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The list form as Python holds it. A thousand tensors take longer to pass through the dispatcher than to be worked on,
-// so here they are read where they lie: by pointer, without counting references. For anything unusual (subclasses,
-// sparse tensors, several layouts; not None) a function returns nothing, and Python takes its slower path.
+// The list form as Python holds it. Passing a thousand tensors through the dispatcher takes longer than the work on
+// them, so their pointers are read directly from the Python objects, without counting references. For anything unusual
+// (subclasses, sparse tensors, several layouts, but not None entries) a function returns nothing, and Python takes its
+// slower path.
 #include "torch_lists.h"
 
 #include <ATen/ops/empty_like.h>
@@ -29,7 +30,7 @@ struct Items {
   }
 };
 
-// The tensor behind an object, borrowed, if there is nothing to it but memory of the CPU or of a CUDA device.
+// The tensor behind an object, borrowed, if it is a plain one in memory of the CPU or of a CUDA device.
 const Tensor* plain_tensor(PyObject* object) {
   static const c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU,
                                           c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCPU,
@@ -39,20 +40,21 @@ const Tensor* plain_tensor(PyObject* object) {
   return plain.has_all(tensor.key_set()) ? &tensor : nullptr;
 }
 
-// That tensor if it fills its memory.
+// The same, if the tensor is dense and does not overlap itself.
 const Tensor* dense_tensor(PyObject* object) {
   const Tensor* const tensor = plain_tensor(object);
   return tensor && tensor->is_non_overlapping_and_dense() ? tensor : nullptr;
 }
 
-// That tensor if kernels may write to it: it needs no grad, and is no inference tensor outside of inference mode.
+// The same, if kernels may also write to it: it does not require grad, and is no inference tensor outside of inference
+// mode.
 const Tensor* target_tensor(PyObject* object) {
   const Tensor* const tensor = dense_tensor(object);
   const bool free = tensor && !tensor->requires_grad() && (!tensor->is_inference() || c10::InferenceMode::is_enabled());
   return free ? tensor : nullptr;
 }
 
-// Whether it shares memory with one of the rows and does not begin where that does.
+// Whether the target overlaps one of the rows without beginning at the same address.
 bool overlaps_in_part(const Tensor& target, const void* const* rows, int64_t num_tasks) {
   const auto* const begin = static_cast<const char*>(target.const_data_ptr());
   const auto bytes = static_cast<int64_t>(target.nbytes());
@@ -62,7 +64,7 @@ bool overlaps_in_part(const Tensor& target, const void* const* rows, int64_t num
   });
 }
 
-// Whether a dispatch mode, a function transform or a tracer is to see each operation.
+// Whether a dispatch mode, a function transform or a tracer is active, which must see each operation.
 bool is_watched() {
   return c10::impl::dispatch_mode_enabled() ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
@@ -79,18 +81,18 @@ bool alike(const Tensor& a, const Tensor& b) {
   if (x.is_cuda() && x.device() != y.device()) return false;
   const at::IntArrayRef sizes = x.sizes();
   if (!std::equal(sizes.begin(), sizes.end(), y.sizes().begin())) return false;
-  // Strides of dimensions of size 1 say nothing, so contiguous tensors may differ there.
+  // Strides of dimensions of size 1 do not matter, so two contiguous tensors may differ in them.
   return x.is_contiguous() ? y.is_contiguous() : !y.is_contiguous() && x.strides() == y.strides();
 }
 
-// Whether nobody but the caller's list and the Lists holds the tensor or its memory. The gradient of a layer's weight
-// is often a transposed view, and then the only one that holds its base.
+// Whether only the caller's list and the Lists object hold the tensor and its memory. The gradient of a layer's weight
+// is often a transposed view; that is fine if nothing else holds its base.
 bool is_unshared(PyObject* object) {
 #if defined(Py_GIL_DISABLED)
-  return false;  // reference counts say less there
+  return false;  // reference counts are not reliable there
 #endif
   const Tensor& tensor = THPVariable_Unpack(object);
-  if (!tensor.storage().resizable()) return false;  // another library's memory
+  if (!tensor.storage().resizable()) return false;  // memory that another library owns
   if (Py_REFCNT(object) != 2 || tensor.use_count() != 1 || tensor.storage().nbytes() != tensor.nbytes()) return false;
   if (tensor.storage().use_count() == 1) return true;
   const auto* const view = torch::autograd::impl::get_view_autograd_meta(tensor);
@@ -100,7 +102,7 @@ bool is_unshared(PyObject* object) {
 
 constexpr size_t kAhead = 4;
 
-// Starts to load what a tensor's object points to, and what that does.
+// Prefetch the TensorImpl that a tensor's Python object points to, and the storage that this points to.
 void prefetch_tensor(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return;
   const auto* const impl = reinterpret_cast<const char*>(THPVariable_Unpack(object).unsafeGetTensorImpl());
@@ -140,7 +142,8 @@ std::optional<Lists> Lists::read(pybind11::handle rows) {
   held.reserve(entries.size());
   const size_t count = entries.size();
   for (size_t i = 0; i < count; i++) {
-    // A backward pass leaves little of its tensors in the processor's cache, and each is three loads in a row.
+    // After a backward pass few of its tensors are still in the processor's cache, and reading each takes three
+    // dependent loads.
     if (i + 3 * kAhead < count) __builtin_prefetch(entries[i + 3 * kAhead].object);
     if (i + 2 * kAhead < count) prefetch_tensor(entries[i + 2 * kAhead].object);
     if (i + kAhead < count) prefetch_storage(entries[i + kAhead].object);
@@ -292,7 +295,7 @@ pybind11::object Lists::targets(pybind11::handle parameters, const std::vector<i
     if (!first || !THPVariable_CheckExact(owners.data[i])) return pybind11::none();
     const Tensor &owner = THPVariable_Unpack(owners.data[i]), &grad = owner.grad();
     if (!alike(grad.defined() ? grad : owner, THPVariable_Unpack(first))) return pybind11::none();
-    if (grad.defined()) check_memory(grad, grad.const_data_ptr());  // before anything is written
+    if (grad.defined()) check_memory(grad, grad.const_data_ptr());  // raises before anything is written
     accumulate = accumulate || grad.defined();
   }
   pybind11::list out(count);
@@ -305,7 +308,7 @@ pybind11::object Lists::targets(pybind11::handle parameters, const std::vector<i
     } else if (accumulate) {
       out[i] = pybind11::cast(at::zeros_like(like));
     } else if (is_unshared(first)) {
-      // A view without its base.
+      // detach() turns a view into a tensor that does not keep its base.
       out[i] = like.is_view() ? pybind11::cast(like.detach()) : pybind11::reinterpret_borrow<pybind11::object>(first);
       if (counts_[params[i]] == 1) done.add(pybind11::int_(i));
     } else {
@@ -334,7 +337,7 @@ std::optional<bool> shares_memory(pybind11::handle rows) {
     for (const Items& row : each) {
       if (row.data[p] == Py_None) continue;
       const Tensor* const tensor = plain_tensor(row.data[p]);
-      // Copies on write have the address of the others until they are written to.
+      // A copy-on-write tensor has the address of the tensors it shares with until it is written to.
       if (!tensor || c10::impl::cow::is_cow_data_ptr(tensor->storage().data_ptr())) return std::nullopt;
       const void* const data = tensor->const_data_ptr();
       if (tensor->numel() > 0 && has_memory(*tensor, data)) addresses.push_back(data);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Texts of errors, put together without a stream: one that was set up by another copy of the C++ library than the one
-// in use, as some Python builds bring about, crashes when it writes a number.
+// Error messages, put together without a C++ stream: with some Python builds two copies of the C++ library are loaded,
+// and a stream that was set up by the other copy crashes when it writes a number.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarTypeToTypeMeta.h>

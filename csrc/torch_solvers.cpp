@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The operators of stage 3, and of the rules on the gradients themselves that take its place.
+// The operators of stage 3, and those of the rules that work on the gradients and need no stage 3.
 #include <torch/library.h>
 
 #include "solvers/philox.h"
@@ -202,7 +202,7 @@ void trimmed_mean_list(const EntryList& grads, int64_t num_tasks, int64_t num_tr
   run_combine_by_rule(g, trimmed_mean_rule(num_trimmed), accumulate, pointers);
 }
 
-// The same for the CPU's and CUDA's keys: each looks where its tensors are.
+// The same functions serve the CPU and CUDA dispatch keys: each checks where its tensors are.
 void register_operators(torch::Library& m) {
   m.impl("task_order", &task_order);
   m.impl("random", &random);

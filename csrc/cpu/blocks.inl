@@ -15,8 +15,8 @@ struct Block {
   bool stream;  // writes past the cache
 };
 
-// Calls run(block) for the n columns of k rows, block after block; the last ones come in buffers of a whole step.
-// `block` has what all of them share.
+// Calls run(block) for the n columns of k rows, block after block. Columns after the last whole step are copied to
+// zero-padded buffers of one step. `block` holds the members that are the same for all blocks.
 template <class In, class Run>
 GS_INLINE void each_block(const void* const* rows, int64_t k, int64_t n, void* out, Block<In> block, const Run& run) {
   const int64_t whole = n / kStep * kStep;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What crosses the C boundary: checks of it, the caller's parallel loop, the caller's workspace.
+// The C boundary: checks of the arguments, the caller's parallel loop, the caller's workspace.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace gs {
 
-// Beyond these, counts of bytes and of products would overflow.
+// With more, the number of bytes or of products could overflow int64_t.
 constexpr int64_t kMaxBatch = int64_t{1} << 40;
 constexpr int64_t kMaxElements = int64_t{1} << 52;
 
@@ -160,7 +160,7 @@ inline const char* offset(const void* data, int32_t dtype, int64_t elements) {
   return static_cast<const char*>(data) + elements * element_bytes(dtype);
 }
 
-// Calls body(i) for i in 0..count-1, on the calling thread where that is enough.
+// Calls body(i) for i in 0..count-1; on the calling thread if there is no parallel loop or only one index.
 template <class Body>
 void parallel_for(const gs_parallel* parallel, int64_t count, Body body) {
   if (!parallel || !parallel->run || count <= 1) {
@@ -170,7 +170,7 @@ void parallel_for(const gs_parallel* parallel, int64_t count, Body body) {
   }
 }
 
-// Cuts arrays out of the caller's workspace, each on a 64-byte boundary. With a null base it only counts bytes.
+// Cuts arrays out of the caller's workspace, each on a 64-byte boundary. With a null base it only counts the bytes.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The loop over the columns of all parameters that writes directions.
+// The loop over the columns of all parameters, used by the functions that write directions.
 #pragma once
 #include "boundary.h"
 
 namespace gs {
 
-// Whether outputs of these sizes would push the gradients out of the cache.
+// Whether outputs of these sizes would evict the gradients from the cache.
 inline bool overflow_cache(const gs_gradients& g) {
   constexpr int64_t kBytes = 8 << 20;
   int64_t bytes = 0;

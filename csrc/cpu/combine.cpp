@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Stage 4 on the CPU: every output element is summed in one order, so any split of the columns gives the same bits.
+// Stage 4 on the CPU: each output element is summed in a fixed order, so any split of the columns gives the same bits.
 #include "chunks.h"
 #include "kernels.h"
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
-// The combine kernel: rows are summed in float64, and rounded once to the output. Up to kGroup rows need one pass; with
-// more, the sums of a block of columns wait in the level-1 cache between passes.
+// The combine kernel: rows are summed in float64 and rounded once to the output. Up to kGroup rows take one pass; with
+// more rows, the partial sums of a block of columns stay in the level-1 cache between passes.
 namespace gs::GS_ISA {
 
 constexpr int kGroup = 8;  // rows streamed together
-// Rows are fetched ahead of what is summed: so many bytes of all rows of a pass together, at most a page of each.
+// How far ahead of the sums rows are prefetched: this many bytes of a pass's rows together, at most a page of each row.
 constexpr int64_t kFetchBytes = 8192, kPageBytes = 4096;
 
-// Adds R rows, from row on, to the sums of the earlier ones (First: there are none), and rounds them to out (Last).
-// Each row has instructions of its own, for processors tell streams apart by these.
+// Adds R rows, from `row` on, to the sums of the earlier rows (First: there are none), and rounds them to out (Last).
+// The loops over rows are unrolled: processors detect a stream by its load instruction, so each row needs its own.
 template <class In, int R, bool First, bool Last>
 void add_rows(const Block<In>& block, int64_t row, double* sums) {
   constexpr int kRows = std::max(R, 1);
@@ -46,7 +46,7 @@ void add_rows(const Block<In>& block, int64_t row, double* sums) {
   if (Last && block.stream) stream_copy(block.out, rounded, block.columns * sizeof(In));
 }
 
-// The same with the last rows, of which there are up to R.
+// add_rows for the last rows, `count` <= R of them.
 template <class In, bool First, int R = kGroup>
 void add_last_rows(const Block<In>& block, int64_t row, int64_t count, double* sums) {
   if constexpr (R > 0) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Stage 4 of the methods that need the gradients themselves, on the CPU: coordinates do not depend on each other, so
-// any split of the columns gives the same bits.
+// Stage 4 on the CPU of the methods that work on the gradients instead of on G: coordinates are independent of each
+// other, so any split of the columns gives the same bits.
 #include "chunks.h"
 #include "kernels.h"
 #include "solvers/philox.h"
@@ -21,7 +21,7 @@ gs_status gs_combine_by_rule_cpu(const gs_gradients* grads, const gs_rule* rule,
           gs::check_workspace(workspace, workspace_bytes, gs_combine_by_rule_workspace_bytes(grads)))
     return status;
 
-  auto* const coordinate = static_cast<int64_t*>(workspace);  // of each parameter's first column
+  auto* const coordinate = static_cast<int64_t*>(workspace);  // the number of each parameter's first column
   int64_t columns = 0;
   for (int64_t p = 0; p < g.num_params; p++) {
     coordinate[p] = columns;

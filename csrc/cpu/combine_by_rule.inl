@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The rules that work coordinate by coordinate, on a few vectors of columns at a time: the rows go by once, and what is
-// kept of them stays in registers or in the level-1 cache.
+// The rules that work coordinate by coordinate, on a few vectors of columns at a time: each row is read once, and the
+// running values stay in registers or in the level-1 cache.
 namespace gs::GS_ISA {
 
 typedef uint64_t vuint64 __attribute__((vector_size(8 * GS_LANES)));
@@ -30,8 +30,8 @@ GS_INLINE void store_interleaved(void* p, vuint64 a, vuint64 b) {
   std::memcpy(p, pairs, sizeof(pairs));
 }
 
-// The words of blocks first, first + 1, ... as solvers/philox.h numbers them, 4 for each, kLanes blocks at a time. What
-// the upper halves of the lanes hold never reaches the lower ones.
+// The random words of blocks first, first + 1, ... (as solvers/philox.h numbers them, 4 words each), kLanes blocks at a
+// time. The upper halves of the 64-bit lanes may hold anything: they never affect the lower ones.
 GS_INLINE void draw_words(uint64_t seed, uint64_t step, uint64_t first, int64_t blocks, uint32_t* words) {
   vuint64 lane;
   for (int64_t l = 0; l < kLanes; l++) lane[l] = l;
@@ -52,7 +52,7 @@ GS_INLINE void draw_words(uint64_t seed, uint64_t step, uint64_t first, int64_t 
   }
 }
 
-// uniform_of the words. The conversion is that of signed integers, which every instruction set has.
+// uniform_of(word) for each word. Converts signed integers, as not every instruction set converts unsigned ones.
 GS_INLINE vdouble load_uniform(const uint32_t* words) {
   const auto signs = (vint32half)(load_as<vuint32>(words) ^ 0x80000000u);
   return (__builtin_convertvector(signs, vdouble) + (0x1p31 + 0.5)) * 0x1p-32;
@@ -65,7 +65,7 @@ GS_INLINE void store_result(const Block<In>& block, In* destination, int64_t col
   store_doubles(destination + column, result);
 }
 
-// With the sums p of the positive and n of the negative values, P > u is (1 - u) p > u |n|.
+// With p the sum of the positive values and n that of the negative ones, P > u means (1 - u) p > u |n|.
 template <class In, bool kLeaks>
 GS_INLINE void graddrop_block(const Block<In>& block, int64_t k, const gs_rule& rule, int64_t coordinate) {
   uint32_t words[kBlockColumns + 4 * kLanes];
@@ -82,7 +82,7 @@ GS_INLINE void graddrop_block(const Block<In>& block, int64_t k, const gs_rule& 
       for (int64_t line = 0; line < kStep; line += kLine<In>) __builtin_prefetch(from + kBlockColumns + line, 0, 2);
       for (int h = 0; h < 2; h++) {
         const vdouble x = load_doubles(from + h * kLanes), zero = {};
-        // What is not a number goes with the negative values.
+        // NaN is counted with the negative values.
         const vdouble above = x > zero ? x : zero, below = x > zero ? zero : x;
         positive[h] += above;
         negative[h] += below;
@@ -98,14 +98,14 @@ GS_INLINE void graddrop_block(const Block<In>& block, int64_t k, const gs_rule& 
       vdouble result = leaked_positive[h] + leaked_negative[h];
       result = up > down ? positive[h] + leaked_negative[h] : result;
       result = up < down ? leaked_positive[h] + negative[h] : result;
-      result += all - all;  // NaN where it is not finite
+      result += all - all;  // NaN if `all` is not finite
       store_result(block, destination, c + h * kLanes, result);
     }
   }
   if (block.stream) stream_copy(block.out, rounded, block.columns * sizeof(In));
 }
 
-// Values are compared as floats, or doubles where they are that, and summed as doubles. Both are exact.
+// Values are compared as floats (float64 as doubles) and converted to doubles for the sum. Both conversions are exact.
 template <class In>
 using Compared = std::conditional_t<std::is_same<In, double>::value, vdouble, vfloat>;
 GS_INLINE vdouble load_wide(const double* p) { return load_as<vdouble>(p); }
@@ -123,8 +123,8 @@ GS_INLINE void order(V& low, V& high) {
   low = least;
 }
 
-// kVectors vectors of columns. The `trimmed` least and the `trimmed` largest values so far wait in lists, in any order;
-// a value that has passed both has as many values on either side, whatever comes, so it belongs to the middle.
+// kVectors vectors of columns. Two unordered lists hold the `trimmed` least and the `trimmed` largest values so far. A
+// value pushed out of both has at least `trimmed` values on either side, whatever follows, so it counts in the mean.
 template <class In, int kVectors>
 GS_INLINE void trimmed_mean_tile(const Block<In>& block, int64_t k, int64_t trimmed, int64_t column, In* destination) {
   using V = Compared<In>;
@@ -142,7 +142,7 @@ GS_INLINE void trimmed_mean_tile(const Block<In>& block, int64_t k, int64_t trim
       broken[v] += x[v] * 0;  // NaN for good, where x is not finite
     }
   };
-  // Changes x for the largest of the list and itself.
+  // Exchanges x with the largest value of the list if that is larger.
   const auto pass_low = [&](V(&x)[kVectors]) {
     for (int64_t i = 0; i < trimmed; i++) {
       for (int v = 0; v < kVectors; v++) order(low[i][v], x[v]);
@@ -176,7 +176,7 @@ GS_INLINE void trimmed_mean_tile(const Block<In>& block, int64_t k, int64_t trim
 
 template <class In>
 GS_INLINE void trimmed_mean_block(const Block<In>& block, int64_t k, int64_t trimmed) {
-  constexpr int kVectors = 4;  // for as many chains of comparisons, which do not wait for each other
+  constexpr int kVectors = 4;  // independent chains of comparisons, which need not wait for each other
   constexpr int64_t kColumns = sizeof(Compared<In>) / sizeof(Compared<In>{}[0]);
   alignas(64) In rounded[kBlockColumns];
   In* destination = block.stream ? rounded : block.out;

@@ -14,9 +14,10 @@ namespace {
 constexpr int64_t kMaxSlots = 64;         // per segment
 constexpr int64_t kSlotElements = 65536;  // a slot smaller than this is not worth a thread
 constexpr int64_t kSlotAlignment = 64;    // columns
-// What is summed in one go: longer chains of additions could miss the bound of float64, if all round to the same side.
+// How much is summed in one chain of additions: if all roundings went the same way, longer ones could exceed the error
+// bound for float64.
 constexpr int64_t kPartColumns = 57344;  // whole blocks of most kernels
-constexpr int64_t kPartTerms = 1024;     // each the sum of at least 64 columns, or of a parameter's
+constexpr int64_t kPartTerms = 1024;     // a term is the sum of at least 64 columns, or of a whole parameter
 
 static_assert(GS_MAX_TASKS <= kMaxSlots * 64 && GS_MAX_TASKS <= kSlotElements);
 
@@ -31,7 +32,7 @@ struct Plan {
   int64_t* first_slot;   // [S + 1]
   int64_t* columns;      // [S]
   int64_t* params;       // [P] parameter indices, in order within a segment
-  double* partials;      // [slots][2][T][T]: a slot's sum, and that of its earlier parts
+  double* partials;      // [slots][2][T][T]: a slot's sum, and the sum of its earlier parts
   int64_t bytes;
 
   Plan(const gs_gradients& g, void* workspace) {
@@ -43,7 +44,7 @@ struct Plan {
     params = space.take<int64_t>(g.num_params);
     int64_t total = 0;
     for (int64_t p = 0; p < g.num_params; p++) total += g.numel[p];
-    // No split of the columns into segments needs more slots than this.
+    // An upper bound for every split of the columns into segments.
     const int64_t most = segments + std::min(segments * kMaxSlots, total / (kSlotElements / g.num_tasks));
     partials = space.take<double>(most * 2 * g.num_tasks * g.num_tasks);
     bytes = space.bytes();
@@ -69,8 +70,8 @@ struct Plan {
   }
 };
 
-// If on, this thread's subnormal results are zeros as long as it lives. Each subnormal product in float would take a
-// hundred clocks, and none of them counts (gram.inl).
+// While this object lives, and if on, this thread's subnormal results are zeros: a subnormal float product takes the
+// processor a hundred clocks, and is too small to matter (gram.inl).
 class FlushSubnormals {
  public:
 #if defined(__x86_64__)

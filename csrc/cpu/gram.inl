@@ -1,35 +1,37 @@
 // SPDX-License-Identifier: MIT
-// The Gram kernel, block of columns by block of columns. Two kinds of operands, by the number of rows:
+// The Gram kernel, which works on one block of columns after the other. It reads its operands in one of two ways:
 //   * few rows are read in place;
-//   * many rows are packed into cache in the order in which the tiles read them, so that no stride of the rows can
-//     collide in the cache. The diagonal tiles, which come first and have the fewest products, do so as they read.
-// And two kinds of arithmetic: float64 for float64 inputs and where it costs nothing (kDoubleRows), else float, where
-// at most 16 roundings follow each other before the sum goes on in float64, so that the error is at most
-// 16 * 2^-24 < 1e-6 of |g_i| |g_j|. A block whose squared norms leave the range where that holds is done again in
-// float64.
+//   * many rows are packed into the cache in the order in which the tiles read them, so that rows cannot evict each
+//     other, whatever their stride. The diagonal tiles, which come first and have the fewest products, pack as they
+//     read.
+// The arithmetic is float64 for float64 inputs and where that costs nothing (kDoubleRows), else float: after at most 16
+// roundings in a row a sum continues in float64, so the error is at most 16 * 2^-24 < 1e-6 of |g_i| |g_j|. This holds
+// for a range of squared norms; a block with one outside of it is computed again in float64.
 #include "gram_tile.inl"
 
 namespace gs::GS_ISA {
 
-// float32 rows up to which float64 arithmetic waits for memory anyway. The 16-bit formats bring more values per byte.
+// Up to this many rows float64 arithmetic is no slower than memory. Only for float32: a byte of a 16-bit format holds
+// twice as many values.
 template <class In>
 constexpr int64_t kDoubleRows = sizeof(In) == 4 ? 4 : 0;
-// Rows read in place. The 16-bit formats are converted at each use, so more than one panel of them is packed.
+// Up to this many rows are read in place. 16-bit formats would be converted at each use, so more than one panel of them
+// is packed.
 template <class In>
 constexpr int64_t kDirectRows = sizeof(In) == 2 ? kPanel : 15;
-// 28 lines of such a row, where several tiles read it: fewer make more tiles, with more the memory works in bursts, for
-// each tile fetches rows of its own.
+// Columns of a block that several tiles read in place, 28 cache lines of a row: fewer make more tiles; with more,
+// memory works in bursts, as each tile prefetches rows of its own.
 template <class In>
 constexpr int64_t kDirectColumns = 1792 / sizeof(In);
-constexpr int64_t kTileColumns = 16 * kFold * kStep;  // where a single tile reads it
+constexpr int64_t kTileColumns = 16 * kFold * kStep;  // the same if a single tile reads the rows
 constexpr int64_t kPackedBytes = 262144;
-// 14 lines of a row: fewer make more tiles, more leave the level-1 cache.
+// Packed columns, 14 cache lines of a row: fewer make more tiles, more do not fit the level-1 cache.
 template <class In>
 constexpr int64_t kMaxPackedColumns = 896 / sizeof(In);
 constexpr int64_t kMaxPanels = (GS_MAX_TASKS + kPanel - 1) / kPanel;
 
-// The rows of one block of columns. The tiles take turns to fetch what comes `ahead` elements later, mostly the next
-// block; diagonal ones fetch fewer rows.
+// The rows of one block of columns. The tiles share the prefetching of the data `ahead` elements later, mostly the next
+// block; diagonal tiles, which have fewer products, prefetch fewer rows.
 template <class In>
 struct BlockRows {
   const In* const* rows;
@@ -89,8 +91,8 @@ struct DirectBlock : BlockRows<In> {
   }
 };
 
-// Rows that the diagonal tiles pack; n is a multiple of kStep. What stands in for the missing rows of the last panel is
-// not read off the tiles.
+// Rows that the diagonal tiles pack; n is a multiple of kStep. The last row is repeated to fill the last panel; the
+// products of these copies are ignored.
 template <class V, class In>
 struct PackedBlock : BlockRows<In> {
   V* packed;
@@ -108,7 +110,7 @@ struct PackedBlock : BlockRows<In> {
   }
 };
 
-// Adds a tile's sums to gram. Below the diagonal nothing is written.
+// Adds a tile's sums to gram, in the upper triangle only.
 template <bool Diagonal>
 GS_INLINE void scatter(const double (&sums)[kPanel][4], const int32_t* row, int64_t rows, const int32_t* column,
                        int64_t columns, double* gram, int64_t ld) {
@@ -123,7 +125,7 @@ GS_INLINE void scatter(const double (&sums)[kPanel][4], const int32_t* row, int6
   }
 }
 
-// Adds all products of a block to gram; false, with nothing added, if float cannot hold them.
+// Adds all products of a block to gram; returns false, with nothing added, if float cannot hold them.
 template <class V, class Block>
 bool add_block(Block block, const int32_t* index, int64_t k, double* gram, int64_t ld) {
   double diagonal[kMaxPanels][kPanel][4];
@@ -146,7 +148,8 @@ bool add_block(Block block, const int32_t* index, int64_t k, double* gram, int64
   return true;
 }
 
-// Calls add(block) for the columns of the rows, block after block; the last ones come in buffers of a whole step.
+// Calls add(block) for the columns of the rows, block after block. Columns after the last whole step are copied to
+// zero-padded buffers of one step.
 template <class In, class Row, class Add>
 GS_INLINE void each_block_of_rows(const Row* rows, int64_t k, int64_t n, int64_t columns, int64_t ahead,
                                   const Add& add) {
@@ -169,7 +172,7 @@ GS_INLINE void each_block_of_rows(const Row* rows, int64_t k, int64_t n, int64_t
 
 template <class V, class In>
 void add_direct(const void* const* rows, const int32_t* index, int64_t k, int64_t n, double* gram, int64_t ld) {
-  // A single tile reads each value once; several read it from the level-1 cache.
+  // A single tile reads each value once; several tiles need it in the level-1 cache, so their blocks are shorter.
   const int64_t columns = k <= kPanel ? kTileColumns : kDirectColumns<In>;
   const int64_t ahead = k <= kPanel ? kTileColumns / 4 : columns;
   each_block_of_rows<In>(rows, k, n, columns, ahead, [&](const BlockRows<In>& block) {
@@ -195,7 +198,7 @@ template <class In>
 void gram_of(const void* const* rows, const int32_t* index, int64_t k, int64_t n, double* gram, int64_t ld) {
   using V = std::conditional_t<std::is_same<In, double>::value, vdouble, vfloat>;
   if (k <= kDirectRows<In>) return add_direct<V, In>(rows, index, k, n, gram, ld);
-  constexpr int64_t kPadding = kMaxPackedColumns<In> * kPanel * sizeof(double);  // the last panel may be part-empty
+  constexpr int64_t kPadding = kMaxPackedColumns<In> * kPanel * sizeof(double);  // for the fill of the last panel
   alignas(64) char space[kPackedBytes + kPadding];
   add_packed<V, In>(rows, index, k, n, space, gram, ld);
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// The Gram kernel of many bfloat16 rows on the matrix unit, which multiplies bfloat16 numbers and adds up in float.
-// Such a product is exact, and sums are made in three steps: two chains of 8 products, their sum, and a chain of 8 of
-// those. So at most 15 roundings follow each other before the sum goes on in float64, and the error is at most 15 *
-// 2^-24 < 1e-6 of |g_i| |g_j|. Columns whose squared norms leave the range where that holds are left to the vector
-// kernel.
+// The Gram kernel of many bfloat16 rows on the matrix unit, which multiplies bfloat16 numbers and adds in float. Such a
+// product is exact, and a block's sum has three levels: chains of 8 products, sums of two such chains, and a chain of 8
+// of these sums. So at most 15 roundings follow each other before the sum continues in float64, and the error is at
+// most 15 * 2^-24 < 1e-6 of |g_i| |g_j|. This holds for a range of squared norms; blocks with one outside of it are
+// left to the vector kernel.
 #include "simd.inl"
 
 namespace gs {
@@ -19,7 +19,7 @@ namespace GS_ISA {
 typedef uint32_t vpairs __attribute__((vector_size(64)));  // 16 pairs of bfloat16
 
 constexpr int64_t kRows = 16;           // of a tile
-constexpr int64_t kTileColumns = 16;    // half of what a tile holds: the chains are half as long
+constexpr int64_t kTileColumns = 16;    // half of what a tile could hold, to make the chains half as long
 constexpr int64_t kPairColumns = 32;    // in a vector of pairs
 constexpr int64_t kBlockColumns = 128;  // packed, and summed in float, in one go
 constexpr int64_t kMaxPanels = (GS_MAX_TASKS + kRows - 1) / kRows;
@@ -80,8 +80,8 @@ GS_INLINE void transpose(const __m512i (&rows)[kRows], vpairs* to) {
   }
 }
 
-// Packs n columns of up to 16 rows, with zeros up to a whole vector of columns, and fetches the next block's. What
-// stands in for missing rows is multiplied, but not read.
+// Packs n columns of up to 16 rows, with zeros up to a whole vector of columns, and prefetches the next block. The last
+// row is repeated to fill the panel; products of these copies are ignored.
 inline void pack(const bfloat16* const* rows, int64_t count, int64_t n, Panel& panel) {
   for (int64_t c = 0; c < n; c += kPairColumns) {
     const __mmask32 present = n - c >= kPairColumns ? ~0u : (1u << (n - c)) - 1;
@@ -107,7 +107,7 @@ inline void multiply(const Panel& a, const Panel& b, int64_t n, Products& produc
   tiles::store<kSum>(products.of, sizeof(products.of[0]));
 }
 
-// Adds the products of two panels to gram; with diagonal, those not below its diagonal.
+// Adds the products of two panels to gram; with `diagonal`, only the upper triangle.
 inline void add(const Products& products, bool diagonal, const int32_t* row, int64_t rows, const int32_t* column,
                 int64_t columns, double* gram, int64_t ld) {
   const bool adjacent = column[columns - 1] - column[0] == columns - 1;
@@ -129,7 +129,7 @@ inline void add(const Products& products, bool diagonal, const int32_t* row, int
   }
 }
 
-// Adds the products of n columns to gram; false, with nothing added, if float cannot hold them.
+// Adds the products of n columns to gram; returns false, with nothing added, if float cannot hold them.
 inline bool add_block(const bfloat16* const* rows, const int32_t* index, int64_t k, int64_t n, Space& space,
                       double* gram, int64_t ld) {
   const int64_t panels = (k + kRows - 1) / kRows;
@@ -144,7 +144,7 @@ inline bool add_block(const bfloat16* const* rows, const int32_t* index, int64_t
   const auto add_products = [&](const Products& products, int64_t p, int64_t q) {
     add(products, p == q, index + p * kRows, rows_of(p), index + q * kRows, rows_of(q), gram, ld);
   };
-  // Two panels are multiplied before the products of two others are added: the unit and the vectors overlap.
+  // The next two panels are multiplied before the last product is added to gram: matrix and vector units overlap.
   for (int64_t p = 0; p < panels; p++) {
     const Products* before = &space.diagonal[p];
     for (int64_t q = p + 1; q < panels; q++) {
@@ -158,7 +158,7 @@ inline bool add_block(const bfloat16* const* rows, const int32_t* index, int64_t
 }
 
 // Adds the products of the columns from start on; returns the first column of a block that float cannot hold, else n.
-// Not inlined: the vector kernel, which goes on there, needs a stack of that size, too.
+// Not inlined, so that its large stack frame is gone when the vector kernel, with one as large, takes that block.
 __attribute__((noinline)) int64_t add_blocks(const void* const* rows, const int32_t* index, int64_t k, int64_t start,
                                              int64_t n, double* gram, int64_t ld) {
   Space space;
@@ -179,11 +179,11 @@ inline bool is_granted() {
 
 void gram(const void* const* rows, const int32_t* index, int64_t k, gs_dtype dtype, int64_t n, double* gram,
           int64_t ld) {
-  // A panel takes as long with fewer rows.
+  // A panel of fewer than 16 rows takes as long as a full one.
   const bool pays = dtype == GS_BFLOAT16 && (k == kRows || k >= 24);
   if (!pays || !is_granted()) return avx512::gram(rows, index, k, dtype, n, gram, ld);
   for (int64_t start = 0; (start = add_blocks(rows, index, k, start, n, gram, ld)) < n;) {
-    // The next blocks will be like this one.
+    // float probably cannot hold the next blocks either, so the vector kernel takes eight.
     const int64_t columns = std::min(8 * kBlockColumns, n - start);
     const void* rest[GS_MAX_TASKS];
     for (int64_t r = 0; r < k; r++) rest[r] = static_cast<const bfloat16*>(rows[r]) + start;

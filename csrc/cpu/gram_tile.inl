@@ -38,8 +38,8 @@ struct PackingRows {
   }
 };
 
-// Rows of the next block that a tile fetches, so that memory works while the registers do. Into the level-2 cache: the
-// level-1 cache has too few outstanding misses.
+// Rows of the next block that a tile prefetches, so that loads overlap with arithmetic. Into the level-2 cache: the
+// level-1 cache allows too few outstanding misses.
 template <class In>
 struct Fetch {
   const In* row[4];
@@ -63,8 +63,8 @@ GS_INLINE void clear(V (&acc)[R][C]) {
   }
 }
 
-// acc[r][c] = a_r b_c summed over steps begin..end; on the diagonal a is b, and only r <= c counts. Small tiles sum in
-// several sets of registers, as the next product need not wait for the last one then.
+// acc[r][c] = a_r b_c summed over steps begin..end; on the diagonal a is b, and only r <= c is computed. Small tiles
+// use several sets of accumulators, so that a product need not wait for the one before.
 template <bool Diagonal, class V, int R, int C, class A, class B, class F>
 GS_INLINE void sum_products(const A& a, const B& b, int64_t begin, int64_t end, const F& fetch, V (&acc)[R][C]) {
   constexpr int kSets = R * C == 1 ? 8 : R * C <= 4 ? 4 : 1;

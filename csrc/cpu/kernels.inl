@@ -3,7 +3,7 @@
 // vector), GS_PANEL (rows per register tile) and GS_TABLE, after it has chosen the compilation target.
 
 #include "simd.inl"
-// The kernels read the vector types of simd.inl, and two of them the blocks.
+// The kernels use the vector types of simd.inl, the two that write directions also blocks.inl.
 #include "blocks.inl"
 #include "combine.inl"
 #include "combine_by_rule.inl"

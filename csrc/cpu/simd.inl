@@ -8,7 +8,7 @@ constexpr int64_t kLanes = GS_LANES;
 constexpr int64_t kStep = 2 * kLanes;  // columns per iteration: two vectors of doubles, one of floats
 
 template <class In>
-constexpr int64_t kLine = std::min<int64_t>(kStep, 64 / sizeof(In));  // those of a step that a line of the cache holds
+constexpr int64_t kLine = std::min<int64_t>(kStep, 64 / sizeof(In));  // columns of a step in one cache line
 
 typedef double vdouble __attribute__((vector_size(8 * GS_LANES)));
 typedef int64_t vint64 __attribute__((vector_size(8 * GS_LANES)));
@@ -30,7 +30,7 @@ GS_INLINE void store_as(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// Between kLanes floats and doubles. The intrinsics are here because GCC splits these conversions of whole registers.
+// Convert kLanes floats to doubles and back. Intrinsics, because GCC splits these conversions of whole registers.
 GS_INLINE vdouble widen(vhalf x) {
 #if GS_LANES == 8
   return (vdouble)_mm512_cvtps_pd((__m256)x);
@@ -133,7 +133,7 @@ GS_INLINE void store_doubles(float16* p, vdouble v) {
   const vuint32 subnormal = (vuint32)((vhalf)bits + 0.5f) - 0x3f000000u;
   const vuint32 normal = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
   const vuint32 is_small = (vuint32)(bits < (113u << 23));
-  const vuint32 is_large = (vuint32)(bits >= 0x477ff000u);  // rounds to 65536 or more
+  const vuint32 is_large = (vuint32)(bits >= 0x477ff000u);  // rounds to 65536 or more: infinity
   const vuint32 is_nan = (vuint32)(bits > 0x7f800000u);
   vuint32 half = (subnormal & is_small) | (normal & ~is_small);
   half = (0x7c00 & is_large) | (half & ~is_large);
@@ -142,7 +142,7 @@ GS_INLINE void store_doubles(float16* p, vdouble v) {
 #endif
 }
 
-// Copies past the cache where the destination's alignment allows it; stream_fence ends a sequence of copies.
+// Copies past the cache if the destination's alignment allows it; stream_fence() must end a sequence of copies.
 GS_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
 #if GS_LANES == 8
   if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && bytes % 64 == 0) {
@@ -177,7 +177,7 @@ using vmask = std::conditional_t<std::is_same<V, vdouble>::value, vint64, vint32
 #define GS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vmask<std::decay_t<decltype(a)>>{__VA_ARGS__})
 #endif
 
-// The four lane sums of a, b, c, d.
+// sums[0..3] = the sum of all lanes of a, of b, of c and of d.
 GS_INLINE void lane_sums(vdouble a, vdouble b, vdouble c, vdouble d, double* sums) {
 #if GS_LANES == 8
   const vdouble ab = GS_SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + GS_SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
@@ -196,7 +196,7 @@ GS_INLINE void lane_sums(vdouble a, vdouble b, vdouble c, vdouble d, double* sum
 #endif
 }
 
-// The sums of a, b, c, d over each four lanes that share 16 bytes, as quads of (a, b, c, d).
+// Sums each group of four lanes (16 bytes) of a, b, c and d; each group of the result holds (a, b, c, d)'s sums.
 GS_INLINE vfloat quad_sums(vfloat a, vfloat b, vfloat c, vfloat d) {
 #if GS_LANES == 8
   const __m512 ab = _mm512_unpacklo_ps((__m512)a, (__m512)b) + _mm512_unpackhi_ps((__m512)a, (__m512)b);

@@ -14,7 +14,7 @@ namespace gs {
 namespace {
 
 // Calls solve(b, problem, weights) for each finite problem b of matrices [batch, T, T]; the weights of others are NaN.
-// operations: about how many each takes, for threads pay off only beyond a few microseconds of work.
+// operations: roughly how many a problem takes, as threads pay off only beyond a few microseconds of work.
 template <class Solve>
 void each_problem(const gs_parallel* parallel, const double* matrices, int64_t batch, int64_t num_tasks,
                   int64_t operations, double* weights, const Solve& solve) {

@@ -27,7 +27,7 @@ namespace gs::tiles {
 
 constexpr int kTileData = 18;  // XFEATURE_XTILEDATA
 
-// Whether this machine and its system have the unit.
+// Whether the processor has the unit and the operating system supports it.
 inline bool exist() {
   unsigned words[4] = {};
   constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
@@ -38,13 +38,14 @@ inline bool exist() {
   return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1);
 }
 
-// Asks the system to let this process use the unit; whether it does.
+// Asks the operating system to let this process use the unit; returns whether it may.
 inline bool request() {
   constexpr int kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
-// In bytes, for not every assembler knows the instructions, and GCC's intrinsics do not say that they access memory.
+// The instructions are written as bytes: not every assembler knows them, and GCC's intrinsics do not declare that they
+// access memory.
 inline void configure(const Shapes& shapes) {
   asm volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0x00" ::"a"(&shapes), "m"(shapes));  // ldtilecfg (%rax)
 }
@@ -64,9 +65,9 @@ inline void store(void* rows, int64_t stride) {
   // tilestored (%rax,%rdx)
   asm volatile(".byte 0xc4, 0xe2, 0x7a, 0x4b, 0x04 + 8 * %c2, 0x10" ::"a"(rows), "d"(stride), "i"(Tile) : "memory");
 }
-// sum[i][j] += sum_k left[i][2k] right[k][2j] + left[i][2k + 1] right[k][2j + 1], of bfloat16 numbers in float: those
-// of even and of odd index are summed in order of k, by fused multiply-adds from 0 on, then added, and this is added to
-// sum. Subnormal numbers are zeros, as operands and as results.
+// sum[i][j] += sum_k left[i][2k] right[k][2j] + left[i][2k + 1] right[k][2j + 1], bfloat16 products summed in float.
+// The products of even index and those of odd index form two sums, each in order of k by fused multiply-adds from 0 on;
+// the two sums are added, and the result is added to sum. Subnormal operands and results count as zeros.
 template <int Sum, int Left, int Right>
 inline void multiply() {
   // tdpbf16ps

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Stages 2 to 4 on the GPU: in one launch where that can be, else one after the other.
+// Stages 2 to 4 on the GPU: in one launch if possible, else one after the other.
 #include <algorithm>
 
 #include "cpu/boundary.h"
@@ -9,15 +9,16 @@
 namespace gs::gpu {
 namespace {
 
-// A slot below this is not worth a block.
+// A smaller slot is not worth a block.
 constexpr int64_t kMinColumns = 256;
 constexpr int kMaxSlots = 256;
-// Of 16-bit formats, whose products from shared memory cost twice as much a byte; more take the stages.
+// The limit for 16-bit formats, whose products from shared memory cost twice as much per byte; with more bytes separate
+// launches are faster.
 constexpr int64_t kMaxShortBytes = 16 << 20;
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Fills in all of the table but the solver's options; false if one launch cannot serve.
+// Fills in all of the table except the solver's options; false if one launch cannot do the work.
 bool plan_fused(const gs_gradients& g, const gs_solve& solve, void* const* out, const Traits& traits, AnyTable& table,
                 int32_t& dtype) {
   const int64_t tasks = g.num_tasks;
@@ -111,7 +112,7 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
     table.seed = solve->seed;
     table.step = solve->step;
     const gs_status status = launch_fused(table, dtype, static_cast<double*>(workspace), gram, weights, stream);
-    // A part of the GPU may not run all blocks at once.
+    // GS_UNSUPPORTED: a part of a GPU (MIG) may be too small to run all blocks at once.
     if (status != GS_UNSUPPORTED) return status;
   }
   gs_status status = gs_gram_cuda(grads, gram, workspace, workspace_bytes, stream);

@@ -9,13 +9,13 @@ namespace gs::gpu {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-// Rows of which a lane loads together, and in so many steps; blocks that a multiprocessor runs at once. Where columns
-// are many, more blocks hide the latency of memory better than more loads of each; where they leave no more blocks
-// anyway, the reverse. Rows that are read element by element take more registers.
+// A lane loads `rows` rows together, over `steps` steps; a multiprocessor runs `blocks` blocks at once. With many
+// columns, more blocks hide the latency of memory better than more loads per block; with few columns there are no more
+// blocks, so each loads more. Rows that are read element by element take more registers.
 struct Shape {
   int steps, rows, blocks;
 };
-enum class Layout { kFew, kMany, kShifted };  // columns, or rows of different alignments
+enum class Layout { kFew, kMany, kShifted };  // few or many columns; rows of different alignments
 constexpr Shape shape_of(int64_t bytes, int64_t num_tasks, Layout layout) {
   if (num_tasks <= 2) return bytes == 2 ? Shape{2, 2, 3} : Shape{4, 2, 2};
   if (num_tasks <= 4 || (num_tasks > 8 && num_tasks <= 12)) return {1, 4, 4};  // eight rows would be half absent
@@ -24,15 +24,15 @@ constexpr Shape shape_of(int64_t bytes, int64_t num_tasks, Layout layout) {
   return layout == Layout::kFew ? Shape{1, 16, 1} : Shape{1, 8, 2};
 }
 
-// Columns that a block takes at a time, and whether there are more than all blocks take at once.
+// A block's columns per turn, and whether there are more columns than all blocks take in one turn.
 constexpr int64_t turn_of(int64_t bytes, const Shape& shape) { return kThreads * 16 / bytes * shape.steps; }
 bool are_many(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t processors) {
   const Shape shape = shape_of(bytes, num_tasks, Layout::kFew);
   return columns > processors * shape.blocks * turn_of(bytes, shape);
 }
 
-// Slots of a few turns, the fewer the more rows a turn has, whose last wave leaves the fewest blocks idle. Where
-// columns are few, which may be those of many short rows, slots of turns of a warp.
+// With many columns a slot is a few turns of a block (fewer for more rows), as many as leave the fewest blocks idle in
+// the last wave. With few columns, which may belong to many short rows, slots are multiples of a warp's turn.
 int64_t width_of(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t processors) {
   const bool many = are_many(columns, bytes, num_tasks, processors);
   const Shape shape = shape_of(bytes, num_tasks, many ? Layout::kMany : Layout::kFew);
@@ -43,7 +43,7 @@ int64_t width_of(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t proc
   }
   const auto time = [&](int64_t share) {
     const int64_t slots = (turns + share - 1) / share, waves = (slots + at_once - 1) / at_once;
-    return waves * (2 * share + 1);  // a block's beginning takes half a turn
+    return waves * (2 * share + 1);  // starting a block takes half as long as a turn
   };
   int64_t best = 1;
   for (int64_t share = 2; share <= 64 / (num_tasks * shape.steps) && share <= 8 / shape.steps; share++) {
@@ -52,17 +52,17 @@ int64_t width_of(int64_t columns, int64_t bytes, int64_t num_tasks, int64_t proc
   return turn * best;
 }
 
-// The order in which blocks take the slots. What the Gram kernel read last is still in the level-2 cache: the ends of
-// its own slots, which it goes through side by side. So the first blocks take the last slot within each of those, the
-// next ones the slots before, and so on.
+// The order in which blocks take the slots. The level-2 cache still holds what the Gram kernel read last: the ends of
+// all its own (wider) slots, which it processes in parallel. So the first blocks take the last slot within each of
+// those, the next blocks the slots before, and so on.
 struct SlotOrder {
   static constexpr int kShift = 20;
   int32_t groups = 1;  // Gram slots
   int32_t slots;
-  int64_t ratio;  // slots of a group, times 2^kShift; it need not be a whole number
+  int64_t ratio;  // slots per group (may be a fraction), times 2^kShift
 
   SlotOrder(const Table& table, int64_t columns, int64_t gram_width) : slots(table.slots) {
-    // Where there are several runs, or few slots in each of the Gram kernel's, from the last slot to the first.
+    // With several runs, or if a Gram slot holds few slots, a single group: from the last slot to the first.
     if (table.runs == 1 && gram_width >= 3 * table.width) {
       groups = static_cast<int32_t>((columns + gram_width - 1) / gram_width);
     } else {
@@ -87,10 +87,10 @@ struct SlotOrder {
   }
 };
 
-// The rows that count in a block's segment: those with a weight other than 0.
+// The rows of a block's segment that have a weight other than 0.
 struct Terms {
   double weight[GS_MAX_TASKS];
-  int32_t of_warp[kWarps];  // apart from what other warps write while this is read
+  int32_t of_warp[kWarps];  // not shared with `row`, which other warps may write while this is read
   int32_t row[GS_MAX_TASKS];
   int32_t count;
 };
@@ -117,7 +117,7 @@ GS_DEVICE void find_terms(const double* own, int num_tasks, Terms& terms) {
   if (t == 0) terms.count = all;
 }
 
-// With more than one step, kRows holds all tasks, so that the sums of a step do not wait for those of the others.
+// With more than one step kRows >= T: all rows of all steps are loaded together, so no step waits for another.
 template <class In, int kSteps, int kRows, int kBlocks>
 GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
     combine_kernel(GS_ARGUMENT(Table) table, SlotOrder order, int num_tasks, const double* weights, bool accumulate) {
@@ -146,7 +146,7 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
       turns.load(row, lane, unit, load_last<Vector<In>>, x);
 #pragma unroll
       for (int u = 0; u < kRows; u++) {
-        // An absent row counts as zero, also where its weight is not finite.
+        // An absent row counts as zero, even if its weight is not finite.
         if (!row[u]) continue;
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
@@ -158,7 +158,7 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
     const int output[1] = {num_tasks};
     In* out[1];
     turns.get_rows(output, out);
-    if (!out[0]) continue;  // tables have no such parameters, but load and store would test for them
+    if (!out[0]) continue;  // never NULL (fill_tables.cuh), but this saves tests in load and store
     if (accumulate) {
       const In* const before[1] = {out[0]};
       Vector<In> x[kSteps][1];
@@ -179,7 +179,7 @@ GS_KERNEL GS_BLOCKS(kThreads, kBlocks)
   }
 }
 
-// In the shape for so many tasks.
+// Launches with the shape for kTasks tasks.
 template <class In, int64_t kTasks, Layout kLayout>
 gs_status launch_combine(const Table& table, const SlotOrder& order, const gs_gradients& grads, const double* weights,
                          bool accumulate, gs_stream stream) {
@@ -207,7 +207,7 @@ gs_status gs_combine_cuda(const gs_gradients* grads, const double* weights, void
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
   const SlotWidth gram_width{grads->num_tasks, traits.fast_double, traits.overlaps};
-  int64_t columns = 0;  // of the table that comes next
+  int64_t columns = 0;  // of the next table
   const auto width = [&](int64_t all_columns, int32_t dtype) {
     columns = all_columns;
     return width_of(columns, gs::element_bytes(dtype), grads->num_tasks, traits.processors);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Stage 4 of the methods that need the gradients themselves, on the GPU.
+// Stage 4 on the GPU of the methods that work on the gradients instead of on G.
 #include "cuda/combine_by_rule.cuh"
 #include "cuda/fill_tables.cuh"
 #include "cuda/launch.cuh"
@@ -7,7 +7,7 @@
 namespace gs::gpu {
 namespace {
 
-// Slots of a few vectors of each lane, of one row, that about eight blocks a multiprocessor share.
+// A slot is one or more vectors per lane and row, so that there are about eight blocks for each multiprocessor.
 int64_t width_of(int64_t columns, int32_t dtype, int64_t processors) {
   const int64_t turn = kRowsThreads * 16 / gs::element_bytes(dtype), turns = (columns + turn - 1) / turn;
   return turn * std::max<int64_t>(1, turns / (8 * processors));
@@ -31,7 +31,7 @@ gs_status gs_combine_by_rule_cuda(const gs_gradients* grads, const gs_rule* rule
     return status;
   Traits traits;
   if (const gs_status status = get_traits(traits)) return status;
-  gs_gradients whole = *grads;  // without segments, which do not matter
+  gs_gradients whole = *grads;  // without segments, which rules ignore
   whole.segment = nullptr;
   whole.num_segments = 1;
   const auto width = [&](int64_t columns, int32_t dtype) { return width_of(columns, dtype, traits.processors); };
@@ -43,6 +43,6 @@ gs_status gs_combine_by_rule_cuda(const gs_gradients* grads, const gs_rule* rule
     const gs_status status = launch_rule(table, static_cast<int>(whole.num_tasks), *rule, accumulate != 0, stream);
     if (status != GS_OK) return status;
   }
-  // After every block has read the counter.
+  // A separate launch: every block has read the counter by then.
   return rule->kind == GS_GRADDROP ? advance(rule->step, stream) : GS_OK;
 }

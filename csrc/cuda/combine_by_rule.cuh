@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the kernels of the coordinate-wise rules share. The rows go by once, and each lane keeps what it needs of them.
+// Shared code of the kernels of the coordinate-wise rules, which read each row once and keep running values per lane.
 #pragma once
 #include "cuda/turns.cuh"
 
@@ -7,7 +7,7 @@ namespace gs::gpu {
 
 constexpr int kRowsThreads = 256;
 template <class In>
-constexpr int kRows = sizeof(In) == 2 ? 2 : 4;  // of which a lane loads together
+constexpr int kRows = sizeof(In) == 2 ? 2 : 4;  // rows that a lane loads together
 
 template <class In>
 using WarpTurns = Turns<In, kWarp, 1>;
@@ -17,7 +17,7 @@ GS_DEVICE WarpTurns<In> turns_of(const Table& table) {
   return {table, block(), thread() / kWarp, threads() / kWarp};
 }
 
-// A lane's vectors of the tasks from `first` on; zeros beyond the last one.
+// A lane's vectors of the tasks from `first` on; zeros beyond the last task.
 template <class In, int kCount>
 GS_DEVICE void load_rows(const WarpTurns<In>& turns, const Unit (&unit)[1], int first, int num_tasks,
                          Vector<In> (&x)[1][kCount]) {
@@ -29,7 +29,7 @@ GS_DEVICE void load_rows(const WarpTurns<In>& turns, const Unit (&unit)[1], int 
   turns.load(row, thread() % kWarp, unit, load_last<Vector<In>>, x);
 }
 
-// Rounds a lane's results to the output, which the table has behind the tasks.
+// Rounds a lane's results to the output, whose pointer follows those of the tasks in the table.
 template <class In>
 GS_DEVICE void store_results(const WarpTurns<In>& turns, const Unit (&unit)[1], int num_tasks, bool accumulate,
                              double (&result)[kVector<In>]) {
@@ -48,7 +48,7 @@ GS_DEVICE void store_results(const WarpTurns<In>& turns, const Unit (&unit)[1], 
   turns.store(out[0], thread() % kWarp, 0, unit[0], rounded);
 }
 
-// One dtype's columns. accumulate: adds to the outputs.
+// Each handles the columns of one dtype. accumulate: adds to the outputs.
 gs_status launch_graddrop(const Table& table, int num_tasks, const gs_rule& rule, bool accumulate, gs_stream stream);
 gs_status launch_trimmed_mean(const Table& table, int num_tasks, const gs_rule& rule, bool accumulate,
                               gs_stream stream);

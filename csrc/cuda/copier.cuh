@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: MIT
-// Copies of rows to shared memory, several stages ahead of their use, so that enough bytes are under way whatever the
-// registers hold.
+// Copies of rows to shared memory, several stages ahead of their use, so that enough bytes are in flight without taking
+// registers.
 #pragma once
 #include "cuda/turns.cuh"
 
 namespace gs::gpu {
 
-// Whether the rows of a stage are still to be shifted; below it, 3 bits for each row of a group of lanes: by how many
-// elements.
+// A stage's mark has this bit if its rows are still to be shifted; its lower bits hold, in 3 bits for each row of a
+// group of lanes, by how many elements.
 constexpr uint32_t kToShift = 1u << 31;
 
-// A thread's part of the stages of a slot, of which each is a turn. A stage holds kSlices slices, each of one vector
-// for each of the kLanes lanes of a row. Rows that differ in their alignment come as the aligned vectors in which they
-// lie, one more than the lanes have, and are shifted when they are there. Layout says where:
-//   * kLanes, lane(): the lanes that share a row, and the number of one of them;
-//   * kRows, kSlices: the rows of a thread at most, the vectors of each;
-//   * kShifts: whether there are such rows;
-//   * row(r), holds(r): the task of the thread's r-th row, and whether the stage has one;
-//   * place(r, slice, lane): of a vector of one of the row's lanes in a stage;
-//   * extra(r), mark(): of the one more, and of the word that says what to shift, in words.
-// What a stage has of tasks beyond the last one is not written, nor are their products.
+// A thread's part in copying the stages of a slot; a stage is one turn of columns. It holds kSlices slices, each with
+// one vector for each of the kLanes lanes of a row. Rows of different alignments are copied as the aligned vectors that
+// contain them, one more than the lanes have, and are shifted once they have arrived. Layout defines:
+//   * kLanes, lane(): the lanes that share a row, and this thread's number among them;
+//   * kRows, kSlices: the most rows of a thread, and the vectors of each;
+//   * kShifts: whether rows may have to be shifted;
+//   * row(r), holds(r): the task of the thread's r-th row, and whether the stage has that row;
+//   * place(r, slice, lane): the place in a stage of a lane's vector of a row;
+//   * extra(r), mark(): the place of the additional vector, and that of the mark, the latter in words.
+// The places of tasks beyond the last one are not written, and their products are not used.
 template <class In, class Layout>
 class Copier {
  public:
@@ -58,7 +58,7 @@ class Copier {
         for (int slice = 0; slice < Layout::kSlices; slice++) {
           copy(layout_.place(r, slice, layout_.lane()), slice * Layout::kLanes + layout_.lane(), kVector<In>);
         }
-        // Of the last vector only what is shifted out of it: the rest may be beyond the row.
+        // Only the needed part of the last vector is read: the rest may lie beyond the row.
         if (layout_.lane() == Layout::kLanes - 1) copy(layout_.extra(r), Layout::kSlices * Layout::kLanes, shift);
       }
     }
@@ -68,7 +68,7 @@ class Copier {
     if (turns_.next()) open();
   }
 
-  // To be called by all lanes of a warp when their copies to a stage have arrived.
+  // All lanes of a warp must call this after their copies to a stage have arrived.
   GS_DEVICE void straighten(Vector<In>* stage) const {
     if constexpr (Layout::kShifts) {
       sync_warp();
@@ -78,7 +78,7 @@ class Copier {
   }
 
  private:
-  // Where all lanes read the same rows, looking them up each time costs less than registers.
+  // If all lanes of a warp read the same rows, looking up the pointers each time costs less than the registers.
   static constexpr bool kKeepsRows = Layout::kLanes < kWarp;
   static constexpr int64_t kStep = Piece<In, Layout::kLanes>::kStep;
 
@@ -91,7 +91,8 @@ class Copier {
       for (int slice = 0; slice < Layout::kSlices; slice++) visit(r, slice, layout_.place(r, slice, layout_.lane()));
     }
   }
-  // The rest of rows: vectors as elsewhere, single columns all at once, before their values are waited for.
+  // Copies the rest of rows beside whole steps: vectors asynchronously; single columns with all loads issued before the
+  // first value is used.
   GS_DEVICE void copy_units(const Unit (&unit)[Layout::kSlices], Vector<In>* stage) const {
     each_vector([&](int r, int slice, int place) {
       const bool exists = rows_[r] && unit[slice].columns == kVector<In>;
@@ -130,7 +131,7 @@ class Copier {
                        : slice + 1 < Layout::kSlices      ? layout.place(r, slice + 1, 0)
                                                           : layout.extra(r)];
         }
-        sync_warp();  // before it is overwritten
+        sync_warp();  // all lanes have read their vectors before one is overwritten
         if (layout.holds(r)) stage[place] = shifted(own, next, mark >> 3 * r & 7);
       }
     }
@@ -153,8 +154,8 @@ class Copier {
   const In* rows_[Layout::kRows];
 };
 
-// Fills a ring of kStages stages and calls use(stage) for each, in order. The copies of a thread have arrived when it
-// uses them, and before_use() is called ahead of that, where it shall see those of others as well.
+// Fills a ring of kStages stages and calls use(stage) for each, in order. By then the thread's own copies have arrived;
+// before_use(), called just before, must synchronize if use() reads the copies of other threads.
 template <int kStages, class In, class Layout, class BeforeUse, class Use>
 GS_DEVICE void for_each_stage(Copier<In, Layout>& ahead, Vector<In>* ring, int stage_vectors,
                               const BeforeUse& before_use, const Use& use) {
@@ -165,7 +166,7 @@ GS_DEVICE void for_each_stage(Copier<In, Layout>& ahead, Vector<In>* ring, int s
       ahead.straighten(ring + (at + 1 == kStages ? 0 : at + 1) * stage_vectors);
       before_use();
     }
-    // The stage that is filled was used in the last turn.
+    // Fills the stage that was used in the last iteration.
     if (!ahead.done()) {
       ahead.fill(ring + at * stage_vectors);
       filled++;

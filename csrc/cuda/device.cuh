@@ -15,8 +15,8 @@
 
 #define GS_KERNEL __global__ void
 #define GS_DEVICE __device__ __forceinline__
-#define GS_RARE __device__ __noinline__                 // called rarely: its registers do not count in the caller
-#define GS_ARGUMENT(type) const __grid_constant__ type  // that stays in constant memory
+#define GS_RARE __device__ __noinline__                 // called rarely: must not add to the caller's registers
+#define GS_ARGUMENT(type) const __grid_constant__ type  // an argument that stays in constant memory
 #define GS_BLOCKS(threads, blocks) __launch_bounds__(threads, blocks)  // threads a block, blocks a multiprocessor
 
 namespace gs::gpu {
@@ -30,10 +30,10 @@ GS_DEVICE int64_t block() { return blockIdx.x; }
 
 GS_DEVICE void sync_block() { __syncthreads(); }
 GS_DEVICE void sync_warp() { __syncwarp(); }
-// All threads of a launch_together, which then see what the others wrote to memory.
+// A barrier for all threads of a launch_together; after it they see what the others wrote to memory.
 GS_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
-// sync_block() for the blocks of a cluster (launch_clusters) in two halves: the second waits until all have been at the
-// first, and shows what they wrote to shared memory before it.
+// A barrier for the blocks of a cluster (launch_clusters) in two halves: wait_cluster() waits until all threads have
+// called arrive_cluster(), and then sees what they wrote to shared memory before that.
 GS_DEVICE void arrive_cluster() {
 #if __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().barrier_arrive();
@@ -44,7 +44,7 @@ GS_DEVICE void wait_cluster() {
   cooperative_groups::this_cluster().barrier_wait();
 #endif
 }
-// What lies at p in the shared memory of another block of the cluster.
+// The address of p's counterpart in the shared memory of another block of the cluster.
 template <class T>
 GS_DEVICE T* shared_of(int block_of_cluster, T* p) {
 #if __CUDA_ARCH__ >= 900
@@ -53,17 +53,17 @@ GS_DEVICE T* shared_of(int block_of_cluster, T* p) {
   return p;
 #endif
 }
-// sync_block(), and whether any thread brought true.
+// sync_block(); returns whether any thread passed true.
 GS_DEVICE bool any_of_block(bool value) { return __syncthreads_or(value); }
 
-// The value of the lane whose number differs by mask.
+// The value of the lane whose number is this lane's xor mask.
 GS_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 // The value of one lane.
 GS_DEVICE double shuffle(double value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 GS_DEVICE uint32_t min_of_warp(uint32_t value) { return __reduce_min_sync(0xffffffffu, value); }
 
 GS_DEVICE bool all_of_warp(bool value) { return __all_sync(0xffffffffu, value); }
-// Bit i: whether lane i brought true.
+// Bit i: whether lane i passed true.
 GS_DEVICE uint32_t ballot_of_warp(bool value) { return __ballot_sync(0xffffffffu, value); }
 GS_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
@@ -86,7 +86,7 @@ GS_DEVICE void multiply_double(double (&d)[4], const double (&a)[4], const doubl
 #endif
 }
 
-// d = a b + c for a 16 x 16 matrix a of rows, b of columns, both of 16-bit values in pairs; lane 4 g + k holds
+// d = a b + c for a 16 x 16 matrix a and a 16 x 8 matrix b of 16-bit values, two to a word; lane 4 g + k holds
 // a[g][2 k, 2 k + 1], a[g + 8][..], a[g][2 k + 8, 2 k + 9], a[g + 8][..]; b[2 k, 2 k + 1][g], b[2 k + 8, 2 k + 9][g];
 // c and d[g][2 k], d[g][2 k + 1], d[g + 8][2 k], d[g + 8][2 k + 1]. The sums may be truncated instead of rounded.
 GS_DEVICE void multiply_bfloat(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
@@ -101,15 +101,15 @@ GS_DEVICE void multiply_half(float (&d)[4], const uint32_t (&a)[4], const uint32
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
-// The same for a 16 x 8 matrix a and tf32 values: one where the others have a pair.
+// The same for a 16 x 8 matrix a, an 8 x 8 matrix b and tf32 values, one to a word.
 GS_DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%10, %11, %12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
-// Four 8 x 8 matrices of 16-bit values from shared memory, the rows of the first one at the addresses of lanes 0 to 7,
-// of the second one at those of lanes 8 to 15, and so on: lane 4 g + k gets word k of row g of each.
+// Loads four 8 x 8 matrices of 16-bit values from shared memory. Lanes 0 to 7 pass the addresses of the first one's
+// rows, lanes 8 to 15 those of the second one's, and so on; lane 4 g + k gets word k of row g of each.
 GS_DEVICE void load_matrices(uint32_t (&word)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
@@ -121,7 +121,7 @@ GS_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
 GS_DEVICE uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 GS_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
-// To nearest even.
+// Rounds to nearest even.
 GS_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
 GS_DEVICE uint16_t float_to_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 
@@ -132,8 +132,8 @@ GS_DEVICE T& shared() {
   return *reinterpret_cast<T*>(shared_bytes);
 }
 
-// 16 aligned bytes of memory: to be read again by a later kernel, from the level-2 cache if it is still there, or for
-// the last time.
+// Load 16 aligned bytes of memory: load_first if a later kernel will read them again, so that the level-2 cache should
+// keep them, load_last if this is the last read.
 template <class V>
 GS_DEVICE V load_first(const V* p) {
   static_assert(sizeof(V) == 16);
@@ -154,7 +154,7 @@ GS_DEVICE V load_last(const V* p) {
   return value;
 }
 
-// In one piece, where the compiler would store by words what it has just put together.
+// Stores a vector in one instruction; the compiler might split one that was just assembled into words.
 template <class V>
 GS_DEVICE void store(V* p, const V& value) {
   static_assert(sizeof(V) == 16);
@@ -172,9 +172,9 @@ GS_DEVICE uint64_t load_word(const void* p) {
   return word;
 }
 
-// Starts to copy 16 aligned bytes to shared memory, or the first ones of them and zeros; zeros alone where p is null. A
-// thread's copies up to a close_copies() are one group, and wait_for_copies<n>() waits for all groups of the thread but
-// the last n; sync_block() shows them to the others.
+// Starts to copy 16 aligned bytes to shared memory; with fewer bytes given, the first of them and zeros; zeros only if
+// p is null. A thread's copies up to a close_copies() form a group, and wait_for_copies<n>() waits for all the thread's
+// groups except the last n; after a sync_block() the other threads see them.
 template <class V>
 GS_DEVICE void copy_to_shared(V* shared, const V* p, uint32_t bytes = 16) {
   static_assert(sizeof(V) == 16);
@@ -188,9 +188,9 @@ GS_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
-// From compute capability 9.0 on, kernels start before the one ahead of them in the stream has ended. Every thread of
-// every kernel waits before it ends, so that after the wait all kernels ahead have ended, not only the last one. It
-// waits before its first access to memory, but for the kernels that write a table (entry.cu).
+// From compute capability 9.0 on, a kernel may start before the one ahead of it in the stream has ended. Every thread
+// of every kernel waits before it ends; so after a wait all kernels ahead have ended, not only the last one. Kernels
+// wait before their first access to memory, except those that write a table (entry.cu).
 GS_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();

@@ -8,9 +8,9 @@ int gs_has_cuda(void) { return 1; }
 namespace gs::gpu {
 namespace {
 
-// The kernels of one table write side by side: only the first one waits for those ahead, which may still read the
-// workspace, before it lets the next one start. The others wait at their end, so that whoever waits for the last one
-// has waited for all.
+// The kernels that write one table run in parallel: only the first one waits, before it lets the next one start, for
+// the kernels ahead, which may still read the workspace. The others wait at their end, so that a kernel that waits for
+// the last one has waited for all.
 GS_KERNEL write_table_kernel(GS_ARGUMENT(TableChunk) chunk, int64_t words, bool first, uint64_t* to) {
   if (first) wait_for_previous_kernel();
   let_next_kernel_start();
@@ -45,7 +45,7 @@ gs_status write_table(const TableChunk& chunk, int64_t bytes, bool first, unsign
 namespace gs::gpu {
 namespace {
 
-// Compiled for the same architectures as all kernels.
+// Tells for which architecture the kernels were compiled: the same for all of them.
 GS_KERNEL compiled_kernel() {}
 
 gs_status ask_device(int device, Traits& traits) {
@@ -59,7 +59,7 @@ gs_status ask_device(int device, Traits& traits) {
   }
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, &compiled_kernel);
   if (error != cudaSuccess) return fail_cuda("no kernels for this CUDA device", error);
-  // Code for an older architecture does not wait, so that it must not start early on a newer GPU either.
+  // Code compiled for an older architecture does not wait, so it must not start early, even on a newer GPU.
   traits = {major >= 9 && compiled.ptxVersion >= 90, ratio <= 4, processors, shared_bytes, device};
   return GS_OK;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The weights of CAGrad, UPGrad and DualProj for a few tasks, a thread per face. What rounding keeps from any face's
-// conditions is left to a warp and the solvers for any number of tasks.
+// The weights of CAGrad, UPGrad and DualProj for a few tasks, with a thread per face. If rounding keeps every face from
+// meeting the conditions, a warp solves the problem with the solver for any number of tasks.
 #include <algorithm>
 
 #include "cuda/faces.cuh"
@@ -13,11 +13,11 @@ namespace {
 template <int kTasks>
 struct CAGradMemory {
   FaceMemory<kTasks> faces;
-  double mean[kTasks];  // of the gradients, by its products with them
+  double mean[kTasks];  // the products of the mean gradient with each gradient
   double scratch[cagrad_scratch(kTasks)];
 };
 
-// Pareto-stationary gradients are among those that are left to a warp.
+// Problems with Pareto-stationary gradients are left to a warp, too.
 template <int kTasks>
 GS_KERNEL cagrad_faces_kernel(const double* gram, int num_tasks, double c, double* weights) {
   wait_for_previous_kernel();
@@ -54,9 +54,9 @@ GS_KERNEL cagrad_faces_kernel(const double* gram, int num_tasks, double c, doubl
 template <int kTasks>
 struct ConeMemory {
   static constexpr int kWarps = FaceMemory<kTasks>::kWarps;
-  double h[kTasks * kTasks], root[kTasks];         // of DualCone
-  double u[kTasks][kTasks], pull[kTasks][kTasks];  // of each vector: u and H u
-  double v[kTasks][kWarps][kTasks];                // the solution by the first face of each warp that yields it
+  double h[kTasks * kTasks], root[kTasks];         // as in DualCone
+  double u[kTasks][kTasks], pull[kTasks][kTasks];  // u and H u, for each vector u
+  double v[kTasks][kWarps][kTasks];                // the solution of the first face in each warp that has one
   uint32_t face[kTasks][kWarps];                   // that face
   bool definite;
   double scratch[dual_cone_scratch(kTasks)];
@@ -64,7 +64,7 @@ struct ConeMemory {
 
 constexpr uint32_t kNoFace = 0xffffffff;
 
-// UPGrad takes one vector u per task, DualProj one. Where H is definite all faces that solve a problem have the same v.
+// UPGrad takes one vector u per task, DualProj one. If H is definite, all faces that solve a problem have the same v.
 template <int kTasks>
 GS_KERNEL GS_BLOCKS(kFaceThreads<kTasks>, 1)
     projection_faces_kernel(const double* gram, int num_tasks, bool alone, const double* preference, double ridge,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Problems on the simplex and on cones for a few tasks by a block of at least 2^T threads: all faces at once, each
-// by a thread.
+// Problems on the simplex and on cones for a few tasks, solved by a block of at least 2^T threads: all faces at once,
+// each by one thread.
 #pragma once
 #include "cpu/status.h"
 #include "cuda/teams.cuh"
@@ -8,20 +8,20 @@
 
 namespace gs::gpu {
 
-constexpr int kFaceTasks = 8;  // at most as many
+constexpr int kFaceTasks = 8;  // the most tasks
 
 template <int kTasks>
 constexpr int kFaceThreads = (1 << kTasks) > kWarp ? 1 << kTasks : kWarp;
 
 template <int kTasks>
 struct FaceMemory {
-  static constexpr int kWarps = kFaceThreads<kTasks> / kWarp;  // that have faces, at most
+  static constexpr int kWarps = kFaceThreads<kTasks> / kWarp;  // the most warps that have faces
   double gram[kTasks * kTasks];                                // with zeros for absent tasks
   double value[kWarps];
   int64_t face[kWarps];
 };
 
-// Copies G; whether it is finite.
+// Copies G; returns whether it is finite.
 template <int kTasks>
 GS_DEVICE bool load_gram(double (&target)[kTasks * kTasks], const double* gram, int num_tasks) {
   bool finite = true;
@@ -33,8 +33,8 @@ GS_DEVICE bool load_gram(double (&target)[kTasks * kTasks], const double* gram, 
   return !any_of_block(!finite);
 }
 
-// The face whose value is least, for every thread, and that value; of equal ones the first face. solve(face, w) returns
-// a face's value, and its weights.
+// Returns the face of least value (the first of equal ones), and sets that value, for every thread. solve(face, w)
+// returns a face's value and sets its weights.
 template <int kTasks, class Solve>
 GS_DEVICE int64_t least_face(FaceMemory<kTasks>& memory, int num_tasks, const Solve& solve, double& value,
                              double (&w)[kTasks]) {

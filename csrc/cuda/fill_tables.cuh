@@ -11,7 +11,8 @@ namespace gs::gpu {
 
 constexpr int64_t aligned_width(int64_t columns) { return (columns + 63) / 64 * 64; }
 
-// The tables of a gs_gradients. width_of(columns, dtype) is the width of slots for so many columns in all.
+// The tables of a gs_gradients. width_of(columns, dtype) is the width of the slots if there are `columns` columns in
+// all.
 template <class WidthOf>
 class Tables {
  public:
@@ -19,8 +20,8 @@ class Tables {
   Tables(const gs_gradients& grads, void* const* out, const WidthOf& width_of)
       : grads_(grads), out_(out), width_of_(width_of) {}
 
-  // Turns to the next dtype and describes its table, without its contents; false when there is none left. Parameters
-  // without elements, gradients or (for combine) an output are left out.
+  // Moves to the next dtype and describes its table, without its contents; false if no dtype is left. Parameters
+  // without elements, without gradients or (for combine) without an output are left out.
   bool next(Table& table) {
     table.elsewhere = nullptr;
     table.pointers = static_cast<int32_t>(grads_.num_tasks + (out_ != nullptr));
@@ -45,7 +46,7 @@ class Tables {
     return true;
   }
 
-  // Writes the contents, into the table or to `space` on the device.
+  // Writes the contents into the table or, if they do not fit, to `space` on the device.
   gs_status fill(Table& table, void* space, gs_stream stream) const {
     auto* const elsewhere = table.bytes() > kTableBytes ? static_cast<unsigned char*>(space) : nullptr;
     table.elsewhere = elsewhere;
@@ -133,14 +134,15 @@ class Tables {
     });
     close(grads_.num_params);
   }
-  // Whether a parameter before p has the segment.
+  // Whether a parameter before p belongs to the segment.
   bool is_before(int64_t segment, int64_t p) const {
     while (--p >= 0) {
       if (segment_of(grads_, p) == segment && counts(p)) return true;
     }
     return false;
   }
-  // The number of the segment's next run from parameter p on, which begins run number + 1; -1 if there is none.
+  // The number of the segment's next run, looking from parameter p on, where run number + 1 begins; -1 if there is
+  // none.
   int64_t next_run(int64_t segment, int64_t number, int64_t p) const {
     if (is_sorted_) return -1;
     int64_t last = segment;
@@ -153,7 +155,7 @@ class Tables {
     return -1;
   }
 
-  // Of a parameter's pointers, in elements from a boundary of 16 bytes, or -1 if they differ.
+  // How many elements a parameter's pointers lie after a 16-byte boundary, or -1 if they differ in that.
   int64_t residue_of(int64_t p) const {
     int64_t residue = -1;
     bool same = true;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Stages 2 to 4 in one launch, for gradients that fit the multiprocessors' shared memory: a block copies its slot of
-// columns there, sums the products, and waits for the others; then every block adds up all slots and solves the same
-// T x T problem, and combines its columns from shared memory. The barrier across the grid needs a launch that is only
-// let go when all blocks run at once.
+// Stages 2 to 4 in one launch, for gradients that fit the multiprocessors' shared memory: each block copies its slot of
+// columns there, sums the products, and waits for the others; then every block adds up all slots, solves the same
+// T x T problem, and combines its columns from shared memory. The barrier across the grid needs a launch that starts
+// only if all blocks can run at once.
 #include <algorithm>
 
 #include "cuda/faces.cuh"
@@ -13,26 +13,26 @@
 namespace gs::gpu {
 namespace {
 
-// Parts of a slot, whose products are summed while the next one is on its way.
+// A slot is copied in parts: the products of one are summed while the next one is being copied.
 constexpr int kParts = 8;
-constexpr int kMinPart = 8192;  // bytes: smaller ones wait for memory one after the other
+constexpr int kMinPart = 8192;  // bytes: smaller parts would wait for memory one after the other
 constexpr int kPairs = kFusedTasks * (kFusedTasks + 1) / 2;
-static_assert(kFusedTasks * kFusedTasks <= kFusedThreads);  // a thread for each entry of G
+static_assert(kFusedTasks * kFusedTasks <= kFusedThreads);  // one thread for each entry of G
 
-// What the stages keep in shared memory beside the gradients, one after the other.
+// What each stage keeps in shared memory beside the gradients; the stages use the same memory in turn.
 struct Scratch {
   double gram[kFusedTasks * kFusedTasks];
   double weights[kFusedTasks];
   double pcgrad[kFusedWarps * kFusedTasks];
   union {
-    double parts[kFusedWarps * kPairs];  // of the warps' products, then of the slots
+    double parts[kFusedWarps * kPairs];  // the warps' products, then partial sums over slots
     FaceMemory<kFaceTasks> faces;
   };
 };
 
 constexpr int64_t kScratchBytes = (int64_t{sizeof(Scratch)} + 15) / 16 * 16;
 
-// Sums the slots' partial sums in order: groups of threads a part of the slots each, then the parts.
+// Adds the slots' partial sums in order: each group of threads sums a part of the slots, then the parts are added.
 GS_DEVICE void sum_slots(const double* partials, int slots, int num_tasks, Scratch& scratch) {
   constexpr int kLoads = 20;  // in flight together
   const int pairs = static_cast<int>(pairs_of(num_tasks)), fitting = kFusedThreads / pairs;
@@ -66,10 +66,10 @@ GS_DEVICE void sum_slots(const double* partials, int slots, int num_tasks, Scrat
   sync_block();
 }
 
-// PCGrad's, of this warp.
+// The tasks that this warp projects in PCGrad.
 GS_DEVICE WarpTasks warp_tasks() { return {thread() / kWarp, kFusedWarps}; }
 
-// From scratch.gram to scratch.weights. Called, not inlined: it is the same for all dtypes.
+// Computes scratch.weights from scratch.gram. Not inlined: it is the same for all dtypes.
 GS_RARE void solve(const FusedProblem& problem, uint64_t step, Scratch& scratch) {
   const int num_tasks = problem.num_tasks;
   const bool finite = thread() >= num_tasks * num_tasks || std::isfinite(scratch.gram[thread()]);
@@ -92,7 +92,7 @@ GS_RARE void solve(const FusedProblem& problem, uint64_t step, Scratch& scratch)
   sync_block();
 }
 
-// d = sum_t w_t g_t in float64, in ascending t, kRows rows at a time; a row of weight 0 does not count.
+// d = sum_t w_t g_t in float64, in ascending t, kRows rows at a time; rows of weight 0 are skipped.
 template <int kRows, class In, class Table>
 GS_DEVICE void combine(const Columns<In, Table>& columns, const double* weights) {
   const Table& table = columns.table;
@@ -111,7 +111,7 @@ GS_DEVICE void combine(const Columns<In, Table>& columns, const double* weights)
       }
     };
     get_weights(0);
-    constexpr int kVectors = 8 / kRows;  // that a thread loads together
+    constexpr int kVectors = 8 / kRows;  // vectors of a row that a thread loads together
     constexpr int64_t step = kFusedThreads * kVector<In>;
 #pragma unroll 1
     for (int64_t first = from + thread() * kVector<In>; first < whole; first += kVectors * step) {
@@ -175,7 +175,7 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
   const int64_t begin = block() * table.width, length = table.columns - begin;
   const int64_t end = begin + (length < table.width ? length : table.width);
   const Columns<In, Table> columns{table, begin, end, reinterpret_cast<unsigned char*>(&scratch) + kScratchBytes};
-  // Ahead of the barrier: block 0 will advance it.
+  // Read before the grid's barrier, after which block 0 advances it.
   const bool is_pcgrad = table.method == GS_PCGRAD;
   const uint64_t step = is_pcgrad && table.step ? static_cast<uint64_t>(*table.step) : 0;
 
@@ -190,7 +190,8 @@ GS_KERNEL GS_BLOCKS(kFusedThreads, 1)
     copied = next;
     close_copies();
   };
-  // A first turn that only copies, for to fetch the code once more would take as long as to run it.
+  // The first iteration only copies. A copy of that code before the loop would have to be fetched, which takes as long
+  // as running it.
   with_products(num_tasks, [&](auto products) {
 #pragma unroll 1
     for (int64_t first = begin - part; first < end; first += part) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The table of the kernel that does stages 2 to 4 in one launch (fused.cu), and when it serves (aggregate.cu).
+// The table of the kernel that does stages 2 to 4 in one launch (fused.cu). aggregate.cu decides when to use it.
 #pragma once
 #include "cuda/gram.cuh"
 #include "cuda/rows.cuh"
@@ -7,7 +7,7 @@
 namespace gs::gpu {
 
 constexpr int64_t kFusedTasks = 16;
-constexpr int64_t kFusedUnit = 64;  // columns; parameters are padded to a multiple
+constexpr int64_t kFusedUnit = 64;  // parameters are padded to a multiple of this many columns
 constexpr int64_t kSmallTableBytes = 2048;
 
 // The sizes of a problem, and the solver's options.
@@ -20,7 +20,7 @@ struct FusedProblem {
   int64_t* step;
 };
 
-// As an argument, the smaller the faster to launch.
+// Passed as an argument: the smaller it is, the faster the launch.
 template <int64_t kBytes>
 struct FusedTable : FusedProblem {
   // For each parameter its first column, its size, and the addresses of its rows and of its output.
@@ -46,7 +46,7 @@ struct FusedTable : FusedProblem {
 };
 using AnyTable = FusedTable<kTableBytes>;
 
-// Solvers that take longer than several launches do not serve there.
+// Whether one launch is faster: not for solvers that take longer than several launches.
 bool has_fused_solver(const gs_solve& solve, int64_t num_tasks);
 // The widest slot that a block's shared memory holds.
 int64_t fused_width_at_most(int32_t dtype, int64_t num_tasks, int64_t shared_bytes);

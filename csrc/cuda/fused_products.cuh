@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The first half of fused.cu: a block's columns of all rows in shared memory, and the products of the rows.
+// Parts of fused.cu: a block's columns of all rows in shared memory, and the products of the rows.
 #pragma once
 #include "cuda/fused.cuh"
 
@@ -7,7 +7,7 @@ namespace gs::gpu {
 
 constexpr int kFusedThreads = 256, kFusedWarps = kFusedThreads / kWarp;
 
-// Bytes between rows in shared memory: lanes that read a few columns of eight rows meet all banks.
+// Bytes from row to row in shared memory, such that lanes that read a few columns of eight rows use all banks.
 template <class In>
 GS_HOST_DEVICE constexpr int64_t pitch_of(int64_t width) {
   return width * int64_t{sizeof(In)} + (sizeof(In) == 8 ? 32 : 16);
@@ -23,8 +23,8 @@ struct Columns {
   GS_DEVICE In* at(int t, int64_t column) const {
     return reinterpret_cast<In*>(rows + t * pitch_of<In>(table.width)) + (column - begin);
   }
-  // Calls body(param, from, to) for the pieces of parameters in the columns first..last, from and to being columns of
-  // the parameter.
+  // Calls body(param, from, to) for the pieces of parameters in the columns first..last; from and to count within the
+  // parameter.
   template <class Body>
   GS_DEVICE void each_piece(int64_t first, int64_t last, const Body& body) const {
     for (int p = table.param_of(first); p < table.params && table.first_column(p) < last; p++) {
@@ -34,8 +34,8 @@ struct Columns {
     }
   }
 
-  // Starts to copy the rows' columns first..last, with zeros for absent rows and padding. Warps take the rows in turn,
-  // two to eight a row where there are few.
+  // Starts to copy the rows' columns first..last, with zeros for absent rows and padding. Each row is copied by one
+  // warp, or by two to eight if there are few rows.
   GS_DEVICE void copy(int64_t first, int64_t last) const {
     const int tasks = table.num_tasks, sharing = tasks > 4 ? 0 : tasks > 2 ? 1 : 4 - tasks;  // 2^sharing warps a row
     const int warp = thread() / kWarp, lanes = kWarp << sharing, lane = thread() & (lanes - 1);
@@ -63,7 +63,7 @@ struct Columns {
   }
 };
 
-// The products of up to kTasks tasks, each lane those of columns of its own.
+// The products of up to kTasks tasks; each lane sums those of its own columns.
 template <int kTasks>
 struct LaneProducts {
   static constexpr int kCount = static_cast<int>(pairs_of(kTasks)), kUnroll = 8 / kTasks;
@@ -98,7 +98,7 @@ struct LaneProducts {
 // The products of up to 8 kHalves tasks in a warp's tiles: of all rows with rows 0..7, and with rows 8..15.
 template <int kHalves>
 struct TileProducts {
-  double tile[2][kHalves][4] = {};  // two sets, whose instructions need not wait for each other
+  double tile[2][kHalves][4] = {};  // two sets, so that instructions need not wait for each other
 
   template <class In, class Table>
   GS_DEVICE void add(const Columns<In, Table>& columns, int64_t first, int64_t last) {
@@ -138,7 +138,7 @@ struct TileProducts {
   }
 };
 
-// Calls body(products) with what suits the number of tasks.
+// Calls body(products) with the type that suits the number of tasks.
 template <class Body>
 GS_DEVICE void with_products(int num_tasks, const Body& body) {
   if (num_tasks <= 2) {

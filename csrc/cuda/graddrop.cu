@@ -7,7 +7,7 @@
 namespace gs::gpu {
 namespace {
 
-// The random words of a lane's columns. Those of neighbours come from one block.
+// The random words of a lane's columns. Neighbouring columns share a Philox block.
 template <class In>
 GS_DEVICE void draw_words(const WarpTurns<In>& turns, const Unit& unit, uint64_t seed, uint64_t step,
                           uint32_t (&word)[kVector<In>]) {
@@ -26,7 +26,7 @@ GS_DEVICE void draw_words(const WarpTurns<In>& turns, const Unit& unit, uint64_t
   }
 }
 
-// With the sums p of the positive and n of the negative values, P > u is (1 - u) p > u |n|.
+// With p the sum of the positive values and n that of the negative ones, P > u means (1 - u) p > u |n|.
 template <class In, bool kLeaks>
 GS_KERNEL GS_BLOCKS(kRowsThreads, 2) graddrop_kernel(GS_ARGUMENT(Table) table, int num_tasks, uint64_t seed,
                                                      const int64_t* step, const double* leak, bool accumulate) {
@@ -52,7 +52,7 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 2) graddrop_kernel(GS_ARGUMENT(Table) table, i
 #pragma unroll
         for (int e = 0; e < kVector<In>; e++) {
           const double value = to_double(x[0][u].get(e));
-          // What is not a number goes with the negative values.
+          // NaN is counted with the negative values.
           const double above = value > 0 ? value : 0, below = value > 0 ? 0 : value;
           positive[e] += above;
           negative[e] += below;
@@ -71,7 +71,7 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 2) graddrop_kernel(GS_ARGUMENT(Table) table, i
       result[e] = up > down   ? positive[e] + leaked_negative[e]
                   : up < down ? leaked_positive[e] + negative[e]
                               : leaked_positive[e] + leaked_negative[e];
-      result[e] += all - all;  // NaN where it is not finite
+      result[e] += all - all;  // NaN if `all` is not finite
     }
     store_results(turns, unit, num_tasks, accumulate, result);
   }

@@ -9,19 +9,20 @@ namespace {
 
 constexpr int kPartWarps = kMaxThreads / kWarp;
 
-// The table of one run, as most are: an argument of 32 KB takes time.
+// A small table for the usual case of one run: passing an argument of 32 KB takes time.
 struct OneRun {
   int32_t runs, slots;
   Run only;
   GS_DEVICE const Run& run(int64_t) const { return only; }
 };
 
-// Sets the Gram matrices of a table's segments, or adds to them: block = (run, kWarp pairs), of which those of a
-// segment's first run do the work. Each warp sums a part of the slots, kAtOnce at a time, and then the parts of a pair.
+// Sets the Gram matrices of a table's segments, or adds to them. There is a block for each run and kWarp pairs; those
+// of a segment's first run do the work for all its runs. Each warp sums a part of the slots, kAtOnce at a time, and
+// then the parts of some pairs.
 template <class Runs>
 GS_KERNEL GS_BLOCKS(kMaxThreads, 1)
     sum_slots_kernel(GS_ARGUMENT(Runs) table, int num_tasks, const double* partials, bool accumulate, double* gram) {
-  constexpr int kAtOnce = 9;  // 32 warps have all slots of a wave of two blocks a multiprocessor under way
+  constexpr int kAtOnce = 9;  // 32 warps load all slots at once, if those make one wave of two blocks a multiprocessor
   const int pairs = static_cast<int>(pairs_of(num_tasks)), blocks = (pairs + kWarp - 1) / kWarp;
   const int64_t first = block() / blocks;
   const int lane = thread() % kWarp, warp = thread() / kWarp, warps = threads() / kWarp;
@@ -42,7 +43,7 @@ GS_KERNEL GS_BLOCKS(kMaxThreads, 1)
       for (int k = 0; k < kAtOnce; k++) sum += part[k];
     }
   }
-  double* sums = &shared<double>();  // [kWarp pairs][parts], one double apart from a multiple of the banks
+  double* sums = &shared<double>();  // [kWarp pairs][parts], padded by one double to avoid bank conflicts
   sums[lane * (kPartWarps + 1) + warp] = sum;
   sync_block();
   let_next_kernel_start();
@@ -74,7 +75,7 @@ gs_status sum_slots(const Table& table, int num_tasks, const double* partials, b
                 gram);
 }
 
-// Up to so many tasks are summed pair by pair in registers.
+// Up to this many tasks, all pairs and the rows are held in registers (gram_direct.cu).
 int64_t direct_tasks(int32_t dtype, bool fast_double) {
   return dtype == GS_FLOAT64 || fast_double ? kDirectTasks : kSlowDirectTasks;
 }
@@ -97,7 +98,8 @@ gs_status launch_products(const Table& table, int64_t num_tasks, bool fast_doubl
 int64_t gs_gram_cuda_workspace_bytes(const gs_gradients* grads) {
   using namespace gs::gpu;
   if (gs::check(grads) != GS_OK) return -1;
-  // No table has more columns or runs than all parameters do, and a run adds at most one slot to those of its columns.
+  // An upper bound: a table has no more columns or runs than all parameters together, and each run rounds its number of
+  // slots up by less than one.
   int64_t columns = 0, runs = 0, last_segment[GS_FLOAT16 + 1] = {-1, -1, -1, -1};
   for (int64_t p = 0; p < grads->num_params; p++) {
     if (grads->numel[p] == 0) continue;
@@ -126,7 +128,7 @@ gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* workspace,
   const SlotWidth width{tasks, traits.fast_double, traits.overlaps};
   Tables tables(*grads, nullptr, width);
   Table table;
-  // Where the first table has all segments it sets G, else all tables add to 0.
+  // If the first table has all segments, it sets G; otherwise all tables add to zeros.
   bool more = tables.next(table), accumulate = table.segments < grads->num_segments;
   if (accumulate) {
     const gs_status status = clear(gram, grads->num_segments * tasks * tasks, stream);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Few tasks: every lane reads columns of its own and keeps all pairs in registers, in float64. The fewest leave room
-// for the rows there as well; those of some more come through shared memory.
+// Few tasks: every lane reads its own columns and keeps the sums of all pairs in registers, in float64. With up to four
+// tasks the rows are loaded to registers, too; with more they come through shared memory.
 #include "cuda/copier.cuh"
 #include "cuda/gram.cuh"
 #include "cuda/launch.cuh"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kWarps = 8;
 
-// Steps whose loads are in flight together: few rows alone do not cover the latency of memory.
+// Steps whose loads are in flight together: the loads of so few rows alone would not hide the latency of memory.
 template <int T>
 constexpr int kUnroll = T <= 2 ? 4 : 2;
 
@@ -23,7 +23,7 @@ GS_DEVICE void add_pairs(const double (&value)[T], double (&acc)[pairs_of(T)]) {
   }
 }
 
-// Writes the sums of the block's slot, of all its lanes.
+// Adds the sums of all lanes of the block and writes them for its slot.
 template <int T>
 GS_DEVICE void write_pairs(const double (&acc)[pairs_of(T)], double* partials) {
   constexpr int kPairs = static_cast<int>(pairs_of(T));
@@ -70,8 +70,8 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) direct_kernel(GS_ARGUMENT(Table) table, do
   write_pairs<T>(acc, partials);
 }
 
-// A lane's vectors of a stage, one of each row. For 8 rows, the stages of a block take more shared memory than GPUs
-// with slow float64 have, which do not come here.
+// A lane's vectors of a stage, one of each row. For 8 rows a block's stages take more shared memory than GPUs with slow
+// float64 have; those do not use this kernel.
 template <int T, bool kShiftsRows>
 struct ColumnLayout {
   static constexpr bool kShifts = kShiftsRows;
@@ -100,7 +100,7 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) lanes_kernel(GS_ARGUMENT(Table) table, dou
       ahead, &shared<Vector<In>>() + warp * Layout::kStages * Layout::kVectors, Layout::kVectors, [] {},
       [&](const Vector<In>* stage) {
 #pragma unroll 1
-        for (int half = 0; half < 2; half++) {  // of each row's vector: the sums leave no registers for more
+        for (int half = 0; half < 2; half++) {  // half a vector of each row: there are no registers for more
           uint32_t word[T][2];
 #pragma unroll
           for (int t = 0; t < T; t++) memcpy(word[t], stage[layout.place(t, 0, layout.lane())].word + 2 * half, 8);
@@ -113,7 +113,7 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, 2) lanes_kernel(GS_ARGUMENT(Table) table, dou
           }
         }
       });
-  sync_block();  // before the stages are overwritten
+  sync_block();  // write_pairs overwrites the stages
   write_pairs<T>(acc, partials);
 }
 

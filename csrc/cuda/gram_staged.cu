@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Many tasks: the rows go once from global to shared memory, some stages of columns ahead. Each warp keeps products of
-// a strip of 16 rows with itself and the blocks after it in a circle, half way round: every pair of tasks once, and all
-// warps have as much to do.
+// Many tasks: a block copies the rows once from global to shared memory, some stages of columns ahead. The rows form
+// strips of 16, arranged in a circle. Each warp keeps products of one strip with itself and with the strips up to the
+// opposite side of the circle: so every pair of tasks occurs once, and all warps have the same amount of work.
 #include <algorithm>
 
 #include "cuda/copier.cuh"
@@ -11,8 +11,8 @@
 namespace gs::gpu {
 namespace {
 
-// The slices of a stage, of which a barrier is less time the more there are, and stages of a ring: what 99 KB hold
-// of the most rows that make so many tiles a warp. With the most tiles in float32, longer stages were slower.
+// The slices of a stage (more slices mean fewer barriers), and the stages of a ring: as many as fit 99 KB with the most
+// rows for which a warp has kTiles tiles. With the most tiles in float32, longer stages were slower.
 template <bool kDouble, bool kMany, bool kShifts, int kTiles>
 constexpr int kStageSlices = kMany                                  ? 1
                              : kShifts || (!kDouble && kTiles == 5) ? 2
@@ -20,18 +20,18 @@ constexpr int kStageSlices = kMany                                  ? 1
 template <int kSlices, int kTiles>
 constexpr int kStages = kSlices == 4 && kTiles > 3 ? 3 : 4;
 GS_HOST_DEVICE constexpr int most_warps(bool many) { return many ? 12 : 16; }
-constexpr int kMaxTiles = 5;  // of 16 x 8 products, of a warp: what fits its registers
+constexpr int kMaxTiles = 5;  // the most 16 x 8 tiles that fit a warp's registers
 constexpr int kRows = 16;
-// With so many tasks a block holds all pairs.
+// Up to this many tasks, a block holds all pairs.
 constexpr int kMaxTasks = 128;
 
 // How the warps share the pairs of tasks.
 struct Split {
-  int circle;  // strips
-  int shares;  // of a block: strips, with `groups` warps for their tiles and `splits` for the columns of each
+  int circle;  // the number of strips
+  int shares;  // strips of a block; each has `groups` warps to divide its tiles, times `splits` to divide the columns
   int groups, splits;
-  int tiles;             // of a warp, at most
-  int row_parts, parts;  // blocks for a slot: first by strips, then by tiles
+  int tiles;             // the most tiles of a warp
+  int row_parts, parts;  // blocks for a slot: row_parts divide the strips; parts in all, which also divide the tiles
 
   GS_HOST_DEVICE explicit Split(int num_tasks) {
     circle = (num_tasks + kRows - 1) / kRows;
@@ -47,17 +47,17 @@ struct Split {
   GS_HOST_DEVICE int owners() const { return shares * groups; }
   GS_HOST_DEVICE int warps() const { return owners() * splits; }
   GS_HOST_DEVICE int slice_vectors() const { return circle * kRows * kRowLanes; }  // of a slice
-  // The tiles of a strip: its own two, and two for each of the strips up to the one opposite, whose products with this
-  // one go to the first of the two.
+  // The tiles of a strip: two for its products with itself, and two for each strip up to the opposite one. If there is
+  // an exactly opposite strip, the first of the two takes their products.
   GS_HOST_DEVICE int tiles_of(int strip) const {
     return circle % 2 ? circle + 1 : strip < circle / 2 ? circle + 2 : circle;
   }
 };
 
-// The tiles of a warp, or of several that split the columns.
+// The tiles of a warp, or of several warps that divide the columns.
 struct Owner {
   int strip, first_tile, tiles;
-  int first_right, blocks;  // the right block of the first tile, and how many there are in the circle
+  int first_right, blocks;  // the right block of the first tile, and the number of blocks in the circle
 
   GS_DEVICE Owner(const Split& split, int part, int owner) {
     strip = part % split.row_parts * split.shares + owner % split.shares;
@@ -69,11 +69,11 @@ struct Owner {
   GS_DEVICE int right_block(int j) const { return first_right + j - (first_right + j < blocks ? 0 : blocks); }
 };
 
-// In a row of a stage, vector c is at c ^ swizzle_of(row), so that 8 rows of one vector meet all banks.
+// In a row of a stage, vector c is at c ^ swizzle_of(row), so that the same vector of 8 rows uses all banks.
 GS_DEVICE int swizzle_of(int row) { return row / 2 % kRowLanes; }
 
-// A stage is [slices][rows][kRowLanes] vectors, of which a thread always copies those of the same rows, then the extra
-// ones of the rows, then the marks of the groups of lanes.
+// A stage is [slices][rows][kRowLanes] vectors, then the rows' extra vectors, then the marks of the groups of lanes. A
+// thread copies the same rows in every stage.
 template <bool kMany, bool kShiftsRows, int kSlicesOfStage>
 struct BlockLayout {
   static constexpr bool kShifts = kShiftsRows;
@@ -96,8 +96,8 @@ struct BlockLayout {
   GS_DEVICE int mark() const { return 4 * marks() + thread() / kRowLanes; }
 };
 
-// Where a lane reads in a slice, in vectors from the first one of a block of 8 rows: for float64 tiles a vector of
-// its own; for float32 ones what load_matrices distributes.
+// Where a lane reads in a slice, in vectors from the start of a block of 8 rows: for float64 tiles its own vector; for
+// float32 tiles the one whose address it passes to load_matrices.
 constexpr int kBlockVectors = 8 * kRowLanes;
 template <class In, int kTiles>
 GS_DEVICE int lane_offset(const DoubleTiles<In, 1, kTiles>&) {
@@ -112,7 +112,7 @@ GS_DEVICE int lane_offset(const FloatTiles<In, 1, kTiles>&) {
 template <class In, int kTiles, class Right, class Needed>
 GS_DEVICE void add_tiles(DoubleTiles<In, 1, kTiles>& tiles, const Vector<In>* left, const Right& right,
                          const Needed& needed) {
-  // Whole vectors, which half as many passes over shared memory's banks bring as their parts.
+  // Loads whole vectors: that takes half as many passes over the banks of shared memory as loading parts.
   const Vector<In> x[2] = {left[0], left[kBlockVectors]};
   Vector<In> y[kTiles] = {};
 #pragma unroll
@@ -135,7 +135,8 @@ GS_DEVICE void add_tiles(DoubleTiles<In, 1, kTiles>& tiles, const Vector<In>* le
 template <class In, int kTiles, class Right, class Needed>
 GS_DEVICE void add_tiles(FloatTiles<In, 1, kTiles>& tiles, const Vector<In>* left, const Right& right,
                          const Needed& needed) {
-  // Lanes 8 to 15 and 24 to 31 name rows of the second block, lanes from 16 on the other vector of the step.
+  // Lanes 8 to 15 and 24 to 31 pass addresses of the second block's rows; lanes from 16 on those of the step's other
+  // vector.
   const int matrix = thread() % kWarp / 8, row = thread() % 8;
   const Vector<In>* start = left - lane_offset(tiles) + row * kRowLanes + matrix % 2 * kBlockVectors;
   const int place = matrix / 2 ^ swizzle_of(row);
@@ -150,7 +151,7 @@ GS_DEVICE void add_tiles(FloatTiles<In, 1, kTiles>& tiles, const Vector<In>* lef
   tiles.add(words, load, needed);
 }
 
-// Writes the sums that the block has of a slot. A warp may leave the last two of its tiles out.
+// Sums the block's tiles over its slot and writes them. A warp may have up to two tiles fewer than kTiles.
 template <class In, bool kMany, bool kShifts, int kSlices, int kTiles, class Tiles>
 GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& split, int own, int own_split,
                              Tiles& tiles, double* partials) {
@@ -158,7 +159,7 @@ GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& spl
   const int slot = static_cast<int>(block() / split.parts), part = static_cast<int>(block() % split.parts);
   const Owner owner(split, part, own);
   const bool last_tiles = owner.tiles > kTiles - 2;
-  // The slices of a stage that are the warp's, a bit each. With the most tiles there is no warp left to split them.
+  // A bit for each slice of a stage that this warp multiplies. With kMaxTiles no warps are left to divide the slices.
   const bool all_slices = (kTiles == kMaxTiles && !kMany) || split.splits == 1;
   constexpr int kAll = (1 << kSlices) - 1;
   const int slices = kMany && owner.tiles <= 0 ? 0 : all_slices ? kAll : kAll / 3 << own_split;
@@ -185,7 +186,7 @@ GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& spl
   let_next_kernel_start();
   const auto place = [&](int, int j, int row, int column) {
     row += owner.strip * kRows, column += 8 * owner.right_block(j);
-    const bool twice = owner.first_tile + j < 2 && row > column;  // a strip's own products
+    const bool twice = owner.first_tile + j < 2 && row > column;  // a strip with itself: the lower triangle
     if (j >= owner.tiles || row >= num_tasks || column >= num_tasks || twice) return -1;
     return row < column ? pair_index(row, column, num_tasks) : pair_index(column, row, num_tasks);
   };
@@ -204,7 +205,7 @@ GS_KERNEL GS_BLOCKS(most_warps(kMany) * kWarp, 1)
     staged_kernel(GS_ARGUMENT(Table) table, int num_tasks, double* partials) {
   constexpr int kSlices = kStageSlices<kDouble, kMany, kShifts, kTiles>;
   const Split split(num_tasks);
-  // Neighbouring warps share a unit of the multiprocessor, so the second half of them begins half way round.
+  // The second split starts half way round the circle: neighbouring warps share a unit of the multiprocessor.
   const int warp = thread() / kWarp, own_split = warp / split.owners();
   const int group = warp % split.owners() / split.shares;
   const int own = group * split.shares + (warp + own_split * (split.shares / 2)) % split.shares;
@@ -214,7 +215,7 @@ GS_KERNEL GS_BLOCKS(most_warps(kMany) * kWarp, 1)
   } else {
     FloatTiles<In, 1, kTiles> tiles;
     sum_and_write<In, kMany, kShifts, kSlices, kTiles>(table, num_tasks, split, own, own_split, tiles, partials);
-    if constexpr (!std::is_same_v<In, float16>) {  // which always fits
+    if constexpr (!std::is_same_v<In, float16>) {  // sums of float16 products always fit float32
       const double* partial = partials + block() * pairs_of(num_tasks);
       if (any_misfit(tiles, own % split.shares * kRows, num_tasks, table.width, partial)) {
         sum_and_write_in_double<In, kShifts, kSlices, kTiles>(table, num_tasks, split, own, own_split, partials);
@@ -250,7 +251,7 @@ gs_status launch_staged(const Table& table, int64_t tasks, bool fast_double, dou
   const int num_tasks = static_cast<int>(tasks);
   return with_dtype(table.dtype, [&](auto in) {
     using In = decltype(in);
-    // The check that float32 holds the sums needs all rows in one block.
+    // Always in float64: the check that float32 holds the sums needs all rows in one block.
     if (num_tasks > kMaxTasks) return launch_any<In, true, true>(table, num_tasks, partials, stream);
     if constexpr (sizeof(In) >= 4) {
       if (in_double(table.dtype, fast_double)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// More tasks: a warp keeps the tiles of all pairs in registers. Its lanes read vectors of their own, through stages in
-// shared memory that no other lane sees.
+// More tasks: a warp keeps the tiles of all pairs in registers. Each lane reads its own vectors, through stages in
+// shared memory that no other lane reads.
 #include <algorithm>
 
 #include "cuda/copier.cuh"
@@ -12,17 +12,17 @@ namespace {
 
 constexpr int kWarps = 8;
 
-// A lane's vectors of a stage: of the row_in_block()-th row of each block.
+// A lane's vectors of a stage: those of row number row_in_block() of each block.
 template <int kTiles, bool kDouble, bool kShiftsRows>
 struct LaneLayout {
   static constexpr bool kShifts = kShiftsRows;
   static constexpr int kLanes = kRowLanes, kRows = kTiles;
-  // Long stages are fewer, short ones leave no warp idle where columns are few.
+  // Longer stages have less overhead; shorter ones keep all warps busy if there are few columns.
   static constexpr int kSlices = kShifts || !kDouble ? (kTiles <= 4 ? 2 : 1) : kTiles <= 3 ? 4 : kTiles <= 6 ? 2 : 1;
-  static constexpr int kExtras = kTiles * kSlices * kWarp;  // where they begin, in vectors
+  static constexpr int kExtras = kTiles * kSlices * kWarp;  // where the extra vectors begin, in vectors
   static constexpr int kMarks = kExtras + kTiles * 8;
   static constexpr int kVectors = kShifts ? kMarks + 2 : kExtras;  // of a stage
-  // As many as 12 KB hold, so that the block's fit the 99 KB of GPUs with little shared memory.
+  // As many as 12 KB hold: a block's eight warps then fit the 99 KB of GPUs with little shared memory.
   static constexpr int kStages = std::clamp(768 / kVectors, 2, 6);
 
   GS_DEVICE int lane() const { return row_lane(); }
@@ -40,7 +40,8 @@ constexpr int64_t kRingBytes = int64_t{kWarps} * Layout::kStages * Layout::kVect
 template <int kTiles>
 constexpr int kStrips = (kTiles + 1) / 2;
 
-// Adds the products of the blocks' vectors x(r). The most tiles leave no registers for whole vectors.
+// Adds the products of the blocks' vectors x(r); with the most tiles in parts, as there are no registers for whole
+// ones.
 template <class In, int kTiles, class Vectors>
 GS_DEVICE void add_vectors(DoubleTiles<In, kStrips<kTiles>, kTiles>& tiles, const Vectors& x) {
   constexpr int kPart = kTiles > 7 ? 2 : kVector<In>, kWords = kPart * static_cast<int>(sizeof(In)) / 4;
@@ -118,7 +119,7 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, kTiles <= (kDouble ? 4 : 3) ? 2 : 1)
   } else {
     FloatTiles<In, kStrips<kTiles>, kTiles> tiles;
     sum_and_write<In, kTiles, Layout>(table, num_tasks, tiles, partial);
-    if constexpr (!std::is_same_v<In, float16>) {  // which always fits
+    if constexpr (!std::is_same_v<In, float16>) {  // sums of float16 products always fit float32
       if (any_misfit(tiles, 0, num_tasks, table.width, partial)) {
         sum_and_write_in_double<In, kTiles, Layout>(table, num_tasks, partial);
       }
@@ -126,7 +127,7 @@ GS_KERNEL GS_BLOCKS(kWarps* kWarp, kTiles <= (kDouble ? 4 : 3) ? 2 : 1)
   }
 }
 
-// kTiles: row blocks of 8 tasks, as many as there are.
+// kTiles: the number of row blocks of 8 tasks.
 template <class In, bool kDouble, bool kShifts, int kTiles = 1>
 gs_status launch_one(const Table& table, int64_t num_tasks, double* partials, gs_stream stream) {
   constexpr int64_t kMax = kDouble ? kDoubleTileTasks : kFloatTileTasks;

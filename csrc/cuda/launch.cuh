@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// How the host launches kernels: what the device can do, and launches that overlap, span the grid or form clusters.
+// How the host launches kernels: the device's capabilities, and launches that overlap, have grid barriers or form
+// clusters.
 #pragma once
 #include <type_traits>
 
@@ -13,17 +14,17 @@
 
 namespace gs::gpu {
 
-// What the choice of kernels depends on, of the current device.
+// The properties of the current device that the choice of kernels depends on.
 struct Traits {
   bool overlaps;     // a kernel may start before the one ahead of it has ended, and blocks may form clusters
   bool fast_double;  // float64 at half of the rate of float32, not a 32nd or less
   int processors;
-  int64_t shared_bytes;  // that a block may have
+  int64_t shared_bytes;  // the most shared memory of a block
   int device;
 };
 
 inline gs_status fail_cuda(const char* what, cudaError_t error) {
-  cudaGetLastError();  // or the next launch of somebody else would report it
+  cudaGetLastError();  // clears the error, or somebody else's next launch would report it
   return fail(GS_UNSUPPORTED, "%s: %s", what, cudaGetErrorString(error));
 }
 
@@ -35,8 +36,8 @@ inline gs_status clear(double* values, int64_t count, gs_stream stream) {
   return error == cudaSuccess ? GS_OK : fail_cuda("clear failed", error);
 }
 
-// Lets blocks of a kernel have more than 48 KB of shared memory, once for each of the kernels and devices that a thread
-// used last: the values are always the same, so that threads that launch at once do not undo each other's.
+// Allows a kernel more than 48 KB of shared memory per block, once for each (kernel, device) among the last 64 that
+// this thread used. The values are always the same, so threads that launch at the same time do not undo each other's.
 inline gs_status allow_much_memory(const void* kernel, const Traits& traits) {
   thread_local std::pair<const void*, int> allowed[64];
   thread_local unsigned oldest = 0;
@@ -44,7 +45,7 @@ inline gs_status allow_much_memory(const void* kernel, const Traits& traits) {
   if (std::find(std::begin(allowed), std::end(allowed), mine) != std::end(allowed)) return GS_OK;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(traits.shared_bytes));
-  // So that as many blocks fit a multiprocessor as it has memory for.
+  // Makes room for as many blocks on a multiprocessor as its memory allows.
   if (error == cudaSuccess) {
     error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
@@ -85,7 +86,7 @@ gs_status launch_as(bool together, int cluster, void (*kernel)(P...), int64_t bl
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   config.numAttrs = count;
-  const void* pointers[] = {&arguments...};  // a table is not copied once more
+  const void* pointers[] = {&arguments...};  // pointers save another copy of the table
   const cudaError_t error =
       cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), const_cast<void**>(pointers));
   return error == cudaSuccess ? GS_OK : fail_cuda("launch failed", error);
@@ -96,7 +97,7 @@ gs_status launch_as(bool together, int cluster, void (*kernel)(P...), int64_t bl
 
 namespace gs::gpu {
 
-// Adds 1 to a counter on the device. In entry.cu.
+// Adds 1 to a counter on the device. Defined in entry.cu.
 gs_status advance(int64_t* step, gs_stream stream);
 
 template <class... P>
@@ -104,13 +105,13 @@ gs_status launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shar
                  const std::type_identity_t<P>&... arguments) {
   return launch_as(false, 1, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
-// For kernels with sync_grid(): all blocks at once, or GS_UNSUPPORTED.
+// For kernels with sync_grid(): runs all blocks at once, or returns GS_UNSUPPORTED.
 template <class... P>
 gs_status launch_together(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, gs_stream stream,
                           const std::type_identity_t<P>&... arguments) {
   return launch_as(true, 1, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
-// In clusters of so many blocks, at most 8, each; GS_UNSUPPORTED where there is no room for one.
+// In clusters of `cluster` blocks, at most 8; returns GS_UNSUPPORTED if the GPU has no room for one cluster.
 template <class... P>
 gs_status launch_clusters(int cluster, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
                           gs_stream stream, const std::type_identity_t<P>&... arguments) {

@@ -16,15 +16,15 @@ GS_KERNEL task_order_kernel(int64_t num_tasks, uint64_t seed, const int64_t* ste
   if (row < num_tasks) task_order_row(num_tasks, seed, static_cast<uint64_t>(*step), row, order + row * num_tasks);
 }
 
-// G lies in shared memory where a lane has at most two tasks, 48 KB with the rest; a larger one is read through the
-// level-1 cache.
+// G is held in shared memory if a lane has at most two tasks, which takes 48 KB with the rest; a larger G is read
+// through the level-1 cache.
 template <int kPerLane>
 constexpr bool kHoldsGram = kPerLane <= 2;
 template <int kPerLane>
 constexpr int kBlockThreads = kPerLane <= 2 ? kMaxThreads : kMaxThreads / 2;
 
-// `blocks` blocks per problem, a cluster, share its tasks. Each warp projects some of them; the parts are added in the
-// order of the warps, and their sums in that of the blocks, by the first one.
+// A cluster of `blocks` blocks shares the tasks of a problem. Each warp projects some of them; a block adds its warps'
+// parts in their order, and the first block adds the blocks' sums in their order.
 template <int kPerLane, bool kShares>
 GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
     pcgrad_kernel(const double* gram, int num_tasks, int blocks, const int64_t* order, uint64_t seed, int64_t* step,
@@ -33,14 +33,14 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
   const int entries = num_tasks * num_tasks, member = static_cast<int>(block() % blocks), warps = threads() / kWarp;
   const int64_t problem = block() / blocks;
   const double* g = gram + problem * entries;
-  double* const sums = &shared<double>();  // of the first block
+  double* const sums = &shared<double>();  // used in the first block only
   double* const parts = sums + (kShares ? blocks * num_tasks : 0);
   double* const copy = parts + warps * num_tasks;
   const uint64_t now = order || !step ? 0 : static_cast<uint64_t>(*step);
   if (kShares) arrive_cluster();
 
-  // The first entries of G are on their way while the warp draws its first orders.
-  constexpr int kAhead = kShares ? 16 : 4;  // few warps have to load it all
+  // Loads the first entries of G while the warp draws its first orders.
+  constexpr int kAhead = kShares ? 16 : 4;  // a shared problem has few warps per block, and each block loads all of G
   double ahead[kAhead];
   const auto load = [&](int first) {
 #pragma unroll
@@ -85,8 +85,9 @@ GS_KERNEL GS_BLOCKS(kBlockThreads<kPerLane>, 1)
   if (advance && thread() == 0) *step = next_step(*step);
 }
 
-// From this many tasks on one multiprocessor takes longer than several and their meeting, as long as there are few
-// problems: four blocks for each of 132 multiprocessors, on every GPU alike, as the order of the sums depends on it.
+// With at least kSharedTasks tasks and at most kFewProblems problems, sharing a problem is faster despite the
+// synchronization. kFewProblems makes four blocks for each of 132 multiprocessors; it is the same on every GPU, as the
+// order of the sums depends on it.
 constexpr int kSharedTasks = 17, kSharingBlocks = 8, kFewProblems = 66;
 
 template <int kPerLane>
@@ -103,7 +104,7 @@ gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const 
   };
   if (traits.overlaps && num_tasks >= kSharedTasks && batch <= kFewProblems) {
     const gs_status status = launch_with(&pcgrad_kernel<kPerLane, true>, kSharingBlocks);
-    // A part of the GPU may have no room for a cluster.
+    // GS_UNSUPPORTED: a part of a GPU (MIG) may have no room for a cluster.
     if (status != GS_UNSUPPORTED) return status;
   }
   return launch_with(&pcgrad_kernel<kPerLane, false>, 1);
@@ -133,5 +134,5 @@ gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_tasks, c
   const gs_status status = launch_kernel(gram, batch, static_cast<int>(num_tasks), order, seed, step,
                                          advance != 0 && batch == 1, mean != 0, weights, stream);
   if (status != GS_OK || !advance || batch == 1) return status;
-  return gs::gpu::advance(step, stream);  // after every block has read the counter
+  return gs::gpu::advance(step, stream);  // a separate launch: every block has read the counter by then
 }

@@ -9,16 +9,16 @@
 
 namespace gs::gpu {
 
-// Rows whose orders a warp draws at once, a lane each: the swaps are one long chain of dependent steps.
+// Rows whose orders a warp draws at once, one per lane: the swaps of a row are one long chain of dependent steps.
 constexpr int kDrawnRows = 4;
 
-// A warp's part of the shared memory, a double per task, holds two bytes a task for each of these rows and, after the
-// last of them, its part of the weights.
+// A warp's part of the shared memory is a double per task. It holds two bytes per task for each of these rows and,
+// after the last row, the warp's part of the weights.
 constexpr int kWarpBytesPerTask = 8;
 static_assert(2 * kDrawnRows <= kWarpBytesPerTask);
 
-// task_order_row for the rows first, first + stride, ...: all their random words at once, a block of them per lane,
-// then the swaps.
+// task_order_row for the rows first, first + stride, ...: first all their random words, one Philox block per lane, then
+// the swaps.
 GS_DEVICE void draw_orders(int num_tasks, uint64_t seed, uint64_t step, int first, int stride, uint8_t* order,
                            uint8_t* other) {
   const int lane = thread() % kWarp, blocks = (num_tasks + 2) / 4;
@@ -51,25 +51,25 @@ GS_DEVICE void draw_orders(int num_tasks, uint64_t seed, uint64_t step, int firs
 
 constexpr uint32_t kNoTask = 0xffffffff;
 
-// What a lane knows of its tasks lane, lane + 32, ...
+// A lane's data of its tasks lane, lane + 32, ...
 template <int kPerLane>
 struct LaneTasks {
   double inverse[kPerLane];  // 1 / G_jj, 0 for a task that is never projected on
   double weight[kPerLane];   // this warp's part
-  bool finite;               // every inverse of the warp; that of a subnormal G_jj is not
+  bool finite;               // all inverses of the warp are finite (a subnormal G_jj has an infinite one)
 };
 
-// The projections of task i, whose visit number rank[j] is that of task j, 0 for none. Between two projections v = G c
-// does not change, so the next task to project on is the one of least rank, above the last one's, with v_j < 0: one
-// minimum over the warp finds it, and visits without a conflict cost nothing. All warps are at this at once, so each
-// instruction counts: a sign is read off the bits (a projection for -0 does nothing), and both products are ready when
-// the task is known.
+// The projections of task i. rank[j] is the place of task j in the visiting order, from 1 on; 0 if it is not visited.
+// Between two projections v = G c does not change, so the next task to project on is the one of least rank above the
+// last one's with v_j < 0: one minimum over the warp finds it, and visits without a conflict cost nothing. All warps do
+// this at the same time, so each instruction counts: the sign is read off the bits (a projection for -0 does nothing),
+// and each lane has its coefficients ready before the task is known.
 template <int kPerLane>
 GS_DEVICE void project(const double* gram, int num_tasks, int i, const uint16_t* rank, LaneTasks<kPerLane>& tasks) {
   const int lane = thread() % kWarp;
   double v[kPerLane];
   uint32_t visit[kPerLane];  // 256 rank + task
-  int column[kPerLane];      // of G; beyond the last task, which has no visit there, its values once more
+  int column[kPerLane];      // of G; places beyond the last task repeat its column and are never visited
   for (int r = 0; r < kPerLane; r++) {
     const int j = lane + r * kWarp;
     column[r] = j < num_tasks ? j : num_tasks - 1;
@@ -102,7 +102,7 @@ GS_DEVICE void project(const double* gram, int num_tasks, int i, const uint16_t*
   }
 }
 
-// What a warp has of the block's parts [warps][T].
+// A warp's part of the block's parts [warps][T].
 struct WarpPart {
   double* weights;
   uint8_t *drawn, *other;
@@ -123,8 +123,8 @@ GS_DEVICE void draw_first_orders(int num_tasks, uint64_t seed, uint64_t step, Wa
   draw_orders(num_tasks, seed, step, own.first, own.stride, part.drawn, part.other);
 }
 
-// What the projections of a warp's tasks add to the weights of the Gram matrix g, of at most kPerLane x kWarp tasks,
-// goes to its part. Without an order, draw_first_orders has filled parts.
+// Writes to the warp's part what the projections of its tasks add to the weights. g is the Gram matrix of at most
+// kPerLane x kWarp tasks. If order is NULL, draw_first_orders must have filled parts.
 template <int kPerLane>
 GS_DEVICE void project_tasks(const double* g, int num_tasks, const int64_t* order, uint64_t seed, uint64_t now,
                              WarpTasks own, double* parts) {
@@ -145,13 +145,13 @@ GS_DEVICE void project_tasks(const double* g, int num_tasks, const int64_t* orde
     for (int slot = 0; slot < kDrawnRows; slot++) {
       const int i = first + slot * own.stride;
       if (i >= num_tasks) break;
-      auto* rank = reinterpret_cast<uint16_t*>(part.other);  // the swaps are done
+      auto* rank = reinterpret_cast<uint16_t*>(part.other);  // free again, as the swaps are done
       sync_warp();
       for (int j = lane; j < num_tasks; j += kWarp) rank[j] = 0;
       sync_warp();
       for (int k = lane; k < num_tasks; k += kWarp) {
         const int64_t j = order ? order[i * num_tasks + k] : part.drawn[slot * num_tasks + k];
-        if (j >= 0 && j < num_tasks) rank[j] = static_cast<uint16_t>(k + 1);  // whatever order holds
+        if (j >= 0 && j < num_tasks) rank[j] = static_cast<uint16_t>(k + 1);  // order has not been checked
       }
       sync_warp();
       project(g, num_tasks, i, rank, tasks);
@@ -163,7 +163,7 @@ GS_DEVICE void project_tasks(const double* g, int num_tasks, const int64_t* orde
   }
 }
 
-// Of task j, over `count` parts in order.
+// The sum for task j over `count` parts, in order.
 GS_DEVICE double sum_parts(const double* parts, int count, int num_tasks, int j) {
   double sum = 0;
 #pragma unroll 8
@@ -171,7 +171,7 @@ GS_DEVICE double sum_parts(const double* parts, int count, int num_tasks, int j)
   return sum;
 }
 
-// 1 for the task's own gradient, and what the projections add.
+// A task's weight: 1 for its own gradient, plus `added` by the projections.
 GS_DEVICE double pcgrad_weight(double added, int num_tasks, bool broken, bool mean) {
   if (broken) return NAN;
   return mean ? (1 + added) / num_tasks : 1 + added;

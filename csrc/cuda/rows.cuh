@@ -16,10 +16,10 @@ struct float16 {
   uint16_t bits;
 };
 
-// 16 bytes of a row, in the words that loads and matrix instructions have.
+// Rows are read 16 bytes at a time, held as the 32-bit words that loads and matrix instructions use.
 template <class In>
 constexpr int kVector = 16 / static_cast<int>(sizeof(In));
-// Element e of so many words.
+// Element e of an array of words.
 template <class In>
 GS_DEVICE In element(const uint32_t* word, int e) {
   In value;
@@ -35,7 +35,7 @@ struct alignas(16) Vector {
   uint32_t word[4];
 
   GS_DEVICE In get(int e) const { return element<In>(word, e); }
-  // Where the element was 0.
+  // The element must be 0 before.
   GS_DEVICE void set(int e, In value) {
     if constexpr (sizeof(In) == 2) {
       word[e / 2] |= uint32_t{value.bits} << (e % 2 * 16);
@@ -50,7 +50,7 @@ GS_DEVICE double to_double(float x) { return x; }
 GS_DEVICE double to_double(bfloat16 x) { return float_from_bits(uint32_t{x.bits} << 16); }
 GS_DEVICE double to_double(float16 x) { return half_to_float(x.bits); }
 
-// To nearest even.
+// Rounds to nearest even.
 template <class In>
 GS_DEVICE In from_double(double x) {
   if constexpr (sizeof(In) >= 4) {
@@ -86,13 +86,13 @@ struct Piece {
   int64_t lead;  // columns before the first step
   bool aligned;
 
-  // residue: of every row, in elements from a boundary of 16 bytes, or -1 if the rows differ.
+  // residue: how many elements every row starts after a 16-byte boundary, or -1 if the rows differ in that.
   GS_DEVICE Piece(int64_t residue, int64_t from, int64_t to) : begin(from), end(to), aligned(residue >= 0) {
     lead = aligned ? (kVector<In> - (residue + from) % kVector<In>) % kVector<In> : 0;
   }
 };
 
-// 16 bytes of two neighbouring vectors, from so many elements on.
+// 16 bytes of two neighbouring vectors, beginning at element `elements` of the first one.
 template <class In>
 GS_DEVICE Vector<In> shifted(const Vector<In>& first, const Vector<In>& second, uint32_t elements) {
   const uint32_t bytes = elements * sizeof(In);
@@ -114,14 +114,14 @@ GS_DEVICE Vector<In> shifted(const Vector<In>& first, const Vector<In>& second, 
   return result;
 }
 
-// What a lane has of the rest of a piece: a vector, one column, or nothing.
+// What a lane reads of the rest of a piece: a vector, one column, or nothing.
 struct Unit {
   int64_t column;
   int columns;  // kVector, 1 or 0
 };
 
-// The steps of a piece that are whole, of so many columns each, and the units of the rest: the aligned vectors that are
-// left, and what lies beside them one by one.
+// Divides a piece into whole steps of `columns` columns, and the rest into units: the remaining aligned vectors, and
+// the columns beside them one by one.
 template <class In>
 struct Steps {
   int64_t count, units;
@@ -129,7 +129,7 @@ struct Steps {
   template <int kLanes>
   GS_DEVICE Steps(const Piece<In, kLanes>& piece, int64_t columns) : begin_(piece.begin), columns_(columns) {
     const int64_t length = piece.end - piece.begin;
-    lead_ = piece.lead;  // maybe longer than the piece, by less than a vector
+    lead_ = piece.lead;  // may be longer than the piece, by less than a vector
     const int64_t usable = length - lead_;
     count = usable > 0 ? usable / columns : 0;
     vectors_ = piece.aligned ? (length - lead_ - count * columns) / kVector<In> : 0;
@@ -147,9 +147,9 @@ struct Steps {
   int64_t begin_, lead_, columns_, vectors_;
 };
 
-// A lane's vectors of kSteps whole steps from column `step` on; zeros in rows that are absent. A vector is 16
-// neighbouring bytes where the rows are aligned. Elsewhere the lanes take elements in turns; which columns meet in a
-// vector does not matter, as long as it is the same in all rows.
+// A lane's vectors of kSteps whole steps from column `step` on; zeros for absent rows. If the rows are aligned, a
+// vector is 16 neighbouring bytes. Otherwise it collects single elements, and neighbours go to different lanes; which
+// columns form a vector does not matter, as long as it is the same for all rows.
 template <int kLanes, int kSteps, int kRows, class In, class Load>
 GS_DEVICE void load_steps(const In* const (&row)[kRows], int64_t step, bool aligned, int lane, const Load& load_vector,
                           Vector<In> (&x)[kSteps][kRows]) {

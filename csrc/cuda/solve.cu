@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Stage 3 on the GPU but for PCGrad: the solvers of csrc/solvers on warps. G and the weights stay on the device.
+// Stage 3 on the GPU, except PCGrad: the solvers of csrc/solvers on warps. G and the weights stay on the device.
 #include <algorithm>
 
 #include "cpu/boundary.h"
@@ -60,7 +60,7 @@ GS_KERNEL simplex_steps_kernel(const double* matrix, int64_t num_tasks, double l
   }
 }
 
-// One warp per problem. A counter that advances belongs to one problem.
+// One warp per problem. The kernel advances the counter only if there is a single problem.
 GS_KERNEL random_kernel(const double* gram, int64_t num_tasks, uint64_t seed, int64_t* step, bool advance,
                         double* weights) {
   wait_for_previous_kernel();
@@ -78,7 +78,7 @@ GS_KERNEL random_kernel(const double* gram, int64_t num_tasks, uint64_t seed, in
   if (advance && thread() == 0) *step = static_cast<int64_t>(now + 1);
 }
 
-// The exact solution for up to kTasks tasks, one block per problem, one thread per face.
+// The exact min-norm solution for up to kTasks tasks, one block per problem, one thread per face.
 template <int kTasks>
 GS_KERNEL min_norm_faces_kernel(const double* gram, int num_tasks, double* weights) {
   wait_for_previous_kernel();
@@ -100,7 +100,7 @@ gs_status launch_faces(const double* gram, int64_t batch, int num_tasks, double*
                 stream, gram, num_tasks, weights);
 }
 
-// One problem per block, by its first thread: the work is linear in T.
+// One problem per block, solved by its first thread, as the work is linear in T.
 GS_KERNEL gradnorm_kernel(const double* weights, const double* norms, const double* losses,
                           const double* initial_losses, int64_t num_tasks, double alpha, double lr,
                           double* new_weights) {
@@ -160,7 +160,7 @@ gs_status gs_random_cuda(const double* gram, int64_t batch, int64_t num_tasks, u
   const gs_status status = gs::gpu::launch(gs::gpu::random_kernel, batch, gs::gpu::kWarp, 0, stream, gram, num_tasks,
                                            seed, step, batch == 1, weights);
   if (status != GS_OK || batch == 1) return status;
-  return gs::gpu::advance(step, stream);  // after every block has read the counter
+  return gs::gpu::advance(step, stream);  // a separate launch: every block has read the counter by then
 }
 
 int64_t gs_simplex_steps_cuda_workspace_bytes(int64_t batch, int64_t num_tasks) {

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: MIT
-// The pointer table of the kernels of stages 2 and 4, one per dtype of the parameters. It travels in the arguments of
-// launches, so that nothing is copied from the host: in those of the kernel itself, or if it is larger in those of
-// kernels that write it to the workspace.
+// The pointer table of the kernels of stages 2 and 4, one per dtype of the parameters. It is passed in the arguments of
+// launches, so that there is no copy from the host: those of the kernel itself or, if it is too large for them, those
+// of kernels that write it to the workspace.
 #pragma once
 #include "cuda/rows.cuh"
 
 namespace gs::gpu {
 
-// A stretch of parameters with one segment, which is cut into slots, a block each.
+// Consecutive parameters of one segment, whose columns are cut into slots, one for each block.
 struct Run {
   int64_t columns;
   int32_t first_slot, first_param;
   int32_t segment, params;
   int32_t next;   // the next run of the segment, or -1
-  bool is_first;  // of its segment
+  bool is_first;  // whether it is the first run of its segment
 };
 
 // One parameter: its columns begin at first_column of its run.
@@ -23,15 +23,15 @@ struct Param {
   int64_t residue : 8;      // as in Piece
 };
 
-constexpr int64_t kTableBytes = 32000;  // of the 32,764 that a launch takes
+constexpr int64_t kTableBytes = 32000;  // out of 32,764 bytes of arguments that a launch can have
 
 // The runs, the params, and `pointers` addresses for each parameter: in `here`, or at `elsewhere` if they do not fit.
 struct Table {
   int32_t dtype;
   int32_t params, runs, segments, slots;
-  int32_t pointers;       // per parameter: T rows, for combine the outputs as well
-  int32_t first_segment;  // of the first run
-  int32_t most_slots;     // of a run
+  int32_t pointers;       // per parameter: T rows, for combine also the output
+  int32_t first_segment;  // the segment of the first run
+  int32_t most_slots;     // the most slots of a run
   bool shifted;           // whether rows of a parameter differ in their residues
   int64_t width;          // columns of a slot
   const unsigned char* elsewhere;
@@ -71,8 +71,8 @@ struct Table {
     }
     return run(low);
   }
-  // The parameter of a run that holds a column; for all lanes of a warp alike. In memory, where a look takes long, they
-  // look at as many places at once.
+  // The parameter of a run that holds a column, the same for all lanes of a warp. Reading a table in memory takes long,
+  // so there the lanes search at 32 places at once.
   GS_DEVICE int64_t param_of(const Run& run, int64_t column) const {
     int64_t low = run.first_param, high = run.first_param + run.params;
     while (elsewhere && high - low > 1) {
@@ -90,7 +90,7 @@ struct Table {
 
  private:
   GS_HOST_DEVICE int64_t params_at() const { return runs * int64_t{sizeof(Run)}; }
-  // In separate branches: one address for both places would be that of neither kind of memory.
+  // Two branches, so that the compiler knows in each which kind of memory the address belongs to.
   template <class V>
   GS_DEVICE V at(int64_t offset) const {
     uint64_t word[sizeof(V) / 8];
@@ -106,19 +106,19 @@ struct Table {
   }
 };
 
-// To be called before a table is read. What lies in the arguments may be read while the kernel ahead still runs, so
-// that wait_for_previous_kernel() is to follow.
+// Must be called before a table is read. A table in the arguments may be read while the kernel ahead still runs; then
+// wait_for_previous_kernel() must still follow.
 GS_DEVICE void wait_for_table(const Table& table) {
   if (table.elsewhere) wait_for_previous_kernel();
 }
 
-// What a table of so many parameters takes of the workspace, whatever their runs.
+// An upper bound of the workspace for the table of that many parameters, whatever their runs.
 inline int64_t table_workspace_bytes(int64_t params, int64_t pointers) {
   const int64_t bytes = params * (int64_t{sizeof(Run)} + int64_t{sizeof(Param)} + 8 * pointers);
   return bytes > kTableBytes ? (bytes + 63) / 64 * 64 : 0;
 }
 
-// What a kernel writes to the workspace.
+// The part of a table that one kernel writes to the workspace.
 struct TableChunk {
   alignas(16) unsigned char bytes[kTableBytes];
 };

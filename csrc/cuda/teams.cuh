@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT
-// The teams of the solvers of csrc/solvers on the GPU: a warp, or all of a block.
+// The teams that run the solvers of csrc/solvers on the GPU: a warp, or a whole block.
 #pragma once
 #include "cuda/device.cuh"
 #include "solvers/common.h"
 
 namespace gs::gpu {
 
-// Scratch beyond this lies in the workspace: every GPU has so much shared memory.
+// Every GPU has this much shared memory; larger scratch lies in the workspace.
 constexpr int64_t kSharedBytes = 48 * 1024;
 
-// For so many problems' scratch.
+// The workspace for the scratch of all problems.
 inline int64_t workspace_bytes(int64_t batch, int64_t scratch_bytes) {
   return scratch_bytes <= kSharedBytes ? 0 : batch * scratch_bytes;
 }
@@ -22,7 +22,7 @@ struct WarpTeam {
   GS_DEVICE int64_t rank() const { return thread() % kWarp; }
   GS_DEVICE int64_t size() const { return kWarp; }
   GS_DEVICE void sync() const { sync_warp(); }
-  // Of each so many neighbours, a power of two.
+  // The sum over each group of `members` neighbouring lanes, a power of two.
   GS_DEVICE double sum(double value, int members = kWarp) const {
     for (int mask = members / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
     return value;
@@ -44,7 +44,8 @@ struct WarpTeam {
   }
 };
 
-// Whole warps. Solvers that look for a least value have no use for it: most of their loops have a turn for each task.
+// A block of whole warps. Has no least(): solvers that need it gain nothing from a block, as most of their loops have
+// only one iteration per task.
 class BlockTeam {
  public:
   static constexpr int kColumns = 1;
@@ -52,12 +53,12 @@ class BlockTeam {
   static constexpr int kPanel = 4;
   static constexpr int kPairMembers = 8;
   static constexpr int kValues = kMaxThreads / kWarp;
-  // With kValues of shared memory.
+  // values: kValues doubles in shared memory.
   GS_DEVICE explicit BlockTeam(double* values) : values_(values) {}
   GS_DEVICE int64_t rank() const { return thread(); }
   GS_DEVICE int64_t size() const { return threads(); }
   GS_DEVICE void sync() const { sync_block(); }
-  // Of so many neighbours in a warp, or of all.
+  // The sum over `members` neighbouring lanes of a warp, or over the block.
   GS_DEVICE double sum(double value, int members) const { return WarpTeam().sum(value, members); }
   GS_DEVICE double sum(double value) const {
     value = WarpTeam().sum(value);

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
-// Tiles of matrix instructions, in the registers of one warp: products of the 16 tasks of a left strip, two row blocks,
-// with the 8 of a right block. Lane 4 g + k brings a vector of the g-th row of a block, which serves as the left and as
-// the right operand as it is: any order of the columns gives the same products, if both use it. The lane holds the
-// products of the left tasks g and g + 8 with the right tasks 2 k and 2 k + 1.
+// Tiles of matrix instructions, in the registers of one warp: products of the 16 tasks of a left strip (two row blocks)
+// with the 8 tasks of a right block. Lane 4 g + k supplies a vector of row g of a block, as it was loaded, for both the
+// left and the right operand: any order of the columns gives the same products, if both operands use it. The lane holds
+// the products of the left tasks g and g + 8 with the right tasks 2 k and 2 k + 1.
 #pragma once
 #include "cuda/gram.cuh"
 
 namespace gs::gpu {
 
-// The lanes of a row, and the number of one of them.
+// The lanes that share a row, and this lane's number among them.
 constexpr int kRowLanes = 4;
 GS_DEVICE int row_lane() { return thread() % kRowLanes; }
 GS_DEVICE int row_in_block() { return thread() % kWarp / kRowLanes; }
@@ -32,8 +32,8 @@ struct DoubleTiles {
   GS_DEVICE void finish() {}
 };
 
-// Words of one or two blocks in float32's two parts: a 16-bit format has one, a float is the sum of two tf32 values, to
-// 2^-22 of it.
+// Words of one or two blocks as operands. A 16-bit format is used as it is; a float is split into the sum of two tf32
+// values, `word` and `rest`, to a relative error of 2^-22.
 template <class In, int kWords>
 struct Parts {
   uint32_t word[kWords];
@@ -48,7 +48,7 @@ struct Parts<float, kWords> {
   GS_DEVICE explicit Parts(const uint32_t (&bits)[kWords]) {
 #pragma unroll
     for (int w = 0; w < kWords; w++) {
-      // 11 bits of mantissa, rounded to nearest, and the rest, which is NaN where the value is not finite.
+      // 11 bits of mantissa, rounded to nearest, and the rest, which is NaN if the value is not finite.
       word[w] = (bits[w] + 0x1000) & 0xffffe000;
       rest[w] = bits_of_float(float_from_bits(bits[w]) - float_from_bits(word[w])) & 0xffffe000;
     }
@@ -62,14 +62,14 @@ GS_DEVICE void multiply(float (&d)[4], const Parts<bfloat16, 4>& left, const Par
 GS_DEVICE void multiply(float (&d)[4], const Parts<float16, 4>& left, const Parts<float16, 2>& right) {
   multiply_half(d, left.word, right.word, {0, 0, 0, 0});
 }
-// The product of the two rests is below float's precision.
+// The product of the two rests is left out: it is below float's precision.
 GS_DEVICE void multiply(float (&d)[4], const Parts<float, 4>& left, const Parts<float, 2>& right) {
   multiply_tf32(d, left.rest, right.word, {0, 0, 0, 0});
   multiply_tf32(d, left.word, right.rest, d);
   multiply_tf32(d, left.word, right.word, d);
 }
 
-// What two steps read of a strip: words 2 s and 2 s + 1 of both vectors.
+// A strip's operands in two steps: step s uses words 2 s and 2 s + 1 of both vectors.
 struct LeftWords {
   uint32_t step[2][4];
   template <class In>
@@ -79,14 +79,14 @@ struct LeftWords {
   }
 };
 
-// Products and sums of one step in float32, as the instruction has them, truncated maybe. Eight steps are added in
-// float32, rounded to nearest, before the sum goes on in float64. right(j) is the vector of right block j.
+// Products and sums within one step are computed by the instruction in float32, which may truncate. Eight steps are
+// added in float32, rounded to nearest, before the sum continues in float64. right(j) is the vector of right block j.
 template <class In, int kLeft, int kRight>
 struct FloatTiles {
   static constexpr int kFold = 4;  // vectors, of two steps each
   double acc[kLeft][kRight][4] = {};
   float chain[kLeft][kRight][4] = {};
-  uint32_t seen[kLeft][2] = {};  // the bits of the left rows but for the sign
+  uint32_t seen[kLeft][2] = {};  // all values' bits without the sign, or-ed: 0 if a left row is all zeros
   int length = 0;
 
   template <class Right, class Needed>
@@ -133,24 +133,24 @@ struct FloatTiles {
   }
 };
 
-// Whether float32 could hold the sums of a row's squares over so many columns: no overflow, and what underflow took
-// away is below the precision. Products of float16 values always fit.
+// Whether float32 could hold the sum of a row's squares over `columns` columns: no overflow, and losses by underflow
+// are below the precision. Products of float16 values always fit.
 GS_DEVICE bool fits_float(double square, int64_t columns) {
   return square >= 0x1p-100 * static_cast<double>(columns) && square <= 0x1p120;
 }
 
-// The shared memory of write_tiles, which takes so many tiles of all warps at a time.
+// The shared memory of write_tiles, which handles kGroup tiles of every warp at a time.
 constexpr int kGroup = 4, kTileValues = 128;
 GS_HOST_DEVICE constexpr int64_t sums_bytes(int warps) { return int64_t{warps} * kGroup * kTileValues * 8; }
 
-// Of strip i the blocks from 2 i on have pairs that no other tile has.
+// The tiles of strip i from block 2 i on; the others repeat pairs of these.
 struct IsUpper {
   GS_DEVICE constexpr bool operator()(int i, int j) const { return j >= 2 * i; }
 };
 
-// Adds the upper tiles of the `splits` warps that share an owner's, in the order of the splits. The sum of tile (i, j),
-// at a row of the strip and a column of the block, goes to partial[place(i, j, row, column)], unless that is negative.
-// Every thread of the block must come here, with the same number of splits.
+// Adds the upper tiles of the `splits` warps that share an owner's tiles, in the order of the splits. The sum in tile
+// (i, j), at a row of the strip and a column of the block, goes to partial[place(i, j, row, column)] unless place() is
+// negative. Every thread of the block must call this, with the same number of splits.
 template <int kLeft, int kRight, class Tiles, class Place>
 GS_DEVICE void write_tiles(const Tiles& tiles, int owner, int split, int splits, const Place& place, double* sums,
                            double* partial) {
@@ -174,11 +174,11 @@ GS_DEVICE void write_tiles(const Tiles& tiles, int owner, int split, int splits,
 #pragma unroll 1
   for (int first = 0; first < kUpper; first += kGroup) {
     sync_block();
-    int number = 0;  // of the upper tiles
+    int number = 0;  // counts the upper tiles
 #pragma unroll
     for (int tile = 0; tile < kLeft * kRight; tile++) {
       if (!IsUpper{}(tile / kRight, tile % kRight)) continue;
-      // Registers have no index: those of the group are picked.
+      // Registers cannot be indexed, so all tiles are visited, and those of the group are taken.
       if (number / kGroup * kGroup == first) {
 #pragma unroll
         for (int v = 0; v < 4; v++) {
@@ -191,7 +191,7 @@ GS_DEVICE void write_tiles(const Tiles& tiles, int owner, int split, int splits,
     sync_block();
 #pragma unroll 1
     for (int at = split * kWarp; at < kValues; at += splits * kWarp) {
-      int i = 0, j = first + at / kTileValues;  // the tile by its number, then strip and block
+      int i = 0, j = first + at / kTileValues;  // j: at first the number of the upper tile, then its block in strip i
       if (j >= kUpper) break;
       for (; j >= kRight; i++) j -= kRight - 2 * (i + 1);
       const int pair = place_of(i, j, at / kWarp % 4);
@@ -203,7 +203,7 @@ GS_DEVICE void write_tiles(const Tiles& tiles, int owner, int split, int splits,
   }
 }
 
-// Whether float32 could not hold the squares of a row of the strips, whose sums write_tiles has written.
+// Whether float32 could not hold the sum of squares of some row of the strips. write_tiles must have written the sums.
 template <class In, int kLeft, int kRight>
 GS_DEVICE bool any_misfit(const FloatTiles<In, kLeft, kRight>& tiles, int first_row, int num_tasks, int64_t columns,
                           const double* partial) {

@@ -9,7 +9,7 @@
 namespace gs::gpu {
 namespace {
 
-// Values are compared as floats, or doubles where they are that, and summed as doubles. Both are exact.
+// Values are compared as floats (float64 as doubles) and converted to doubles for the sum. Both conversions are exact.
 template <class In>
 using Compared = std::conditional_t<std::is_same_v<In, double>, double, float>;
 
@@ -20,15 +20,15 @@ GS_DEVICE void order(V& low, V& high) {
   low = least;
 }
 
-// Of one column: the kTrimmed least and largest values so far, in any order, and the sum of those that passed both. A
-// value that did has as many values on either side, whatever comes, so it belongs to the middle.
+// For one column: unordered lists of the kTrimmed least and largest values so far, and the sum of the values pushed out
+// of both. Such a value has at least kTrimmed values on either side, whatever follows, so it counts in the mean.
 template <class V, int kTrimmed>
 struct Middle {
   V low[kTrimmed], high[kTrimmed];
-  V broken = 0;  // NaN where a value is not finite
+  V broken = 0;  // NaN if a value is not finite
   double sum = 0;
 
-  // The first 2 kTrimmed values, in turn.
+  // Adds value r of the first 2 kTrimmed values.
   GS_DEVICE void begin(int r, V x) {
     broken += x * 0;
     if (r >= kTrimmed) pass_low(x);
@@ -82,7 +82,7 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 2) trimmed_mean_kernel(GS_ARGUMENT(Table) tabl
   }
 }
 
-// The same with lists of any length, or none, in shared memory, for one column of a lane after the other.
+// The same with lists of any length (or none) in shared memory; a lane handles its columns one after the other.
 template <class In>
 GS_KERNEL GS_BLOCKS(kRowsThreads, 1)
     long_trimmed_mean_kernel(GS_ARGUMENT(Table) table, int num_tasks, int trimmed, bool accumulate) {
@@ -97,7 +97,7 @@ GS_KERNEL GS_BLOCKS(kRowsThreads, 1)
     turns.get_units(lane, unit);
 #pragma unroll 1
     for (int e = 0; e < kVector<In>; e++) {
-      // Neighbours in different lanes, whatever the alignment: elements are read one by one.
+      // Reads single elements, with neighbours in different lanes, whatever the alignment.
       const int64_t column = turns.is_whole() ? turns.column() + e * kWarp + lane : turns.column(lane, 0, unit[0], e);
       if (column < 0) continue;
       V broken = 0;
@@ -137,7 +137,7 @@ gs_status launch_kernel(const Table& table, int num_tasks, int64_t trimmed, bool
   if (trimmed >= 1 && trimmed <= static_cast<int64_t>(std::size(kKernels))) {
     return launch(kKernels[trimmed - 1], table.slots, kRowsThreads, 0, stream, table, num_tasks, accumulate);
   }
-  // As many warps as share 48 KB, or one.
+  // As many warps as fit 48 KB, but at least one.
   const int64_t bytes = 2 * trimmed * kWarp * int64_t{sizeof(Compared<In>)};
   const int64_t warps = std::clamp<int64_t>(48 * 1024 / std::max<int64_t>(1, bytes), 1, kRowsThreads / kWarp);
   return launch(&long_trimmed_mean_kernel<In>, table.slots, static_cast<int>(warps * kWarp), warps * bytes, stream,

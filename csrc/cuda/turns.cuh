@@ -26,16 +26,16 @@ struct Slot {
   }
 };
 
-// The turns of a group of lanes in a slot: of each piece the whole steps, kSteps at a time, then the rest in as many
-// units. Several groups share a slot, and their turns go on from piece to piece.
+// The turns of a group of lanes in a slot. In each piece they take the whole steps, kSteps at a time, then the rest, in
+// turns of as many units. Several groups share a slot: turns are numbered through all pieces and divided among them.
 template <class In, int kLanes, int kSteps>
 class Turns {
   using Rows = Piece<In, kLanes>;
   static constexpr int64_t kColumns = kSteps * Rows::kStep;
-  static constexpr int kUnits = kSteps * kLanes;  // of a turn
+  static constexpr int kUnits = kSteps * kLanes;  // units of a turn in the rest
 
  public:
-  // Those number first, first + stride, ...
+  // Takes the turns number first, first + stride, ...
   GS_DEVICE Turns(const Table& table, int64_t slot, int first, int stride)
       : table_(table), slot_(static_cast<int>(slot)), stride_(stride) {
     param_ = static_cast<int>(Slot(table, slot_).first_param());
@@ -44,29 +44,29 @@ class Turns {
   GS_DEVICE bool done() const { return left_ == 0; }
   GS_DEVICE bool is_whole() const { return left_ > rest_; }
   GS_DEVICE bool aligned() const { return aligned_; }
-  GS_DEVICE int64_t column() const { return column_; }  // the first one of a whole turn
+  GS_DEVICE int64_t column() const { return column_; }  // the first column of a whole turn
   // Rows number t[0], t[1], ... of the piece's parameter; null where t is negative.
   template <class Row, int kCount>
   GS_DEVICE void get_rows(const int (&t)[kCount], Row* (&row)[kCount]) const {
     table_.get_pointers(param_, t, row);
   }
 
-  // Of the first column of the piece's parameter, counted over all parameters.
+  // The number of the first column of the piece's parameter, counted over all parameters.
   GS_DEVICE int64_t coordinate() const { return table_.param(param_).coordinate; }
-  // What a lane has of each step of a turn in the rest; nothing in a whole one.
+  // A lane's unit for each step of a turn in the rest; leaves unit as it is in a whole turn.
   GS_DEVICE void get_units(int lane, Unit (&unit)[kSteps]) const {
     if (is_whole()) return;
     const Steps<In> steps(Slot(table_, slot_).piece<In, kLanes>(param_), kColumns);
 #pragma unroll
     for (int s = 0; s < kSteps; s++) unit[s] = steps.unit(int64_t{rest_ - left_} * kUnits + s * kLanes + lane);
   }
-  // The column of element e of a lane's vector of step s, as load() has it; -1 if there is none.
+  // The column of element e of the vector that load() gives a lane for step s; -1 if there is none.
   GS_DEVICE int64_t column(int lane, int s, const Unit& unit, int e) const {
     if (!is_whole()) return e < unit.columns ? unit.column + e : -1;
     return column_ + (aligned_ ? (s * kLanes + lane) * kVector<In> + e : (s * kVector<In> + e) * kLanes + lane);
   }
 
-  // Goes on; true if that led to another piece.
+  // Moves to the next turn; returns true if that is in another piece.
   GS_DEVICE bool next() {
     column_ += stride_ * kColumns;
     left_ -= stride_;
@@ -76,7 +76,7 @@ class Turns {
     return true;
   }
 
-  // A lane's vectors, zeros in rows that are absent and where a unit has less.
+  // Loads a lane's vectors; zeros for absent rows and for elements that a unit does not have.
   template <int kRows, class Load>
   GS_DEVICE void load(const In* const (&row)[kRows], int lane, const Unit (&unit)[kSteps], const Load& load_vector,
                       Vector<In> (&x)[kSteps][kRows]) const {
@@ -87,14 +87,14 @@ class Turns {
       for (int r = 0; r < kRows; r++) x[s][r] = load_unit(row[r], unit[s], load_vector);
     }
   }
-  // A lane's vector of step s, as load() has it.
+  // Stores a lane's vector of step s, laid out as by load().
   GS_DEVICE void store(In* out, int lane, int s, const Unit& unit, const Vector<In>& vector) const {
     if (!is_whole()) return store_unit(out, unit, vector);
     store_step<kLanes>(out + column_ + s * Rows::kStep, aligned_, lane, vector);
   }
 
  private:
-  // The first piece from param_ on that has a turn number `turn`, counted through the pieces.
+  // Moves to turn number `turn`, counted through the pieces from param_ on.
   GS_DEVICE void open(int turn) {
     const Slot slot(table_, slot_);
     for (left_ = 0; slot.holds(param_); param_++) {
@@ -114,7 +114,7 @@ class Turns {
 
   const Table& table_;
   const int slot_, stride_;
-  int param_, left_, rest_;  // turns of the piece, and how many of them are of its rest
+  int param_, left_, rest_;  // left_: turns left in the piece; rest_: how many of its turns are in the rest
   bool aligned_;
   int64_t column_;
 };

@@ -11,13 +11,13 @@
 namespace gs::gpu {
 namespace {
 
-constexpr int64_t kMaxWarps = 8;  // of a block; UPGrad has a part for each task, the other solvers one
+constexpr int64_t kMaxWarps = 8;  // of a block; UPGrad divides its tasks among warps, the other solvers use one warp
 
 int64_t warps_of(gs_weighting weighting, int64_t num_tasks) {
   return weighting == GS_UPGRAD ? std::min(num_tasks, kMaxWarps) : 1;
 }
 
-// Of a problem, in values: each warp's scratch and weights.
+// The scratch of a problem, in doubles: each warp's scratch and weights.
 int64_t scratch_of(gs_weighting weighting, int64_t num_tasks) {
   return (warps_of(weighting, num_tasks) * (weighting_scratch(weighting, num_tasks) + num_tasks) + 7) / 8 * 8;
 }
@@ -30,7 +30,7 @@ GS_DEVICE bool block_finite(const double* values, int64_t count) {
   return !any_of_block(!finite);
 }
 
-// scratch_values is 0 where the scratch lies in shared memory. One kernel for all solvers: they share much.
+// scratch_values is 0 if the scratch lies in shared memory. One kernel for all solvers, which share much of their code.
 GS_KERNEL GS_BLOCKS(kMaxWarps* kWarp, 1)
     weights_kernel(const double* gram, int64_t num_tasks, gs_weighting weighting, const double* preference,
                    double parameter, double limit, double* weights, double* workspace, int64_t scratch_values,
@@ -58,7 +58,7 @@ GS_KERNEL GS_BLOCKS(kMaxWarps* kWarp, 1)
   }
 }
 
-// The spectral methods by a block per problem, from a number of tasks on.
+// The spectral methods for larger numbers of tasks, with a whole block per problem.
 constexpr int64_t kSpectralTasks = 17, kSpectralThreads = 512;
 
 GS_KERNEL GS_BLOCKS(kSpectralThreads, 1)
@@ -87,7 +87,7 @@ gs_status launch_spectral(const double* gram, int64_t batch, int64_t num_tasks, 
                 stream, gram, num_tasks, weighting, preference, weights, workspace, fits ? 0 : values);
 }
 
-// Warps take the rows in turn; their parts are added in the order of the warps.
+// The warps divide the rows among them; their parts are added in the order of the warps.
 GS_KERNEL gradvac_kernel(const double* gram, int64_t num_tasks, const int64_t* order, double beta, double* targets,
                          double* weights) {
   wait_for_previous_kernel();

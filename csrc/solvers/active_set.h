@@ -5,10 +5,11 @@
 
 namespace gs {
 
-// The shortest point solves M u = 1, M = G_S + c 1 1^T, w = u / sum(u), for any c > 0. With L the Cholesky factor of M
-// and R = L^-1, u = R^T z, z = R 1: products with R are sums that members take side by side, where substitutions with L
-// are chains of divisions. R grows by a row when a task enters and is repaired by Givens rotations when one leaves. Its
-// rows lie packed, one after the other, which on a GPU also spreads a column over the banks of shared memory.
+// The weights of the shortest point are w = u / sum(u), where M u = 1 and M = G_S + c 1 1^T for any c > 0. With L the
+// Cholesky factor of M and R = L^-1, u = R^T z, z = R 1. R is kept instead of L because products with R are sums that
+// the team's members compute in parallel, while substitutions with L are chains of divisions. R gets a row when a task
+// enters, and Givens rotations repair it when one leaves. Its rows lie packed, one after the other, which on a GPU also
+// spreads a column over the banks of shared memory.
 template <class Team>
 class ActiveSet {
  public:
@@ -31,7 +32,7 @@ class ActiveSet {
   GS_HOST_DEVICE int64_t member(int64_t k) const { return members_[k]; }
   GS_HOST_DEVICE double u(int64_t k) const { return u_[k]; }
   GS_HOST_DEVICE void set_shift(double shift) { shift_ = shift; }
-  GS_HOST_DEVICE double* spare() const { return a_; }  // [T], which every change of the set writes over
+  GS_HOST_DEVICE double* spare() const { return a_; }  // [T], overwritten by every change of the set
 
   GS_HOST_DEVICE double sum_of_u() const {
     double total = 0;
@@ -39,7 +40,7 @@ class ActiveSet {
     return team_.sum(total);
   }
 
-  // S = the tasks that count, without R.
+  // S = the tasks for which counts(i) holds. Does not set up R.
   template <class Counts>
   GS_HOST_DEVICE void choose(const Counts& counts) {
     size_ = 0;
@@ -51,17 +52,17 @@ class ActiveSet {
     team_.sync();
   }
 
-  // R of S at once; false if tasks depend so much on others that they had better enter one by one.
+  // Computes R for all of S at once; false if gradients are so nearly dependent that tasks should enter one by one.
   GS_HOST_DEVICE bool enter_together() {
     if (!factor()) return false;
     invert_factor();
     return true;
   }
 
-  // R of S: next that task which depends least on those before, so that R keeps most digits. Tasks that depend on
-  // others to working precision leave S, and their w becomes 0.
+  // Computes R for S task by task: the next one is always the one with the largest pivot, the least dependent on those
+  // before, so that R keeps most digits. Tasks that depend on others to working precision leave S; their w becomes 0.
   GS_HOST_DEVICE void enter_by_pivots(double* w) {
-    double* const left = c_;  // p^2 / M_ii of those that are to enter
+    double* const left = c_;  // p^2 / M_ii of the tasks still to enter
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) left[i] = 0;
     team_.sync();
     GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) left[members_[k]] = 1;
@@ -94,8 +95,8 @@ class ActiveSet {
     team_.sync();
   }
 
-  // What is left of all tasks when those with negative u leave, all at once, until none is; L is in the place of R.
-  // False if tasks nearly depend on others, which single steps are better at.
+  // Starts with all tasks in S, and removes all those with negative u at once until there are none. Leaves L in the
+  // place of R. False if gradients are nearly dependent; single steps handle those better.
   GS_HOST_DEVICE bool drop_negative() {
     GS_ROLLED for (int64_t k = team_.rank(); k < tasks_; k += team_.size()) members_[k] = k;
     size_ = 0;
@@ -118,7 +119,7 @@ class ActiveSet {
     return true;
   }
 
-  // R in the place of L, row by row.
+  // Replaces L by R, row by row.
   GS_HOST_DEVICE void invert_factor() {
     const int64_t count = size_;
     for (size_ = 0; size_ < count;) {
@@ -130,7 +131,7 @@ class ActiveSet {
     }
   }
 
-  // Task j enters S. With g its column of M its row of L is (l, p), l = R g, p^2 = M_jj - |l|^2.
+  // Task j enters S. With g its column of M, its row of L is (l, p), where l = R g and p^2 = M_jj - |l|^2.
   GS_HOST_DEVICE void enter(int64_t j) {
     double *g = a_, *l = b_;
     GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) g[k] = at(j, members_[k]) + shift_;
@@ -147,8 +148,8 @@ class ActiveSet {
     append(1 / std::sqrt(pivot > floor ? pivot : floor));
   }
 
-  // Removes member k. Rotations of row k with k+1, k+2, ... leave zeros in column k but in the row that was carried
-  // along. Without that row and the column, R^T R is the inverse of the rest of M (a Schur complement).
+  // Removes member k. Row k is rotated with rows k+1, k+2, ...; after that column k is zero except in the carried row.
+  // Without that row and column k, R^T R is the inverse of the rest of M (a Schur complement).
   GS_HOST_DEVICE void leave(int64_t k) {
     double *carried = a_, *cosine = b_, *sine = u_, *squares = c_;
     updated_ = true;
@@ -191,13 +192,13 @@ class ActiveSet {
     multiply_transposed(z_, u_);
   }
 
-  // Where pivots are small, adds to u what is missing in M u = 1: rounding of R takes a part of u that the least pivot
-  // divides. False if tasks that left have taken too many digits of R for that.
+  // Iterative refinement: if pivots are small, corrects u by the residual of M u = 1, as the relative error of u is
+  // R's rounding error divided by the least pivot. False if removals have cost R too many digits for that.
   GS_HOST_DEVICE bool solve_accurately() {
     double *missing = b_, *product = c_;
     for (int turn = 0; least_pivot_ < 1e-4; turn++) {
       const double shift = shift_ * sum_of_u();
-      double least = 0;  // - |what is missing| / the terms it is left of
+      double least = 0;  // -|residual| / sum of |terms|
       int64_t unused = 0;
       GS_ROLLED for (int64_t k = team_.rank(); k < size_; k += team_.size()) {
         double sum = 1 - shift, terms = 1;
@@ -226,7 +227,7 @@ class ActiveSet {
   GS_HOST_DEVICE double at(int64_t i, int64_t j) const { return gram_[i * tasks_ + j]; }
   GS_HOST_DEVICE double* row(int64_t r) const { return inverse_ + r * (r + 1) / 2; }
 
-  // L takes the place of R, and u that of the row after it. False if tasks nearly depend on others.
+  // Puts L in the place of R, and u in the row after it. False if gradients are nearly dependent.
   GS_HOST_DEVICE bool factor() {
     const auto row_of = [rows = inverse_](int64_t r) { return rows + r * (r + 1) / 2; };
     const auto entry = [gram = gram_, tasks = tasks_, members = members_, shift = shift_](int64_t k, int64_t c) {
@@ -237,7 +238,7 @@ class ActiveSet {
     return factor_and_solve(team_, row_of, size_, 1e-8);
   }
 
-  // Appends to R the row (-l^T R, 1) / p for the l in b_ and scale = 1 / p, and its part to u.
+  // Appends the row (-l^T R, 1) / p to R, with l in b_ and scale = 1 / p, and adds its part to u.
   GS_HOST_DEVICE void append(double scale) {
     double* const added = row(size_);
     multiply_transposed(b_, added);
@@ -248,7 +249,7 @@ class ActiveSet {
     }
     const double z = team_.sum(sum) + scale;
     const int64_t j = members_[size_];
-    const double pivot = 1 / (scale * scale * (at(j, j) + shift_));  // 0 where that overflows
+    const double pivot = 1 / (scale * scale * (at(j, j) + shift_));  // 0 if the divisor overflows
     least_pivot_ = size_ == 0 || pivot < least_pivot_ ? pivot : least_pivot_;
     GS_ROLLED for (int64_t c = team_.rank(); c < size_; c += team_.size()) u_[c] += z * added[c];
     if (team_.rank() == 0) {
@@ -286,14 +287,14 @@ class ActiveSet {
   const Team team_;
   const double* gram_;
   const int64_t tasks_;
-  double *u_, *z_;       // by member
+  double *u_, *z_;       // one value per member
   double *a_, *b_, *c_;  // scratch of one function at a time
   int64_t* members_;
   double* inverse_;   // R
   double shift_ = 0;  // c
   int64_t size_ = 0;
-  bool updated_ = false;    // R, as a task left
-  double least_pivot_ = 1;  // the least p^2 / M_jj of the tasks that entered since S was empty, those that left too
+  bool updated_ = false;    // R was changed because a task left
+  double least_pivot_ = 1;  // the least p^2 / M_jj of all tasks that entered since S was empty, even if they left again
 };
 
 }  // namespace gs

@@ -12,10 +12,11 @@ constexpr int64_t cagrad_scratch(int64_t num_tasks) {
 }
 
 // With g_0 the mean gradient and g_x = sum_t x_t g_t, x on the simplex, the problem is to minimize g_x . g_0 +
-// kappa |g_x|, kappa = c |g_0|; then d = g_0 + (kappa / |g_x|) g_x. For a given lambda = kappa / |g_x| its conditions
-// are those of the shortest convex combination of the vectors lambda g_t + g_0, so that Wolfe's algorithm yields x.
-// |lambda g_x| ascends (the problem is jointly convex in x and |g_x|), and as long as the tasks with x_t > 0 stay the
-// same its square is linear in lambda^2: a secant on these squares, within a bracket, ends in few steps.
+// kappa |g_x|, kappa = c |g_0|; then d = g_0 + (kappa / |g_x|) g_x. For a given lambda = kappa / |g_x| the optimality
+// conditions are those of the shortest convex combination of the vectors lambda g_t + g_0, so min-norm (Wolfe's
+// algorithm) yields x. It remains to find the lambda with |lambda g_x| = kappa. |lambda g_x| increases with lambda (the
+// problem is jointly convex in x and |g_x|), and while the set of tasks with x_t > 0 stays the same, its square is
+// linear in lambda^2: a secant method on these squares, within a bracket, takes few steps.
 template <class Team>
 class CAGrad {
  public:
@@ -41,11 +42,11 @@ class CAGrad {
     const double even = 1 / static_cast<double>(tasks_), kappa = c * std::sqrt(mean_squared_);
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] = even;
     team_.sync();
-    // Where the mean gradient is 0 but for rounding, so is d.
+    // If the mean gradient is 0 up to rounding, so is d.
     if (!(c > 0) || !(mean_squared_ > 1e-15 * trace_)) return;
     double length = !(c >= 1 && is_stationary()) && find_root(kappa) ? std::sqrt(length_squared()) : 0;
     if (length == 0) {
-      // Pareto-stationary gradients, g_x = 0: of the directions that solve the problem the one nearest to g_0.
+      // Pareto-stationary gradients: g_x = 0. Several directions solve the problem; takes the one nearest to g_0.
       DualCone cone(team_, gram_, tasks_, 1e-12, inner_);
       cone.add_solution({nullptr, even, -1}, weights);
       GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
@@ -54,7 +55,7 @@ class CAGrad {
       }
       team_.sync();
       multiply(team_, gram_, tasks_, x_, gx_);
-      length = std::fmax(std::sqrt(length_squared()), kappa);  // it is not to leave the ball, but for rounding
+      length = std::fmax(std::sqrt(length_squared()), kappa);  // d stays in the ball, up to rounding
     }
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights[i] += kappa / length * x_[i];
     team_.sync();
@@ -63,12 +64,13 @@ class CAGrad {
  private:
   static constexpr double kCancelled = 4e-14;
 
-  // x for one lambda, or without share of g_0 that of the shortest convex combination; returns |lambda g_x|^2.
+  // Computes x for one lambda (with share = 0: x of the shortest convex combination of the g_t); returns |lambda
+  // g_x|^2.
   GS_HOST_DEVICE_CALL double minimize(double lambda, double share = 1) {
     each_entry(team_, tasks_, [&](int64_t i, int64_t j) {
       const double shift = share * (lambda * (mean_[i] + mean_[j]) + mean_squared_);
       const double product = lambda * lambda * gram_[i * tasks_ + j] + shift;
-      shifted_[i * tasks_ + j] = i == j ? std::fmax(product, 0.0) : product;  // a square, but for rounding
+      shifted_[i * tasks_ + j] = i == j ? std::fmax(product, 0.0) : product;  // a square, negative only by rounding
     });
     MinNorm(team_, shifted_, tasks_, x_, inner_).solve(/*warm=*/known_);
     known_ = true;
@@ -79,9 +81,9 @@ class CAGrad {
 
   GS_HOST_DEVICE double length_squared() const { return std::fmax(team_dot(team_, x_, gx_, tasks_), 0.0); }
 
-  // Whether g_x = 0 for some x, but for what rounding leaves of its terms, or of the conditions: by convexity no square
-  // is less than |g_x|^2 - 2 max (|g_x|^2 - g_x . g_t). If c >= 1 no lambda solves the problem then; were it sought,
-  // rounding of so large ones would hide that.
+  // Whether g_x = 0 for some x, up to the rounding of its terms or to the error in min-norm's optimality conditions: by
+  // convexity every |g_x|^2 is at least the found |g_x|^2 - 2 max_t (|g_x|^2 - g_x . g_t). If g_x = 0 and c >= 1, no
+  // lambda solves the problem; the search would not notice, as rounding dominates at such large lambda.
   GS_HOST_DEVICE bool is_stationary() {
     const double squared = minimize(1, 0);
     double terms = 0, least = squared;
@@ -105,13 +107,13 @@ class CAGrad {
     return !definite;
   }
 
-  // Leaves in place the x of the lambda with |lambda g_x| = kappa; false if there is none below 1e7 kappa / |g|.
+  // Finds the lambda with |lambda g_x| = kappa and leaves its x in x_; false if there is none below 1e7 kappa / |g|.
   GS_HOST_DEVICE bool find_root(double kappa) {
-    const double target = kappa * kappa, least = target / trace_;  // the root is above
-    double low = 0, high = 0x1p23 * least;                         // squares of lambda
+    const double target = kappa * kappa, least = target / trace_;  // the root is above `least`
+    double low = 0, high = 0x1p23 * least;                         // a bracket for lambda^2
     double before = 0, before_value = -target, last = high, last_value = minimize(std::sqrt(high)) - target;
     if (last_value < 0) {
-      // So far out a G that was rounded to float32 is but noise.
+      // An indefinite G was rounded (to float32, say): for so large a lambda only its rounding error would count.
       if (is_indefinite()) return false;
       before = low = high;
       before_value = last_value;
@@ -120,7 +122,7 @@ class CAGrad {
     }
     if (last_value < 0) return false;
     for (int step = 0; step < 40 && high - low > 1e-15 * high; step++) {
-      // The secant of the last two, or a mean of the bracket where it is left or nothing much was gained.
+      // The secant through the last two points; the geometric mean of the bracket if the secant leaves it or is slow.
       double next = last - last_value * (last - before) / (last_value - before_value);
       const bool slow = step > 0 && std::fabs(last_value) > 0.5 * std::fabs(before_value);
       if (slow || !(next > low && next < high)) next = std::sqrt(std::fmax(low, least) * high);
@@ -139,7 +141,7 @@ class CAGrad {
   const int64_t tasks_;
   double *mean_, *x_, *gx_, *shifted_, *inner_;
   double trace_ = 0, mean_squared_ = 0;
-  bool known_ = false;  // x of some lambda
+  bool known_ = false;  // x_ holds the x of an earlier lambda
 };
 
 }  // namespace gs

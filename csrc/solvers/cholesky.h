@@ -15,7 +15,7 @@ GS_HOST_DEVICE void fill_lower(const Team& team, Row row, int64_t size, const En
       own[i] = entry(i, i);
     }
   } else {
-    // A column for each member, several rows at a time: a load need not wait for the last store.
+    // Each member takes whole columns, several rows at a time, so that a load need not wait for the last store.
     constexpr int kRows = 4;
     GS_ROLLED for (int64_t j = team.rank(); j < size; j += team.size()) {
       for (int64_t i = j; i < size; i += kRows) {
@@ -30,17 +30,17 @@ GS_HOST_DEVICE void fill_lower(const Team& team, Row row, int64_t size, const En
   }
 }
 
-// What a pivot counts as at least, relative to its diagonal entry, so that a matrix that is singular to working
-// precision has an answer too.
+// Smaller pivots are raised to this part of their diagonal entry, so that a matrix that is singular to working
+// precision has a solution too.
 constexpr double kMinPivot = 1e-14;
 
-// Solves A x = b by Cholesky's method, A = L L^T. row(i) holds row i of A's lower triangle, row(size) holds b, which
-// becomes x; L takes A's place, but for 1 / L_jj on the diagonal. False, with the work left undone, where a pivot is
-// not above `least` of its diagonal entry. By one thread:
+// Solves A x = b by Cholesky's method, A = L L^T. row(i) holds row i of A's lower triangle and is overwritten by L,
+// with 1 / L_jj on the diagonal; row(size) holds b and is overwritten by x. Stops and returns false at a pivot that is
+// not above `least` times its diagonal entry. This one runs in one thread:
 template <class Row>
 bool factor_and_solve(const SerialTeam&, Row row, int64_t size, double least = -INFINITY) {
   for (int64_t j = 0; j < size; j++) {
-    // Columns 0..j-1 are those of the factor by now, b's those of the forward substitution.
+    // By now columns 0..j-1 hold the factor, and entries 0..j-1 of row(size) the result of the forward substitution.
     double* const pivot_row = row(j);
     const double entry = pivot_row[j], floor = kMinPivot * entry, pivot = entry - dot(pivot_row, pivot_row, j);
     if (!(pivot > least * entry)) return false;
@@ -61,7 +61,7 @@ bool factor_and_solve(const SerialTeam&, Row row, int64_t size, double least = -
   return true;
 }
 
-// A few columns of the factor, the same for every member, where they meet their rows.
+// The diagonal block of a few columns of the factor, of which every member has a copy.
 template <int kColumns>
 struct Panel {
   double lower[kColumns][kColumns], inverse[kColumns];  // L below the diagonal; 1 / L_jj
@@ -75,8 +75,8 @@ struct Panel {
   }
 };
 
-// The same by a team of at least kPanel members, kPanel columns at a time: what is to be subtracted from them is summed
-// side by side from the same loads, and the members meet once for all.
+// The same by a team of at least kPanel members, kPanel columns at a time: one pass of loads serves the sums of all
+// these columns, and so does each synchronization.
 template <class Team, class Row>
 GS_HOST_DEVICE_CALL bool factor_and_solve(const Team& team, Row row, int64_t size, double least = -INFINITY) {
   constexpr int kPanel = Team::kPanel;
@@ -90,7 +90,7 @@ GS_HOST_DEVICE_CALL bool factor_and_solve(const Team& team, Row row, int64_t siz
       pivot_row[c] = row(c < count ? j + c : j);
       entry[c] = c < count ? pivot_row[c][j + c] : 1;
     }
-    // Row i, columns j.. of what is left of A; a row ends at its diagonal entry.
+    // v = columns j.. of row i of A, less the products of the factor's earlier columns; a row ends at its diagonal.
     const auto reduce = [&](int64_t i, Values& v) {
       const double* const own = row(i);
       GS_UNROLL for (int c = 0; c < kPanel; c++) v[c] = c < count && j + c <= i ? own[j + c] : 0;
@@ -105,7 +105,7 @@ GS_HOST_DEVICE_CALL bool factor_and_solve(const Team& team, Row row, int64_t siz
         }
       }
     };
-    // The columns of row i that lie below the panel's triangle, or in it.
+    // Writes those of the panel's columns that row i has.
     const auto write = [&](int64_t i, const Values& v) {
       double* const own = row(i);
       GS_UNROLL for (int c = 0; c < kPanel; c++) {
@@ -136,7 +136,7 @@ GS_HOST_DEVICE_CALL bool factor_and_solve(const Team& team, Row row, int64_t siz
       write(own, v);
     }
     for (int64_t i = own + team.size(); i <= size; i += team.size()) {
-      Values other;  // the triangle's rows are still to be written
+      Values other;  // not v: the rows of the diagonal block are written last
       reduce(i, other);
       panel.substitute(other);
       write(i, other);
@@ -178,11 +178,11 @@ GS_HOST_DEVICE_CALL bool factor_and_solve(const Team& team, Row row, int64_t siz
   return true;
 }
 
-// L D L^T of a symmetric positive matrix of a few rows, by one thread, in registers.
+// The factorization L D L^T of a small symmetric positive definite matrix, by one thread, in registers.
 template <int kSize>
 struct SmallFactor {
   double lower[kSize][kSize], inverse[kSize];  // L below the diagonal; 1 / D
-  bool definite = true;                        // each pivot is above `least` of its diagonal entry
+  bool definite = true;                        // each pivot is above `least` times its diagonal entry
 
   // entry(i, j) is that of row i and column j <= i.
   template <class Entry>
@@ -209,8 +209,9 @@ struct SmallFactor {
   }
 };
 
-// Solves A x = b likewise. entry(i, j) is that of A, j <= i; rows is scratch, but for its row `size`, which holds b and
-// becomes x. Up to kSmall rows each member does all of the work by itself: it takes less time than waiting for others.
+// Solves A x = b for A_ij = entry(i, j), j <= i; false as for factor_and_solve. Row `size` of rows holds b and is
+// overwritten by x; the other rows are scratch. Up to kSmall rows each member does all of the work by itself, which
+// takes less time than waiting for others.
 template <class Team, class Entry>
 GS_HOST_DEVICE bool solve_positive(const Team& team, const Entry& entry, double* rows, int64_t stride, int64_t size,
                                    double least) {

@@ -7,7 +7,7 @@
 #define GS_HOST_DEVICE __host__ __device__
 #define GS_HOST_DEVICE_CALL __host__ __device__ __noinline__  // long, and called in several places
 #define GS_UNROLL _Pragma("unroll")
-#define GS_ROLLED _Pragma("unroll 1")  // copies of a loop that mostly has one turn would only be more to fetch
+#define GS_ROLLED _Pragma("unroll 1")  // most such loops have one iteration: unrolling only adds code to fetch
 #else
 #define GS_HOST_DEVICE
 #define GS_HOST_DEVICE_CALL
@@ -39,35 +39,35 @@ GS_HOST_DEVICE void fill_nan(const Team& team, double* values, int64_t count) {
 }
 
 // The solvers run on a team: the threads of a warp or a block on a GPU, one thread on the CPU. Members share the arrays
-// and take turns in loops over tasks; a sync() stands between a write and another member's read, and the other way
-// round. What every member computes for itself, and what sums and least() return, is the same for all, so they take
-// the same branches.
+// and divide the iterations of loops over tasks; a sync() separates a write from another member's read, and a read from
+// another member's write. Scalars that every member computes, and results of sums and least(), are the same for all
+// members, so they take the same branches.
 struct SerialTeam {
   static constexpr int kColumns = 8;      // columns that a member sums at a time
-  static constexpr int kSmall = 0;        // rows of a matrix that each member had better factor; at most size()
+  static constexpr int kSmall = 0;        // up to so many rows each member factors a matrix itself; at most size()
   static constexpr int kPanel = 1;        // columns that are factored together; at most size()
-  static constexpr int kPairMembers = 1;  // members that turn a pair of rows; divides size()
+  static constexpr int kPairMembers = 1;  // members that rotate a pair of rows together; divides size()
   GS_HOST_DEVICE int64_t rank() const { return 0; }
   GS_HOST_DEVICE int64_t size() const { return 1; }
   GS_HOST_DEVICE void sync() const {}
   GS_HOST_DEVICE double sum(double value) const { return value; }
-  // Several sums at once, each in place of its part.
+  // Several sums at once; each replaces the member's part.
   template <class... Values>
   GS_HOST_DEVICE void sum_each(Values&...) const {}
-  // The least value and its index, the smallest one among equal values.
+  // The least value and its index; among equal values, the smallest index.
   GS_HOST_DEVICE void least(double&, int64_t&) const {}
 };
 
-// body(i, j) for the entries of a [T, T] matrix, and a sync().
+// Calls body(i, j) for the entries of a [T, T] matrix, then sync().
 template <class Team, class Body>
 GS_HOST_DEVICE void each_entry(const Team& team, int64_t num_tasks, const Body& body) {
-  // Divisions of 64 bits take a GPU hundreds of cycles.
+  // 32 bits, as 64-bit divisions take a GPU hundreds of cycles.
   const auto side = static_cast<uint32_t>(num_tasks), step = static_cast<uint32_t>(team.size());
   GS_ROLLED for (auto e = static_cast<uint32_t>(team.rank()); e < side * side; e += step) body(e / side, e % side);
   team.sync();
 }
 
-// out_i = sum_k weight(k) G_{row(k), i} over k = 0..count-1, several columns i of a member at a time.
+// out_i = sum_k weight(k) G_{row(k), i} over k = 0..count-1; a member sums several columns i at a time.
 template <class Team, class Row, class Weight>
 GS_HOST_DEVICE void sum_rows(const Team& team, const double* gram, int64_t num_tasks, int64_t count, const Row& row,
                              const Weight& weight, double* out) {

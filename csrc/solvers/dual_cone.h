@@ -5,12 +5,12 @@
 
 namespace gs {
 
-// What of y_i, relative to |H^(1/2) v| H_ii^(1/2), and of z_i, relative to |H^(1/2) v| / H_ii^(1/2), may be rounding.
+// Rounding errors allowed in y_i, relative to |H^(1/2) v| H_ii^(1/2), and in z_i, relative to |H^(1/2) v| / H_ii^(1/2).
 constexpr double kConeOptimal = 1e-13, kConeFeasible = 1e-12;
 
 constexpr int64_t dual_cone_scratch(int64_t num_tasks) { return (num_tasks + 1) * padded(num_tasks) + 7 * num_tasks; }
 
-// The vector u [T]: the given values or one value everywhere, but 0 for all tasks other than `only`, unless that is -1.
+// The vector u [T]: `values`, or `value` for each task if that is NULL. If only >= 0, u is 0 for all other tasks.
 struct Start {
   const double* values;
   double value;
@@ -20,9 +20,9 @@ struct Start {
 
 // argmin v^T H v with v >= u, H = G / trace(G) + ridge I, ridge > 0: the weights of the point nearest to J^T u among
 // those d with g_t . d >= 0 for all t. With z = v - u and y = H v the conditions are z >= 0, y >= 0, z^T y = 0: the
-// tasks of a set F have y = 0, the others z = 0. Block principal pivoting (Judice and Pires 1994) lets all that come
-// out negative change sides at once, as long as that makes them fewer; else Lawson and Hanson's method (1974) starts
-// anew, which lowers v^T H v at each step.
+// tasks of a set F have y = 0, the others z = 0. Block principal pivoting (Judice and Pires 1994) moves all tasks with
+// a negative z or y into or out of F at once, as long as their number falls; otherwise Lawson and Hanson's method
+// (1974) starts from the beginning, which lowers v^T H v at each step.
 template <class Team>
 class DualCone {
  public:
@@ -45,7 +45,7 @@ class DualCone {
     set_ridge(ridge);
   }
 
-  // weights += v. Where H turns out to be indefinite, because G was rounded, with more of a ridge.
+  // weights += v. If H turns out to be indefinite, because G was rounded, tries again with a larger ridge.
   GS_HOST_DEVICE_CALL void add_solution(const Start& u, double* weights) {
     const double given = ridge_;
     for (int attempts = 12; attempts > 0; attempts--) {
@@ -54,7 +54,7 @@ class DualCone {
       if (!indefinite_) break;
       set_ridge(std::fmax(8 * ridge_, 0x1p-33));
     }
-    // What lies below u by rounding.
+    // By rounding, v may be slightly below u.
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       weights[i] += best_[i] > u(i) ? best_[i] : u(i);
     }
@@ -89,7 +89,7 @@ class DualCone {
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) best_[i] = v_[i];
   }
 
-  // True if that led to the solution, which is kept.
+  // Block principal pivoting. Returns true if it found the solution, now in best_.
   GS_HOST_DEVICE bool pivot(const Start& u) {
     start(u);
     keep();
@@ -115,8 +115,9 @@ class DualCone {
     return false;
   }
 
-  // The task with the most negative y joins F; on the way to the minimum over F those whose z would become negative
-  // leave. Ends where rounding no longer lets v^T H v descend; the last v that did is kept.
+  // Lawson and Hanson's method. The task with the most negative y joins F; tasks whose z would become negative on the
+  // way to the minimum over F leave it. Ends when, by rounding, v^T H v no longer descends; best_ holds the last v with
+  // a smaller value.
   GS_HOST_DEVICE void descend(const Start& u) {
     start(u);
     keep();
@@ -186,7 +187,7 @@ class DualCone {
     return static_cast<int64_t>(team_.sum(wrong));
   }
 
-  // Below 0 by more than rounding: |y_i| is at most |H^(1/2) v| H_ii^(1/2).
+  // Whether y_i (outside F) or z_i (in F) is negative by more than rounding. |y_i| is at most |H^(1/2) v| H_ii^(1/2).
   GS_HOST_DEVICE bool is_wrong(const Start& u, int64_t i) const {
     if (free_[i] == 0) return product_[i] < -kConeOptimal * length_ * root_[i];
     return (v_[i] - u(i)) * root_[i] < -kConeFeasible * length_;
@@ -247,7 +248,7 @@ GS_HOST_DEVICE void dual_proj(const Team& team, const double* gram, int64_t num_
       .add_solution({preference, 1 / static_cast<double>(num_tasks), -1}, weights);
 }
 
-// UPGrad: the sum of the projections of p_t g_t, here over t = first, first + step, ...
+// UPGrad: the sum of the projections of p_t g_t over t; this call adds those of t = first, first + step, ...
 template <class Team>
 GS_HOST_DEVICE void upgrad(const Team& team, const double* gram, int64_t num_tasks, const double* preference,
                            double ridge, int64_t first, int64_t step, double* weights, double* scratch) {

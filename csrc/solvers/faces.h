@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
 // Problems for a few tasks whose solution lies inside some face of a simplex or a cone: each face is solved by itself.
-// Faces are sets of tasks, a bit each, matrices kTasks x kTasks.
+// A face is a set of tasks, given as a bit mask; matrices are kTasks x kTasks.
 #pragma once
 #include "dual_cone.h"
 
 namespace gs {
 
-// Of a face's rows and columns of a matrix, with rows of the identity for the tasks outside.
+// The factor of a face's rows and columns of a matrix, with those of the identity for the tasks outside.
 template <int kTasks, class Entry>
 GS_HOST_DEVICE SmallFactor<kTasks> factor_face(const Entry& entry, uint32_t face) {
   return SmallFactor<kTasks>([&](int i, int j) {
@@ -15,9 +15,10 @@ GS_HOST_DEVICE SmallFactor<kTasks> factor_face(const Entry& entry, uint32_t face
   });
 }
 
-// argmin w^T G w: w = the shortest point of the affine hull of the face's tasks; returns w^T G w, or infinity if the
-// point lies outside the simplex or the tasks are affinely dependent to working precision. A smaller face attains the
-// minimum then, by Caratheodory's theorem. shift is the c = min_i G_ii of MinNorm, of which this solves the equations.
+// Min-norm on one face: w = the weights of the shortest point of the affine hull of the face's tasks. Returns w^T G w,
+// or infinity if the point lies outside the simplex or the tasks are affinely dependent to working precision; then a
+// smaller face attains the minimum, by Caratheodory's theorem. The equations are those of MinNorm, whose c = min_i G_ii
+// is `shift`.
 template <int kTasks>
 GS_HOST_DEVICE double face_min_norm(const double* gram, double shift, uint32_t face, double (&w)[kTasks]) {
   const auto inside = [&](int i) { return (face >> i & 1) != 0; };
@@ -31,7 +32,7 @@ GS_HOST_DEVICE double face_min_norm(const double* gram, double shift, uint32_t f
     valid = valid && w[k] >= 0;
     total += w[k];
   }
-  // A task alone is its own shortest point, also where it is zero and no equation has one solution.
+  // A single task is its own shortest point, even if its gradient is zero and the equations have no unique solution.
   const bool alone = (face & (face - 1)) == 0;
   const double scale = 1 / total;
   double value = 0;
@@ -44,12 +45,12 @@ GS_HOST_DEVICE double face_min_norm(const double* gram, double shift, uint32_t f
   return alone || (valid && shift > 0 && value < INFINITY) ? value : INFINITY;
 }
 
-// CAGrad's problem (cagrad.h), to minimize x^T b + kappa |g_x|, b = G 1 / T, kappa = c |g_0|. With lambda = kappa /
-// |g_x| its conditions on a face are (lambda G x + b)_i = mu, so that with M = G + shift 1 1^T, u = M^-1 1, v = M^-1 b
-// and s = 1 / lambda, x = (1 + s sum(v)) / sum(u) u - s v. |g_x| = s kappa then is an equation for s. Yields lambda x,
-// and returns how far from the minimum on all faces it is: the most by which g_i . d / |g_i| misses the conditions, as
-// a part of kappa. Infinity where rounding leaves too much, the tasks are affinely dependent, or lambda is beyond what
-// find_root of cagrad.h takes for finite.
+// CAGrad's problem (cagrad.h) on one face: minimize x^T b + kappa |g_x|, b = G 1 / T, kappa = c |g_0|. With lambda =
+// kappa / |g_x| the conditions on a face are (lambda G x + b)_i = mu, so that with M = G + shift 1 1^T, u = M^-1 1, v =
+// M^-1 b and s = 1 / lambda, x = (1 + s sum(v)) / sum(u) u - s v. Then |g_x| = s kappa is an equation for s. Sets x to
+// lambda x, and returns how far that is from the minimum over all faces: the largest amount by which g_i . d / |g_i|
+// violates the conditions, divided by kappa. Returns infinity if rounding errors are too large, the tasks are affinely
+// dependent, or lambda is larger than find_root of cagrad.h admits.
 template <int kTasks>
 GS_HOST_DEVICE double face_cagrad(const double* gram, const double* mean, int num_tasks, double c, uint32_t face,
                                   double (&x)[kTasks]) {
@@ -102,7 +103,7 @@ GS_HOST_DEVICE double face_cagrad(const double* gram, const double* mean, int nu
   GS_UNROLL for (int i = 0; i < kTasks; i++) {
     if (i >= num_tasks) continue;
     const double below = level - slope[i], inverse = inverse_root(gram[i * (kTasks + 1)]);
-    excess = std::fmax(excess, (inside(i) ? std::fabs(below) : below) * inverse);  // NaN, which does not count: 0 / 0
+    excess = std::fmax(excess, (inside(i) ? std::fabs(below) : below) * inverse);  // fmax ignores NaN (0 / 0)
     x[i] *= lambda;
   }
   const double kappa = std::sqrt(squared);
@@ -122,8 +123,8 @@ struct Triangle {
   GS_HOST_DEVICE double at(int i, int j) const { return entries[i < j ? j * (j + 1) / 2 + i : i * (i + 1) / 2 + j]; }
 };
 
-// DualCone's problem: v = u + z with z = 0 on the tasks outside the face and H v = 0 inside, by the face's factor of H.
-// pull = H u, root_i = sqrt(H_ii). Returns whether that is the solution on all faces but for rounding.
+// DualCone's problem on one face: v = u + z with z = 0 for the tasks outside the face and (H v)_i = 0 inside, by the
+// face's factor of H. pull = H u, root_i = sqrt(H_ii). Returns whether v solves the whole problem, up to rounding.
 template <int kTasks>
 GS_HOST_DEVICE bool face_projection(const SmallFactor<kTasks>& factor, const Triangle<kTasks>& h, const double* u,
                                     const double* pull, const double* root, uint32_t face, double (&v)[kTasks]) {
@@ -141,7 +142,7 @@ GS_HOST_DEVICE bool face_projection(const SmallFactor<kTasks>& factor, const Tri
   bool valid = true;
   GS_UNROLL for (int i = 0; i < kTasks; i++) {
     const double least = inside(i) ? z[i] * root[i] : y[i];
-    valid = valid & (least >= -(inside(i) ? kConeFeasible : kConeOptimal * root[i]) * length);  // not so for NaN
+    valid = valid & (least >= -(inside(i) ? kConeFeasible : kConeOptimal * root[i]) * length);  // false for NaN
   }
   return valid;
 }

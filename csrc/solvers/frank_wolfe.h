@@ -12,8 +12,8 @@ GS_HOST_DEVICE inline double two_point_min_norm(double aa, double ab, double bb)
   return (bb - ab) / (aa + bb - 2 * ab);
 }
 
-// Frank-Wolfe (Sener & Koltun 2018, Algorithm 2) from the uniform weights, until the step is below tol or for max_iter
-// iterations. gw is scratch of num_tasks values.
+// Frank-Wolfe (Sener & Koltun 2018, Algorithm 2) from uniform weights, until a step is below tol or max_iter iterations
+// are done. gw is scratch of num_tasks values.
 template <class Team>
 GS_HOST_DEVICE void frank_wolfe(const Team& team, const double* gram, int64_t num_tasks, int64_t max_iter, double tol,
                                 double* weights, double* gw) {

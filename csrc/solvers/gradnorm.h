@@ -6,9 +6,9 @@
 namespace gs {
 
 // With n_i = |grad L_i|, G_i = w_i n_i, r_i = (L_i / L_i(0)) / mean_k (L_k / L_k(0)) and target_i = mean(G) r_i^alpha
-// held constant, sum_i |G_i - target_i| has the gradient sign(G_i - target_i) n_i in w_i. One step of size lr down it,
-// no further than w_i = 0, then sum w = T. If every weight reaches 0 the weights stay as they were, so
-// new_weights must not be weights.
+// held constant, sum_i |G_i - target_i| has the derivative sign(G_i - target_i) n_i in w_i. Takes one descent step of
+// size lr, with weights below 0 set to 0, and scales the weights to sum to T. If every weight would be 0, the weights
+// stay as they were; new_weights must not be weights, which are read again for that.
 GS_HOST_DEVICE inline void gradnorm_update(const double* weights, const double* norms, const double* losses,
                                            const double* initial_losses, int64_t num_tasks, double alpha, double lr,
                                            double* new_weights) {
@@ -32,9 +32,9 @@ GS_HOST_DEVICE inline void gradnorm_update(const double* weights, const double* 
   }
 }
 
-// One step of training, from G: current receives the state's weights and the state is updated. norms and updated are
-// scratch of num_tasks values. Values that are not finite, as in a step that a gradient scaler will skip, do not enter
-// the weights, nor do negative losses; nor may a loss of 0, of a task without samples in the first batch, stand for
+// One step of training, from G: current receives a copy of weights, the state, which is then updated. norms and updated
+// are scratch of num_tasks values. The state stays as it was if values are not finite (as in a step that a gradient
+// scaler will skip) or a loss is negative. A loss of 0 (of a task without samples in the first batch) is not kept as
 // L(0).
 GS_HOST_DEVICE inline void gradnorm_step(const double* gram, const double* losses, int64_t num_tasks, double alpha,
                                          double lr, double* weights, double* initial_losses, double* current,

@@ -5,20 +5,21 @@
 
 namespace gs {
 
-// A target above this counts as this: at 1 the coefficient has no bound.
+// Larger targets count as this one: at 1 the coefficient would be unbounded.
 constexpr double kMaxTarget = 1 - 1e-8;
 
-// A vector whose square is less than this of the squares of its terms is 0 but for rounding.
+// A vector whose squared length is below this part of the sum of its terms' squared lengths counts as 0.
 constexpr double kCancelled = 1e-12;
 
-// Adds to weights what task i contributes besides its own gradient, and moves its targets [T]. The running vector p =
-// g_i at first; for each j != i in the visiting order, rho = cos(p, g_j) < target_j adds to p the multiple of g_j that
-// makes their cosine target_j, and target_j moves by beta towards rho. Zero vectors have no cosine. v = J p is scratch.
-// On a GPU nobody has looked at what order holds: what is no task is passed over.
+// Adds task i's contribution, except its own gradient, to weights, and moves its targets [T]. The running vector p
+// starts at g_i. For each j != i in the visiting order, rho = cos(p, g_j): if rho < target_j, the multiple of g_j is
+// added to p that makes their cosine target_j; then target_j moves towards rho by the fraction beta. A zero vector has
+// no cosine and is skipped. v = J p is scratch. On a GPU order has not been checked: entries that are no task are
+// skipped.
 template <class Team>
 GS_HOST_DEVICE void gradvac_row(const Team& team, const double* gram, int64_t num_tasks, int64_t i,
                                 const int64_t* order, double beta, double* target, double* weights, double* v) {
-  team.sync();  // v is the last row's no more
+  team.sync();  // all members are done with the last row's v
   GS_ROLLED for (int64_t j = team.rank(); j < num_tasks; j += team.size()) v[j] = gram[i * num_tasks + j];
   team.sync();
   double squared = gram[i * num_tasks + i], terms = squared;
@@ -37,7 +38,7 @@ GS_HOST_DEVICE void gradvac_row(const Team& team, const double* gram, int64_t nu
         v[l] += coefficient * gram[j * num_tasks + l];
       }
       if (team.rank() == 0) weights[j] += coefficient;
-      const double length = coefficient * other;  // of what is added
+      const double length = coefficient * other;  // of the vector added to p
       squared += coefficient * 2 * product + length * length;
       terms += length * length;
       if (!(squared > kCancelled * terms)) squared = 0;

@@ -7,15 +7,15 @@ namespace gs {
 
 constexpr int64_t krum_scratch(int64_t num_tasks) { return num_tasks * (num_tasks + 1); }
 
-// How many values come before value j in ascending order, of equal ones the first first.
+// How many values come before value j in ascending order; equal values keep their order.
 GS_HOST_DEVICE inline int64_t rank_of(const double* values, int64_t count, int64_t j) {
   int64_t rank = 0;
   for (int64_t k = 0; k < count; k++) rank += k < j ? values[k] <= values[j] : values[k] < values[j];
   return rank;
 }
 
-// 1 / m for the m tasks of least score, 0 for the others; a task's score is the sum of its squared distances to the T -
-// f - 2 nearest others, all but the f + 1 farthest.
+// 1 / m for the m tasks of least score, 0 for the others. A task's score is the sum of its squared distances to the
+// T - f - 2 nearest other tasks, that is to all but the f + 1 farthest.
 template <class Team>
 GS_HOST_DEVICE void krum(const Team& team, const double* gram, int64_t num_tasks, int64_t num_byzantine,
                          int64_t num_selected, double* weights, double* scratch) {
@@ -24,7 +24,7 @@ GS_HOST_DEVICE void krum(const Team& team, const double* gram, int64_t num_tasks
     double* const row = distances + i * num_tasks;
     for (int64_t j = 0; j < num_tasks; j++) {
       const double square = gram[i * num_tasks + i] + gram[j * num_tasks + j] - 2 * gram[i * num_tasks + j];
-      row[j] = square > 0 ? square : 0;  // but for rounding
+      row[j] = square > 0 ? square : 0;  // negative only by rounding
     }
     for (int64_t dropped = 0; dropped <= num_byzantine; dropped++) {
       int64_t farthest = 0;

@@ -30,7 +30,7 @@ GS_HOST_DEVICE double team_dot(const Team& team, const double* x, const double* 
   return team.sum(sum);
 }
 
-// Rows of an odd number of values: on a GPU a column then lies in many banks of shared memory.
+// Rows are padded to an odd number of values: on a GPU a column then lies in many banks of shared memory.
 GS_HOST_DEVICE constexpr int64_t padded(int64_t num_tasks) { return num_tasks | 1; }
 
 }  // namespace gs

@@ -12,9 +12,9 @@ constexpr int64_t min_norm_scratch_bytes(int64_t num_tasks) {
 // Wolfe's algorithm (P. Wolfe, "Finding the nearest point in a polytope", Math. Programming 11, 1976) in Gram form.
 // It keeps a set S of tasks whose affine hull has its shortest point inside the simplex, adds the task that most
 // violates the optimality condition (G w)_j >= w^T G w, and drops tasks whose weight reaches zero. c = min_i G_ii keeps
-// rows of every scale in range. Where S grows beyond a few tasks, it jumps to what is left of all tasks when those with
-// negative u leave all at once, for one or two factorizations of M; where gradients are independent, mostly that is the
-// answer, without R.
+// rows of every scale in range. Once S has more than a few tasks, the solver jumps: it starts from all tasks and
+// removes all those with negative u at once (drop_negative), which takes one or two factorizations of M. For
+// independent gradients the result is usually the answer, and R is never needed.
 template <class Team>
 class MinNorm {
  public:
@@ -28,7 +28,7 @@ class MinNorm {
         w_(norm_ + num_tasks),
         set_(team, gram, num_tasks, w_ + num_tasks) {}
 
-  // Where `warm`, weights hold those of a similar problem, with whose tasks S begins.
+  // If `warm`, `weights` holds the weights of a similar problem, and S begins with the tasks of positive weight.
   GS_HOST_DEVICE void solve(bool warm = false) {
     double least = INFINITY;
     int64_t shortest = 0;
@@ -41,27 +41,28 @@ class MinNorm {
     }
     team_.least(least, shortest);
     set_.set_shift(least);
-    const bool descends = least >= 0x1p-1000;  // or u, of the order of 1 / least, would overflow
+    const bool descends = least >= 0x1p-1000;  // otherwise u, of the order of 1 / least, would overflow
     warm = warm && descends;
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       w_[i] = warm ? weights_[i] : i == shortest ? 1 : 0;
       weights_[i] = w_[i];
     }
     team_.sync();
-    if (descends) descend(shortest, warm);  // a zero gradient is the shortest point itself
+    if (descends) descend(shortest, warm);  // otherwise the zero gradient is the shortest point itself
   }
 
  private:
   GS_HOST_DEVICE double at(int64_t i, int64_t j) const { return gram_[i * tasks_ + j]; }
 
-  // Each function has one place here, as far as that goes: a GPU is to keep the instructions of all.
+  // Calls each function from as few places as possible, so that the inlined code stays small enough for a GPU's
+  // instruction cache.
   GS_HOST_DEVICE void descend(int64_t shortest, bool warm) {
     int64_t solves = 8 * tasks_ + 32;
-    // The lowest w^T G w, and how many face minima came since then: where gradients nearly depend on others, rounding
-    // makes some of them no lower, and sets would cycle. Weights hold the w of which least is missing.
+    // lowest: the lowest w^T G w; stalls: face minima since then that were no lower, as rounding causes for nearly
+    // dependent gradients, where S could cycle forever. least: the smallest missing_ so far, whose w is in weights_.
     double lowest = INFINITY, least = INFINITY;
     int64_t stalls = 0;
-    // The size of S from which to jump, once, from a cold start: fewer tasks take less time one after the other.
+    // The size of S at which a cold start jumps, once: fewer tasks take less time one after the other.
     int64_t few = warm ? 0 : 2 + tasks_ / 16;
     const auto positive = [w = w_](int64_t i) { return w[i] > 0; };
     int64_t j = shortest;  // the task to join S; -1 if there is none
@@ -89,7 +90,7 @@ class MinNorm {
       j = -1;
       if (begins || (!jumped && solves-- > 0 && !move_to_face_minimum())) continue;
       j = most_violating();
-      if (missing_ <= least || least == INFINITY) {  // also NaN, where G overflows
+      if (missing_ <= least || least == INFINITY) {  // the first w in any case: missing_ is NaN if G overflows
         least = missing_;
         GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) weights_[i] = w_[i];
         team_.sync();
@@ -100,7 +101,7 @@ class MinNorm {
     }
   }
 
-  // False, and w as it was, where the set cannot.
+  // Sets S and w to the result of drop_negative(); false, with w unchanged, if that fails.
   GS_HOST_DEVICE bool jump() {
     if (!set_.drop_negative()) return false;
     total_ = set_.sum_of_u();
@@ -113,8 +114,8 @@ class MinNorm {
     return true;
   }
 
-  // The task j outside S with the largest (w^T G w - (G w)_j) relative to the rounding error of (G w)_j; -1 if none is
-  // above it.
+  // The task j outside S with the largest (w^T G w - (G w)_j) relative to the rounding error of (G w)_j; -1 if no task
+  // exceeds that error.
   GS_HOST_DEVICE int64_t most_violating() {
     double* const gw = set_.spare();
     sum_rows(
@@ -147,7 +148,7 @@ class MinNorm {
     return worst_task;
   }
 
-  // Moves w towards the shortest point of S's affine hull. True if it got there, false if a task left S on the way.
+  // Moves w towards the shortest point of S's affine hull. Returns true if w reached it, false if a task left S first.
   GS_HOST_DEVICE bool move_to_face_minimum() {
     total_ = set_.sum_of_u();
     double reach = INFINITY;
@@ -179,11 +180,12 @@ class MinNorm {
   const double* gram_;
   const int64_t tasks_;
   double* weights_;
-  double *norm_, *w_;  // by task: |g_i|, the weights
+  double *norm_, *w_;  // |g_i| and the weight of each task
   ActiveSet<Team> set_;
-  double total_ = 0;    // sum(u)
-  double value_ = 0;    // w^T G w
-  double missing_ = 0;  // the most in (G w)_t >= w^T G w, = where w_t > 0, over |g_t| sum_s w_s |g_s|
+  double total_ = 0;  // sum(u)
+  double value_ = 0;  // w^T G w
+  // The largest violation of (G w)_t >= w^T G w (of = where w_t > 0), relative to |g_t| sum_s w_s |g_s|.
+  double missing_ = 0;
 };
 
 }  // namespace gs

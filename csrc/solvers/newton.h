@@ -10,12 +10,12 @@ constexpr int64_t newton_scratch(int64_t num_tasks) {
   return num_tasks * (num_tasks + 7) + (num_tasks + 1) * padded(num_tasks);
 }
 
-// With n_i = |g_i| / max |g|, y_i = n_i w_i, K the matrix of cosines and p = 1 / alpha this is (K y)_i = n_i^(p - 1)
-// y_i^-p: the minimum of the convex F(y) = y^T K y / 2 - sum_i n_i^(p - 1) phi(y_i), phi'(y) = y^-p. Newton's method.
-// In a step that takes some y_i further than nine tenths of the way to 0, those that get smaller do so by y_i^-p, in
-// which the equation of a small y_i is linear. A ridge of 1e-12 on K gives Pareto-stationary gradients an answer too,
-// where y has none or grows without bound. Where F turns out not to be convex, because G was rounded, it starts again
-// with more of a ridge.
+// With n_i = |g_i| / max |g|, y_i = n_i w_i, K the matrix of cosines and p = 1 / alpha, this is (K y)_i = n_i^(p - 1)
+// y_i^-p: the minimum of the convex F(y) = y^T K y / 2 - sum_i n_i^(p - 1) phi(y_i), phi'(y) = y^-p. Solved by Newton's
+// method. If a step would take some y_i more than nine tenths of the way to 0, every y_i that gets smaller takes its
+// step in the variable y_i^-p instead, in which the equation of a small y_i is linear. For Pareto-stationary gradients
+// there is no solution, or y grows without bound; a ridge of 1e-12 on K gives them an answer. If F turns out not to be
+// convex, because G was rounded, the solver starts again with a larger ridge.
 template <class Team>
 class Newton {
  public:
@@ -33,7 +33,7 @@ class Newton {
         tried_(inverse_ + num_tasks),
         cosines_(tried_ + num_tasks),
         rows_(cosines_ + num_tasks * num_tasks) {
-    double least = 0;  // of -G_ii
+    double least = 0;  // the least -G_ii
     GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
       least = std::fmin(least, -gram[i * (num_tasks + 1)]);
     }
@@ -51,7 +51,7 @@ class Newton {
       cosines_[i * num_tasks + j] = std::fmin(std::fmax(cosine, -1.0), 1.0);
     });
     GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
-      // Without pow, which takes as long as a step, for Nash-MTL.
+      // Nash-MTL (power 1) needs no pow, which takes as long as a step.
       c_[i] = norms_[i] > 0 && power_ != 1 ? std::pow(norms_[i], power_ - 1) : 1;
     }
   }
@@ -69,11 +69,11 @@ class Newton {
   }
 
  private:
-  // False where F is not convex. measure() is called in one place, which lets a GPU have it inline.
+  // Returns false if F is not convex. measure() is called in a single place, so that a GPU's compiler inlines it.
   GS_HOST_DEVICE bool descend(double ridge) {
     const int64_t stride = padded(tasks_);
     double* const direction = rows_ + tasks_ * stride;
-    double residual = INFINITY, last = INFINITY;  // at y and at the y before
+    double residual = INFINITY, last = INFINITY;  // at y and at the previous y
     team_.sync();
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       cosines_[i * (tasks_ + 1)] = 1 + ridge;
@@ -82,7 +82,7 @@ class Newton {
     for (;;) {
       team_.sync();
       const double found = measure();
-      const bool ends = residual <= 1e-3 && residual >= 0.5 * last;  // as good as rounding allows
+      const bool ends = residual <= 1e-3 && residual >= 0.5 * last;  // no better than this by rounding
       if (ends && !(found < residual)) return true;
       GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
         y_[i] = tried_[i];
@@ -112,15 +112,16 @@ class Newton {
     }
   }
 
-  // How much of each pull is missing or too much at tried_, the root of the mean square, but for those that cannot get
-  // smaller. What of each is missing, the second derivatives and 1 / y are left in their arrays.
+  // The root mean square of the relative errors of the equations at tried_, where each compares (K y)_i with its pull
+  // n_i^(p - 1) y_i^-p. A y_i at its lower bound that should get smaller does not count. Fills missing_, bend_ and
+  // inverse_ for tried_.
   GS_HOST_DEVICE double measure() {
     multiply(team_, cosines_, tasks_, tried_, missing_);
     double squares = 0;
     GS_ROLLED for (int64_t i = team_.rank(); i < tasks_; i += team_.size()) {
       const double y = tried_[i], ky = missing_[i], inverse = 1 / y;
       const double pull = power_ == 1 ? inverse : c_[i] * std::pow(y, -power_);
-      const double error = power_ == 1 ? 1 - ky * y : (pull - ky) / pull;  // NaN where the pull is too large
+      const double error = power_ == 1 ? 1 - ky * y : (pull - ky) / pull;  // NaN if the pull overflows
       squares += y > kMinY || error > 0 ? error * error : 0;
       missing_[i] = pull - ky;
       bend_[i] = power_ * pull * inverse;
@@ -136,13 +137,13 @@ class Newton {
   const double power_;
   double *norms_, *c_, *y_;
   double *missing_, *bend_, *inverse_;  // -F', the second derivatives of F's separate terms, 1 / y (1 / |g_i| at first)
-  double* tried_;                       // what becomes y
+  double* tried_;                       // the next y
   double *cosines_, *rows_;
   double largest_ = 0;
   int steps_ = 400;
 };
 
-// The weights, all shortened by one factor so that |d| <= max_norm.
+// The weights, scaled down if needed so that |d| <= max_norm.
 template <class Team>
 GS_HOST_DEVICE void fair_grad(const Team& team, const double* gram, int64_t num_tasks, double alpha, double max_norm,
                               double* weights, double* scratch) {

@@ -5,17 +5,17 @@
 
 namespace gs {
 
-// Of squares: what G is accurate to.
+// The relative accuracy of G, for squared lengths.
 constexpr double kGramAccuracy = 1e-6;
 
 constexpr int64_t pcd_scratch(int64_t num_tasks) { return num_tasks * (num_tasks + 3) + dual_cone_scratch(num_tasks); }
 
 // The weights of |g_1| x / |x|, x = argmin |x - g_1|^2 with g_t . x >= shares_t |g_t|^2 for all tasks but the first;
-// shares NULL: share each. With u_t = g_t / |g_t|, z = x / |g_1| - u_1 is the shortest z such that u_t . z >= h_t =
-// shares_t |g_t| / |g_1| - u_t . u_1, which Lawson and Hanson (1974, chapter 23) solve by one of non-negative least
-// squares: with e a unit vector at right angles to all u_t, and the v >= 0 for which sum_t v_t (u_t + h_t e) is nearest
-// to e, z = sum_t v_t u_t / (1 - sum_t v_t h_t). That is DualProj's problem for these vectors and -e in the first one's
-// place; h is taken as a multiple of the largest. Where the distance is 0 no z will do, and z = 0 is taken.
+// shares NULL: `share` for each task. With u_t = g_t / |g_t|, z = x / |g_1| - u_1 is the shortest z such that u_t . z
+// >= h_t = shares_t |g_t| / |g_1| - u_t . u_1. Lawson and Hanson (1974, chapter 23) reduce this to non-negative least
+// squares: with e a unit vector orthogonal to all u_t, and the v >= 0 for which sum_t v_t (u_t + h_t e) is nearest to
+// e, z = sum_t v_t u_t / (1 - sum_t v_t h_t). That is DualProj's problem for the vectors u_t + h_t e, with -e in place
+// of the first one; h is scaled by its largest entry. If the distance to e is 0, no z meets the conditions, and z = 0.
 template <class Team>
 GS_HOST_DEVICE void pcd(const Team& team, const double* gram, int64_t num_tasks, const double* shares, double share,
                         double* weights, double* scratch) {
@@ -45,7 +45,7 @@ GS_HOST_DEVICE void pcd(const Team& team, const double* gram, int64_t num_tasks,
   });
   DualCone(team, cone, num_tasks, 1e-12, rest).add_solution({nullptr, 1, 0}, weights);
 
-  double left = 0, total = 0, along = 0, squared = 0;  // of sum_t v_t u_t
+  double left = 0, total = 0, along = 0, squared = 0;  // s = sum_t v_t u_t: along = s . u_1, squared = |s|^2
   GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
     left -= heights[i] * weights[i];
     if (i == 0) continue;

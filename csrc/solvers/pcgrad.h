@@ -5,9 +5,9 @@
 
 namespace gs {
 
-// Subtracts from weights what the projections of task i take. The running vector is p = sum_k c_k g_k, c = e_i at
-// first. For each j != i in the visiting order, v_j = p . g_j < 0 subtracts (v_j / G_jj) g_j from p; v = G c is kept up
-// to date. v is scratch of num_tasks values.
+// Subtracts the projections of task i from weights. The running vector is p = sum_k c_k g_k, with c = e_i at first. For
+// each j != i in the visiting order, if v_j = p . g_j < 0, (v_j / G_jj) g_j is subtracted from p; v = G c is kept up to
+// date. v is scratch of num_tasks values.
 inline void pcgrad_project(const double* gram, int64_t num_tasks, int64_t i, const int64_t* order, double* weights,
                            double* v) {
   for (int64_t j = 0; j < num_tasks; j++) v[j] = gram[i * num_tasks + j];

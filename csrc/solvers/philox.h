@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and what is drawn from
-// it: visiting orders, random weights, and a number for each coordinate.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and its uses: visiting orders,
+// random weights, and a number for each coordinate.
 #pragma once
 #include "common.h"
 
@@ -26,7 +26,7 @@ GS_HOST_DEVICE inline PhiloxBlock philox(PhiloxBlock counter, uint64_t key) {
 // The counter of the next step, modulo 2^64.
 GS_HOST_DEVICE inline int64_t next_step(int64_t step) { return static_cast<int64_t>(static_cast<uint64_t>(step) + 1); }
 
-// The words of a row's order for the swaps at positions num_tasks-1 - 4 block and the three below it.
+// The words for four swaps of a row's order: at position num_tasks-1 - 4 block and the three positions below it.
 GS_HOST_DEVICE inline PhiloxBlock order_draws(uint64_t seed, uint64_t step, int64_t row, uint32_t block) {
   return philox({{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), static_cast<uint32_t>(row), block}},
                 seed);
@@ -54,19 +54,20 @@ GS_HOST_DEVICE inline void task_order_row(int64_t num_tasks, uint64_t seed, uint
   }
 }
 
-// The counter of random weights' words 4 block to 4 block + 3. No row of an order has its third word.
+// The counter for words 4 block to 4 block + 3 of the random weights. Its third word differs from that of every row of
+// an order.
 GS_HOST_DEVICE inline PhiloxBlock weights_counter(uint64_t step, int64_t block) {
   return {{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), 0xFFFFFFFFu, static_cast<uint32_t>(block)}};
 }
 
-// The counter of coordinates 4 block to 4 block + 3, a word for each. Its third word is none of a row, nor that of
-// random weights.
+// The counter for coordinates 4 block to 4 block + 3, which take a word each. Its third word differs from those of
+// orders and of random weights.
 GS_HOST_DEVICE inline PhiloxBlock coordinate_counter(uint64_t step, uint64_t block) {
   return {{static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32),
            0x80000000u + static_cast<uint32_t>(block >> 32), static_cast<uint32_t>(block)}};
 }
 
-// In (0, 1). Exact.
+// A number in (0, 1), computed exactly.
 GS_HOST_DEVICE inline double uniform_of(uint32_t word) { return (word + 0.5) * 0x1p-32; }
 
 }  // namespace gs

@@ -5,7 +5,7 @@
 
 namespace gs {
 
-// cos(2 pi v), on a GPU without what large angles take.
+// cos(2 pi v); on a GPU by cospi, which needs no code for large angles.
 GS_HOST_DEVICE inline double cos_of_turn(double v) {
 #if defined(__CUDA_ARCH__)
   return cospi(2 * v);

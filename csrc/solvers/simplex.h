@@ -5,12 +5,12 @@
 
 namespace gs {
 
-// Whole lines of a processor's cache, for problems side by side.
+// Rounded up to whole cache lines, so that threads that solve different problems share none.
 constexpr int64_t simplex_scratch_bytes(int64_t num_tasks) { return (num_tasks * (num_tasks + 2) + 7) / 8 * 64; }
 
-// argmin |w - x| with w >= 0 and sum(w) = 1: w = max(x - tau, 0). Michelot's algorithm (1986): tau from a set of tasks
-// that holds those of w > 0, which loses the others until there are none. x is shifted by its largest value, which no
-// rounding moves then; what lies 1 below that has weight 0.
+// argmin |w - x| with w >= 0 and sum(w) = 1: w = max(x - tau, 0). Michelot's algorithm (1986): computes tau from a set
+// of tasks that contains all those with w > 0, and removes the others until none is left. The largest value is
+// subtracted from x first: it becomes exactly 0, and tasks with x <= -1 have weight 0.
 template <class Team>
 GS_HOST_DEVICE void project_on_simplex(const Team& team, double* x, int64_t num_tasks, double* weights) {
   double least = INFINITY;
@@ -33,13 +33,13 @@ GS_HOST_DEVICE void project_on_simplex(const Team& team, double* x, int64_t num_
     tau = (sum - 1) / members;
   }
   GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
-    weights[i] = x[i] <= tau ? 0 : x[i] - tau;  // NaN stays
+    weights[i] = x[i] <= tau ? 0 : x[i] - tau;  // NaN stays NaN
   }
   team.sync();
 }
 
-// num_iter times v = momentum v + A w and w = P(w - lr v), P the projection on the simplex, v = 0 at first. A, [T, T],
-// need not be symmetric, and is finite.
+// Does num_iter times v = momentum v + A w, then w = P(w - lr v), where P is the projection on the simplex and v = 0 at
+// first. A [T, T] need not be symmetric, but must be finite.
 template <class Team>
 GS_HOST_DEVICE void simplex_steps(const Team& team, const double* matrix, int64_t num_tasks, double lr, double momentum,
                                   int64_t num_iter, double* weights, double* scratch) {

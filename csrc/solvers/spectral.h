@@ -9,8 +9,8 @@ namespace gs {
 
 constexpr int64_t spectral_scratch(int64_t num_tasks) { return (num_tasks + 1) * padded(num_tasks) + 4 * num_tasks; }
 
-// x^T y, and the rotation of x and y, over the entries 0, kStep, 2 kStep, ... below count; four at a time, so that
-// accesses need not wait for each other.
+// x^T y, and below it the rotation of x and y, over the entries 0, kStep, 2 kStep, ... below count. They take four
+// entries at a time, so that memory accesses need not wait for each other.
 template <int kStep>
 GS_HOST_DEVICE double strided_dot(const double* x, const double* y, int count) {
   double sum[4] = {};
@@ -41,19 +41,20 @@ GS_HOST_DEVICE void strided_rotate(double* x, double* y, int count, double cosin
   }
 }
 
-// Turns the rows a_k of a symmetric positive semidefinite matrix into lambda_k v_k^T for its eigenvalues and
-// eigenvectors, in no order; lambda_k = |a_k| goes into values. One-sided Jacobi: for each pair of rows a rotation that
-// makes them orthogonal, pairs without a common row side by side, each by kPairMembers members. A sum of products Q^T A
-// with orthogonal rows is diag(lambda) V^T. Rows for eigenvalues that are 0 to rounding hold noise.
+// Turns the rows a_k of a symmetric positive semidefinite matrix A into lambda_k v_k^T for its eigenvalues and
+// eigenvectors, in no particular order; lambda_k = |a_k| goes into values. One-sided Jacobi: rotates each pair of rows
+// so that they become orthogonal; pairs without a common row are rotated in parallel, each by kPairMembers members.
+// When all rows are orthogonal, the product Q^T A of the rotations and A is diag(lambda) V^T. Rows of eigenvalues that
+// are 0 up to rounding hold noise.
 template <class Team>
 GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t tasks, double* values) {
   constexpr int kMembers = Team::kPairMembers;
-  // A GPU multiplies 64-bit integers in several steps.
+  // int, as a GPU multiplies 64-bit integers in several steps.
   const auto num_tasks = static_cast<int>(tasks), stride = static_cast<int>(padded(tasks));
   const int pairs = (num_tasks + 1) / 2, rounds = 2 * pairs - 1, member = static_cast<int>(team.rank());
   const int rank = member % kMembers, group = member / kMembers, groups = static_cast<int>(team.size()) / kMembers;
   for (int sweep = 0; sweep < 30; sweep++) {
-    // The squared lengths, which a sweep keeps up to date, but for rounding.
+    // The squared lengths. The rotations of a sweep update them, with some rounding error, so each sweep begins anew.
     for (int k = member; k < num_tasks; k += kMembers * groups) {
       values[k] = dot(rows + k * stride, rows + k * stride, num_tasks);
     }
@@ -61,7 +62,7 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t tas
     double again = 0;
     for (int round = 0; round < rounds; round++) {
       for (int first = 0; first < pairs; first += groups) {
-        // A tournament: the last player stays, the others move on by one place a round.
+        // Pairs as in a round-robin tournament: the last player stays, the others move on by one place in each round.
         const int k = first + group, above = round + k, below = round - k;
         const int p = k == 0 ? rounds : above < rounds ? above : above - rounds;
         const int q = below < 0 ? below + rounds : below;
@@ -72,11 +73,11 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t tas
         const double ab = team.sum(part, kMembers);
         team.sync();
         if (!(ab * ab > 1e-30 * (aa * bb))) continue;
-        // The tangent of twice the angle is twice / apart.
+        // The rotation's angle phi: tan(2 phi) = twice / apart.
         const double apart = bb - aa, twice = 2 * ab, inverse = inverse_root(apart * apart + twice * twice);
         const double square = 0.5 + 0.5 * std::fabs(apart) * inverse, secant = inverse_root(square);
         const double cosine = square * secant, sine = (apart < 0 ? -ab : ab) * inverse * secant;
-        // Small angles between rows that are nearly orthogonal leave products of two such.
+        // Rotations by small angles of nearly orthogonal rows leave errors of second order only: no further sweep.
         if (ab * ab > 1e-16 * (aa * bb) || sine * sine > 1e-16) again = 1;
         if (rank == 0) {
           values[p] = std::fmax(aa - sine * secant * ab, 0.0);
@@ -94,7 +95,7 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t tas
   team.sync();
 }
 
-// The same by one thread, which has no use for pairs side by side.
+// The same by one thread, for which a tridiagonal form is faster than Jacobi rotations.
 inline void diagonalize(const SerialTeam&, double* rows, int64_t num_tasks, double* values) {
   double below[GS_MAX_TASKS];
   const int64_t stride = padded(num_tasks);
@@ -124,7 +125,7 @@ GS_HOST_DEVICE inline double largest(const double* values, int64_t count) {
   return most;
 }
 
-// rows: K_ij = G_ij / (|g_i| |g_j|); of a zero gradient, `of_zero` on the diagonal and 0 beside it.
+// rows = K, K_ij = G_ij / (|g_i| |g_j|). A zero gradient has `of_zero` on the diagonal and 0 elsewhere.
 template <class Team>
 GS_HOST_DEVICE void write_cosines(const Team& team, const double* gram, int64_t num_tasks, const double* norms,
                                   double of_zero, double* rows) {
@@ -135,8 +136,8 @@ GS_HOST_DEVICE void write_cosines(const Team& team, const double* gram, int64_t 
   });
 }
 
-// c = K^-1 p by Cholesky's method, if that shows that all eigenvalues of K are above `rounding` times the largest one:
-// the least is at least 1 / trace(K^-1), the largest at most T. rows has a row more than K.
+// c = K^-1 p by Cholesky's method. Returns whether it showed that all eigenvalues of K are above `rounding` times the
+// largest one: the least is at least 1 / trace(K^-1), the largest at most T. rows needs one row more than K has.
 template <class Team>
 GS_HOST_DEVICE_CALL bool solve_independent(const Team& team, const double* gram, int64_t num_tasks,
                                            const double* preference, const double* norms, double rounding, double* c,
@@ -149,7 +150,7 @@ GS_HOST_DEVICE_CALL bool solve_independent(const Team& team, const double* gram,
   }
   team.sync();
   factor_and_solve(team, [=](int64_t i) { return rows + i * stride; }, num_tasks);
-  // Column j of the factor's inverse, right of the diagonal in row j.
+  // Writes column j of the factor's inverse to row j, right of the diagonal.
   double trace = 0;
   GS_ROLLED for (int64_t j = team.rank(); j < num_tasks; j += team.size()) {
     double* const column = rows + j * stride;
@@ -169,8 +170,8 @@ GS_HOST_DEVICE_CALL bool solve_independent(const Team& team, const double* gram,
 }
 
 // c = pinv(K) p, with the matrix K of cosines (0 for a zero gradient), and its squared length c^T K c = p^T c.
-// preference NULL: 1 each. Eigenvalues up to T 2^-23 of the largest count as 0: float32's rounding of dependent
-// gradients leaves such. If hardly more is left of p then, c = 0.
+// preference NULL: 1 each. Eigenvalues up to T 2^-23 of the largest count as 0: dependent gradients that were rounded
+// to float32 have such eigenvalues. If p lies almost entirely in their eigenvectors, c = 0.
 template <class Team>
 GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, int64_t num_tasks,
                                          const double* preference, double* norms, double* c, double* scratch) {
@@ -270,7 +271,7 @@ GS_HOST_DEVICE void aligned_mtl(const Team& team, const double* gram, int64_t nu
   }
   double scale = weighting == GS_ALIGNED_MTL_MIN ? smallest : sum / static_cast<double>(rank);
   if (weighting == GS_ALIGNED_MTL_MEDIAN) {
-    // The lower median: as many kept values are below it as above, or one less.
+    // The lower median of the kept values: as many of them are below it as above, or one fewer.
     for (int64_t k = 0; k < num_tasks; k++) {
       int64_t before = 0;
       for (int64_t l = 0; l < num_tasks; l++) {

@@ -14,16 +14,17 @@ inline void add(double factor, const double* x, int64_t count, double* y) {
   for (int64_t i = 0; i < count; i++) y[i] += factor * x[i];
 }
 
-// Turns a symmetric A of entries <= 1, rows `stride` values apart, into Q^T for an orthogonal Q with a tridiagonal
-// Q^T A Q, whose diagonal and what is below it are written, each of A's size.
+// Replaces a symmetric A, with entries <= 1 and rows `stride` values apart, by Q^T for an orthogonal Q such that Q^T A
+// Q is tridiagonal. Writes the diagonal of that and the entries below it to two arrays of A's size.
 inline void tridiagonalize(double* rows, int64_t stride, int64_t size, double* diagonal, double* below) {
   double w[GS_MAX_TASKS];
   for (int64_t k = 0; k + 1 < size; k++) {
-    // The reflection I - v v^T takes the column below the diagonal to a multiple of its first axis. v stays in row k.
+    // The reflection I - v v^T maps the column below the diagonal to a multiple of the first unit vector. v stays in
+    // row k.
     const int64_t first = k + 1, left = size - first;
     double* const v = rows + k * stride + first;
     const double squares = dot(v, v, left);
-    const double length = squares > 1e-280 ? std::sqrt(squares) : 0;  // of a subnormal the reflection would be none
+    const double length = squares > 1e-280 ? std::sqrt(squares) : 0;  // a subnormal would give no true reflection
     const double end = v[0] > 0 ? -length : length;
     diagonal[k] = rows[k * stride + k];
     below[k] = end;
@@ -70,7 +71,7 @@ inline void diagonalize_tridiagonal(double* rows, int64_t stride, int64_t size, 
       int64_t last = first;
       while (last + 1 < size && std::fabs(below[last]) > rounding) last++;
       if (last == first) break;
-      // Wilkinson's shift, then the rotations that chase what it leaves off the tridiagonal, upwards.
+      // Wilkinson's shift, then rotations that chase the entry outside the tridiagonal form upwards (bulge chasing).
       const double half = (diagonal[first + 1] - diagonal[first]) / (2 * below[first]);
       const double root = std::sqrt(1 + half * half);
       double chased = diagonal[last] - diagonal[first] + below[first] / (half + (half < 0 ? -root : root));
@@ -95,7 +96,7 @@ inline void diagonalize_tridiagonal(double* rows, int64_t stride, int64_t size, 
           b[j] = sine * x + cosine * y;
         }
       }
-      if (i >= first) {  // the part fell in two
+      if (i >= first) {  // the submatrix split in two
         diagonal[i + 1] -= shift;
       } else {
         diagonal[first] -= shift;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The solvers by the names of the C boundary.
+// Maps each gs_weighting to its solver.
 #pragma once
 #include "cagrad.h"
 #include "gradsurgery/gradsurgery.h"
@@ -47,7 +47,8 @@ GS_HOST_DEVICE void solve_spectral(const Team& team, gs_weighting weighting, con
   }
 }
 
-// The weights of one problem with finite G. UPGrad's are a sum over tasks, here of every step-th one from the first on.
+// The weights of one problem with finite G. UPGrad's weights are a sum over tasks; this call adds only the tasks first,
+// first + step, ...
 template <class Team>
 GS_HOST_DEVICE void solve_weighting(const Team& team, gs_weighting weighting, const double* gram, int64_t num_tasks,
                                     const double* preference, double parameter, double limit, int64_t first,
