@@ -8,10 +8,10 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 .PHONY: demo test bench lint cpp sass gpu-code clean
 .DEFAULT_GOAL := test
-# What is imported gets compiled once, not by each of the processes that the tests start.
+# Lets Python write bytecode: modules are compiled once, not by each of the processes that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
-# The pip that Python brings may take a minute to resolve what a newer one does in seconds.
+# Upgrades pip first: the version that comes with Python may take a minute to resolve what a newer one does in seconds.
 .venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --upgrade pip
@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/installed
 	$(BIN)/python -m examples.multi_mnist
 
-# Threads that spin while they wait would take time from the other process.
+# Passive waiting: OpenMP threads that spin while they wait would take time from the other test process.
 test: .venv/installed
 	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=cpu,triton $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
@@ -43,7 +43,7 @@ cpp:
 	cmake --build build/cmake --parallel
 	ctest --test-dir build/cmake --output-on-failure --parallel 2
 
-# What nvcc makes of the kernels.
+# Checks the machine code that nvcc makes of the kernels.
 sass: .venv/installed
 	mkdir -p build/sass$(ARCH)
 	printf '%s\n' $(KERNELS) | xargs -P 2 -I NAME \
@@ -51,8 +51,8 @@ sass: .venv/installed
 		-c csrc/cuda/NAME.cu -o build/sass$(ARCH)/NAME.o
 	$(BIN)/python tests/cpp/check_sass.py $(KERNELS:%=build/sass$(ARCH)/%.o)
 
-# What .ci/run has no time for: the longest interpreted kernels, what nvcc makes of all kernels, for the oldest GPUs too,
-# all of Triton's, and programs in C++ and in C with the static library of CUDA's.
+# Checks that .ci/run has no time for: the longest tests of interpreted kernels, nvcc's code of all kernels (for the
+# oldest GPUs too), all Triton kernels, and programs in C++ and in C that link the static library with CUDA.
 gpu-code: .venv/installed
 	$(MAKE) sass
 	$(MAKE) sass ARCH=80

@@ -8,10 +8,10 @@ GRADSURGERY_BUILD chooses what is compiled:
     cpu   C++ only; fails without a C++ compiler
     none  nothing: the package runs on its PyTorch backend
 
-A $CXX that cannot compile is an error, but for "none".
+A $CXX that cannot compile is an error, except with "none".
 
-TORCH_CUDA_ARCH_LIST chooses the GPUs, as for any extension of torch, from compute capability 8.0 on; default: all below
-that nvcc knows, and PTX.
+TORCH_CUDA_ARCH_LIST chooses the GPUs, as for any extension of torch, from compute capability 8.0 on. The default is all
+of ARCHITECTURES below that nvcc knows, and PTX for newer ones.
 """
 
 import os
@@ -40,7 +40,7 @@ def choose_build() -> str:
     """What to compile: "cuda", "cpu" or "none"."""
     wanted = os.environ.get("GRADSURGERY_BUILD", "auto")
     if not os.environ.get("CXX", "").strip():
-        os.environ.pop("CXX", None)  # torch would run an empty name
+        os.environ.pop("CXX", None)  # torch would try to run a compiler with an empty name
     if wanted not in CHOICES:
         sys.exit(f"GRADSURGERY_BUILD must be one of {', '.join(CHOICES)}, got {wanted!r}")
     if wanted == "none":
@@ -54,7 +54,7 @@ def choose_build() -> str:
     if no_compiler and "CXX" in os.environ:
         sys.exit(f"gradsurgery: $CXX is of no use: {no_compiler}")
     if wanted == "auto":
-        # Who has a torch for the CPU alone expects no CUDA kernels.
+        # With a torch for the CPU only, nobody expects CUDA kernels: no message about them.
         if reason := no_compiler or (torch.version.cuda and why_not["cuda"]):
             print(f"gradsurgery: {reason}", file=sys.stderr)
         return next((build for build in ("cuda", "cpu") if not why_not[build]), "none")
@@ -79,7 +79,7 @@ def complaint(header: str = "cstdint", *flags: str) -> str:
 
 
 def openmp_flags() -> list[str]:
-    """-fopenmp where the compiler has OpenMP: at::parallel_for is of it, in a header, and else runs on one thread."""
+    """-fopenmp if the compiler has OpenMP: at::parallel_for is OpenMP code in a header, else it runs on one thread."""
     why = complaint("omp.h", "-fopenmp")
     if not why:
         return ["-fopenmp"]
@@ -99,7 +99,7 @@ def why_not_cuda() -> str:
     release = re.search(r"release ((\d+)\.\d+)", said)
     if release is None or release[2] != torch.version.cuda.split(".")[0]:
         return f"{nvcc()} is of CUDA {release[1] if release else '(unknown)'}, torch of CUDA {torch.version.cuda}"
-    # Where nvcc is a link or a script, torch may take another folder for the toolkit's.
+    # If nvcc is a link or a script, torch may take the wrong folder for the toolkit's.
     return complaint("cuda_runtime_api.h", *(f"-I{path}" for path in include_paths("cuda")))
 
 
@@ -111,7 +111,7 @@ def nvcc() -> str | None:
 
 def choose_architectures() -> None:
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
-    # Names of architectures are left to torch; older ones have no float64 matrix instruction.
+    # Names of architectures are left to torch. Numbers below 8 are dropped: no float64 matrix instruction there.
     served = [a for a in wanted if a and (not a[0].isdigit() or int(a.split(".")[0]) >= 8)]
     if any(wanted) and not served:
         sys.exit(f"TORCH_CUDA_ARCH_LIST must hold 8.0 or later, got {';'.join(wanted)}")
@@ -125,7 +125,7 @@ def choose_architectures() -> None:
 
 def extension_arguments(build: str) -> dict:
     if build == "none":
-        if "editable_wheel" in sys.argv:  # which would go on using what an earlier build left
+        if "editable_wheel" in sys.argv:  # an editable install would still use the library of an earlier build
             for library in ROOT.glob("gradsurgery/_C*.so"):
                 library.unlink()
         return {}
@@ -138,7 +138,7 @@ def extension_arguments(build: str) -> dict:
     patterns = ("*.h", "*.inl", "*.cuh")
     headers = [str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(f"csrc/**/{pattern}")]
     openmp = openmp_flags()
-    # A caller's -ffast-math would remove what handles NaN, -fstrict-enums the checks of numbers that are none.
+    # A caller's -ffast-math would remove the handling of NaN, and -fstrict-enums the checks for invalid enum values.
     exact = ["-fno-fast-math", "-fno-strict-enums", "-ffp-contract=fast"]
     flags = ["-O3", "-std=c++20", *exact, "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-g0", *openmp]
     if build == "cuda":
@@ -149,7 +149,7 @@ def extension_arguments(build: str) -> dict:
         sources=sources,
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc" / "include")],
         depends=headers,
-        # Its functions are its own: another library's of the same names would replace exported ones.
+        # Exports no functions: exported ones would be replaced by those of the same names in another library.
         define_macros=[("GS_API", ""), *([("GS_WITH_CUDA", None)] if build == "cuda" else [])],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]},
         extra_link_args=openmp,
@@ -158,7 +158,7 @@ def extension_arguments(build: str) -> dict:
     class Build(BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.force = True  # without ninja, objects of another build would count as up to date
+            self.force = True  # without ninja, objects of a different build would count as up to date
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 

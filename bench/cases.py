@@ -59,11 +59,11 @@ def combine_case(gradients: Tensor) -> Case:
 
 
 def pcgrad_case(gradients: Tensor) -> Case:
-    """PCGrad from J to the direction. The orders of others are random, which matters from three tasks on."""
+    """PCGrad from J to the direction. Others use random orders, so from three tasks on their results are not known."""
     rows = list(gradients.unbind())
     out = torch.empty_like(rows[0])
     aggregator = PCGrad()
-    # By name a method starts from its first step in each call. Two tasks have but one order.
+    # A method given by name starts from its first step in each call. With two tasks there is only one order.
     weights = gs.pcgrad_weights(exact_gram(gradients), seed=0, step=0, backend="reference")
     foreseen = (OURS, ALLOCATING, "torchjd", "pytorch_optimizer", "plain loop")[: 5 if len(rows) == 2 else 2]
     return _case(
@@ -128,7 +128,7 @@ def overhead_case() -> Case:
 
 
 def plain_pcgrad(rows: list[Tensor]) -> Tensor:
-    """PCGrad as it is commonly written in PyTorch: each comparison waits, each projection reads N."""
+    """PCGrad as it is commonly written in PyTorch: each comparison waits for its result, each projection reads N."""
     projected = [row.clone() for row in rows]
     others = list(rows)
     for p in projected:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// What a GPU reaches at most: bandwidths, instruction rates, barriers, the time from one kernel to the next.
+// Measures the best that a GPU can do: bandwidths, instruction rates, barriers, the time from one kernel to the next.
 // gpu_ceilings.py compiles this into a library and calls it through ctypes. Every function returns microseconds, the
-// best of kRepeats, or -1 where CUDA reports an error.
+// best of kRepeats, or -1 if CUDA reports an error.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -13,7 +13,7 @@ namespace {
 constexpr int kRepeats = 5;
 constexpr int kChains = 8;  // independent sums of a warp, so that an instruction need not wait for the last one
 
-// Data that is random must not make the condition true, and the compiler must not know.
+// A condition that random data practically never meets, which the compiler cannot know: loads are not removed.
 __device__ bool keeps_alive(uint4 x) { return (x.x & x.y & x.z & x.w) == 0xffffffffu; }
 
 __device__ uint4 exclusive_or(uint4 a, uint4 b) { return {a.x ^ b.x, a.y ^ b.y, a.z ^ b.z, a.w ^ b.w}; }
@@ -109,7 +109,7 @@ struct Dfma {
   }
 };
 
-// Two conversions, and a sum without which they would cancel.
+// Two conversions, and a sum, without which the pair of conversions would change nothing.
 struct Conversions {
   using Word = double;
   using Sum = double;
@@ -225,7 +225,7 @@ const uint4* at(const void* data, int64_t bytes) {
 
 extern "C" {
 
-// Of all windows of so many bytes, one launch each.
+// The time to read all windows of `window` bytes, with one launch each; below, the time to copy them.
 double ceiling_read_us(const void* data, int64_t bytes, int64_t window, int unroll, int blocks, int threads,
                        void* sink) {
   auto* kernel = unroll == 4 ? &read_kernel<4> : &read_kernel<8>;
@@ -265,7 +265,7 @@ double ceiling_rate_us(int instruction, const void* words, int iterations, int b
 
 int ceiling_chains() { return kChains; }
 
-// Of one barrier of so many blocks: all of a grid, or clusters of kClusterBlocks.
+// The time of one barrier: of all blocks of a grid, or of clusters of kClusterBlocks.
 double ceiling_barrier_us(int barriers, int blocks, int clusters) {
   constexpr int kThreads = 256, kClusterBlocks = 8;
   cudaLaunchAttribute attribute = {};
@@ -292,7 +292,7 @@ double ceiling_barrier_us(int barriers, int blocks, int clusters) {
   return none < 0 || all < 0 ? -1 : (all - none) / barriers;
 }
 
-// From the start of one empty kernel to the next one's, with kernels of them enqueued one by one or as a CUDA graph.
+// The time from the start of one empty kernel to that of the next, of `kernels` enqueued one by one or as a CUDA graph.
 double ceiling_gap_us(int kernels, int blocks, int overlap, int as_graph) {
   cudaStream_t stream;
   cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a call does besides taking time: memory, kernels, waits of the host for the GPU."""
+"""Count what a call uses besides time: memory, kernels, waits of the host for the GPU."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 COLUMNS = 128
-"""Of one product: many short ones use more of a GPU than one long one."""
+"""Columns of one product: many short products use more of a GPU than one long product."""
 
 
 def exact_gram(gradients: Tensor) -> Tensor:

@@ -22,22 +22,22 @@ from .others import BMM, blockwise_products
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STAGES = ("gram", "combine", "chain")
 COLUMNS = 128
-"""N is a multiple, so that rows are aligned."""
+"""N is a multiple of this, so that rows are aligned."""
 TENSORS = 500
 """Tensors per task in the list form."""
 TENSOR_ALIGNMENT = 512
-"""Bytes, that of an allocation of its own."""
+"""The alignment in bytes of each tensor in the list form, like that of an allocation of its own."""
 LIST_GAPS = 16 << 20
-"""Bytes that the list form's alignment may take."""
+"""The most bytes that this alignment may waste."""
 SOLVER_INPUTS = 16
 """Different Gram matrices that take turns."""
 SOLVED = [name for name in gs.methods.available() if isinstance(gs.methods.get(name), SolverMethod)]
-"""The methods whose weights one solver yields."""
+"""The methods whose weights come from one solver."""
 BESIDE = (2, 8, 32, 128)
 """T of the matrices whose products PyTorch computes as well."""
 MM = "torch.mm"
 BLOCKS = 528
-"""Of columns, four for each multiprocessor of the largest GPU."""
+"""Blocks of columns, four for each multiprocessor of the largest GPU."""
 
 Gradients = Tensor | list[list[Tensor]]
 Out = Tensor | list[Tensor]
@@ -49,7 +49,7 @@ class Bench:
 
     device: torch.device
     cache_bytes: int
-    """The level-2 cache's; 0 where nothing has to be kept out of it."""
+    """The size of the level-2 cache; 0 if inputs need not exceed it."""
     values: dict[str, Tensor]
 
     @classmethod
@@ -89,7 +89,7 @@ class Bench:
         values = self.values[spec.dtype]
         sizes = tensor_sizes(spec.size)
         spans = [round_up(size, TENSOR_ALIGNMENT // values.itemsize) for size in sizes]
-        # One call for a row's views: a call for each would take longer than the measurement.
+        # One call makes all views of a row: a call for each would take longer than the measurement.
         pieces = [part for size, span in zip(sizes, spans, strict=True) for part in (size, span - size)]
         shape = self.sets(spec), spec.tasks, sum(spans)
         rows = values[: math.prod(shape)].view(shape)
@@ -102,7 +102,7 @@ def columns(nominal_bytes: float, tasks: int, dtype: str) -> int:
 
 
 def round_up(value: int, multiple: int) -> int:
-    """Return the next multiple."""
+    """Return the least multiple that is not below ``value``."""
     return -(-value // multiple) * multiple
 
 
@@ -144,7 +144,7 @@ def ours(bench: Bench, spec: Spec, sets: list[Gradients], backend: str | None = 
     if spec.stage == "combine":
         weights = _weights(spec, torch.float64, bench.device)
         return [partial(gs.combine, grads, weights, out=_out(grads), backend=backend) for grads in sets]
-    # An object keeps its step on the device; a name would move one there in each call.
+    # A method object keeps its step on the device; a name would copy one there in each call.
     method = gs.methods.PCGrad()
     return [partial(gs.aggregate, grads, method, out=_out(grads), backend=backend) for grads in sets]
 
@@ -201,7 +201,7 @@ def _stage_case(bench: Bench, spec: Spec, calls: dict[str, list[Call]], first: G
         elif spec.stage == "combine":
             weights = _weights(spec, torch.float64, bench.device)
         else:
-            # The backend under test has no part in these weights.
+            # The expected weights do not come from the backend under test.
             weights = gs.pcgrad_weights(exact().cpu(), seed=0, step=0).to(bench.device)
         return direction_error(matrix, weights, call())
 

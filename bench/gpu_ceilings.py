@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the machine reaches at most: bandwidths, instruction rates, barriers, the time from one kernel to the next."""
+"""Measure the best that the machine can do: bandwidths, instruction rates, barriers, the gap between two kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WARP = 32
 GAP_KERNELS = 400
 BARRIERS = 200
 WINDOWS = (300_000_000, 28_000_000)
-"""Bytes that a launch of its own reads or copies: what starting and ending it costs at the sizes of the targets."""
+"""Bytes that one launch reads or copies, which shows the cost of starting and ending it at the targets' sizes."""
 
 # In the order of ceiling_rate_us: name, operations of one instruction of a warp, words per lane, the
 # words' dtype, compute capability from which it exists.
@@ -42,7 +42,7 @@ def measure(device: torch.device, size: int) -> dict[str, float]:
 def compile_library(folder: Path, capability: tuple[int, int]) -> Path:
     """Compile ceilings.cu for one compute capability."""
     nvcc = shutil.which("nvcc") or os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
-    # From 9.0 on the "a" variants have the instructions of that very architecture.
+    # From 9.0 on, only the "a" variants have the instructions that are specific to an architecture.
     arch = f"{capability[0]}{capability[1]}" + ("a" if capability[0] >= 9 else "")
     library = folder / "ceilings.so"
     command = [nvcc, "-std=c++17", "-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-shared"]

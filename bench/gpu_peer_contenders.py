@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What gpu_peers.py measures: ways from J [T, N] to the direction, each with the weights that it should have."""
+"""The contenders of gpu_peers.py: ways from J [T, N] to the direction, each with the weights that are expected."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ class Contender:
     name: str
     calls: Callable[[list[Tensor]], list[Call]]
     weights: Tensor | None
-    """Those of the exact direction of a first call, in float64; None where random orders leave nothing to expect."""
+    """The exact weights of a first call, in float64; None if random orders make them unknown."""
     captured: bool
-    """Measured as a CUDA graph too; not what waits for the host, or has it draw orders, which a graph would freeze."""
+    """Whether it is measured as a CUDA graph too: not if it waits for the host, or draws orders there (a graph would
+    repeat them).
+    """
 
 
 def contenders(bench: Bench, spec: Spec, matrices: list[Tensor], exact: Tensor) -> Iterator[Contender]:
-    """Yield those that there are for a method; ``exact`` is the Gram matrix of the first matrix."""
+    """Yield the contenders for a method; ``exact`` is the Gram matrix of the first matrix."""
     method = spec.stage
-    # No backend under test has a part in these weights.
+    # The expected weights do not come from a backend under test.
     weights = gs.methods.get(method).weights(exact.cpu(), backend="reference").to(bench.device)
     backends = {OURS: bench.backend} | ({TRITON: "triton"} if bench.device.type == "cuda" else {})
     for name, backend in backends.items():
@@ -54,7 +56,7 @@ def contenders(bench: Bench, spec: Spec, matrices: list[Tensor], exact: Tensor) 
 
 
 def _ours(method: str, backend: str, matrices: list[Tensor]) -> list[Call]:
-    # An object keeps its state on the device; a name would start anew in each call.
+    # A method object keeps its state on the device; a name would start anew in each call.
     own = gs.methods.get(method)
     outs = [torch.empty_like(matrix[0]) for matrix in matrices]
     return [partial(gs.aggregate, m, own, out=out, backend=backend) for m, out in zip(matrices, outs, strict=True)]

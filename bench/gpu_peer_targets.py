@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A run's rows, how much faster than other packages the cuda backend is meant to be, and whether it was."""
+"""A run's rows, how much faster than other packages the cuda backend should be, and whether it was."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PeerRow(Row):
     how: str = "eager"
     """eager or graph."""
     peak_mb: float | None = None
-    """The most memory that a call takes on top of what lay there before it."""
+    """The most memory that a call takes in addition to what was there before."""
     launches: int | None = None
     """Kernels, copies and fills of a call."""
     synchronisations: int | None = None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """From task gradients to the direction on a GPU: this package beside others, in one process.
 
-Run ``bench/gpu.sh --peers``, or ``python -m bench.gpu_peers`` from the repository's root. Inputs take turns that
-together exceed the level-2 cache twice. Each contender is timed as a program calls it ("eager": enqueued in a row, with
-one wait at the end), and as a CUDA graph where the host has no part in it.
+Run ``bench/gpu.sh --peers``, or ``python -m bench.gpu_peers`` from the repository's root. Several sets of inputs take
+turns; together they are twice as large as the level-2 cache. Each contender is timed as a program calls it ("eager":
+enqueued in a row, with one wait at the end), and as a CUDA graph if the host has no part in it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .targets import print_targets
 from .turns import Foresight
 
 CAP_S = 0.5
-"""A contender is skipped where one call should take longer, judged by the square of T from a case with fewer tasks."""
+"""A contender is skipped if one call is expected to take longer, from a case with fewer tasks, as the square of T."""
 COPIES = 5
-"""Of the largest J that have to fit: three that inputs are views of, a stack of its rows, a margin."""
+"""Copies of the largest J that must fit into memory: three for the inputs, a stack of its rows, a margin."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Plan:
     """For each contender of a case."""
     ceiling_bytes: int
     tasks: tuple[int, ...]
-    """Ascending: what a contender takes is foreseen from fewer tasks."""
+    """In ascending order: a contender's time is predicted from a case with fewer tasks."""
     sizes: tuple[int, ...]
     counted: tuple[int, ...]
-    """The sizes at which launches are counted, which takes long: ours at all of these, others' at the first, for theirs
-    seldom depend on N."""
+    """The sizes at which launches are counted, which takes long: ours at all of these, others' at the first only, as
+    they seldom depend on N."""
 
 
 FULL = Plan(0.05, 2 << 30, (2, 4, 8, 16, 32, 64), (10**5, 10**7, 10**8, 10**6), (10**5, 10**7))
@@ -75,7 +75,7 @@ def main() -> int:
                 measured = clock.measure(bench, spec)
                 print_case(spec, measured)
                 rows += measured
-    finally:  # also of a run that is cut off
+    finally:  # stores a run that is cut off, too
         verdicts = judge(rows)
         print_targets(verdicts)
         store(options.output, "gpu-peers", options.command, origin, rows, verdicts, ceilings=ceilings)
@@ -144,7 +144,7 @@ class Clock:
         return rows
 
     def describe(self, row: PeerRow, contender: Contender, first: torch.Tensor, calls: list[Call]) -> None:
-        """Enter everything but times: the error of a first call, and what the first of the calls does."""
+        """Enter everything but times: the error of a first call, and the counts of one call."""
         result = contender.calls([first])[0]()
         if contender.weights is not None:
             row.error = direction_error(first, contender.weights, result)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Run the cases that fall short of their targets once each, for a profiler.
 
-``bench/gpu.sh --profile`` runs this under ncu, which writes a row for each kernel to a CSV. Kernels are in a range with
-the name of their case in the JSON that this writes.
+``bench/gpu.sh --profile`` runs this under ncu, which writes a row for each kernel to a CSV. The kernels of a case are
+in a range, whose name is that of the case in the JSON that this writes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The stages on a GPU, beside its measured ceilings and PyTorch's matrix products.
 
-Run ``bench/gpu.sh --bench``, or ``python -m bench.gpu_stages`` from the repository's root. The cold figures take
-inputs in turns that together exceed the level-2 cache twice; graphs exclude the host's time. Ratios to the floor
-count the bytes that a stage has to move: T N for gram at the read ceiling, (T + 1) N for combine at the copy ceiling,
-both for the chain from gradients to direction.
+Run ``bench/gpu.sh --bench``, or ``python -m bench.gpu_stages`` from the repository's root. For the cold figures several
+sets of inputs take turns, together twice as large as the level-2 cache; graphs exclude the host's time. The floor is
+the time for the bytes that a stage has to move: T N elements for gram at the read ceiling, (T + 1) N for combine at the
+copy ceiling, both for the chain from gradients to direction.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SOLVES = [(stage, tasks, 1) for stage in ("pcgrad_weights", "min_norm_weights") 
 SOLVES += [("pcgrad_weights", 8, 1000), ("min_norm_weights", 8, 1000)]
 SOLVES += [(f"{name} weights", *size) for name in SOLVED for size in ((8, 1), (64, 1), (8, 1000))]
 COPIES = 8
-"""Of the largest J that have to fit: three for each dtype's values, directions, float64 blocks."""
+"""Copies of the largest J that must fit into memory: three for each dtype's values, directions, float64 blocks."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Plan:
     tasks: tuple[int, ...]
     sizes: tuple[float, ...]
     small: float
-    """Measured in the cache as well, and with the host's time."""
+    """A size that is also measured in the cache, and with the host's time."""
     form_tasks: tuple[int, ...]
-    """For the list form and misaligned rows."""
+    """T for the list form and misaligned rows."""
     form_sizes: tuple[float, ...]
     solves: list[tuple[str, int, int]]
     """Stage, T and number of problems of the work on T x T."""
@@ -92,7 +92,7 @@ def main() -> int:
                 rows.append(Row(**asdict(spec), note="left out: the time is up"))
                 continue
             rows += _measured(bench, spec, plan.seconds, ceilings)
-    finally:  # also of a run that is cut off
+    finally:  # stores a run that is cut off, too
         print()
         verdicts = judge(rows)
         print_targets(verdicts)

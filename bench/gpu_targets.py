@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the cuda backend is meant to reach on an H200, and whether a run reached it."""
+"""The targets of the cuda backend on an H200, and whether a run reached them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from .gpu_cases import SOLVED
 from .gpu_timing import OURS, TRITON, Row
 
 LARGE, MEDIUM, SMALL = 300e6, 28e6, 2.1e6
-"""Bytes of J from which two passes take all of the time, above which it does not stay on the chip, and below which the
-launch takes most of the time."""
+"""Bytes of J: from LARGE on the two passes over it take all of the time, above MEDIUM it does not stay on the chip, and
+below SMALL the launch takes most of the time."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """An upper bound on one figure of our rows, which the worst of them has to meet."""
+    """An upper bound on one figure of our rows; the worst row has to meet it."""
 
     stage: str
     bound: float
     figure: str = "x_floor"
-    """A field of Row, whose ratios are to the floor by the measured ceilings, the flat form and the cuda backend."""
+    """A field of Row. Its ratios (``x_...``) are to the floor by the measured ceilings, the flat form, or ours."""
     contender: str = OURS
     form: str = "flat"
     tasks: tuple[int, int] = (1, 256)
     """First and last T."""
     dtype: str | None = None
     sizes: tuple[float, float] = (0, math.inf)
-    """Bytes of J, from the first to below the last."""
+    """Bytes of J: at least the first, and below the last."""
     batch: int = 1
     cache: str = "cold"
 

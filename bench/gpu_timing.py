@@ -19,17 +19,17 @@ from .turns import take_turns
 TRITON = "gradsurgery, triton"
 """Our other backend for GPUs."""
 FLAT = "gradsurgery, aligned [T, N]"
-"""The same bytes as one matrix, beside a form that is harder to read."""
+"""The same bytes as one aligned matrix, for comparison with a form that is harder to read."""
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 SLOW_S = 0.5
-"""A sample that takes longer is the only one."""
+"""If a sample takes longer, it is the only one."""
 MIN_GRAPH_S = 400e-6
-"""Calls are repeated within a graph up to this, which makes the start of a replay irrelevant."""
+"""Calls are repeated within a graph until it takes this long, so that the start of a replay does not matter."""
 MIN_SAMPLE_S = 1e-3
 LONG_S = 4e-4
-"""A call that takes longer has two sets of inputs: it goes through more memory than caches hold, or waits for the host,
-and then it does not matter where they lie."""
+"""If a call takes longer, two sets of inputs are enough: it reads more memory than the caches hold, or waits for the
+host, and then it does not matter whether its inputs are in the cache."""
 HOST_ROUNDS, HOST_CALLS = 7, 50
 
 Call = Callable[[], object]
@@ -48,7 +48,7 @@ class Spec:
     """N, None without gradients."""
     dtype: str
     cache: str
-    """cold: sets of inputs that exceed the level-2 cache twice take turns; hot: one set over and over."""
+    """cold: sets of inputs, together twice as large as the level-2 cache, take turns; hot: one set is repeated."""
     batch: int = 1
     """Problems in one call."""
 
@@ -67,7 +67,7 @@ class Case:
     errors: dict[str, Callable[[], float]]
     """Relative error of a contender's result against a float64 one."""
     read_bytes: int = 0
-    """What a stage that only reads has to move, and below one that writes as well."""
+    """The bytes that a stage that only reads has to move; the next field is for one that writes as well."""
     copy_bytes: int = 0
 
 
@@ -81,7 +81,7 @@ class Row(Spec):
     p80_us: float | None = None
     rounds: int = 0
     host_us: float | None = None
-    """Of a call without a graph, where inputs are hot."""
+    """The host's time for a call without a graph, if inputs are hot."""
     floor_us: float | None = None
     x_floor: float | None = None
     x_flat: float | None = None
@@ -152,7 +152,7 @@ def graph_sampler(calls: list[Call], device: torch.device) -> Callable[[], float
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # What calls allocate or move to the device once has to be there before the capture.
+        # Runs once before the capture: what a first call allocates or moves to the device must be there by then.
         for call in calls:
             call()
     torch.cuda.synchronize()

@@ -40,7 +40,7 @@ TARGETS = [
 
 
 def torchjd_weightings() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return TorchJD's functions of G, by our methods' names and with their numbers."""
+    """Return TorchJD's functions of G, by the names of our methods and with the same parameters."""
     return {
         "aligned_mtl": aggregation.AlignedMTLWeighting(),
         "cagrad": aggregation.CAGradWeighting(c=0.5),
@@ -64,7 +64,7 @@ def torchjd_of_rows(tasks: int) -> dict[str, Callable[[Tensor], Tensor]]:
     nash = aggregation.NashMTL(n_tasks=tasks)
 
     def nash_mtl(gradients: Tensor) -> Tensor:
-        nash.reset()  # or it would go on from the solution
+        nash.reset()  # otherwise it would continue from the solution
         return nash(gradients)
 
     return {"config": aggregation.ConFIG(), "nash_mtl": nash_mtl}
@@ -78,11 +78,11 @@ def weights_case(name: str, tasks: int) -> Case:
     theirs, of_rows = torchjd_weightings(), torchjd_of_rows(tasks)
     factor = torch.linalg.cholesky(gram)
     errors: dict[str, Callable[[Tensor], float]] = {}
-    if not method.state_dict():  # or a call depends on those before it
+    if not method.state_dict():  # with a state, a call depends on those before it
         exact = gs.methods.get(name).weights(gram, backend="reference")
         of_directions = partial(direction_error, factor, exact)
         errors = dict.fromkeys((OURS, "torchjd"), lambda weights: of_directions(weights.double() @ factor))
-    if name in theirs and not (name == "krum" and tasks < 3):  # which TorchJD refuses
+    if name in theirs and not (name == "krum" and tasks < 3):  # TorchJD refuses Krum of fewer tasks
         calls["torchjd"] = lambda: theirs[name](gram)
     elif name in of_rows:
         calls["torchjd"] = lambda: of_rows[name](factor)
@@ -118,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     if not gs.backends()["cpu"].startswith("available"):
         parser.error(f"the cpu backend cannot be measured: {gs.backends()['cpu']}")
-    # Of the solvers that TorchJD calls.
+    # Warnings of the solvers that TorchJD calls.
     warnings.filterwarnings("ignore", module="cvxpy.*")
     warnings.filterwarnings("ignore", message="You are solving a parameterized problem")
     origin = provenance(torch.device("cpu"))

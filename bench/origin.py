@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a run measured, and where."""
+"""Where a run was measured and with which versions, and how it is stored."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def write(
 
 
 def commit() -> str:
-    """Return $GIT_COMMIT, else the checkout's commit, with -dirty where anything but stored results differs from it."""
+    """Return $GIT_COMMIT, else the checkout's commit, with -dirty if anything but stored results differs from it."""
     if named := os.environ.get("GIT_COMMIT"):
         return named
     root = Path(__file__).parent.parent
@@ -95,7 +95,7 @@ def _cpu_model() -> str:
 
 
 def _last_cache_bytes() -> int | None:
-    """Return the size of the last level of the first core's cache, where Linux tells it."""
+    """Return the size of the last level of the first core's cache, if Linux tells it."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=None)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls of PyTorch and of other packages, which are imported when asked for: a GPU machine may lack them."""
+"""Calls of PyTorch and of other packages, which are imported only when needed: a GPU machine may lack them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TORCHJD = {"pcgrad": "PCGrad", "mgda": "MGDA", "upgrad": "UPGrad", "cagrad": "CA
 
 
 def blockwise_products(gradients: Tensor, columns: int = BLOCK) -> Tensor:
-    """Return J J^T as PyTorch computes it fastest: products of blocks of columns, and their sum in float64."""
+    """Return J J^T the fastest way in PyTorch: products of blocks of columns, summed in float64."""
     rest = gradients.shape[1] % columns
     blocks = gradients[:, rest:].unflatten(1, (-1, columns)).movedim(1, 0)
     return torch.bmm(blocks, blocks.mT).sum(0, dtype=torch.float64) + gradients[:, :rest] @ gradients[:, :rest].T
@@ -27,7 +27,7 @@ def conflict_projection(rows: list[Tensor]) -> Callable[[], Tensor]:
     """Return pytorch_optimizer's PCGrad from flat task gradients to the direction. It shuffles the list itself."""
     from pytorch_optimizer import PCGrad
 
-    # One-element masks: with reduction="sum" they have no use, so only the projections take time.
+    # Masks of one element: reduction="sum" does not need them, so only the projections take time.
     masks = [torch.ones(1, device=row.device) for row in rows]
     wrapper = PCGrad(torch.optim.SGD([torch.zeros(1)], lr=1.0), reduction="sum")
     return lambda: wrapper.project_conflicting(rows, masks)

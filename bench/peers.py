@@ -50,7 +50,7 @@ class Plan:
 FULL = Plan(0.7, (2, 4, 8, 16, 32), (10**5, 10**6, 10**7), 10**7, (64, 2_500_000))
 QUICK = Plan(0.02, (2, 8), (10**4,), 10**4, (64, 10**3))
 COPIES = 5
-"""Of a float32 J: J itself, its rounding to bfloat16, what projection loops clone and stack, a margin."""
+"""Copies of a float32 J that must fit: J, its rounding to bfloat16, projection loops' clones and stack, a margin."""
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
         parser.error(f"the cpu backend cannot be measured: {gs.backends()['cpu']}")
 
     plan = QUICK if options.quick else FULL
-    # Read before the run, which may outlast an edit of the sources.
+    # Read before the run: the sources may be edited while it lasts.
     origin = provenance(torch.device("cpu"))
     console = Console(width=124)
     clock = Clock(plan.seconds)
@@ -86,7 +86,7 @@ def _fits(tasks: int, size: int) -> bool:
 
 
 def _too_large(plan: Plan) -> list[Row]:
-    """Return a row, which says so, for each size that is left out for want of memory."""
+    """Return a row with a note for each size that is left out for want of memory."""
     shapes = {(t, n) for t in plan.tasks for n in (*plan.sizes, plan.stage_size)} | {plan.many_tasks}
     need = "skipped: needs about {:.0f} GB of memory, twice over"
     return [

@@ -44,7 +44,7 @@ class Row:
     p80_ms: float | None = None
     parts_ms: dict[str, float] = field(default_factory=dict)
     peak_mb: float | None = None
-    """The most memory that a step takes on top of what lay there before it."""
+    """The most memory that a step takes in addition to what was there before."""
     rounds: int = 0
     note: str = ""
 
@@ -95,7 +95,7 @@ def main() -> int:
             measured = measure(workload, device, options.seconds)
             print_rows(measured)
             rows += measured
-            # Each time, for a run that is cut off.
+            # Written after each model, in case the run is cut off.
             store(output, "step", command, origin, rows, judge(rows, device.type))
     print_targets(judge(rows, device.type))
     return int(any(row.note for row in rows if row.contender.startswith(METHODS)))
@@ -121,7 +121,7 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> list[Ro
             for _ in range(2):
                 _time(step, device)
             once = sum(_time(step, device).values())
-            gc.collect()  # or what earlier steps left in cycles would be freed meanwhile
+            gc.collect()  # otherwise what earlier steps left in reference cycles would be freed during the measurement
             row.peak_mb = peak_bytes(partial(_time, step, device), device) / 1e6
         except Exception as error:  # of whatever type another package raises
             row.note = failure(error)

@@ -19,9 +19,9 @@ Part = Callable[[str], AbstractContextManager[None]]
 Step = Callable[[Part], None]
 PARTS = ("forward", "backward", "surgery", "optimizer")
 METHODS = ("pcgrad", "mgda")
-"""Ours; their contenders' names begin with one."""
+"""Our methods; the names of our contenders begin with one of them."""
 REPRESENTATION = "representation"
-"""Surgery on the features' gradients, amid the backward passes, of which it is a part here."""
+"""Surgery on the features' gradients. It happens amid the backward passes, and is timed as part of them."""
 PLAIN = "sum of losses"
 COMMON = "pytorch_optimizer PCGrad"
 ONE_BY_ONE = "torchjd PCGrad, one by one"
@@ -69,12 +69,12 @@ def _plain(model: MultiTaskModel) -> Step:
 
 
 def _leaving_nothing(model: MultiTaskModel, optimizer: torch.optim.Optimizer, step: Step) -> Step:
-    """Return the step with an end, in no part, that frees what would count as there before the next one."""
+    """Return the step followed by an untimed end, which frees memory that would count as there before the next step."""
 
     def whole(part: Part) -> None:
         step(part)
         optimizer.zero_grad()
-        model.features = []  # it keeps the graph
+        model.features = []  # the features keep the graph
 
     return whole
 
@@ -132,7 +132,7 @@ def _others(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Step]]
 
 
 def _common(model: MultiTaskModel, pcgrad: Any) -> Step:
-    """pc_backward's lines, parted."""
+    """The code of pc_backward, divided into the timed parts."""
     optimizer = pcgrad.PCGrad(_optimizer(model))
 
     def step(part: Part) -> None:
@@ -151,7 +151,7 @@ def _common(model: MultiTaskModel, pcgrad: Any) -> Step:
 
 
 def _torchjd(model: MultiTaskModel, aggregator: Any, chunk: int | None) -> Step:
-    """Its own multi-task backward pass where the model has heads, else its plain one, of so many losses at a time."""
+    """torchjd's multi-task backward pass if the model has heads, else its plain one, with so many losses at a time."""
     from torchjd.autojac import backward, jac_to_grad, mtl_backward
 
     optimizer = _optimizer(model)

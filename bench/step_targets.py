@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a training step with surgery is meant to cost, and whether a run reached it."""
+"""The targets for the cost of a training step with surgery, and whether a run reached them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from .step_contenders import COMMON, ONE_BY_ONE
 
 Rows = dict[tuple[str, str], Any]
-"""From (workload, contender) to a row with times."""
+"""Maps (workload, contender) to a row with times."""
 WAYS = ("sequential", "batched", "features, batched")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the CPU backend is meant to reach, and whether a run reached it."""
+"""The targets of the CPU backend, and whether a run reached them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class Target:
     bound: float
     against: str | None = None
     faster: bool = False
-    """The bound is how many times faster than ``against`` we are at least, else how much slower at most."""
+    """If true, we must be at least ``bound`` times as fast as ``against``; else we may take at most that many times as
+    long.
+    """
 
     def text(self) -> str:
         """Return the target in words."""
@@ -31,7 +33,7 @@ class Target:
         return f"{case}: at most {self.bound:.3g} x {self.against}"
 
     def measured(self, medians: dict[tuple[str, str, int, int | None], float]) -> float | None:
-        """Return the figure that the bound is about, None where the run has not got it."""
+        """Return the figure that the bound is about, None if the run does not have it."""
         stage, case = self.stage, (self.tasks, self.size)
         ours = medians.get((stage, OURS, *case))
         other = 1.0 if self.against is None else medians.get((stage, self.against, *case))

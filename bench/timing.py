@@ -17,7 +17,7 @@ from .turns import Foresight, take_turns
 OURS = "gradsurgery"
 ALLOCATING = "gradsurgery, no out="
 PCGRAD = "gradsurgery pcgrad"
-"""What every other method's whole aggregation is held to."""
+"""The contender that every other method's whole aggregation is compared with."""
 FLOOR = "J.sum()"
 """The time of one read of the gradients."""
 MM = "torch.mm(J, J.T)"
@@ -25,10 +25,10 @@ MM = "torch.mm(J, J.T)"
 MIN_ROUNDS = 3
 MAX_ROUNDS = 100
 MIN_SAMPLE_S = 5e-3
-"""Shorter calls are timed in batches. An untimed call comes before each sample, so that every contender finds of its
-inputs what the cache holds."""
+"""Shorter calls are timed in batches. An untimed call comes before each sample, so that the cache already holds as much
+of each contender's inputs as fits."""
 CAP_S = 15.0
-"""About the most that a contender gets in one case; it is skipped where one call should take longer."""
+"""About the most time that a contender gets in one case; it is skipped if one call is expected to take longer."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Case:
     dtype: str
     calls: dict[str, Callable[[], Tensor]]
     errors: dict[str, Callable[[Tensor], float]] = field(default_factory=dict)
-    """Relative error of a contender's result against a float64 one, for those whose results can be foreseen."""
+    """Relative error of a contender's result against a float64 one, for contenders whose exact result is known."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Row:
 
 
 class Clock:
-    """Measures cases, and remembers what each contender took to foresee which ones take too long."""
+    """Measures cases, and remembers each contender's time to predict which ones would take too long."""
 
     def __init__(self, seconds: float) -> None:
         """Aim at ``seconds`` for each contender of a case."""
@@ -95,7 +95,7 @@ def _interleave(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[
     samplers = {}
     for name, call in calls.items():
         once = _seconds(call, 1, warm=False)
-        # What a first call costs is lost in one that takes a second, and so is what caches hold.
+        # In a call of more than a second, the cost of a first call and the state of the caches do not matter.
         slow = once > 1
         first[name] = [once] if slow else []
         once = once if slow else _seconds(call, 1, warm=False)

@@ -13,18 +13,18 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class Foresight:
-    """Remembers what contenders took, to foresee which ones take too long."""
+    """Remembers contenders' times, to predict which ones would take too long."""
 
     def __init__(self) -> None:
         """Know nothing yet."""
         self._seen: dict[Hashable, tuple[int, float]] = {}
 
     def add(self, key: Hashable, tasks: int, seconds: float) -> None:
-        """Remember one call, of the newest number of tasks."""
+        """Remember the time of one call; replaces that of an earlier number of tasks."""
         self._seen[key] = tasks, seconds
 
     def seconds(self, key: Hashable, tasks: int) -> float:
-        """Return what a call should take, from fewer tasks: no contender grows faster than T squared. 0 if unknown."""
+        """Predict a call's time from fewer tasks: no contender's grows faster than T squared. 0 if unknown."""
         fewer, seconds = self._seen.get(key, (tasks, 0.0))
         return seconds * (tasks / fewer) ** 2
 
@@ -34,7 +34,7 @@ def take_turns(
     rounds: Mapping[Name, int],
     after_round: Callable[[], object] | None = None,
 ) -> dict[Name, list[Sample]]:
-    """Call each sampler so many times; return what came. Garbage is collected by ``after_round`` at most."""
+    """Call each sampler ``rounds`` times; return the samples. Garbage is collected only if ``after_round`` does it."""
     samples: dict[Name, list[Sample]] = {name: [] for name in samplers}
     total = max(rounds.values(), default=0)
     shuffle = random.Random(0).shuffle

@@ -30,12 +30,12 @@ HMMA = {
     "NS0_8bfloat16E": r"HMMA\.16816\.F32\.BF16",
     "NS0_7float16E": r"HMMA\.16816\.F32 ",
 }
-SHARED_READ = r"LDSM\.16\.M88\.4|LDS\.128"  # where rows pass through there
-MOST_TILES = "8"  # of a warp: their registers leave room for half of what it reads
+SHARED_READ = r"LDSM\.16\.M88\.4|LDS\.128"  # if rows pass through shared memory
+MOST_TILES = "8"  # with the most tiles of a warp, registers have room for half vectors only
 SPILL = r"\b(LDL|STL)\b"
-WRITE = r"(@\S+ )?(STG|LDGSTS|ST|RED|REDG|ATOM|ATOMG)\b"  # LDGSTS: copies of what may not be there yet
-WAIT = "ACQBULK"  # for the kernel ahead, from compute capability 9.0 on
-WRITES_AHEAD = "write_table_kernel"  # a table's next piece, which nothing reads before (entry.cu)
+WRITE = r"(@\S+ )?(STG|LDGSTS|ST|RED|REDG|ATOM|ATOMG)\b"  # LDGSTS copies data that may not have been written yet
+WAIT = "ACQBULK"  # waits for the kernel ahead, from compute capability 9.0 on
+WRITES_AHEAD = "write_table_kernel"  # may write a later piece of a table early: nothing reads it before (entry.cu)
 READ = r"\b(LDG\.E\S*\.128|LDGSTS\.E\S*\.128)"
 
 
@@ -48,11 +48,11 @@ class Kernel:
     code: list[tuple[int, str]]
 
     def successors(self) -> dict[int, set[int]]:
-        """Return the addresses that may follow each address. Threads that part at a BSSY meet where it says."""
+        """Return the addresses that may follow each address. Threads that part after a BSSY meet at its target."""
         after = {address: following for (address, _), (following, _) in pairwise(self.code)}
         text = dict(self.code)
         follow: dict[int, set[int]] = {}
-        meeting: dict[int, frozenset[tuple[str, int]]] = {}  # barriers that are set, and where their threads meet
+        meeting: dict[int, frozenset[tuple[str, int]]] = {}  # per address: set barriers, and where their threads meet
         queue = deque([(self.code[0][0], frozenset[tuple[str, int]]())])
         while queue:
             at, barriers = queue.popleft()

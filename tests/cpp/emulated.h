@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// csrc/cuda/device.cuh and launch.cuh on the host: what kernels and launches reach a GPU by, over emulated threads.
+// The functions of csrc/cuda/device.cuh and launch.cuh, by which kernels and launches reach a GPU, for emulated threads
+// on the host.
 #pragma once
 #include <bit>
 
@@ -89,7 +90,7 @@ inline void multiply_double(double (&d)[4], const double (&a)[4], const double (
   emulator.wait_warp();
 }
 
-// d = a b + c of a 16 x 8 instruction whose words hold kValues values each.
+// d = a b + c as by a matrix instruction with a 16 x 8 result, whose words hold kValues values each.
 template <int kValues, class Decode>
 void multiply_16x8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
                    const Decode& decode) {
@@ -113,7 +114,7 @@ void multiply_16x8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
           }
         }
       }
-      // The hardware truncates, and flushes what is subnormal.
+      // The hardware truncates, and flushes subnormal results to zero.
       auto result = static_cast<float>(sum);
       if (std::abs(result) > std::abs(sum)) result = std::nextafter(result, 0.0f);
       d[2 * r + h] = std::abs(result) < 0x1p-126f ? 0 : result;
@@ -212,7 +213,7 @@ inline uint64_t load_word(const void* p) {
   return word;
 }
 
-// A copy takes place when its thread waits for it, as late as it can, or in one of the orders at once.
+// A copy takes place as late as possible, when its thread waits for it; in one of the orders it takes place at once.
 template <class V>
 void copy_to_shared(V* shared, const V* p, uint32_t bytes = 16) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) std::abort();
@@ -226,7 +227,7 @@ void copy_to_shared(V* shared, const V* p, uint32_t bytes = 16) {
 inline void close_copies() { Emulator::get().copies().emplace_back(); }
 template <int kOpen>
 void wait_for_copies() {
-  auto& groups = Emulator::get().copies();  // the last one is not closed
+  auto& groups = Emulator::get().copies();  // the last group is not closed yet
   while (groups.size() > kOpen + 1) {
     for (const auto& copy : groups.front()) copy();
     groups.erase(groups.begin());
@@ -256,7 +257,7 @@ inline gs_status clear(double* values, int64_t count, gs_stream) {
 template <class... P>
 gs_status launch_as(bool together, int cluster, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes,
                     gs_stream, const std::type_identity_t<P>&... arguments) {
-  // The least of GPUs with fast float64, and of the others.
+  // The least shared memory of GPUs with fast float64, and that of the others.
   const int64_t most = (Emulator::get().fast_double ? 163 : 99) * 1024;
   if (shared_bytes > most) {
     return gs::fail(GS_UNSUPPORTED, "a block may have %lld bytes, got %lld", (long long)most, (long long)shared_bytes);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The functions of csrc/cpu/tiles.h, which includes this file, in plain C++ with the same bits.
+// The functions of csrc/cpu/tiles.h, which includes this file, in plain C++; their results have the same bits.
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -27,7 +27,7 @@ inline void configure(const Shapes& shapes) {
 }
 inline void release() { unit.configured = false; }
 
-// The rows of a tile, of which there must be some.
+// The rows of a tile, which must have at least one.
 inline int rows_of(int tile) {
   if (unit.configured && unit.shapes.rows[tile] > 0) return unit.shapes.rows[tile];
   std::printf("tile %d has no shape\n", tile);

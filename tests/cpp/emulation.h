@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the tests of the emulated CUDA kernels share.
+// Shared code of the tests of the emulated CUDA kernels.
 #pragma once
 #include <algorithm>
 #include <functional>
@@ -21,7 +21,7 @@ inline std::unique_ptr<void, Free> allocate(int64_t bytes) {
   return std::unique_ptr<void, Free>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
 }
 
-// What `run` writes to an output full of NaN; it must not depend on the order of the threads.
+// Returns what `run` writes to an output full of NaN, and checks that it is the same in every order of the threads.
 inline Values in_every_order(int64_t count, const std::function<gs_status(double*)>& run) {
   Values first;
   for (const Order order : {Order::kForward, Order::kBackward, Order::kInterleaved, Order::kAhead}) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The threads of a GPU on the host. One block runs at a time, or all of a launch that has barriers across blocks, each
-// of their threads as a fiber that runs until it waits at a barrier. Shared memory has its exact size, on the heap, and
-// starts as NaN. The order of the threads and blocks is chosen by the test: a missing barrier shows as a difference
-// between orders, one that not all threads reach as a failure.
+// Runs the threads of a GPU on the host. One block runs at a time, or all blocks that have a barrier in common. Each
+// thread is a fiber that runs until it waits at a barrier. Shared memory has its exact size, on the heap, and starts as
+// NaN. The test chooses the order of threads and blocks: a missing barrier shows as a difference between orders, and a
+// barrier that not all threads reach is a failure.
 #pragma once
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -25,7 +25,7 @@ namespace gs::gpu {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 
-// The place where a stack goes on. A jump by the C library would make the sanitizer clear the whole stack each time.
+// Where a fiber continues: its stack pointer. With longjmp the sanitizer would clear the whole stack at each switch.
 #if defined(__x86_64__)
 using Context = void*;
 // Saves what a call must preserve, and goes on where `to` was saved.
@@ -67,7 +67,7 @@ inline void make_context(Context& context, unsigned char* stack, size_t bytes, v
 }
 #endif
 
-// kAhead: the first thread that need not wait, so that a warp runs as far ahead of the others as barriers allow.
+// kAhead: always runs the first thread that need not wait, so that a warp gets as far ahead as barriers allow.
 enum class Order { kForward, kBackward, kInterleaved, kAhead };
 
 class Emulator {
@@ -80,13 +80,13 @@ class Emulator {
   Order order = Order::kForward;
   bool overlaps = true;  // as GPUs do since compute capability 9.0
   bool fast_double = true;
-  bool refuses = false;  // launches of blocks that run together, as on a part of a GPU
-  bool runs = true;      // or launches are only looked at
+  bool refuses = false;  // refuses launches whose blocks must run together, as on a part of a GPU
+  bool runs = true;      // if false, launches are only checked
   int processors = 3;
   int launches = 0;
-  int64_t warp_syncs = 0;  // of all lanes
+  int64_t warp_syncs = 0;  // summed over all lanes
 
-  // `group` blocks at once.
+  // Runs `group` blocks at once.
   void run(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel, int group) {
     launches++;
     kernel_ = std::move(kernel);
@@ -108,7 +108,7 @@ class Emulator {
   int threads() const { return threads_; }
   int64_t block() const { return first_block_ + block_; }
   unsigned char* shared() { return shared_[block_].get(); }
-  // What lies at p in the memory of another block of the group.
+  // The address of p's counterpart in the shared memory of another block of the group.
   unsigned char* shared_of(int block, unsigned char* p) { return shared_[block].get() + (p - shared()); }
 
   // Waits for `count` threads at barrier number `index`.
@@ -123,7 +123,7 @@ class Emulator {
     if (barrier.generation != generation) return;
     fibers_[current_]->barrier = index;
     fibers_[current_]->generation = generation;
-    leave();  // until the barrier lets go
+    leave();  // comes back when the barrier has released the thread
   }
   void wait_all() { wait(0, group_ * threads_); }
   void wait_block() { wait(1 + block_ * (1 + warps()), threads_); }
@@ -173,8 +173,8 @@ class Emulator {
     Context context{};
     std::unique_ptr<unsigned char[]> stack;
     std::vector<std::vector<std::function<void()>>> copies;
-    size_t barrier = 0;       // that the thread waits at,
-    int64_t generation = -1;  // as long as this is the barrier's
+    size_t barrier = 0;       // the thread waits at this barrier
+    int64_t generation = -1;  // while the barrier has this generation
     bool done = false, arrived = false, waited = false;
   };
   static constexpr size_t kStackBytes = 256 * 1024;
@@ -207,9 +207,9 @@ class Emulator {
     std::exit(1);
   }
 
-  // Makes the next thread in the order that need not wait the current one.
+  // Makes the next thread (in the order) that need not wait the current one; returns false if there is none.
   bool find_next() {
-    // Who waited before still does, unless a barrier has let go.
+    // Threads that waited before still wait, unless a barrier has released some.
     if (order == Order::kAhead && released_) place_ = -1;
     released_ = false;
     for (;;) {
@@ -230,7 +230,7 @@ class Emulator {
   int thread_at(int place) const {
     const int all = group_ * threads_;
     if (order == Order::kBackward) return all - 1 - place;
-    // A permutation, for no launch has a multiple of 37 threads.
+    // A permutation, as no launch has a multiple of 37 threads.
     return order == Order::kInterleaved ? place * 37 % all : place;
   }
 
@@ -252,7 +252,7 @@ class Emulator {
     }
   }
 
-  // From a thread to the next one, or back to where the first was resumed.
+  // Switches to the next thread, or back to run_group() if there is none.
   __attribute__((noinline)) void leave() {
     Fiber& fiber = *fibers_[current_];
     Context& next = find_next() ? fibers_[current_]->context : scheduler_;
@@ -261,10 +261,10 @@ class Emulator {
 
   std::function<void()> kernel_;
   int threads_ = 0, group_ = 1;
-  int current_ = 0, thread_ = 0, block_ = 0;  // of all threads, of the block's, and of its block
+  int current_ = 0, thread_ = 0, block_ = 0;  // the current thread: number in the group, number in its block, its block
   int64_t first_block_ = 0;
-  int place_ = 0;  // in the order
-  int left_ = 0;   // threads that are not done
+  int place_ = 0;  // of the current thread in the order
+  int left_ = 0;   // the number of threads that are not done
   bool progress_ = false, released_ = false;
   std::vector<std::unique_ptr<unsigned char[]>> shared_;
   std::vector<Barrier> barriers_;

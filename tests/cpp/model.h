@@ -6,8 +6,8 @@
 
 #include "rows.h"
 
-// Parameters of all sizes, some empty, some without a gradient from a task or from all; rows begin at any multiple of
-// their element. Those of even parameters begin alike, so that they are read by vectors.
+// Parameters of the given sizes, some without a gradient from one or all tasks. Rows begin at any multiple of their
+// element's size. The rows of even-numbered parameters have the same alignment, so that they are read by vectors.
 struct Model {
   std::vector<Row> rows;
   std::vector<const void*> data;
@@ -15,7 +15,7 @@ struct Model {
   std::vector<int32_t> dtype, segment;
   int64_t num_tasks, num_segments = 3;
 
-  // scale(t) is that of task t's rows.
+  // scale(t): the scale of task t's rows.
   Model(
       int64_t tasks, std::vector<gs_dtype> dtypes, std::vector<int64_t> sizes,
       const std::function<double(int64_t)>& scale = [](int64_t) { return 1; })
@@ -39,7 +39,7 @@ struct Model {
     return {num_tasks,     static_cast<int64_t>(numel.size()), num_segments, data.data(), numel.data(), dtype.data(),
             segment.data()};
   }
-  // Whether sums may only have float64's error.
+  // Whether sums must be accurate to float64.
   bool is_exact() const {
     return std::all_of(dtype.begin(), dtype.end(), [](int32_t d) { return d == GS_FLOAT64; });
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Random rows of every dtype in buffers of their exact size, and what they hold.
+// Random rows of every dtype in buffers of their exact size, and functions that decode them.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The rules that work coordinate by coordinate, as the papers write them.
+// The rules that work coordinate by coordinate, written as in the papers.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -8,7 +8,7 @@
 #include "gradsurgery/gradsurgery.h"
 #include "solvers/philox.h"
 
-// Of the T values of one coordinate.
+// The result of the rule for the T values of one coordinate.
 inline double expected(const gs_rule& rule, std::vector<double> values, int64_t coordinate) {
   for (const double value : values) {
     if (!std::isfinite(value)) return NAN;
@@ -38,7 +38,7 @@ inline double expected(const gs_rule& rule, std::vector<double> values, int64_t 
   return direction;
 }
 
-// What a float64 result near `exact` may be away after rounding to a dtype, by way of float for the 16-bit ones. The
+// How far a float64 result near `exact` may be off after rounding to a dtype (by way of float for the 16-bit ones). The
 // values are of the order of 1.
 inline double rounding(gs_dtype dtype, double exact) {
   const double half_ulp = dtype == GS_FLOAT64    ? 0x1p-53

@@ -173,7 +173,7 @@ void test_solvers() {
     CHECK(norm < (solver == GS_EXACT ? 1e-28 : 1e-2));
     CHECK(std::abs(w[0] + w[1] + w[2] + w[3] - 1) < 1e-14);
   }
-  // A square whose inverse overflows is that of the shortest point.
+  // A gradient whose 1 / G_ii overflows counts as zero, and so is the shortest point.
   const double tiny[4] = {1, 0, 0, 1e-310};
   CHECK(gs_min_norm_cpu(tiny, 1, 2, GS_EXACT, 250, 1e-9, w, space.get(), bytes, nullptr) == GS_OK);
   CHECK(w[0] == 0 && w[1] == 1);
@@ -194,7 +194,7 @@ void test_solvers() {
   const double one[2] = {1, 1}, norms[2] = {1, 3}, losses[2] = {1, 1};
   CHECK(gs_gradnorm_cpu(one, norms, losses, losses, 1, 2, 1.5, 0.1, w) == GS_OK);
   CHECK(std::abs(w[0] - 2 * 1.1 / 1.8) < 1e-15 && std::abs(w[1] - 2 * 0.7 / 1.8) < 1e-15);
-  // In place: a step, and one that would leave nothing.
+  // In place: a normal step, and one after which all weights would be 0.
   double same[2] = {1, 1};
   CHECK(gs_gradnorm_cpu(same, norms, losses, losses, 1, 2, 1.5, 0.1, same) == GS_OK);
   CHECK(same[0] == w[0] && same[1] == w[1]);
@@ -208,8 +208,8 @@ void test_solvers() {
   CHECK(state[0] == w[0] && state[1] == w[1]);
 }
 
-// The optimality condition (G w)_j >= w^T G w, to rounding, of rows that conflict, have several scales, or are pairs of
-// near opposites in half as many dimensions, so that the shortest combination is all but 0.
+// Checks the optimality condition (G w)_j >= w^T G w, to rounding, for rows that conflict, have several scales, or are
+// pairs of near opposites in half as many dimensions, so that the shortest combination is all but 0.
 void test_min_norm(int64_t tasks) {
   std::mt19937 random(11);
   std::normal_distribution<double> normal;
@@ -322,7 +322,7 @@ void test_ranges() {
     CHECK(gs_weights_cpu(gram, 1, 2, GS_PCD, nullptr, share, 1, w, space.get(), 4096, nullptr) == GS_INVALID_ARGUMENT);
   }
   CHECK(last_error_is("share must be in 0..1, got nan"));
-  // Which a preference stands in for.
+  // With a preference the share is ignored.
   CHECK(gs_weights_cpu(gram, 1, 2, GS_PCD, ones, NAN, 1, w, space.get(), 4096, nullptr) == GS_OK);
 }
 

@@ -13,7 +13,7 @@ struct Problem {
   std::vector<std::unique_ptr<void, Free>> memory;
   std::vector<const void*> data;
   std::vector<int64_t> out_bytes;
-  int64_t out_shift = 0;  // of the outputs, from a boundary of 16 bytes
+  int64_t out_shift = 0;  // how far outputs are off a 16-byte boundary
 
   Problem(int64_t tasks, std::vector<int64_t> sizes, std::vector<gs_dtype> dtypes, int64_t shift = 0)
       : num_tasks(tasks), numel(std::move(sizes)) {
@@ -28,7 +28,7 @@ struct Problem {
           continue;
         }
         const int64_t bytes = numel[p] * bytes_of(type);
-        // Up to the end of the allocation, so that a read beyond it shows.
+        // The row ends where the allocation ends, so that the sanitizer sees a read beyond it.
         memory.emplace_back(std::aligned_alloc(16, (bytes + shift + 31) / 16 * 16));
         char* start = static_cast<char*>(memory.back().get()) + shift;
         const Row row(numel[p], type, 1 + t, random);
@@ -47,7 +47,7 @@ struct Result {
   Values gram, weights, out;
 };
 
-// All outputs, decoded; they hold ones before.
+// Returns all outputs, decoded. Before the call they hold ones.
 template <class Run>
 Result results_of(const Problem& problem, const Run& run) {
   const gs_gradients view = problem.view();
@@ -171,7 +171,7 @@ int main() {
   check(Problem(1, {30000}, {GS_FLOAT32}), pcgrad, false, true, "parts wider than a block's threads");
   check(Problem(7, {2700}, {GS_BFLOAT16}), exact, false, true, "several parts");
   check(Problem(16, {1500}, {GS_FLOAT32}), pcgrad, false, true, "four small parts");
-  // Where one launch cannot serve.
+  // Cases that one launch cannot handle.
   check(Problem(17, {100, 30}, {GS_FLOAT32}), pcgrad, false, false, "17 tasks");
   check(Problem(3, {100, 30}, {GS_FLOAT32, GS_FLOAT64}), pcgrad, false, false, "two dtypes");
   check(Problem(3, {100, 30}, {GS_FLOAT32}, 4), exact, false, false, "misaligned");
@@ -198,7 +198,7 @@ int main() {
   const gs_solve wrong = weighting_of(GS_UPGRAD, nullptr, 0);
   CHECK(gs_aggregate_cuda_workspace_bytes(&view, &wrong) == -1 && gs_aggregate_workspace_bytes(&view, &wrong) == -1,
         "a ridge of 0 has workspace");
-  // More blocks, and a table that is not the small one.
+  // More blocks, and a table that does not fit the small one.
   gpu.processors = 23;
   check(Problem(3, std::vector<int64_t>(60, 100), {GS_FLOAT32}), pcgrad, false, true, "large table");
   Problem broken(3, {100, 30}, {GS_FLOAT32});

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The CUDA kernels of the rules that work coordinate by coordinate, compiled for the host (emulated.h), and the CPU's,
-// against the papers' words, in several orders of threads and blocks: the same bits in each.
+// against plain code after the papers (rules.h). In every order of threads and blocks the bits are the same.
 #include "emulation.h"
 #include "model.h"
 #include "rules.h"
@@ -19,7 +19,7 @@ struct Call {
 
 constexpr int64_t kStep = (int64_t{5} << 32) + 3;
 
-// One element of space before each output moves it off the rows' alignment.
+// One element of space before each output gives it another alignment than the rows.
 Bytes run(const Call& call, bool gpu) {
   const Model& model = call.model;
   Model copy = model;  // rows that the direction may overwrite
@@ -104,7 +104,7 @@ void test_not_finite() {
   }
 }
 
-// The numbers of coordinates go on behind a parameter that nobody could hold, and that has no output.
+// The numbers of coordinates count a parameter that is too large for any memory and has no output.
 void test_many_coordinates() {
   Model model(2, {GS_FLOAT32}, {1, 60});
   model.numel[0] = (int64_t{1} << 34) + 5;

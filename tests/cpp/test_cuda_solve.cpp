@@ -78,7 +78,7 @@ void test_pcgrad(int64_t num_tasks, bool own_order, int processors = 1) {
   }
 }
 
-// A NaN in the last entry, however the entries are shared out.
+// A NaN in the last entry must be found, however the entries are divided among threads.
 void test_late_nan(int64_t num_tasks) {
   Values gram(num_tasks * num_tasks, 1.0);
   gram.back() = NAN;
@@ -88,8 +88,8 @@ void test_late_nan(int64_t num_tasks) {
   CHECK(std::all_of(got.begin(), got.end(), [](double w) { return std::isnan(w); }), "NaN in, %g out", got[0]);
 }
 
-// Entries outside of G are no visits; what is left of g_0 may oppose g_0, which it still is not projected on; a
-// subnormal G_jj has an infinite inverse, but a quotient.
+// Entries of order that name no task are skipped; the projected g_0 may conflict with g_0, but is not projected on it;
+// for a subnormal G_jj the inverse is infinite, but the quotient v_j / G_jj is not.
 void test_odd_pcgrad() {
   int64_t step = 0;
   const auto solve = [&](const double* gram, int64_t num_tasks, const int64_t* order) {
@@ -151,7 +151,7 @@ void test_min_norm(int64_t num_tasks, gs_solver solver) {
   }
 }
 
-// A square whose inverse overflows is that of the shortest point.
+// A gradient whose 1 / G_ii overflows counts as zero, and so is the shortest point.
 void test_tiny(int64_t num_tasks) {
   Values gram(num_tasks * num_tasks), expected(num_tasks);
   for (int64_t i = 0; i < num_tasks; i++) gram[i * (num_tasks + 1)] = i == 1 ? 1e-310 : 1;
@@ -252,7 +252,7 @@ void test_gradnorm(int64_t num_tasks) {
   check_close(gpu_first, first, 0, "gradnorm_step initial losses");
 }
 
-// A step that would leave nothing.
+// A step after which all weights would be 0.
 void test_gradnorm_in_place() {
   const double ones[2] = {1, 1}, losses[2] = {0.2, 1.8};
   const Values got = in_every_order(2, [&](double* out) {
@@ -310,7 +310,7 @@ int main() {
   for (const int64_t num_tasks : {33, 70, 130}) test_pcgrad(num_tasks, num_tasks == 70);
   for (const int64_t num_tasks : {17, 33, 70}) test_pcgrad(num_tasks, num_tasks == 33, 64);
   test_late_nan(66);
-  // One block for each problem: where clusters find no room, and before there were any.
+  // One block for each problem: if there is no room for clusters, and on GPUs that have none.
   Emulator::get().refuses = true;
   test_pcgrad(33, true, 64);
   Emulator::get().refuses = false;

@@ -63,7 +63,7 @@ void test_combine(const Model& model, bool accumulate, bool alias) {
     std::vector<void*> pointers;
     for (int64_t p = 0; p < params; p++) {
       const auto type = static_cast<gs_dtype>(model.dtype[p]);
-      // One element of space before the output moves it off the rows' alignment.
+      // One element of space before the output gives it another alignment than the rows.
       outs.emplace_back((model.numel[p] + 1) * bytes_of(type), 1);
       pointers.push_back(p == 5 ? nullptr : outs.back().data() + bytes_of(type));
     }
@@ -86,7 +86,7 @@ void test_combine(const Model& model, bool accumulate, bool alias) {
     for (int64_t c = 0; c < model.numel[p]; c++) {
       const double expected = decode(&results[0][p][(c + 1) * bytes_of(type)], type);
       const double got = decode(&results[1][p][(c + 1) * bytes_of(type)], type);
-      // Contraction to fused multiply-adds may differ, so a rounding may fall the other way.
+      // Contraction to fused multiply-adds may differ, so a result may round the other way.
       const double ulp = type == GS_FLOAT32 ? 0x1p-23 : type == GS_FLOAT16 ? 0x1p-10 : type == GS_BFLOAT16 ? 0x1p-7 : 0;
       CHECK(std::abs(got - expected) <= ulp * std::max(std::abs(expected), 1e-4) + 1e-13,
             "combine output %ld at %ld: %g, expected %g", static_cast<long>(p), static_cast<long>(c), got, expected);
@@ -94,13 +94,13 @@ void test_combine(const Model& model, bool accumulate, bool alias) {
   }
 }
 
-// Every kernel of stage 2 in every dtype; the cheaper sizes are longer.
+// Every kernel of stage 2 in every dtype; with more columns for cheaper numbers of tasks.
 void test_kernels() {
   for (const int64_t num_tasks : {1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 25, 33, 57}) {
     for (const gs_dtype dtype : kDtypes) {
       if ((num_tasks == 6 || num_tasks == 7) && (dtype == GS_FLOAT64 || dtype == GS_FLOAT16)) continue;
       if (num_tasks > 20 && num_tasks != 33 && num_tasks % 2 != dtype % 2) continue;
-      // The fourth is long enough for whole steps of rows that differ in their alignment.
+      // The fourth parameter is long enough for whole steps of rows of different alignments.
       std::vector<int64_t> sizes = {1, 0, 7, 90, 64, 3, 600, 33, 300};
       if (num_tasks < 9) sizes = {1, 0, 7, 1300, 64, 3, 900, 33, 500};
       if (num_tasks < 5) sizes = {1, 0, 7, 2500, 64, 3, 5003, 33, 900};
@@ -117,7 +117,7 @@ void test_kernels() {
       }
     }
   }
-  // All shapes of the circle of row blocks, and a slot for several blocks.
+  // All shapes of the circle of row blocks, and slots that several blocks share.
   const std::pair<int64_t, gs_dtype> many[] = {{49, GS_BFLOAT16}, {64, GS_FLOAT16},  {72, GS_FLOAT64},
                                                {81, GS_FLOAT32},  {97, GS_BFLOAT16}, {128, GS_FLOAT32},
                                                {130, GS_FLOAT16}, {190, GS_FLOAT32}};
@@ -191,14 +191,14 @@ void test_streams() {
   // More columns than all blocks take at once.
   test_combine(Model(6, {GS_BFLOAT16}, {25000}), false, false);
   test_combine(Model(17, {GS_FLOAT32}, {6200}), true, false);
-  // Three and a half slots in each of the Gram kernel's 263; added, so that none counts twice.
+  // Three and a half of combine's slots in each of the Gram kernel's 263. Accumulates, so that a slot done twice shows.
   Emulator::get().processors = 400;
   test_combine(Model(9, {GS_FLOAT32}, {263 * 448}), true, false);
   Emulator::get().processors = 3;
   const Model mixed(3, {GS_FLOAT32, GS_FLOAT32, GS_BFLOAT16, GS_FLOAT64, GS_FLOAT16}, {9, 5, 9, 5, 9, 5, 9, 5});
   test_gram(mixed);
   test_combine(mixed, true, false);
-  const Model many(2, {GS_FLOAT32}, std::vector<int64_t>(1100, 2));  // more parameters than arguments take
+  const Model many(2, {GS_FLOAT32}, std::vector<int64_t>(1100, 2));  // more parameters than fit a launch's arguments
   test_gram(many);
   test_combine(many, false, false);
   // Slots that begin in the last of a run's parameters, with another run after it.
@@ -207,7 +207,7 @@ void test_streams() {
   Model runs(2, {GS_FLOAT32}, sizes);
   for (int32_t p = 0; p < 1100; p++) runs.segment[p] = p <= 1056 ? 0 : 2;
   test_gram(runs);
-  // Segments that come back and that descend; more than arguments take.
+  // Segments that occur again later, and segments in descending order; then more than fit a launch's arguments.
   for (const bool descends : {false, true}) {
     Model segmented(2, {GS_FLOAT32}, std::vector<int64_t>(20, 2));
     for (int32_t p = 0; p < 20; p++) segmented.segment[p] = descends ? 19 - p : p / 2 % 3;

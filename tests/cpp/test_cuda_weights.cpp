@@ -8,7 +8,7 @@
 
 namespace {
 
-// d of two sets of weights must agree relative to the longest gradient; G of dependent rows has several weights for it.
+// Compares the directions of two sets of weights, as dependent rows have several weights for one direction.
 void check_directions(const Values& grams, const Values& got, const Values& expected, int64_t num_tasks,
                       double tolerance, int method) {
   for (int64_t b = 0; b < kGrams; b++) {
@@ -24,7 +24,7 @@ void check_directions(const Values& grams, const Values& got, const Values& expe
         size += v[i] * gram[i * num_tasks + j] * v[j];
       }
     }
-    // A length is known to the square root of rounding.
+    // The length of d can be computed from G only to the square root of the rounding error.
     double spread = 0;
     for (int64_t i = 0; i < num_tasks; i++) spread += std::abs(v[i]) * std::sqrt(gram[i * num_tasks + i]);
     CHECK(std::sqrt(std::max(error, 0.0)) <= tolerance * std::sqrt(std::max(size, 0.0)) + 3e-8 * spread,
@@ -76,8 +76,8 @@ void test_indefinite(int64_t num_tasks, gs_weighting method, double parameter) {
   }
 }
 
-// Where H is not positive several faces may meet the conditions: as on the CPU the ridge decides. With preferences that
-// are not numbers none does.
+// If H is not positive definite, several faces may meet the conditions; the ridge decides, as on the CPU. With NaN
+// preferences no face meets them.
 void test_left_to_a_warp() {
   const double cross = -1.5 * (1 - 1e-3), gram[] = {9, cross, cross, cross, 0.25, 0.25025, cross, 0.25025, 0.25};
   for (const double preference : {0.5, double{NAN}}) {
@@ -97,7 +97,7 @@ void test_left_to_a_warp() {
   }
 }
 
-// Independent gradients need no more than faces: one of them meets the conditions of a projection.
+// For independent gradients the faces suffice: one of them meets the conditions of a projection.
 void test_projection_faces(int num_tasks) {
   const Values grams = grams_of(num_tasks);
   for (int kind = 0; kind < 2; kind++) {
@@ -131,8 +131,8 @@ void test_projection_faces(int num_tasks) {
   }
 }
 
-// Three vectors, some convex combination of which is 0, as often as there are tasks, and a ball around their mean that
-// just holds 0: CAGrad's direction conflicts with none of them, and stays in the ball.
+// The tasks repeat three vectors of which a convex combination is 0, and the ball around their mean just contains 0:
+// CAGrad's direction must conflict with none of them and stay in the ball.
 void test_stationary(int64_t num_tasks) {
   const double plane[3][2] = {{-2, 2}, {0, 3}, {2, -3}};
   Values rows, gram(num_tasks * num_tasks);
@@ -161,7 +161,7 @@ void test_stationary(int64_t num_tasks) {
   CHECK(away <= (1 + 1e-8) * most, "T %ld: %g from the mean, %g are allowed", static_cast<long>(num_tasks), away, most);
 }
 
-// Nor is a problem of theirs left to a warp, whose members would have to wait for each other.
+// Such a problem is not left to a warp either: warp_syncs would count its synchronizations.
 void test_faces_suffice(int64_t num_tasks, gs_weighting method, double parameter) {
   const Values grams = grams_of(num_tasks);
   Values weights(2 * num_tasks);
@@ -173,8 +173,7 @@ void test_faces_suffice(int64_t num_tasks, gs_weighting method, double parameter
         static_cast<long>(num_tasks));
 }
 
-// Independent gradients need no more than faces: one of them meets CAGrad's conditions to rounding, and shows that no
-// other one does.
+// For independent gradients the faces suffice: exactly one of them meets CAGrad's conditions to rounding.
 void test_cagrad_faces(int num_tasks) {
   const Values grams = grams_of(num_tasks);
   for (int kind = 0; kind < 2; kind++) {
@@ -198,8 +197,8 @@ void test_cagrad_faces(int num_tasks) {
   }
 }
 
-// Gradients that are one vector with either sign, to six digits, have large weights, which say nothing. What a face
-// accepts meets CAGrad's conditions all the same: no product of a gradient with d is below those of the face's.
+// Gradients that are one vector with either sign, to six digits, have large weights that are mostly rounding. A face's
+// result must still meet CAGrad's conditions: no gradient's product with d is below those of the face's gradients.
 void test_faces_of_near_copies() {
   constexpr int kTasks = 4, kColumns = 6;
   std::mt19937 random(1);
@@ -236,8 +235,8 @@ void test_faces_of_near_copies() {
   }
 }
 
-// The factor and the solution that a team of so many threads leaves in place are those of one thread; a last row that
-// is the one before, to 12 digits, is refused where it must not be.
+// A team of `threads` threads must compute the factor and the solution of one thread. If the last row equals the one
+// before to 12 digits, it must fail with the limit 1e-8 for pivots, and succeed without a limit.
 template <class Make>
 void test_factor(int64_t size, int threads, const Make& make_team) {
   const int64_t stride = gs::padded(size);
@@ -281,12 +280,12 @@ void test_factor(int64_t size, int threads, const Make& make_team) {
   CHECK(!by_team(rows, 1e-8), "a small pivot");
 }
 
-// A team of one that takes the sweeps of larger ones.
+// A team of one that runs the Jacobi sweeps of larger teams.
 struct Member : gs::SerialTeam {
   double sum(double value, int = 1) const { return value; }
 };
 
-// Eigenvalues close together: rows turn by large angles however orthogonal they are already.
+// Eigenvalues close together: rows are rotated by large angles even if they are almost orthogonal already.
 void test_clustered_eigenvalues() {
   constexpr int64_t kTasks = 8, kStride = gs::padded(kTasks);
   std::mt19937 random(3);
@@ -322,7 +321,7 @@ void test_gradvac(int64_t num_tasks) {
   });
   check_directions(grams, got, expected, num_tasks, 1e-9, -1);
   check_close(gpu_targets, targets, 1e-9, "targets");
-  // No memory of others is read or written for an order that is none.
+  // With an invalid order no memory outside the arrays is read or written.
   for (const int64_t wrong : {num_tasks, num_tasks * num_tasks, int64_t{-1}}) {
     order[num_tasks - 1] = wrong;
     CHECK(gs_gradvac_cuda(grams.data(), kGrams, num_tasks, order.data(), 0.3, gpu_targets.data(), expected.data(),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The N-sized kernels on every instruction set that this machine runs, in all dtypes, against plain loops. Buffers
+// The N-sized kernels in every instruction set that this machine can run, in all dtypes, against plain loops. Buffers
 // have their exact size, so that the sanitizers see any access outside them.
 #include <algorithm>
 #include <numeric>
@@ -33,7 +33,7 @@ std::vector<const void*> pointers_to(const std::vector<Row>& rows) {
 void test_gram(const gs::KernelTable& table, gs_dtype dtype, int64_t k, int64_t n, double scale, bool mixed = false) {
   const std::vector<Row> rows = make_rows(k, n, dtype, scale, mixed);
   const std::vector<const void*> pointers = pointers_to(rows);
-  // The tasks of all rows, or every other one.
+  // The rows belong to consecutive tasks, or to every other one.
   const int64_t spread = 1 + (k + n) % 2, ld = spread * k + 1;
   std::vector<int32_t> index;
   for (int64_t r = 0; r < k; r++) index.push_back(spread * r + 1);
