@@ -12,7 +12,7 @@
 //     the CPU, orders. Any other number, by value or in an array, gives some result, even NaN;
 //   * solvers are accurate if every non-zero G_ii is between 2^-900 and 2^1000; otherwise the weights may belong to a
 //     different G;
-//   * a batch is at most 2^40;
+//   * a batch has at most 2^40 problems;
 //   * functions return a status; gs_last_error() is the message of the last failure on this thread;
 //   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or of multiprocessors on
 //     the GPU. The order of summation, and so the last bits, may differ between GPUs before and since compute
