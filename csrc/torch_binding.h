@@ -198,8 +198,7 @@ struct Gradients {
 };
 
 inline gs_weighting weighting_of(int64_t method) {
-  TORCH_CHECK_VALUE(method == static_cast<int32_t>(method),
-                    message("weighting is ", method, ", which no gs_weighting is"));
+  TORCH_CHECK_VALUE(method == static_cast<int32_t>(method), message("weighting must be a gs_weighting, got ", method));
   return static_cast<gs_weighting>(method);
 }
 

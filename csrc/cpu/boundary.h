@@ -33,7 +33,7 @@ inline gs_status check(const gs_gradients& g) {
     GS_REQUIRE(g.numel[p] <= left, "numel must sum to at most 2^52, got %lld in numel[%lld], where %lld are left",
                (long long)g.numel[p], (long long)p, (long long)left);
     left -= g.numel[p];
-    GS_REQUIRE(g.dtype[p] >= GS_FLOAT64 && g.dtype[p] <= GS_FLOAT16, "dtype[%lld] is %d, which no gs_dtype is",
+    GS_REQUIRE(g.dtype[p] >= GS_FLOAT64 && g.dtype[p] <= GS_FLOAT16, "dtype[%lld] must be a gs_dtype, got %d",
                (long long)p, g.dtype[p]);
     GS_REQUIRE(!g.segment || (g.segment[p] >= 0 && g.segment[p] < g.num_segments),
                "segment[%lld] must be in 0..%lld, got %d", (long long)p, (long long)g.num_segments - 1, g.segment[p]);
@@ -88,8 +88,7 @@ inline gs_status check_gradnorm(double alpha, double lr) {
 }
 
 inline gs_status check_known(gs_weighting weighting) {
-  GS_REQUIRE(weighting >= GS_UPGRAD && weighting <= GS_PCD, "weighting is %d, which no gs_weighting is",
-             (int)weighting);
+  GS_REQUIRE(weighting >= GS_UPGRAD && weighting <= GS_PCD, "weighting must be a gs_weighting, got %d", (int)weighting);
   return GS_OK;
 }
 
@@ -115,7 +114,7 @@ inline gs_status check_weighting(gs_weighting weighting, int64_t num_tasks, cons
 }
 
 inline gs_status check_solver(gs_solver solver, int64_t max_iter, double tol) {
-  GS_REQUIRE(solver == GS_EXACT || solver == GS_FRANK_WOLFE, "solver is %d, which no gs_solver is", (int)solver);
+  GS_REQUIRE(solver == GS_EXACT || solver == GS_FRANK_WOLFE, "solver must be a gs_solver, got %d", (int)solver);
   GS_REQUIRE(solver == GS_EXACT || (max_iter >= 1 && tol >= 0),
              "max_iter must be at least 1 and tol >= 0, got %lld and %g", (long long)max_iter, tol);
   return GS_OK;
@@ -132,7 +131,7 @@ inline gs_status check_solve(const gs_gradients* grads, const gs_solve* solve) {
     case GS_WEIGHTING:
       return check_weighting(solve->weighting, grads->num_tasks, solve->preference, solve->parameter, solve->limit);
   }
-  return fail(GS_INVALID_ARGUMENT, "method is %d, which no gs_method is", (int)solve->method);
+  return fail(GS_INVALID_ARGUMENT, "method must be a gs_method, got %d", (int)solve->method);
 }
 
 inline gs_status check_aggregate(const gs_gradients* grads, const gs_solve* solve, const double* gram,
@@ -143,7 +142,7 @@ inline gs_status check_aggregate(const gs_gradients* grads, const gs_solve* solv
 }
 
 inline gs_status check_rule(const gs_rule& rule, int64_t num_tasks) {
-  GS_REQUIRE(rule.kind == GS_GRADDROP || rule.kind == GS_TRIMMED_MEAN, "kind is %d, which no gs_rule_kind is",
+  GS_REQUIRE(rule.kind == GS_GRADDROP || rule.kind == GS_TRIMMED_MEAN, "kind must be a gs_rule_kind, got %d",
              (int)rule.kind);
   GS_REQUIRE(rule.kind != GS_GRADDROP || rule.step, "step must not be NULL");
   GS_REQUIRE(rule.kind != GS_TRIMMED_MEAN || (rule.num_trimmed >= 0 && rule.num_trimmed <= (num_tasks - 1) / 2),

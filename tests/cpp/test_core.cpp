@@ -249,7 +249,7 @@ void test_errors() {
   CHECK(std::string(gs_last_error()).find("workspace must hold") == 0);
   problem.dtype[0] = 9;
   CHECK(gs_gram_workspace_bytes(&view) == -1);
-  CHECK(std::string(gs_last_error()) == "dtype[0] is 9, which no gs_dtype is");
+  CHECK(std::string(gs_last_error()) == "dtype[0] must be a gs_dtype, got 9");
   view.numel = nullptr;
   CHECK(gs_gram_workspace_bytes(&view) == -1);
   CHECK(std::string(gs_last_error()) == "data, numel and dtype must not be NULL");

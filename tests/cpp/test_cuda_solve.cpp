@@ -54,9 +54,8 @@ void test_simplex_steps(int64_t num_tasks, double lr) {
   CHECK(std::isnan(got.back()), "NaN in, %g out", got.back());
 }
 
-// Many processors: several blocks share a problem.
-void test_pcgrad(int64_t num_tasks, bool own_order, int processors = 1) {
-  Emulator::get().processors = processors;
+// From 17 tasks on several blocks share a problem.
+void test_pcgrad(int64_t num_tasks, bool own_order) {
   const Values grams = grams_of(num_tasks);
   std::vector<int64_t> order(num_tasks * num_tasks);
   CHECK(gs_task_order_cpu(num_tasks, 3, 9, order.data()) == GS_OK, "%s", gs_last_error());
@@ -307,12 +306,13 @@ int main() {
   test_task_order(GS_MAX_TASKS);
   test_random(GS_MAX_TASKS);
   for (const int64_t num_tasks : {33, 90}) test_simplex_steps(num_tasks, 1e-3);  // 90: scratch in the workspace
-  for (const int64_t num_tasks : {33, 70, 130}) test_pcgrad(num_tasks, num_tasks == 70);
-  for (const int64_t num_tasks : {17, 33, 70}) test_pcgrad(num_tasks, num_tasks == 33, 64);
+  for (const int64_t num_tasks : {33, 70, 130}) {
+    for (const bool own_order : {false, true}) test_pcgrad(num_tasks, own_order);
+  }
   test_late_nan(66);
   // One block for each problem: if there is no room for clusters, and on GPUs that have none.
   Emulator::get().refuses = true;
-  test_pcgrad(33, true, 64);
+  test_pcgrad(33, true);
   Emulator::get().refuses = false;
   Emulator::get().overlaps = false;
   for (const int64_t num_tasks : {17, 70}) test_pcgrad(num_tasks, false);
