@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._dtensor import local_part
+from ._gradients import gradient_dtype
 from ._memory import check_memory
 
 
@@ -89,7 +90,7 @@ class Collected:
         reach, row = self.reach, list(self.grads[first])
         for p in places:
             if not reach[p]:
-                row[p] = torch.zeros_like(local_part(self.parameters[p]))
+                row[p] = torch.zeros_like(local_part(self.parameters[p]), dtype=gradient_dtype(self.parameters[p]))
         return replace(self, grads=[*self.grads[:first], row, *self.grads[first + 1 :]])
 
     def check_next(self, tasks: list[str], parameters: Sequence[Tensor], *, scaled: bool) -> None:

@@ -256,6 +256,11 @@ def as_float64(values: Tensor) -> Tensor:
     return (values if values.is_contiguous() else values.contiguous()).resolve_neg()
 
 
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's gradients."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory without overlap."""
     if tensor.is_contiguous():

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from ._dtensor import part_of
 from ._features import check_ends, part, refuse_both
+from ._gradients import gradient_dtype
 from ._graph import Graph, Output, Root
 from ._memory import Rows, check_memory
 
@@ -277,7 +278,8 @@ class Passes:
     ) -> Sequence[Tensor]:
         def go_back(*grads: Tensor) -> tuple[Tensor, ...]:
             found = self._go_back(outputs, inputs, grads, edges, keep)
-            return tuple(torch.zeros_like(p) if g is None else g for p, g in zip(inputs, found, strict=True))
+            pairs = zip(inputs, found, strict=True)
+            return tuple(torch.zeros_like(p, dtype=gradient_dtype(p)) if g is None else g for p, g in pairs)
 
         try:
             # Not by is_grads_batched, whose convolutions loop over the batch. Random numbers that a checkpoint draws

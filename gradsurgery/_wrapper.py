@@ -31,8 +31,12 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         check_optimizer(optimizer)
         self.optimizer = optimizer
-        # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone.
+        # Optimizer.__init__ would build groups and state of its own; its unpickling path sets up the hooks alone, and
+        # adds a default, which is not the wrapped optimizer's.
+        defaults = dict(self.defaults)
         super().__setstate__({})
+        for name in self.defaults.keys() - defaults.keys():
+            del self.defaults[name]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -56,6 +60,10 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped optimizer's defaults; empty where it has none."""
         return getattr(self.optimizer, "defaults", {})
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
 
     def state_dict(self) -> dict[str, Any]:
         """Run the hooks of ``state_dict``, and return the state to save."""

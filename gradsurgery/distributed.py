@@ -22,7 +22,7 @@ from torch import Tensor, distributed
 from ._collected import Collected
 from ._dtensor import is_sharded
 from ._extension import C
-from ._gradients import DTYPES, is_dense
+from ._gradients import DTYPES, gradient_dtype, is_dense
 from .methods import Method
 
 _ABSENT, _PRESENT, _UNFIT = range(3)
@@ -167,7 +167,7 @@ class Replicas:
         """Average the row's entries at these places over ``holders`` processes, in new memory."""
         first = parameters[places[0]]
         ends = list(accumulate(_padded(parameters[p]) for p in places))
-        flat = torch.empty(ends[-1], dtype=_dtype(first), device=first.device)
+        flat = torch.empty(ends[-1], dtype=gradient_dtype(first), device=first.device)
         entries = [_view(flat, begin, parameters[p]) for p, begin in zip(places, [0, *ends], strict=False)]
         mine = [i for i, p in enumerate(places) if row[p] is not None]
         if len(mine) < len(places):
@@ -191,7 +191,7 @@ class Replicas:
             f"{len(collected.grads)} {scaled} gradients of {len(collected.parameters)} parameters by {collected.tasks}"
             f"{_with_seed(self.method)}"
         )
-        shapes = str([(_dtype(p), p.shape, p.stride()) for p in collected.parameters])
+        shapes = str([(gradient_dtype(p), p.shape, p.stride()) for p in collected.parameters])
         others, other_shapes, other_mask = _differ(
             [what.encode(), shapes.encode(), mask + present], [self.group], device
         )
@@ -272,9 +272,9 @@ def _buckets(parameters: list[Tensor], there: bytearray) -> Iterator[list[int]]:
     kinds: dict[Any, list[int]] = {}
     for p, (parameter, present) in enumerate(zip(parameters, there, strict=True)):
         if present:
-            kinds.setdefault((_dtype(parameter), parameter.device), []).append(p)
+            kinds.setdefault((gradient_dtype(parameter), parameter.device), []).append(p)
     for places in kinds.values():
-        sizes = accumulate(parameters[p].numel() * _dtype(parameters[p]).itemsize for p in places)
+        sizes = accumulate(parameters[p].numel() * gradient_dtype(parameters[p]).itemsize for p in places)
         for _, bucket in groupby(zip(places, sizes, strict=True), lambda item: item[1] // _BUCKET_BYTES):
             yield [p for p, _ in bucket]
 
@@ -288,14 +288,9 @@ def assign_grads(parameters: list[Tensor], grads: list[Tensor]) -> None:
             parameter.grad = grad
 
 
-def _dtype(parameter: Tensor) -> torch.dtype:
-    """Return the dtype of a parameter's gradients."""
-    return getattr(parameter, "grad_dtype", None) or parameter.dtype
-
-
 def _padded(parameter: Tensor) -> int:
     """Return the number of elements from a parameter's beginning to the next one's."""
-    step = _ALIGNMENT // _dtype(parameter).itemsize
+    step = _ALIGNMENT // gradient_dtype(parameter).itemsize
     return -(-parameter.numel() // step) * step
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.nn.parameter import is_lazy
 
 from . import methods
 from ._collected import Collected
@@ -389,4 +390,5 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def _trainable(self) -> list[Tensor]:
         self._notice_shards()
-        return [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]  # torch allows duplicates in a group
+        # torch allows duplicates in a group, and lazy parameters, which no loss reaches before they have a shape.
+        return [p for p in dict.fromkeys(self._parameters()) if p.requires_grad and not is_lazy(p)]

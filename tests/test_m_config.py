@@ -167,6 +167,20 @@ def test_shared_parameters_that_a_step_does_not_reach(others):
     assert q.grad.abs().min() > 0
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+@pytest.mark.parametrize("method", ["m_config", "moco"])
+def test_a_parameter_that_a_step_does_not_reach_keeps_its_gradients_dtype(method):
+    """p and q are bfloat16 with float32 gradients; after a step that reaches p alone q's averages are float32, too."""
+    p, q = (torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16, device=DEVICE)) for _ in range(2))
+    p.grad_dtype = q.grad_dtype = torch.float32
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p, q], lr=0.1), method, shared=[p, q])
+    optimizer.backward([(p.square() + q).sum().float(), (p + q.square()).sum().float()])
+    optimizer.zero_grad()
+    optimizer.backward([p.square().sum().float(), p.sum().float()])
+    assert [p.grad.dtype, q.grad.dtype] == [torch.float32] * 2
+    assert {b.dtype for row in optimizer.method.state_dict()["buffers"] for b in row} == {torch.float32}
+
+
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_a_step_that_is_not_finite_leaves_the_state(bad):
     method = methods.get("m_config")

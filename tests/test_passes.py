@@ -341,6 +341,14 @@ def test_a_graph_without_a_gradient():
     assert_same(collect(losses, [a, b, c], PassOptions(mode="batched")).grads, expected)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+def test_batched_zeros_of_a_shared_parameter_without_a_gradient():
+    p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16, device=DEVICE))
+    p.grad_dtype = torch.float32
+    (first,), (second,) = collect([Stop.apply(p).sum(), Stop.apply(p).sum()], [p], PassOptions(mode="batched")).grads
+    assert_same([[first], [second]], [[torch.zeros(2, device=DEVICE)]] * 2)
+
+
 def test_errors():
     net = Net()
     optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))

@@ -267,6 +267,25 @@ def test_an_optimizer_without_defaults():
     assert SurgeryOptimizer(sgd, "pcgrad").defaults == {}
 
 
+def test_defaults_stay_those_of_the_wrapped_optimizer():
+    sgd = torch.optim.SGD([ones(2)], lr=0.1)
+    sgd.defaults = {"lr": 0.1}  # as of a class whose groups have no more
+    optimizer = SurgeryOptimizer(sgd, "pcgrad")
+    assert sgd.defaults == {"lr": 0.1}
+    optimizer.defaults = {"lr": 0.2}
+    assert sgd.defaults == {"lr": 0.2}
+
+
+def test_a_lazy_layer_that_has_no_shape_yet():
+    """A step may leave it out; once a batch has given it a shape it is trained."""
+    a, later = ones(2), torch.nn.LazyLinear(1)
+    optimizer = SurgeryOptimizer(torch.optim.SGD([a, *later.parameters()], lr=0.1), "pcgrad")
+    optimizer.backward([a.sum(), 2 * a.sum()])
+    assert torch.equal(a.grad, torch.full((2,), 3.0))
+    optimizer.backward([a.sum(), later(a).sum()])
+    assert later.weight.grad is not None
+
+
 def test_an_optimizer_that_is_not_made_yet_has_no_attributes():
     with pytest.raises(AttributeError):
         object.__new__(SurgeryOptimizer).train  # noqa: B018
