@@ -57,7 +57,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's defaults; empty where it has none."""
         return getattr(self.optimizer, "defaults", {})
 
