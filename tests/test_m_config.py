@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""M-ConFIG: the authors' steps, steps that lack losses, and what is shared then."""
+"""M-ConFIG: the same steps as the authors' code, steps with absent losses, and which parameters are shared then."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ X = torch.linspace(-1, 1, 48).reshape(8, 6)
 
 
 def explicit(inputs, beta):
-    """The algorithm, from steps of {task: gradient}, with m kept as it is."""
+    """Yield the algorithm's d for steps {task: gradient}; m is stored as a vector, not by its weights."""
     averages, counts, last = {}, {}, 0
     for k, given in enumerate(inputs, 1):
         for t, g in given.items():
@@ -60,7 +60,7 @@ def test_more_tasks_than_half_of_what_a_backend_takes():
 
 def test_adam_takes_the_authors_steps():
     operators = pytest.importorskip("conflictfree.momentum_operator")
-    # float32: theirs is of torch's default dtype.
+    # float32, because conflictfree's operator uses torch's default dtype.
     targets = normal(3, 20).float()
     ours, theirs = (torch.nn.Parameter(torch.ones(20)) for _ in range(2))
 
@@ -152,7 +152,7 @@ def test_what_is_shared_where_losses_are_absent():
 
 @pytest.mark.parametrize("others", ["absent", "of a head alone"])
 def test_shared_parameters_that_a_step_does_not_reach(others):
-    """One loss reaches p, and none q; the averages of the others still move q."""
+    """In the second step one loss reaches p and none reaches q; the averages of the other tasks still move q."""
     p, q, h = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(3))
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p, q, h], lr=0.1), methods.MConFIG(beta=0.5))
     c = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -208,7 +208,7 @@ def test_a_preference_is_configs():
 
 @pytest.mark.parametrize("before", [False, True])
 def test_what_was_shared_stays_shared(before):
-    """A loss that no longer reaches p is as good as absent, whatever came before."""
+    """A loss that no longer reaches the shared p counts as absent, whether or not an absent loss came before."""
     p, h = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
     c = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p, h], lr=0.1), methods.MConFIG(beta=0.5))
@@ -284,7 +284,7 @@ def test_a_checkpoint_between_steps_of_one_loss():
 
 def test_a_checkpoint_with_other_shared_parameters():
     def trained(second):
-        """p is shared, and q if the second loss reaches it too; the next step has the first loss alone."""
+        """Take two steps, the second with only the first loss; p is shared, and q too if the second loss reaches it."""
         p, q = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
         optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([p, q], lr=0.1), "m_config")
         optimizer.backward([(p + q).sum(), second(p, q).sum()])

@@ -30,7 +30,7 @@ def test_a_first_call_that_fails_begins_nothing(name):
     for gram in (torch.ones(2, 3), torch.ones(2, 2, dtype=torch.int64)):
         with pytest.raises((TypeError, ValueError)):
             method.weights(gram, losses=torch.ones(2))
-    if name not in ("modo", "sdmgrad"):  # which need no backend
+    if name not in ("modo", "sdmgrad"):  # these two need no backend
         with pytest.raises(RuntimeError, match="cannot serve this call"):
             method.weights(torch.ones(2, 2, device="cpu"), losses=torch.ones(2), backend="cuda")
     assert method.state_dict()[NEW[name]] is None
@@ -129,7 +129,7 @@ def test_excess_risks_in_the_whole_range(dtype, scale):
 
 
 def test_excess_risks_of_many_16_bit_gradients():
-    """Sums of which do not fit their dtype, and stop growing at 1 / eps steps."""
+    """In the gradients' own dtype the sums of their squares would overflow, or stop growing after 1 / eps steps."""
     for dtype, size, steps in ((torch.bfloat16, 300.0, 300), (torch.float16, 6e4, 5)):
         method = methods.get("excess_mtl", eta=0.3)
         for _ in range(steps):
@@ -185,7 +185,7 @@ def tensors(value):
 
 @pytest.mark.parametrize("name", [name for name in methods.available() if methods.get(name).state_dict()])
 def test_a_loaded_state_takes_the_old_ones_memory(name):
-    """From which a captured graph goes on."""
+    """A captured CUDA graph goes on with the same tensors, so loading a state must write into them."""
     first, later = methods.get(name), methods.get(name)
     for method, steps in ((first, 1), (later, 3)):
         for step in range(steps):
@@ -225,7 +225,7 @@ def test_states_that_cannot_be():
     for state in (None, torch.ones(2)):
         with pytest.raises(ValueError, match="method must be the other method's state, a dict, got"):
             methods.get("cr_mogm").load_state_dict({"weights": None, "method": state})
-    # Refused whole: the part that is right is not taken.
+    # A state with one wrong part is refused as a whole: its right part is not loaded either.
     method, ones = methods.get("cr_mogm", method="pcgrad"), torch.ones(2)
     for state in (
         {"weights": ones, "method": {"seed": 0, "step": 3}},
@@ -268,7 +268,7 @@ def expect_constants(method):
 
 
 def test_dependent_float32_gradients_have_a_direction():
-    """Rounding leaves eigenvalues of the cosines far above float64's."""
+    """Rounding to float32 turns zero eigenvalues of the cosines into ones far above float64's rounding errors."""
     for seed in range(5):
         basis = normal(4, 10_000, torch.float32, seed=seed)
         rows = torch.cat([basis, basis[:1] + 0.7 * basis[1:2]])
@@ -279,7 +279,7 @@ def test_dependent_float32_gradients_have_a_direction():
 
 @pytest.mark.parametrize("tasks", [40, 64])
 def test_many_stationary_gradients(tasks):
-    """Where pivots alone cycle."""
+    """Gradients for which block principal pivoting alone would cycle."""
     for seed in range(20):
         rank = tasks // 4 * (1 + seed % 3)
         rows = normal(tasks, rank, seed=seed) @ normal(rank, 200, seed=100 + seed)
@@ -329,7 +329,7 @@ def test_losses_that_no_gradient_can_be_divided_by(normalization):
 
 
 def check_boundary(new):
-    """For three tasks."""
+    """Check, for three tasks, that weights are float64, and that wrong arguments raise and leave the state alone."""
     losses = torch.tensor([1.0, 2.0, 3.0])
     weights = new().weights(torch.eye(3), losses=losses)
     assert (weights.dtype, weights.shape) == (torch.float64, (3,))
@@ -347,7 +347,7 @@ def check_boundary(new):
 
 
 class Averaging(methods.Method):
-    """A method of one's own with a state, as the README has it."""
+    """A user's own method with a state, written as the README describes."""
 
     needs_losses = weights_losses = True
     average = None

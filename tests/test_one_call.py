@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Stages 2 to 4 in one call of the extension: the bits of the stages, and when a method's own weights count instead."""
+"""Stages 2 to 4 in one call of the extension: the same bits as by separate stages, and methods that do without it."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def by_stages(grads, method, segments=None):
 
 @pytest.fixture
 def only_one_call(monkeypatch):
-    """Fails where a stage is called by itself, from the time on that it is called."""
+    """Return a function; once it has been called, a separate call of any stage fails."""
 
     def forbid():
         def fail(*arguments):
@@ -93,7 +93,7 @@ def test_a_step_has_the_bits_of_the_stages(name, scale, monkeypatch):
 
 
 def test_what_another_solver_does_not_know():
-    """Rescaled weights, those of a subclass, and those that an object has of its own."""
+    """The one call is not made for rescaled weights, nor if a subclass or an object has a ``weights`` of its own."""
 
     class Halved(methods.UPGrad):
         def weights(self, gram, **options):

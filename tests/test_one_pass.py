@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Loss weights that need no G: one backward pass, from the weighted sum of the losses."""
+"""Methods that weight losses without G take one backward pass, from the weighted sum of the losses."""
 
 import pytest
 import torch

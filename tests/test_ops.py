@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The custom operators as PyTorch sees them, and what a direct call of one may not do."""
+"""The custom operators as PyTorch sees them, and the arguments that they refuse in direct calls."""
 
 import pytest
 import torch

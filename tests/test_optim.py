@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The drop-in optimizers: who gets which gradient."""
+"""The drop-in optimizers: which parameter gets which gradient."""
 
 import copy
 
@@ -134,7 +134,7 @@ def test_micro_batches_are_summed_before_the_surgery():
     reference = together.backward([loss * 8 for loss in two_losses(whole, x)])
     torch.testing.assert_close(grads_of(net), grads_of(whole))
     torch.testing.assert_close(info.gram, reference.gram)
-    # The last micro-batch may come by way of backward.
+    # The last micro-batch may be passed to backward().
     parts.zero_grad()
     parts.collect([loss * 4 for loss in two_losses(net, x[:4])])
     parts.backward([loss * 4 for loss in two_losses(net, x[4:])])
@@ -171,7 +171,7 @@ def test_one_task_is_a_multiple_of_the_plain_gradient(method):
     if isinstance(optimizer.method, gradsurgery.methods.CoordinateMethod):
         torch.testing.assert_close(got, expected)
         return
-    if method not in ("db_mtl", "moco"):  # whose weights are those of averages
+    if method not in ("db_mtl", "moco"):  # their weights multiply averages of the gradients
         torch.testing.assert_close(got, expected * info.weights.float())
     assert info.weights > 0
     if optimizer.method.needs_gram:
@@ -339,7 +339,7 @@ def test_a_step_with_another_number_of_tasks():
 
 
 def test_one_wrapper_for_several_optimizers():
-    """Of all parameters, around an optimizer that never steps."""
+    """The wrapper is around an optimizer of all parameters that never steps; optimizers of their parts step instead."""
     results = []
     for apart in (False, True):
         torch.manual_seed(0)
@@ -379,7 +379,7 @@ def test_weights_of_ones_own_count():
 
 
 def test_an_error_amid_writing_leaves_nothing_to_combine_again(monkeypatch):
-    """The collected gradients have been written over by then."""
+    """By then directions have been written over the collected gradients."""
     net = two_task_net()
     optimizer = gradsurgery.GradNorm(torch.optim.SGD(net.parameters(), lr=0.1))
     optimizer.collect(two_losses(net, X))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Options of any type of number, and errors that name what is wrong and what to give."""
+"""Options given as any type of number, and errors that name what is wrong and what to give."""
 
 import numpy as np
 import pytest

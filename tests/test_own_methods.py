@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What users write: methods, ways to pass losses, and questions to what a step returns."""
+"""What users write: methods of their own, ways to pass losses, and what they read from a step's result."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ X = torch.linspace(-1, 1, 48).reshape(8, 6)
 
 
 class Averaged(methods.Method):
-    """Weights by a running mean of the losses, which is a number before the first step."""
+    """Weights from a running mean of the losses; before the first step the mean is a plain number."""
 
     needs_losses = True
 
@@ -85,7 +85,7 @@ def test_a_class_without_a_name_is_called_by_its_own():
 
 
 def test_a_class_does_not_outlive_its_use():
-    """It may be a closure over a model."""
+    """A user's class may be a closure over a model, which must not stay in memory."""
 
     def use():
         model = torch.nn.Linear(2, 2)

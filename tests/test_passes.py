@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The ways back from losses to task gradients: all yield the same."""
+"""The ways to compute task gradients from losses: all yield the same gradients."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -75,7 +75,7 @@ class WithFeatures(Net):
 @pytest.mark.parametrize("way", [{}, *WAYS], ids=str)
 @pytest.mark.parametrize("wrapper", ["hooks", "unused parameters"])
 def test_outputs_that_a_wrapper_hands_on(way, wrapper):
-    """As a module with full backward hooks, and DistributedDataParallel with unused parameters, do."""
+    """Modules with full backward hooks, or in DDP with unused parameters, return copies of their outputs."""
     net, sink = WithFeatures(), SimpleNamespace(_ddp_sink_clone=True, reducer=None, static_graph=False)
     parameters = list(net.parameters())
     expected = collect(net(X)[:3], parameters, PassOptions()).grads
@@ -83,7 +83,7 @@ def test_outputs_that_a_wrapper_hands_on(way, wrapper):
         net.register_full_backward_hook(lambda *_: None)
         *losses, left, right = net(X.clone().requires_grad_())
     else:
-        # Among them, as DistributedDataParallel gives it all that a module returns, what has no graph and no tensors.
+        # DistributedDataParallel passes on all that a module returns: also tensors without a graph, and other objects.
         _, _, *losses, _, left, right = _DDPSink.apply(lambda: sink, 3, X, *net(X)[:3], None, *net.features)
     assert_same(collect(losses, parameters, PassOptions(retain_graph=True, **way)).grads, expected)
     with pytest.raises(ValueError, match="a model with hooks, one in DistributedDataParallel"):
@@ -93,7 +93,10 @@ def test_outputs_that_a_wrapper_hands_on(way, wrapper):
 
 @pytest.mark.parametrize("way", [{}, *WAYS], ids=str)
 def test_features_that_are_outputs_of_one_function(way):
-    """Of which another one comes by way of more functions: torch would run these in the passes above, too."""
+    """One feature is an output of a function, and another one depends on its other output by further functions.
+
+    Torch would run these functions in the passes above the features, too.
+    """
     encoder, decoder, head = nn.Linear(6, 8).double(), nn.Linear(4, 6).double(), nn.Linear(8, 3).double()
     parameters = [*encoder.parameters(), *decoder.parameters(), *head.parameters()]
 
@@ -180,7 +183,7 @@ def test_heads_stay_out_of_the_gram_matrix():
 
 
 def test_features_part_each_head_from_the_trunk():
-    """Each head's backward runs once, with or without batching, and the trunk's once per task or once."""
+    """Each head's backward runs once; the trunk's runs once per task, or, if batched, once in all."""
     counts = {}
 
     def count(name):
@@ -316,7 +319,7 @@ def test_copies_on_write_are_not_in_the_same_memory():
     _memory.check_memory([[gradient], [torch._lazy_clone(gradient)]])
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "modo"])  # whose batches are summed, and kept apart
+@pytest.mark.parametrize("method", ["pcgrad", "modo"])  # one sums the batches, the other keeps them apart
 def test_micro_batches_that_write_to_the_same_memory_are_an_error(method):
     w = nn.Parameter(torch.ones(3))
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([w], lr=0.1), method)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Priority-constrained descent: the conditions of its problem, its averages, and what it does where there is no d."""
+"""Priority-constrained descent: its optimality conditions, its averages, and its result where no direction exists."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_the_conditions_of_its_problem(backend, tasks, tau):
         rows, averages = problem(seed, tasks, 30)
         weights = with_averages(averages, tau=tau).weights(rows @ rows.T, backend=backend)
         n = normalised(rows, averages)
-        # d = |g_1| x / |x|, x = n_1 + sum_t mu_t n_t: mu from the weights, that of the first task being 1.
+        # d = |g_1| x / |x|, x = n_1 + sum_t mu_t n_t: the weights determine mu, which is 1 for the first task.
         scaled = weights * averages.sqrt()
         mu = scaled / scaled[0]
         x = mu @ n
@@ -49,7 +49,7 @@ def test_the_conditions_of_its_problem(backend, tasks, tau):
 
 @pytest.mark.parametrize(("tasks", "columns"), [(8, 5), (16, 8), (32, 20), (16, 4000)])
 def test_a_gram_matrix_of_float32_that_is_singular(backend, tasks, columns):
-    # The others' gradients have a direction in common, or nothing would meet the constraints.
+    # The other tasks' gradients have a common part; otherwise no x would meet the constraints.
     rows = normal(tasks, 4) @ normal(4, columns, seed=7) if columns > 1000 else normal(tasks, columns)
     rows = (torch.nn.functional.normalize(rows) + torch.nn.functional.normalize(rows[1:].mean(0), dim=0)).float()
     rows[0] = -rows[1:].mean(0) + 0.1 * rows[0]
@@ -100,7 +100,7 @@ def test_constraints_that_nothing_meets_are_dropped(backend):
         rows = torch.stack([first, second, -2 * second + 1e-9 * normal(1, 20, seed=seed)[0]])
         direction = gradsurgery.aggregate(rows, "pcd", backend=backend)
         torch.testing.assert_close(direction, first, rtol=1e-12, atol=0)
-    # Without a share for them both can have none, at right angles to them.
+    # With tau = 0 an x at right angles to both gradients meets both constraints.
     direction = gradsurgery.aggregate(rows, "pcd", tau=0.0, backend=backend)
     assert (direction @ second).abs() <= 1e-6 * second.norm() * first.norm()
     torch.testing.assert_close(direction.norm(), first.norm())
@@ -111,7 +111,7 @@ def test_no_direction(backend):
     for rows in (torch.stack([0 * g, g]), torch.stack([g, -3 * g]), torch.stack([0 * g, 0 * g])):
         assert gradsurgery.aggregate(rows, "pcd", tau=0.0, backend=backend).abs().max() == 0
     torch.testing.assert_close(gradsurgery.aggregate(g[None], "pcd", backend=backend), g)
-    # A small share of progress against the first task's gradient turns the direction.
+    # A small share for a task whose gradient opposes the first task's reverses the direction.
     against = gradsurgery.aggregate(torch.stack([g, -3 * g]), "pcd", tau=0.02, backend=backend)
     torch.testing.assert_close(against, -g)
 

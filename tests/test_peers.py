@@ -50,7 +50,7 @@ def test_our_exact_minimum_is_below_torchjds():
 
 
 def made(make):
-    """What TorchJD makes; a skip where a package that it needs for it is not there."""
+    """Return what ``make`` builds from TorchJD; skip the test if a package that TorchJD needs is missing."""
     try:
         return make()
     except ImportError as error:
@@ -107,7 +107,7 @@ def test_torchjd_nash_mtl_may_end_far_from_its_equation():
 
 @pytest.mark.parametrize("scale", [5e-4, 1e-8])
 def test_torchjd_gives_up_on_small_gradients(scale):
-    """Its thresholds are absolute; ours scale with the gradients."""
+    """TorchJD's thresholds are absolute; ours scale with the gradients."""
     rows = (normal(3, 40) - 1.2 * normal(3, 40).mean(0)) * scale
     gram = gradsurgery.gram(rows)
     assert gram.trace() < 1e-4
@@ -133,7 +133,7 @@ def test_torchjd_raises_where_ours_are_nan(name):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_pytorch_optimizer_pcgrad_with_two_tasks(seed):
-    # With two tasks neither its shuffle nor its visit of j = i can matter, and one parameter means no heads.
+    # With two tasks pytorch_optimizer's shuffle and its visit of j = i change nothing; one parameter means no heads.
     results = []
     for wrap in (
         lambda o: pytorch_optimizer.PCGrad(o, reduction="sum"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What docs/methods.md says of the methods holds, and the page is what the classes say."""
+"""The properties that docs/methods.md states hold, and the page is the text generated from the classes."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from inputs import hostile, normal
 
 methods = gradsurgery.methods
 NAMES = methods.available()
-# So near to their equations that a ridge is no excuse.
+# Ridges so small that these methods must have the properties of their equations without a ridge.
 OPTIONS = {"upgrad": {"reg_eps": 1e-10}, "dualproj": {"reg_eps": 1e-10}}
 
 
 def direction(name, rows, losses=None):
-    """Of the method's first step."""
+    """The direction of the method's first step."""
     losses = torch.linspace(0.5, 1.5, len(rows), dtype=torch.float64) if losses is None else losses
     return gradsurgery.aggregate(rows, name, losses=losses, **OPTIONS.get(name, {}))
 
@@ -86,7 +86,8 @@ def test_linear_in_factors_on_the_gradients(name):
     torch.testing.assert_close(both, a * direction(name, first * rows) + b * direction(name, second * rows))
 
 
-# The first step of the others is like that of the sum of losses, or counts no lengths but the first task's.
+# These are not linear, but their first step is: it is like that of the sum of losses, or (pcd) depends on no length but
+# that of the first task's gradient.
 STARTS_LINEAR = {"excess_mtl", "gradnorm", "modo", "pcd"}
 
 
@@ -113,7 +114,7 @@ def test_factors_on_losses_do_not_turn_the_direction(name):
     [("imtl_g", [[1, 0.2, 0], [1, -0.2, 0], [1, 0, 0.05]]), ("config", [[1, 0], [-0.9, 0.1], [-0.9, -0.4]])],
 )
 def test_factors_on_losses_may_reverse_the_direction(name, rows):
-    """ConFIG's of dependent gradients only."""
+    """ConFIG's direction may be reversed only if the gradients are dependent."""
     rows = torch.tensor(rows, dtype=torch.float64)
     one, other = direction(name, rows), direction(name, torch.tensor([[1.0], [1.0], [0.01]]).double() * rows)
     torch.testing.assert_close(one / one.norm(), -other / other.norm())
@@ -140,7 +141,7 @@ def test_pcgrad_without_conflicts_is_the_sum():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cagrad"])
 def test_nothing_is_read_on_the_host(name):
-    """Tensors without values: whatever reads one raises. What the compiled backends do, test_cuda.py tests."""
+    """Tensors on "meta" have no values, so reading one raises an error. test_cuda.py tests the compiled backends."""
     method = methods.get(name)
     losses = torch.ones(2, dtype=torch.float64, device="meta")
     grads = [[torch.ones(7, device="meta")] for _ in range(2)]
@@ -162,7 +163,7 @@ def test_hostile_gradients_have_a_direction_and_a_nan_is_one(name, tasks):
 
 
 def test_cagrad_reads_nothing_on_the_host(monkeypatch):
-    """With its many min-norm problems, which mgda stands for above, left out."""
+    """CAGrad's many min-norm problems are left out: the test above covers one, as mgda."""
     monkeypatch.setattr(solvers, "wolfe", lambda gram, start: torch.ones_like(gram[..., 0]))
     gram, out = torch.ones(3, 3, dtype=torch.float64, device="meta"), torch.ones(3, dtype=torch.float64, device="meta")
     solvers.solve(gram, "cagrad", None, 0.5, float("inf"), out)
@@ -180,7 +181,7 @@ def test_scale_of_orthogonal_gradients(name):
 @pytest.mark.parametrize("name", with_value("scale", "sums to 1", "sums to T"))
 def test_sums_of_weights(name):
     rows, losses = conflicting(6, 2), torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
-    # One more column per task, of its own, shows its weight; MoCo's is that of beta L_t g_t / |g_t|.
+    # An extra column for each task, 0 for all others, shows its weight; MoCo's weight is that of beta L_t g_t / |g_t|.
     marked = torch.cat([rows, torch.eye(6, dtype=torch.float64)], 1)
     weights = gradsurgery.aggregate(marked, name, losses=losses)[60:]
     if name == "moco":

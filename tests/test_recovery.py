@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a step with losses out of the ordinary leaves behind."""
+"""What a step with unusual losses leaves in the state."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_scales_come_back_from_losses_of_zero(name, end, step):
         weights = method.weights(gram, losses=torch.zeros(2, device=DEVICE))
     assert weights.isfinite().all()
     assert method.state_dict()["s"].tolist() == [end, end]
-    # A loss of which the slope is twice that of 0, and of the other sign.
+    # With this loss the slope in s has the size that it has for a loss of 0, and the other sign.
     losses = torch.full((2,), 2 * step, dtype=torch.float64, device=DEVICE) / weights
     method.weights(gram, losses=losses)
     assert method.state_dict()["s"].tolist() == pytest.approx([end - end / 80 * 30 * step] * 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Surgery on the gradients of features, with one pass below them, beside products that autograd makes itself."""
+"""Surgery on the gradients of features, with one backward pass below them, against plain vector-Jacobian products."""
 
 import copy
 import weakref
@@ -153,7 +153,7 @@ def test_parts_of_a_stack_that_are_constant(method, place):
         losses[place] = torch.ones((), dtype=torch.float64)
         info = wrap(net, new(method)).backward(torch.stack(losses), features=z, mode=mode)
         found.append([*(g for g in grads_of(net) if g is not None), info.weights])
-    if method == "gradnorm":  # MGDA takes the zero gradient alone
+    if method == "gradnorm":  # in representation mode MGDA puts all weight on the zero gradient
         torch.testing.assert_close(*found)
     assert len(found[0]) == len(found[1])
     assert len(found[1][-1]) == 2
@@ -296,7 +296,7 @@ def test_methods_that_cannot(method, arguments, message):
     z, losses = features_and_losses(net)
     with pytest.raises(ValueError, match=message):
         wrap(net, method, **arguments).backward(losses, features=z, mode="representation")
-    sum(losses).backward()  # before any pass
+    sum(losses).backward()  # the error came before any pass, so the graph is still there
 
 
 def test_wrong_calls():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Solvers of a G that rounding changes: in float32, dependent gradients seem to have negative squares."""
+"""Solvers on a rounded G: in float32, combinations of dependent gradients seem to have negative squared lengths."""
 
 import time
 
@@ -18,7 +18,7 @@ methods = gradsurgery.methods
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("tasks", [2, 5, 9, 16])
 def test_fairgrad_of_opposite_gradients_whose_gram_matrix_is_rounded(backend, tasks, alpha):
-    """The function to minimize is not convex; it is with T 2^-23 or a few times as much on the cosines."""
+    """The function to minimize is convex only with a ridge of T 2^-23, or a few times that, on the cosines."""
     rows = normal(tasks, 40)
     rows[1:] = -torch.linspace(0.3, 0.9, tasks - 1, dtype=torch.float64)[:, None] * rows[0]
     for noise in (0, 1e-5):
@@ -33,7 +33,7 @@ def test_fairgrad_of_opposite_gradients_whose_gram_matrix_is_rounded(backend, ta
         solved = False
         for ridge in (1e-12, *(tasks * 2.0**-23 * 8**k for k in range(3))):
             ridged = cosines + ridge * torch.eye(tasks)
-            # But for the rounding of terms that cancel.
+            # The equation holds up to the rounding of terms that cancel.
             error = ((pull * (ridged @ y) - 1).abs() / (pull * (ridged.abs() @ y))).max()
             solved |= bool(error <= 4 * torch.finfo(torch.float64).eps)
         assert solved
@@ -48,12 +48,12 @@ def test_projections_by_a_gram_matrix_that_is_not_quite_positive(backend, seed):
         gram = torch.from_numpy(case @ case.T).double().to(DEVICE)
         for name, options in (("dualproj", {"reg_eps": 1e-12}), ("upgrad", {"reg_eps": 1e-9}), ("cagrad", {})):
             got, expected = weigh(name, gram, backend, **options), weigh(name, gram, "reference", **options)
-            # Which ridge makes it positive depends on rounding, and what it is counts less.
+            # Which ridge makes G positive depends on rounding, so only lengths are compared, to a factor of 3.
             assert expected.norm() / 3 <= got.norm() <= 3 * expected.norm(), name
 
 
 def either_sign(tasks, seed):
-    """One vector with either sign, to four digits."""
+    """Copies of one vector, with either sign, equal to four digits."""
     random = np.random.default_rng(seed)
     signs = random.choice([-1, 1], (tasks, 1))
     rows = signs * random.standard_normal((1, 200)) + 1e-4 * random.standard_normal((tasks, 200))
@@ -63,7 +63,7 @@ def either_sign(tasks, seed):
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("tasks", "columns"), [(5, 1), (8, 1), (8, 3), (17, 1), (17, 3), (33, 16), (8, None)])
 def test_cagrad_stays_in_its_ball_whatever_the_rounding(backend, tasks, columns, seed):
-    """G in float32 of dependent gradients has errors that far out in the search for lambda are all there is."""
+    """At large lambda, only the errors are left of the float32 G of dependent gradients."""
     if columns is None:
         rows = torch.from_numpy(either_sign(tasks, seed)).to(DEVICE)
     else:
@@ -76,7 +76,7 @@ def test_cagrad_stays_in_its_ball_whatever_the_rounding(backend, tasks, columns,
 
 @pytest.mark.parametrize("ridge", [1e-9, 1e-8])
 def test_projections_of_one_line_rounded_to_float32(backend, ridge):
-    """With a pivot that is not positive, a factor's last columns would be all that there is."""
+    """If a pivot that is not positive were only raised, the factor's last columns would outweigh all else."""
     along = torch.linspace(-1, 1.5, 14, device=DEVICE)
     gram = torch.outer(along, along).double()
     for name in ("dualproj", "upgrad"):
@@ -97,7 +97,7 @@ def test_cagrad_of_float32_gradients_that_depend_conflicts_with_none(backend, ta
 
 
 def test_many_dependent_gradients_take_the_reference_no_minute():
-    """Where rounding lets w^T G w descend no more, up to 2,088 active sets would go round in circles."""
+    """Once rounding keeps w^T G w from descending, active sets would cycle for up to 2,088 iterations."""
     rows = normal(257, 2, seed=1) @ normal(2, 300, seed=2)
     gram = gradsurgery.gram(rows, backend="reference").float().double().cpu()
     begin = time.monotonic()
@@ -107,13 +107,14 @@ def test_many_dependent_gradients_take_the_reference_no_minute():
 
 
 def of_near_copies(backend, tasks, columns, distance):
-    # Triton's interpreter has time for few. The last two of 17 tasks need the best weights, and a table made anew.
+    # Triton's interpreter has time for few. With 17 tasks the last two seeds need the solver to keep the best
+    # weights so far, and to build its table anew.
     seeds = {"triton": (0, 1, 3, 78, 233), "reference": range(100)}.get(backend, range(1000))
     return torch.stack([near_copies(tasks, seed, columns, distance) for seed in seeds])
 
 
 def missing(rows, backend):
-    """The most that the optimality condition of min-norm misses, over |g_t| sum_s w_s |g_s|."""
+    """The largest violation of min-norm's optimality condition, relative to |g_t| sum_s w_s |g_s|."""
     weights = gradsurgery.min_norm_weights(rows @ rows.mT, backend=backend)
     shortest, norms = weights[:, None] @ rows, rows.norm(dim=-1)
     excess = shortest.square().sum(-1) - (rows * shortest).sum(-1)
@@ -122,7 +123,7 @@ def missing(rows, backend):
 
 @pytest.mark.parametrize(("shape", "most"), [((12, 6), 2e-11), ((17, 8), 2e-11), ((24, 12), 2e-11), ((33, 40), 1e-13)])
 def test_min_norm_where_rounding_leads_up(backend, shape, most):
-    """Some steps of Wolfe's algorithm lead to longer vectors, and sets cycle; what left a set took digits of R."""
+    """Rounding makes some steps of Wolfe's algorithm lengthen the vector, and sets cycle; removals cost R digits."""
     worst = missing(of_near_copies(backend, *shape, 1e-5), backend)
     assert worst.quantile(0.5 if backend == "triton" else 0.9) <= 1e-13
     assert worst.quantile(0.99) <= most
@@ -130,7 +131,7 @@ def test_min_norm_where_rounding_leads_up(backend, shape, most):
 
 
 def test_min_norm_of_copies_to_eight_digits(backend):
-    """Squared distances of 1e-16 are what rounding leaves; distances of 1e-8 are not."""
+    """Squared distances of 1e-16 are as small as rounding errors; the distances of 1e-8 themselves are not."""
     seeds = (1, 12, 49) if backend == "triton" else range(100)
     rows = torch.stack([near_copies(8, seed, 4, 1e-8) for seed in seeds])
     assert missing(rows, backend).max() <= 1e-13
@@ -146,12 +147,12 @@ def test_min_norm_of_near_copies_whose_pivots_are_subnormal(backend):
 @pytest.mark.parametrize("ball", [1.0, 2.0])
 @pytest.mark.parametrize(("shape", "seeds"), [((12, 6), (0, 2, 112)), ((17, 8), (57, 58, 279))])
 def test_cagrad_of_near_copies_of_either_sign(backend, shape, seeds, ball):
-    """Combinations of lambda g_t + g_0 are sought with lambda = 1e5 to 1e6, and errors there count as much."""
+    """The shortest combination of lambda g_t + g_0 is sought with lambda = 1e5 to 1e6, which multiplies errors."""
     rows = torch.stack([near_copies(shape[0], seed, shape[1], 1e-5) for seed in seeds])
     mean = rows.mean(1, keepdim=True)
     d = torch.stack([weigh("cagrad", g, backend, c=ball) for g in rows @ rows.mT])[:, None] @ rows
     least, length = (rows @ d.mT).amin(1)[:, 0], mean.norm(dim=-1)[:, 0]
-    # No more than g_x . g_0 + c |g_0| |g_x| for any x, and here less than 1e-4 for the shortest g_x.
+    # The least g_t . d is at most g_x . g_0 + c |g_0| |g_x| for any x, here less than 1e-4 for the shortest g_x.
     assert (least >= -1e-3 * length).all()
     assert ((d - mean).norm(dim=-1)[:, 0] <= ball * length * 1.001).all()
 
@@ -159,7 +160,7 @@ def test_cagrad_of_near_copies_of_either_sign(backend, shape, seeds, ball):
 @on_cpu
 @pytest.mark.parametrize("ball", [1.0, 2.0])
 def test_cagrad_where_combinations_overflow(ball):
-    """Of what is no number nothing is the best."""
+    """Where products overflow, the optimality error is NaN, and no weights compare as the best so far."""
     for seed in range(30):
         rows = near_copies(12, seed, 6, 1e-4)
         d = weigh("cagrad", rows @ rows.mT * 1e300, "cpu", c=ball) @ rows

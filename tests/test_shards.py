@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whose part of a parameter counts in G. What comes of it test_distributed.py tests, on two processes."""
+"""Which processes count their part of a parameter in G. test_distributed.py tests the results, on two processes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = on_cpu
 
 @pytest.fixture(scope="module")
 def grid():
-    """A mesh of four processes that send nothing; this is the first one of the second row."""
+    """A mesh of four processes that send nothing; this process is the first of the second row."""
     distributed.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
     yield init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "parts"))
     distributed.destroy_process_group()
@@ -41,7 +41,7 @@ def test_one_of_several_copies_counts(grid):
     parameters = [p for p, _ in counts]
     shards = Shards(parameters, distributed.new_subgroups(1)[0], methods.get("pcgrad"))
     assert shards.counted(parameters) == [count for _, count in counts]
-    # Rows with the same parts add nothing up between them.
+    # If both rows of the mesh hold the same parts, nothing is summed over the rows, so each row counts its own.
     copies = [spread(grid, Replicate(), Shard(1)), spread(grid["parts"], Replicate())]
     assert Shards(copies, None, methods.get("pcgrad")).counted(copies) == [True, True]
 
@@ -63,4 +63,4 @@ def test_meshes_that_are_not_of_one_grid(grid):
         shards.check([spread(line, Shard(0))])
     with pytest.raises(TypeError, match="must be sharded or replicated, got placements"):
         shards.check([spread(grid, Shard(0), Partial())])
-    shards.check([spread(grid, Shard(0), Shard(1))])  # which the failures have left as it was
+    shards.check([spread(grid, Shard(0), Shard(1))])  # the failed checks have changed nothing

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Losses that come as a torch.stack reach what each of them reaches, whichever way the passes go."""
+"""Losses passed as a torch.stack reach the parameters that each loss alone reaches, however the passes are made."""
 
 import warnings
 
@@ -89,7 +89,7 @@ def both(net, z):
 
 
 def of_parts(outputs, part):
-    """The joined outputs and a function that takes task t's part."""
+    """One loss for each task from the joined outputs, where ``part(outputs, t)`` is task t's part."""
     return [part(outputs, t).square().mean() for t in range(2)]
 
 
@@ -104,7 +104,7 @@ def written(net, z):
 
 
 def routed(net, z):
-    """Rows by task, and the squares of each task's."""
+    """Each row belongs to one task and goes through its head; a loss for each task from its rows."""
     task = torch.arange(len(z)) % 2
     outputs = torch.zeros(len(z), 1)
     for t, head in enumerate("ab"):
@@ -114,7 +114,7 @@ def routed(net, z):
 
 
 def classified(net, z):
-    """Two classes by each head."""
+    """A cross entropy of two classes for each head."""
     logits = torch.stack([torch.cat([head(z), -head(z)], 1) for head in (net["a"], net["b"])])
     return [cross_entropy(part, torch.arange(len(z)) % 2) for part in logits]
 
@@ -172,7 +172,7 @@ def test_what_becomes_of_a_stack_is_warned_of(join):
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
     with pytest.warns(UserWarning, match="loss '1' gives gradients of zeros to parameters that loss '0' alone trains"):
         optimizer.backward(join(net, net["trunk"](X)))
-    optimizer.backward(join(net, net["trunk"](X)))  # once
+    optimizer.backward(join(net, net["trunk"](X)))  # no second warning
     named = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), shared=net["trunk"].parameters())
     named.backward(join(net, net["trunk"](X)))
 
@@ -210,7 +210,7 @@ def test_what_is_apart_is_not_warned_of(losses):
 
 @pytest.mark.parametrize(("zeros", "times"), [(False, 1), (True, 2)])
 def test_a_layer_of_zeros_that_two_losses_share_is_not_warned_of(zeros, times, monkeypatch):
-    """They leave the trunk to the third one until it moves, so that the second step reads on the host, too."""
+    """Until a layer of zeros moves, only the loss of head a trains the trunk, so the second step is checked, too."""
     read, are_not_zero = [], _survey._are_not_zero
     monkeypatch.setattr(_survey, "_are_not_zero", lambda *given: read.append(given) or are_not_zero(*given))
     net = two_task_net()
@@ -248,7 +248,7 @@ def test_a_first_step_of_one_loss_does_not_count():
 
 
 class Ones(gradsurgery.methods.Method):
-    """The sum, by one pass for each loss."""
+    """The sum of the losses, with one pass for each loss."""
 
     def weights(self, gram, *, losses=None):
         return torch.ones_like(gram[..., 0])
@@ -285,7 +285,7 @@ def test_functions_with_an_output_for_each_head_are_warned_of():
     losses = [y.square().mean() for y in Doubled.apply(net["a"](z), net["b"](z))]
     with pytest.warns(UserWarning, match="Name the shared parameters by shared="):
         gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1)).backward(losses)
-    # Not so where all that is below belongs to both.
+    # No warning where all parameters below belong to both losses.
     left, right = Doubled.apply(net["trunk"](X), net["trunk"](X))
     losses = [net["a"](left).square().mean(), net["b"](right).square().mean()]
     with warnings.catch_warnings():
@@ -311,8 +311,8 @@ def test_stacked_features_are_not():
     optimizer = gradsurgery.MGDA(torch.optim.SGD([*left.parameters(), *right.parameters(), *both.parameters()], lr=0.1))
     optimizer.backward(of_columns(both(torch.cat([left(X), right(X)], 1))))
     doubled = both(X)
-    for _ in range(64):  # each way through it once
+    for _ in range(64):  # 2^64 paths, which must not be followed one by one
         doubled = (doubled + doubled) / 2
     gradsurgery.MGDA(torch.optim.SGD(both.parameters(), lr=0.1)).backward(of_columns(doubled))
-    outputs = torch.stack([both(X)[:, 0], both(X)[:, 1]], 1)  # of the same parameters
+    outputs = torch.stack([both(X)[:, 0], both(X)[:, 1]], 1)  # both columns are of the same parameters
     gradsurgery.MGDA(torch.optim.SGD(both.parameters(), lr=0.1)).backward(of_columns(outputs))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""States and options are the methods' own: nothing that a user holds changes with them, or they with it."""
+"""Methods own their states and options: they neither change tensors that a user holds, nor change with them."""
 
 import copy
 

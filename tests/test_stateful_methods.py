@@ -31,7 +31,7 @@ def test_projection_on_the_simplex(backend, tasks, scale):
     x = scale * normal(4, tasks).reshape(2, 2, tasks)
     x[0, 0, -1] = x[0, 0, 0]
     x[1, 1] = 1e-9 * x[1, 1] - scale
-    # From uniform weights, x = w - A w.
+    # One step from uniform weights w projects w - A w = x.
     w = torch.full_like(x, 1 / tasks)
     w = simplex_steps(torch.diag_embed(1 - tasks * x), w, 1.0, 0.0, 1, backend)
     torch.testing.assert_close(w, project_on_simplex(x), rtol=0, atol=1e-14)
@@ -60,7 +60,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights(backend, name, bad):
     method, gram = methods.get(name), torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     method.weights(gram, backend=backend)
     before = method.state_dict()["weights"]
-    # The products of two batches need no positive diagonal.
+    # The products of two batches need not have a positive diagonal.
     for products, at in itertools.product((gram, -gram, 0 * gram), ((0, 0), (0, 1))):
         broken = products.clone()
         broken[at] = bad

@@ -61,7 +61,7 @@ def test_the_gradient_of_a_complex_head_keeps_its_dtype():
 
 @pytest.mark.parametrize("method", ["pcgrad", "sum"])
 def test_gradients_that_no_kernel_reads_are_added_in_place(method):
-    """As torch adds them: others may hold ``.grad``."""
+    """Torch adds them in place, too: other code may hold ``.grad``."""
     w, head, table = (
         ones(2),
         torch.nn.Parameter(torch.ones(2, dtype=torch.complex64)),
@@ -122,7 +122,7 @@ def test_a_method_of_ones_own_that_reads_some_parameters():
     method = methods.MGDA()
     method.gram_parameters = [w]
     weights = wrap([v, w], method).backward([10 * v[0] + w[0], w[1] + v[1]]).weights
-    torch.testing.assert_close(weights, torch.full_like(weights, 0.5))  # over both parameters they are not
+    torch.testing.assert_close(weights, torch.full_like(weights, 0.5))  # from G over both parameters they would differ
 
 
 def test_weights_of_ones_own_become_float64():

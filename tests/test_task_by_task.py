@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Losses that come one after the other, and what belongs to tasks and segments across checkpoints."""
+"""Losses collected one after the other, and state of tasks and segments that checkpoints must keep in order."""
 
 import weakref
 

@@ -80,7 +80,7 @@ def test_dtype_in_is_dtype_out(dtype):
     rows = normal(3, 40, dtype)
     direction = SurgeryAggregator("pcgrad")(rows)
     assert direction.dtype == SurgeryWeighting("pcgrad")(rows @ rows.T).dtype == dtype
-    # On a GPU a direction in one launch has other bits than its stages.
+    # On a GPU a direction computed in one launch has other bits than one computed stage by stage.
     tolerance = {"rtol": 0, "atol": 0} if DEVICE == "cpu" else {}
     torch.testing.assert_close(direction, gradsurgery.aggregate(rows, "pcgrad"), **tolerance)
 
@@ -88,7 +88,7 @@ def test_dtype_in_is_dtype_out(dtype):
 def test_g_is_not_taken_in_the_precision_of_j():
     rows = normal(2, 40, torch.float32)
     expected = aggregation.PCGrad()(rows)
-    # Their products of these are infinite, ours are not.
+    # TorchJD's products of these gradients are infinite, ours are not.
     torch.testing.assert_close(SurgeryAggregator("pcgrad")(rows * 1e25) / 1e25, expected)
     assert not torch.allclose(aggregation.PCGrad()(rows * 1e25) / 1e25, expected)
 
@@ -235,7 +235,7 @@ def test_theirs_as_our_method_are_theirs(name, case):
         torch.manual_seed(seed)
         expected = theirs(rows)
         torch.manual_seed(seed)
-        # From the same bits of G, for equal scores of Krum hang on them.
+        # Both get the same bits of G, because Krum's choice among equal scores depends on them.
         weights = method.weights(rows @ rows.T)
         torch.testing.assert_close(gradsurgery.combine(rows, weights), expected, rtol=1e-9, atol=1e-9)
 
@@ -301,7 +301,7 @@ def test_the_state_of_theirs_is_in_our_state_dict(name):
     first = last(other)
     assert torch.equal(first, last(FromTorchJD(THEIRS[name]())))
     assert not torch.allclose(first, expected)
-    one.load_state_dict(state)  # which has not followed the weighting
+    one.load_state_dict(state)  # the saved state has not changed with the weighting
     assert torch.equal(last(one), expected)
 
 

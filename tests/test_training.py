@@ -97,7 +97,7 @@ def test_copies_are_of_their_own():
 
 
 def test_state_and_groups_can_be_replaced():
-    """As packages do that shard or reset an optimizer's state."""
+    """Packages that shard or reset an optimizer's state replace these attributes."""
     net = two_task_net()
     optimizer = gradsurgery.PCGrad(torch.optim.Adam(net.parameters()))
     optimizer.backward(two_losses(net, X))
@@ -173,7 +173,7 @@ def test_a_parameter_that_a_group_holds_twice_counts_once(method):
         net = copy.deepcopy(start)
         doubles = [p for name in extra for p in net[name].parameters()]
         optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([*net.parameters(), *doubles], lr=0.1), method)
-        for _ in range(2):  # into new gradients, then added to these
+        for _ in range(2):  # first into new gradients, then added to them
             info = optimizer.backward(two_losses(net, X))
         results.append([info.weights, *grads_of(net)])
     torch.testing.assert_close(*results)
@@ -294,7 +294,8 @@ def test_no_second_copy_of_the_task_gradients(backend):
     optimizer.collect([sum((weight * target).mean() for weight in weights) for target in targets])
     peak = peak_bytes(optimizer.combine, weights[0].device)
     direction = 4 * 4 * elements
-    # The compiled backends write the direction over gradients, the reference widens one parameter at a time.
+    # The cpu and cuda backends write the direction over gradients; the reference makes float64 copies, one parameter at
+    # a time.
     allowed = {"reference": 3, "triton": 1.02}.get(backend, 0.02)
     assert peak <= allowed * direction
 
@@ -317,7 +318,7 @@ def test_nothing_to_train_is_warned_of():
     assert warned[0].filename == __file__
     for p in old.parameters():
         p.requires_grad_(False)
-    gradsurgery.MGDA(torch.optim.SGD(old.parameters(), lr=0.1)).backward(two_losses(net, X))  # as asked
+    gradsurgery.MGDA(torch.optim.SGD(old.parameters(), lr=0.1)).backward(two_losses(net, X))  # no warning: frozen
 
 
 def test_optimizers_with_methods_of_other_signatures():
@@ -342,7 +343,7 @@ def test_optimizers_with_methods_of_other_signatures():
 
 def test_gradients_of_a_subclass_of_parameters_are_plain():
     class Weight(torch.Tensor):
-        """As a quantised one, which no float can be made like."""
+        """A class like that of quantised weights: no float tensor can be made by ``empty_like`` or ``zeros_like``."""
 
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is particular to the Triton backend: its arithmetics, its cut into slots, its launch parameters."""
+"""What only the Triton backend has: its kinds of arithmetic, its slots (a program's columns), its launch parameters."""
 
 from itertools import pairwise, product
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ if "triton" in USABLE:
 
 @pytest.fixture(params=[True, False], ids=["fast float64", "slow float64"])
 def fast(request, monkeypatch):
-    """Both kinds of GPU: they take products in different arithmetics."""
+    """GPUs with fast and with slow float64, which compute products in different arithmetic."""
     monkeypatch.setattr(launch, "fast_float64", lambda device: request.param)
     return request.param
 
@@ -248,7 +248,7 @@ def test_launch_parameters_are_fixed_unless_measured(monkeypatch):
     count = len(launched)
     assert tuning.measured(("a",), torch.device("cpu"), fixed, lambda: launched.append) == tuning.Config(128, 2, 4)
     assert len(launched) == count
-    # A graph is captured with what its first run took.
+    # While a graph is captured, nothing is measured: it gets what an earlier run has chosen, or the fixed parameters.
     monkeypatch.setattr(tuning, "capturing", lambda device: True)
     assert tuning.measured(("a",), torch.device("cpu"), fixed, lambda: launched.append) == tuning.Config(128, 2, 4)
     assert tuning.measured(("b",), torch.device("cpu"), fixed, lambda: launched.append) is fixed
@@ -279,7 +279,7 @@ def test_samples_leave_the_generators_alone():
     }.items(),
 )
 def test_compiled_callers_launch_uncompiled(monkeypatch, launched, call):
-    # torch.compile drops enable_fp_fusion, which the solvers need.
+    # torch.compile drops the option enable_fp_fusion=False, which the solvers need.
     traced, launch = [], getattr(weights, launched)
 
     def spy(*args):

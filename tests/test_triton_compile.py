@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What Triton makes of the kernels for GPUs that are not here: see triton_compile.py."""
+"""The code that Triton compiles for GPUs that this machine does not have: see triton_compile.py."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROWS, FLOAT64, FLOAT32 = ("constexpr[0]", "constexpr[1]", "constexpr[2]")
 
 
 def compiled(*arguments: str) -> tuple[list[dict], int]:
-    """Return the kernels, and how many more another number of columns takes."""
+    """Return the kernels, and how many more are compiled for other numbers of columns, blocks and parameters."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, TOOL, *arguments], env=environment, capture_output=True, text=True, check=False
@@ -44,14 +44,14 @@ def check_common(kernels: list[dict], matrix: str) -> None:
     for kernel in kernels:
         constants, name = kernel["constants"], named(kernel)
         if kernel["kernel"] in STREAMING:
-            # Of what the hot loops do not touch.
+            # A little local memory, which the hot loops do not touch.
             assert kernel["local"] <= 32, name
         if kernel["kernel"] == "slot_sums":
             matrices = constants["MODE"] == FLOAT32 or (constants["MODE"] == FLOAT64 and constants["DOT"] == "True")
             assert (count(kernel, *matrix.split()) > 0) == matrices, name
 
 
-# Whole: every padded number of tasks, for older GPUs too.
+# With GRADSURGERY_TEST_WHOLE: every padded number of tasks, for other GPUs too.
 @pytest.mark.parametrize("architecture", ["80", "90", "100"] if WHOLE else ["90"])
 def test_nvidia(architecture):
     kernels, recompiled = compiled("cuda", architecture, *([] if WHOLE else ["--small"]))
@@ -60,22 +60,23 @@ def test_nvidia(architecture):
     for kernel in kernels:
         constants, name = kernel["constants"], named(kernel)
         tasks = int(constants.get("TASKS", 1))
-        # Of 16-bit rows combine reads 8 bytes at a time, in more programs, which was measured to be as fast.
+        # combine reads rows of 16-bit numbers 8 bytes at a time, in more programs, which was measured to be as fast.
         eight = kernel["kernel"] == "weighted_sums" and constants["DTYPE"] in ("bf16", "fp16")
         if kernel["kernel"] in ("slot_sums", "weighted_sums") and constants["ALIGNED"] == "True" and not eight:
             assert kernel["hot loops"] == 1, name
             assert kernel["spills in hot loops"] == 0, name
-        # The sums of pairs stay in their lanes but for the last: 5 exchanges of two words.
+        # Each lane has its own sum for each pair of tasks; only the sum over lanes at the end takes 5 exchanges of two
+        # words.
         if kernel["kernel"] == "slot_sums" and constants["MODE"] == ROWS:
             assert count(kernel, "SHFL") <= 10 * tasks * (tasks + 1) // 2, name
-        # Lanes must agree on what they decide by: see weights._SOLVER.
+        # Lanes must have the same bits of the values that they decide by: see weights._SOLVER.
         if kernel["kernel"] not in STREAMING:
             assert constants["enable_fp_fusion"] == "False", name
-        # Solvers hold up to three [T, T] matrices in registers; for large angles cos() has an array.
+        # Solvers hold up to three [T, T] matrices in registers; cos() keeps an array in local memory for large angles.
         if kernel["kernel"] not in SOLVERS or tasks <= 32:
             assert kernel["local"] <= (48 if kernel["kernel"] == "random" else 32), name
-        # Triton's own layout may give every warp the same tiles. Four copies of the arithmetic: whole blocks, the last
-        # one, and for bfloat16 one step with scaled rows.
+        # Triton's own layout may give every warp the same tiles. The code has the arithmetic for whole blocks, for the
+        # last block, and, for bfloat16, for one step with scaled rows.
         if kernel["kernel"] == "slot_sums" and constants["DTYPE"] == "bf16" and architecture == "80" and tasks >= 16:
             side, block, warps = min(tasks, 64), int(constants["BLOCK"]), int(constants["num_warps"])
             tiles = side // 16 * (side // 8) // warps

@@ -11,7 +11,7 @@ import gradsurgery
 from gradsurgery._philox import philox_words
 from inputs import DEVICE, HOSTILE, TASKS, exact_gram, hostile, near_copies, normal
 
-# The matrix that TorchJD pins its aggregators on.
+# The example matrix of TorchJD's documentation.
 GOLDEN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 
 task_order = partial(gradsurgery.task_order, device=DEVICE)
@@ -50,7 +50,7 @@ def test_task_order_is_uniform_and_independent():
         order = task_order(3, seed=5, step=step)
         for i in range(3):
             counts[i, torch.arange(3), order[i]] += 1
-    # 1000 expected, 26 standard deviation.
+    # 1000 are expected, with a standard deviation of 26.
     assert ((counts - 1000).abs() < 5 * 26).all()
     first, second = (task_order(64, seed=5, step=s) for s in (0, 1))
     assert (first != second).any(1).all()
@@ -58,7 +58,7 @@ def test_task_order_is_uniform_and_independent():
 
 
 def explicit_pcgrad(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Algorithm 1 of the paper on the gradients themselves; on the host, which a GPU would wait for at each step."""
+    """Algorithm 1 of the paper on the gradients themselves; on the CPU: a GPU would wait for the host at each step."""
     device, rows = rows.device, rows.cpu()
     projected = rows.clone()
     for i, visits in enumerate(order.tolist()):
@@ -77,7 +77,7 @@ def test_pcgrad_is_algorithm_1(backend, tasks, case):
     weights = gradsurgery.pcgrad_weights(rows @ rows.T, seed=3, step=4, backend=backend)
     torch.testing.assert_close(weights, gradsurgery.pcgrad_weights(rows @ rows.T, order=order, backend=backend))
     if case in ("opposite", "rank deficient", "more tasks than parameters", "one parameter", "conflicting"):
-        # Products that are 0 but for rounding may fall on either side of the test there: compare the backends only.
+        # There, products that are 0 except for rounding may have either sign: compare only the backends.
         expected = gradsurgery.pcgrad_weights(rows @ rows.T, order=order, backend="reference") @ rows
     else:
         expected = explicit_pcgrad(rows, order).sum(0)
@@ -126,7 +126,7 @@ def test_min_norm_is_optimal(backend, tasks, case):
 
 @pytest.mark.parametrize("tasks", [5, 17, 64])
 def test_min_norm_resolves_rows_of_any_scale(backend, tasks):
-    # KKT relative to the rows' own norms: trace-relative thresholds pass over the small rows.
+    # The KKT conditions relative to the rows' own norms: thresholds relative to the trace would ignore small rows.
     rows = normal(tasks, 100) * torch.logspace(-8, 8, tasks, dtype=torch.float64)[:, None]
     gram = gradsurgery.gram(rows)
     weights = gradsurgery.min_norm_weights(gram, backend=backend)
@@ -222,7 +222,7 @@ def test_gradnorm_does_not_learn_from_a_loss_that_cannot_be(backend, loss):
     before = method.state_dict()
     method.weights(gram, losses=torch.tensor([loss, 1.0, 1.0]), backend=backend)
     torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
-    for alpha in (0.0, 1.0, 2.0):  # for which powers of negative numbers are numbers
+    for alpha in (0.0, 1.0, 2.0):  # with these, powers of negative numbers are not NaN
         for first in ([1.0, 1.0, 1.0], [loss, 1.0, 1.0]):
             method, unequal = gradsurgery.methods.get("gradnorm", alpha=alpha), torch.arange(1.0, 4.0).diag()
             method.weights(unequal, losses=torch.tensor(first), backend=backend)
@@ -284,7 +284,7 @@ def test_nan_ends_every_solver(backend):
 
 
 def test_gradnorm_steps_over_values_that_do_not_count(backend):
-    """A first loss of 0 does not stand for L(0); NaN in G or in the losses does not enter the weights."""
+    """A first loss of 0 is not taken as L(0); NaN in G or in the losses does not enter the weights."""
     generator = torch.Generator(DEVICE).manual_seed(3)
     method = gradsurgery.methods.GradNorm(alpha=0.7, lr=0.1)
     weights, initial = torch.ones(4, dtype=torch.float64), torch.full((4,), torch.nan, dtype=torch.float64)

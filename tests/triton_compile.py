@@ -2,8 +2,8 @@
 """Compile the Triton kernels ahead of time, without a GPU, exactly as the backend would launch them.
 
 ``python -m triton_compile cuda 90`` in this folder prints one JSON line for each kernel: what it is, its registers and
-local memory, and the instructions of those that read rows. A driver that only knows the target stands in for the GPU's,
-and launches only compile.
+local memory, and, if it reads rows, its instructions. A driver that only knows the target replaces the GPU's, and
+launches only compile.
 """
 
 import json
@@ -73,7 +73,7 @@ def launch_all(target: GPUTarget, small: bool) -> None:
                 if launch.arithmetic_of(dtype, tasks, None)[0] == "rows" and tasks < 8 and dtype is not torch.float32:
                     continue
                 launch.gram(parse([[torch.zeros(64, dtype=dtype)]] * tasks, None), torch.zeros(tasks, tasks).double())
-    # Rows that begin anywhere.
+    # Rows that are not aligned.
     launch.fast_float64 = lambda device: True
     for dtype in (torch.float32, torch.bfloat16):
         launch.gram(parse(torch.zeros(5, 1001, dtype=dtype), None), torch.zeros(5, 5).double())
@@ -81,7 +81,7 @@ def launch_all(target: GPUTarget, small: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         grads = parse([[torch.zeros(64, dtype=dtype)]] * 4, None)
         launch.combine(grads, torch.zeros(4).double(), [torch.zeros(64, dtype=dtype)], False)
-    # The flat form, and numbers of columns and tasks that a compiler may take for special.
+    # The flat form, and numbers of columns and tasks for which a compiler may specialise the code.
     for columns in (16, 1001):
         flat = parse(torch.zeros(8, columns), None)
         launch.gram(flat, torch.zeros(8, 8).double())
@@ -102,7 +102,7 @@ def launch_all(target: GPUTarget, small: bool) -> None:
 
 
 def recompiled() -> int:
-    """Return how many kernels other numbers of columns, blocks and parameters add to what first calls compiled."""
+    """Return how many more kernels later calls compile, for other numbers of columns, blocks and parameters."""
     kernels = (launch.gram_kernels.slot_sums, launch.gram_kernels.sum_slots, launch.combine_kernels.weighted_sums)
     counts = []
     for columns, params in ((4000, 1), (64, 2), (1 << 16, 3), (16, 4), (12, 5)):
@@ -119,7 +119,8 @@ def recompiled() -> int:
 def describe(kernel, target: GPUTarget, listed: bool) -> dict[str, object]:
     """Return a kernel's registers, spills and, where ``listed``, instructions.
 
-    NVIDIA's hot loops are those that read 16 bytes of rows; to list its instructions takes half a second.
+    Hot loops, found for NVIDIA only, are those that read 16 bytes of rows. To list a kernel's instructions takes half a
+    second.
     """
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]

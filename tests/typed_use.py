@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a type checker makes of users' code: `make lint` fails where an error that is expected here does not come."""
+"""What a type checker says about users' code: `make lint` fails if an error that is expected here does not occur."""
 
 import torch
 
