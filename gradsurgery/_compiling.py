@@ -21,8 +21,8 @@ def is_traced() -> bool:
     """Whether torch.compile or torch.export traces the caller."""
     if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
         return True
-    # This is also true while another thread compiles, which has a context of its own.
-    return torch.compiler.is_compiling() and TracingContext.try_get() is not None
+    # The compiler may trace a function by a call of it. Other threads, which do not see this context, run as they are.
+    return TracingContext.try_get() is not None
 
 
 def untraced(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
