@@ -80,7 +80,7 @@ part_test() {
   # Tests wait for the host and for compilers more than for the GPU: several at a time, where pytest-xdist is there.
   local workers=()
   ! "$python" -c 'import xdist' 2> /dev/null || workers=(--numprocesses auto --maxprocesses 12 --dist worksteal)
-  within "$limit" "${pytest[@]}" "${workers[@]}" tests -rs
+  within "$limit" "${pytest[@]}" "${workers[@]}" tests -rfEs
 }
 
 part_sanitize() {

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -49,10 +48,8 @@ def contenders(bench: Bench, spec: Spec, matrices: list[Tensor], exact: Tensor) 
     if method == "pcgrad":
         fixed = torch.linspace(0.5, 1.5, spec.tasks, dtype=torch.float64, device=bench.device).to(matrices[0].dtype)
         yield Contender(PRODUCTS, partial(_products, fixed), fixed.double(), captured=True)
-        if importlib.util.find_spec("pytorch_optimizer"):
-            yield Contender("pytorch_optimizer", _projections, theirs, captured=False)
-    if importlib.util.find_spec("torchjd"):
-        yield Contender("torchjd", partial(_torchjd, method), theirs, captured=False)
+        yield Contender("pytorch_optimizer", _projections, theirs, captured=False)
+    yield Contender("torchjd", partial(_torchjd, method), theirs, captured=False)
 
 
 def _ours(method: str, backend: str, matrices: list[Tensor]) -> list[Call]:

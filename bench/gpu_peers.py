@@ -72,7 +72,10 @@ def main() -> int:
                     why = "the memory is too small" if bench is None else "the time is up"
                     rows.append(PeerRow(**asdict(spec), note=f"left out: {why}"))
                     continue
-                measured = clock.measure(bench, spec)
+                try:
+                    measured = clock.measure(bench, spec)
+                except Exception as error:
+                    measured = [PeerRow(**asdict(spec), note=failure(error))]
                 print_case(spec, measured)
                 rows += measured
     finally:  # stores a run that is cut off, too

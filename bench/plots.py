@@ -60,10 +60,12 @@ def bandwidth(run: dict[str, Any]) -> Figure:
 
 def steps(run: dict[str, Any]) -> Figure:
     """Plot the time of whole training steps, by what takes it."""
-    workloads = list(dict.fromkeys(row["workload"] for row in run["rows"]))
-    figure, axes = pyplot.subplots(len(workloads), 1, figsize=(8, 2 * len(workloads)), layout="constrained")
-    for axis, workload in zip(axes, workloads, strict=True):
-        rows = {row["contender"]: row for row in run["rows"] if row["workload"] == workload and row["parts_ms"]}
+    measured = [row for row in run["rows"] if row["contender"] in BARS and row["parts_ms"]]
+    workloads = list(dict.fromkeys(row["workload"] for row in measured))
+    size = (8, 2 * len(workloads))
+    figure, axes = pyplot.subplots(len(workloads), 1, figsize=size, layout="constrained", squeeze=False)
+    for axis, workload in zip(axes[:, 0], workloads, strict=True):
+        rows = {row["contender"]: row for row in measured if row["workload"] == workload}
         shown = [name for name in BARS if name in rows]
         left = [0.0] * len(shown)
         for part, color in PARTS.items():
@@ -72,6 +74,6 @@ def steps(run: dict[str, Any]) -> Figure:
             left = [a + b for a, b in zip(left, width, strict=True)]
         axis.invert_yaxis()
         axis.set_title(f"{workload}, {rows[shown[0]]['tasks']} tasks")
-    axes[0].legend()
-    axes[-1].set_xlabel("ms")
+    axes[0, 0].legend()
+    axes[-1, 0].set_xlabel("ms")
     return figure

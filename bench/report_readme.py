@@ -115,7 +115,7 @@ def cpu_steps_section(run: dict[str, Any]) -> str:
 
     def cell(workload: str, contender: str) -> str:
         row = rows.get((workload, contender))
-        return "-" if row is None else f"{row['median_ms']:.0f} ms, {row['peak_mb']:.0f} MB"
+        return f"{row['median_ms']:.0f} ms, {row['peak_mb']:.0f} MB" if row and row["median_ms"] else "-"
 
     ours = [row["parts_ms"] for row in run["rows"] if row["contender"] == "pcgrad, sequential"]
     least, most = (round(100 * find(p["backward"] / sum(p.values()) for p in ours)) for find in (min, max))
@@ -158,8 +158,8 @@ def gpu_section(run: dict[str, Any]) -> str:
     }
 
     def cell(*key: object) -> str:
-        row = rows[key]
-        return f"{row['median_us']:.0f} ({100 / row['x_floor']:.0f} %)"
+        row = rows.get(key)
+        return f"{row['median_us']:.0f} ({100 / row['x_floor']:.0f} %)" if row and row["median_us"] else "-"
 
     lines = [
         f"Microseconds from 300 MB of task gradients [T, N] to PCGrad's direction on one {run['machine']['name']}. In",
@@ -197,7 +197,7 @@ def gpu_peers_section(run: dict[str, Any]) -> str:
         if row["dtype"] == "float32" and row["median_us"] is not None
     }
     others = ("stack + mm + mv", "torchjd", "pytorch_optimizer")
-    products = [row for row in run["rows"] if (row["contender"], row["how"]) == (others[0], "graph")]
+    products = [r for r in run["rows"] if (r["contender"], r["how"]) == (others[0], "graph") and r["x_ours"]]
     least, most = (find(products, key=lambda row: row["x_ours"]) for find in (min, max))
     lines = [
         f"Whole calls on one {run['machine']['name']}, float32. The columns call and graph have gradsurgery's time in",
@@ -211,7 +211,9 @@ def gpu_peers_section(run: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for case in GPU_SHOWN:
-        call, graph = (medians[(*case, "gradsurgery", how)] for how in ("eager", "graph"))
+        call, graph = (medians.get((*case, "gradsurgery", how)) for how in ("eager", "graph"))
+        if call is None or graph is None:
+            continue  # left out, or failed
         times = [medians.get((*case, other, "eager")) for other in others]
         cells = [*case[:2], f"{case[2]:.0e}".replace("e+0", "e"), f"{call:.0f}", f"{graph:.0f}"]
         cells += ["-" if time is None else f"{time / call:,.1f}x" for time in times]
@@ -220,9 +222,9 @@ def gpu_peers_section(run: dict[str, Any]) -> str:
     cases = left_out + len({(r["stage"], r["tasks"], r["size"], r["dtype"]) for r in run["rows"] if r["median_us"]})
     lines += [
         "",
-        f"Medians of `{run['command']}`, which had time for {cases - left_out} of {cases} cases; torchjd "
-        f"{run['versions']['torchjd']}, pytorch_optimizer {run['versions']['pytorch_optimizer']}; "
-        f"{commit_of(run)}:",
+        f"Medians of `{run['command']}`, which had time for {cases - left_out} of {cases} cases; "
+        + ", ".join(f"{name} {run['versions'][name]}" for name in others[1:] if name in run["versions"])
+        + f"; {commit_of(run)}:",
         f"{_link(GPU_PEERS)}.",
     ]
     return _wrapped(lines)

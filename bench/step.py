@@ -127,9 +127,21 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> list[Ro
             row.note = failure(error)
             continue
         steps[name], planned[name] = step, max(5, min(200, int(seconds / once)))
-    times = take_turns({name: partial(_time, step, device) for name, step in steps.items()}, planned, gc.collect)
+
+    def sample(name: str) -> dict[str, float]:
+        row = rows[name]
+        if not row.note:
+            try:
+                return _time(steps[name], device)
+            except Exception as error:
+                row.note = failure(error)
+        return {}
+
+    times = take_turns({name: partial(sample, name) for name in steps}, planned, gc.collect)
     for name, samples in times.items():
         row = rows[name]
+        if row.note:
+            continue
         whole = [1e3 * sum(sample.values()) for sample in samples]
         row.rounds, row.median_ms = len(samples), statistics.median(whole)
         row.p20_ms, _, _, row.p80_ms = statistics.quantiles(whole, n=5)

@@ -39,7 +39,10 @@ def contenders(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Ste
             found[f"{method}, {name}"] = lambda method=method, a=arguments: _ours(make(), method, a)
         if has_one_input:
             found[f"{method}, {REPRESENTATION}"] = lambda method=method: _by_representation(make(), method)
-    found |= _others(make)
+    found[COMMON] = lambda: _common(make())
+    for aggregator in ("PCGrad", "MGDA", "UPGrad"):
+        found[f"torchjd {aggregator}"] = lambda aggregator=aggregator: _torchjd(make(), aggregator, None)
+    found[ONE_BY_ONE] = lambda: _torchjd(make(), "PCGrad", 1)
     return found
 
 
@@ -110,29 +113,10 @@ def _by_representation(model: MultiTaskModel, method: str) -> Step:
     return _leaving_nothing(model, optimizer, step)
 
 
-def _others(make: Callable[[], MultiTaskModel]) -> dict[str, Callable[[], Step]]:
-    """Return the other packages' contenders, of those that are installed."""
-    found: dict[str, Callable[[], Step]] = {}
-    try:
-        from pytorch_optimizer.optimizer import pcgrad
-    except ImportError:
-        pass
-    else:
-        found[COMMON] = lambda: _common(make(), pcgrad)
-    try:
-        from torchjd import aggregation
-    except ImportError:
-        pass
-    else:
-        for aggregator in (aggregation.PCGrad, aggregation.MGDA, aggregation.UPGrad):
-            name = f"torchjd {aggregator.__name__}"
-            found[name] = lambda aggregator=aggregator: _torchjd(make(), aggregator(), None)
-        found[ONE_BY_ONE] = lambda: _torchjd(make(), aggregation.PCGrad(), 1)
-    return found
-
-
-def _common(model: MultiTaskModel, pcgrad: Any) -> Step:
+def _common(model: MultiTaskModel) -> Step:
     """The code of pc_backward, divided into the timed parts."""
+    from pytorch_optimizer.optimizer import pcgrad
+
     optimizer = pcgrad.PCGrad(_optimizer(model))
 
     def step(part: Part) -> None:
@@ -150,10 +134,12 @@ def _common(model: MultiTaskModel, pcgrad: Any) -> Step:
     return _leaving_nothing(model, optimizer, step)
 
 
-def _torchjd(model: MultiTaskModel, aggregator: Any, chunk: int | None) -> Step:
+def _torchjd(model: MultiTaskModel, name: str, chunk: int | None) -> Step:
     """torchjd's multi-task backward pass if the model has heads, else its plain one, with so many losses at a time."""
+    from torchjd import aggregation
     from torchjd.autojac import backward, jac_to_grad, mtl_backward
 
+    aggregator = getattr(aggregation, name)()
     optimizer = _optimizer(model)
     trunk: list[Tensor] = list(model.trunk())
 

@@ -104,6 +104,34 @@ def test_a_failure_of_ours_is_one_of_the_run(monkeypatch, tmp_path):
     assert gpu_peers.main() == 1
 
 
+def test_a_case_that_fails_leaves_the_others(monkeypatch, tmp_path):
+    def exact(matrix):
+        if len(matrix) == 2:
+            raise RuntimeError("out of memory")
+        return exact_gram(matrix)
+
+    monkeypatch.setattr(gpu_peers, "exact_gram", exact)
+    monkeypatch.setattr(gpu_peers, "METHODS", ("mgda",))
+    monkeypatch.setattr(sys, "argv", ["gpu_peers", "--quick", "--device", "cpu", "--output", str(tmp_path)])
+    assert gpu_peers.main() == 1
+    (stored,) = tmp_path.iterdir()
+    rows = json.loads(stored.read_text())["rows"]
+    assert {(row["tasks"], row["note"]) for row in rows if row["contender"] == OURS} == {
+        (2, "failed: out of memory"),
+        (4, ""),
+    }
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    bench = Bench.create(CPU, 0, 10**6)
+    clock = gpu_peers.Clock(CPU, gpu_peers.QUICK, {"read GB/s": 1.0, "copy GB/s": 1.0})
+    ours, theirs = clock.measure(bench, Spec("mgda", "flat", 2, 1000, "float32", "cold"))
+    assert not ours.note
+    assert (theirs.contender, theirs.note[:7]) == ("torchjd", "failed:")
+    assert "torchjd" in theirs.note[7:]
+
+
 def test_a_run_that_is_cut_off_stores_what_it_has(monkeypatch, tmp_path):
     def measure(self, bench, spec):
         if spec.tasks > 2:

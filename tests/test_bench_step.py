@@ -49,6 +49,30 @@ def test_every_contender_makes_steps(name):
     step.print_rows(rows)
 
 
+def test_contenders_that_fail_leave_the_others(monkeypatch):
+    """One package is not there, and one contender fails amid the timed steps."""
+    made, plain = [], step_contenders._plain
+
+    def fails_later(model):
+        run = plain(model)
+
+        def whole(part):
+            made.append(run(part))
+            if len(made) == 7:
+                raise RuntimeError("out of memory")
+
+        return whole
+
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer.optimizer", None)
+    monkeypatch.setattr(step_contenders, "_plain", fails_later)
+    rows = step.measure(step_models.Workload("rl", TINY["rl"], TINY["rl"]), torch.device("cpu"), 0.0)
+    notes = {row.contender: row.note for row in rows if "torchjd" not in row.contender}
+    assert notes.pop(step_contenders.PLAIN) == "failed: out of memory"
+    assert "pytorch_optimizer" in notes.pop(step_contenders.COMMON)
+    assert not any(notes.values())
+    step.print_rows(rows)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_every_model_has_losses(name):
     model = TINY[name]()

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import report
+from bench import plots, report, report_readme
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,3 +35,25 @@ def test_figures_and_plots_are_what_the_stored_results_say(tmp_path):
     report.write(tmp_path)
     assert report.differences(tmp_path) == []
     assert (tmp_path / "README.md").read_text() == README
+
+
+def test_runs_that_lack_cases_have_sections_and_plots():
+    """As runs that were cut off, or in which contenders failed."""
+    peers = json.loads(report.GPU_PEERS.read_text())
+    peers["versions"].pop("torchjd")
+    for row in peers["rows"]:
+        if row["tasks"] == 8 or row["contender"] == "torchjd":
+            row |= {"median_us": None, "x_ours": None, "note": "failed: out of memory"}
+    section = report_readme.gpu_peers_section(peers)
+    assert "| `pcgrad` | 2 |" in section
+    assert "| `pcgrad` | 8 |" not in section
+    assert "; pytorch_optimizer 4.1.0; commit" in " ".join(section.split())
+    stages = json.loads(report.GPU.read_text())
+    stages["rows"] = [row for row in stages["rows"] if row["tasks"] != 8 or "triton" not in row["contender"]]
+    assert " | - | " in report_readme.gpu_section(stages)
+    steps = json.loads(report.STEPS.read_text())
+    first = steps["rows"][0]["workload"]
+    for row in steps["rows"]:
+        if row["workload"] != first:
+            row |= {"median_ms": None, "parts_ms": {}}
+    assert len(plots.steps(steps).axes) == 1
