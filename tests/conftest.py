@@ -12,7 +12,7 @@ import gradsurgery
 from gradsurgery.backends import choose
 from inputs import DEVICE
 
-# Tests that need one of these skip without it.
+# Optional packages: a test that needs one of them is skipped where it is not installed.
 OPTIONAL = {
     "accelerate",
     "conflictfree",
@@ -37,7 +37,8 @@ def serves(name: str) -> bool:
 AVAILABLE = [name for name, why in gradsurgery.backends().items() if why.startswith("available")]
 USABLE = [name for name in AVAILABLE if serves(name)]
 
-# A tester who asks for a compiled backend must not be given a green run without it, nor a run on the CPU that skips.
+# GRADSURGERY_REQUIRE names backends that must be usable: without them the run must fail, not pass. With "cpu", no
+# optional package may be missing either, so that no test is skipped for want of one.
 required = set(filter(None, os.environ.get("GRADSURGERY_REQUIRE", "").split(",")))
 assert required <= set(AVAILABLE), f"backends {required - set(AVAILABLE)} are not usable: {gradsurgery.backends()}"
 if "cpu" in required:
@@ -45,7 +46,7 @@ if "cpu" in required:
     assert not absent, f"packages {absent} are not installed"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# More than CI has time for: `make gpu-code`.
+# Whether to run more than CI has time for, as `make gpu-code` does.
 WHOLE = "GRADSURGERY_TEST_WHOLE" in os.environ
 
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="about the CPU, or about no device at all")
@@ -54,18 +55,20 @@ if INTERPRETED and find_spec("triton") is not None:
     from triton import language
     from triton.runtime import interpreter
 
-    # Replace the language once, not at every call of every function, which takes nearly half of the interpreter's time.
+    # Replace the language once. The interpreter would do so at every call of every function, which takes nearly half of
+    # its time.
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
 
 
 def needs_a_gpu() -> None:
-    """Skip the calling test module without the cuda backend."""
+    """Skip the calling test module if the cuda backend is not available."""
     if "cuda" not in AVAILABLE:
         pytest.skip(f"needs the cuda backend: {gradsurgery.backends()['cuda']}", allow_module_level=True)
 
 
-# Of the tests of solvers: which values of a parameter stand for all, and which tests take many problems or tasks.
+# The test modules of solvers. Where solvers are slow (in Triton's interpreter, or the reference on a GPU), the values
+# in INTERPRETED_METHODS stand for all values of a parameter.
 SOLVERS = ("test_gram_methods", "test_cagrad", "test_pcd", "test_rounded_gram")
 INTERPRETED_METHODS = {
     "case": "rank deficient",
@@ -76,11 +79,11 @@ INTERPRETED_METHODS = {
     "ridge": 1e-8,
     "scale": 1e6,
 }
-# Likewise of tests/test_rounded_gram.py, which takes seeds, but for `make gpu-code`.
+# Likewise the seeds of tests/test_rounded_gram.py; `make gpu-code` runs all of them.
 INTERPRETED_SEEDS = (0, 5, 31, 51)
 
 
-# Tests of many seconds: at the end one would leave the other processes without work.
+# Modules with tests of many seconds. They run first: a long test at the end would leave the other processes idle.
 FIRST = (
     "test_triton_compile",
     "test_examples",
@@ -93,7 +96,7 @@ FIRST = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the Triton backend does not serve, and most of what its interpreter is slow at."""
+    """Leave out tests that the Triton backend does not serve, and most of the slow ones; put ``FIRST`` first."""
     left_out = {item for item in items if hasattr(item, "callspec") and not worthwhile(item)}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
@@ -101,7 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let no search for garbage look through what stays until the end."""
+    """Keep the garbage collector from scanning the objects that stay until the end."""
     gc.freeze()
 
 
@@ -109,19 +112,19 @@ def worthwhile(item: Any) -> bool:
     parameters = item.callspec.params
     backend, module = parameters.get("backend"), item.module.__name__
     interpreted = INTERPRETED and (backend == "triton" or module == "test_triton")
-    # On a GPU the reference's solvers are thousands of launches, of the same operations as on the CPU.
+    # On a GPU the reference's solvers make thousands of launches, for the same operations as on the CPU.
     solves = module in (*SOLVERS, "test_weights", "test_torchjd")
     slow = interpreted or (backend == "reference" and DEVICE != "cpu" and solves)
     marks = {mark.name: mark.args for mark in item.iter_markers()}
     if slow and ("not_interpreted" in marks or ("interpreted_whole" in marks and not WHOLE)):
         return False
     if module == "test_coordinate" and backend == "triton":
-        # Which has what the reference has.
+        # Triton has no kernel for these methods: it runs the reference's code.
         return item.originalname in ("test_golden_values", "test_lists_are_the_flat_form_cut")
     if module in (*SOLVERS, "test_gradvac") and backend == "reference" and parameters.get("tasks", 1) > 5:
         return False
     if module in SOLVERS and backend == "triton" and parameters.get("method") == "gradvac":
-        return False  # which is the reference's
+        return False  # Triton has no kernel for it: it runs the reference's code
     if module in SOLVERS and slow:
         if module == "test_rounded_gram" and not WHOLE and parameters.get("seed", 0) not in INTERPRETED_SEEDS:
             return False
@@ -145,7 +148,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    # torch.manual_seed(), where there is no GPU, keeps a whole trace of each call.
+    # Not torch.manual_seed(): where there is no GPU, each call of it records a whole stack trace.
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(0)
@@ -153,7 +156,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def no_default_device():
-    """What users' programs have; under a default device a missing ``device=`` passes."""
+    """Set no default device, as in users' programs: a default device would hide a missing ``device=``."""
     torch.set_default_device(None)
     yield
     torch.set_default_device(None if DEVICE == "cpu" else DEVICE)

@@ -12,7 +12,7 @@ if DEVICE != "cpu":
 
 TASKS = (1, 2, 3, 5, 8, 17, 64)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Of |g_i| |g_j|, as the contract states it.
+# The largest error of G_ij relative to |g_i| |g_j|, as gradsurgery.gram promises it.
 GRAM_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -56,7 +56,7 @@ HOSTILE = tuple(hostile(2))
 
 
 def exact_gram(rows: Tensor) -> Tensor:
-    """G in float64 with exact products and compensated sums, one pair at a time."""
+    """G in float64 with exact sums of float64 products, one pair of rows at a time."""
     import math
 
     wide = rows.double().tolist()
@@ -66,7 +66,7 @@ def exact_gram(rows: Tensor) -> Tensor:
 
 
 def near_copies(tasks: int, seed: int, columns: int = 200, distance: float = 1e-7) -> torch.Tensor:
-    """Rows of which most are an earlier one with either sign, but for ``distance`` times one of their own."""
+    """Rows of which most copy an earlier row, with either sign, and add ``distance`` times a row of their own."""
     rows = normal(tasks, columns, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for i in range(1, tasks):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What test_distributed.py has two processes do, and one process with both batches."""
+"""The cases that test_distributed.py runs in two processes, and in one process that has both batches."""
 
 import copy
 from contextlib import nullcontext
@@ -44,7 +44,7 @@ from process_nets import (
     wrap,
 )
 
-# One of each kind of method.
+# One method of each kind, to try with sharded and with tensor-parallel parameters.
 OF_SHARDS = ("cr_mogm", "db_mtl", "gradvac", "krum", "mgda", "moco", "pcgrad", "sdmgrad", "sum", "trimmed_mean", "uw")
 
 
@@ -65,7 +65,7 @@ def train(method="pcgrad", make=Net, model=lambda net: net, scaler=None, **how):
 
 
 def resumed(make=Net):
-    """A method with a state, and momentum, from a checkpoint on."""
+    """Train with a method that has a state, and with momentum; take the last step from a checkpoint."""
     net = make()
     optimizer = wrap(net, "gradvac")
     for t, x in enumerate(BATCHES):
@@ -81,9 +81,10 @@ def resumed(make=Net):
 
 
 def kept_and_resumed(method, make=Net, late=False):
-    """Gradients that a method keeps, from a checkpoint on; the last step of M-ConFIG does not reach a shared layer.
+    """Train with a method that keeps gradients; after the first step go on from a checkpoint.
 
-    ``late``: it is loaded by an optimizer that was wrapped before the parameters were sharded.
+    The last step of M-ConFIG has one loss, which does not reach a shared layer. ``late``: the optimizer that loads the
+    checkpoint was wrapped before the parameters were sharded.
     """
     net = make()
     optimizer = wrap(net, method)
@@ -106,7 +107,7 @@ def kept_and_resumed(method, make=Net, late=False):
 
 
 def updated(method, make=Net):
-    """A method that also learns from each process's own numbers."""
+    """Train with a method that also learns from the numbers that each process passes to ``update``."""
     net = make()
     optimizer = wrap(net, method)
     for x in BATCHES:
@@ -131,7 +132,7 @@ def by_segments(granularity, make=Net):
 
 
 def accumulated(make=Net):
-    """Micro-batches under a scaler, on top of gradients that are there."""
+    """Accumulate micro-batches with a gradient scaler, on top of gradients that are already in ``.grad``."""
     net = make()
     scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
     optimizer = wrap(net, "cagrad")
@@ -182,7 +183,7 @@ def by_representation(method):
 
 
 def different_reach():
-    """Each process's losses reach other parameters, in another order of first sight."""
+    """The losses of the two processes reach different parameters, and first reach them in different orders."""
     net = Net()
 
     def losses(rank):
@@ -198,7 +199,7 @@ def different_reach():
 
 
 def sharded_later(method):
-    """The optimizer is wrapped before its model is sharded, and given the shards, as Accelerate does."""
+    """Wrap the optimizer before the model is sharded, then put the shards into its groups, as Accelerate does."""
     net = Net()
     optimizer = wrap(net, method)
     if not alone():
@@ -219,11 +220,11 @@ def small_buckets():
 
 
 def mixed():
-    """Parameters of several dtypes, also other ones than their gradients', and memory layouts."""
+    """Parameters of several dtypes and memory layouts; one has a gradient of another dtype."""
     torch.manual_seed(2)
     convolution = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
     net = nn.ModuleDict({"a": convolution, "b": nn.Linear(4, 4).bfloat16(), "c": nn.Linear(4, 4).double()})
-    # Numbers that 8 bits hold, whose sums are exact.
+    # Multiples of 1/8: 8 bits hold them, and their sums are exact.
     for p in net.parameters():
         p.data = p.data.mul(8).round().div(8)
     net["b"].bias.grad_dtype = torch.float32
@@ -239,7 +240,7 @@ def mixed():
 
 
 def summands():
-    """Gradients of a parameter that each process has are sums over parts of a sequence, on top of such a sum."""
+    """A sequence is split: each process has a summand of a whole parameter's gradients, and of its ``.grad``."""
     torch.manual_seed(3)
     net = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 6), nn.Linear(6, 4)).double()
     if not alone():
@@ -255,7 +256,7 @@ def summands():
 
 
 def complex_parts():
-    """A complex head, which no kernel reads, and whose gradients are added twice."""
+    """A complex head, cut between processes, which no kernel reads; its gradients are added to ``.grad`` twice."""
     torch.manual_seed(3)
     net = nn.ModuleDict({"trunk": nn.Linear(4, 4).double(), "head": nn.Linear(4, 2, dtype=torch.complex128)})
     if not alone():
@@ -268,7 +269,7 @@ def complex_parts():
 
 
 def whole_amid_parts():
-    """A parameter that each process has, and takes for a DTensor in the forward pass, as its gradient is then."""
+    """A plain parameter that each process holds: the forward pass takes it for a DTensor, so its gradient is one."""
     torch.manual_seed(3)
     net = nn.ModuleDict({"trunk": nn.Linear(4, 4).double(), "head": nn.Linear(4, 1).double()})
     bias = nn.Parameter(torch.ones(4, dtype=torch.float64))
@@ -295,7 +296,7 @@ def gradnorm_of_first(net):
 
 
 CASES = {name: partial(train, name) for name in methods.available()} | LOSSES
-# Two processes on one GPU average its tensors by gloo, which shards none.
+# Two processes on one GPU use gloo, which averages tensors on a GPU but does not shard them.
 if DEVICE == "cpu":
     CASES |= {f"shards {name}": partial(train, name, sharded) for name in OF_SHARDS}
     CASES |= {f"parts {name}": partial(train, name, parallel) for name in OF_SHARDS}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What test_distributed.py has two processes do that one cannot: groups of them, and errors of both."""
+"""The cases of test_distributed.py that need two processes: process groups, and errors in both processes."""
 
 import copy
 from functools import partial
@@ -102,7 +102,7 @@ def shard_among_whole():
 
 
 def shard_among_copies():
-    """One whose parts are spread over the processes that are to have the same parts."""
+    """Add a parameter that is sharded over processes which, by the optimizer's process group, have the same parts."""
     optimizer = wrap(parallel((WORLD, 1)))
     try:
         optimizer.add_param_group({"params": sharded().first.weight})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What test_distributed.py has two processes do where each lacks some losses, or all."""
+"""The cases of test_distributed.py in which each of two processes lacks some losses, or all."""
 
 from contextlib import suppress
 from functools import partial
@@ -16,9 +16,9 @@ ALL = [((), (0, 1, 2)), ((0, 1, 2), ()), ((1,), (0, 2))]
 
 
 def lacking(lacks, method="m_config", again=False, collected=False, scaler=None, by_features=False, **how):
-    """Train where each process lacks the losses that ``lacks`` has for a step and it; all, where its data has ended.
+    """Train while process r lacks the losses ``lacks[step][r]``: all of them, if its data has ended.
 
-    ``again``: after a failure amid each step.
+    ``again``: in each step ``combine`` fails once, and is called again.
     """
     net = Net()
     optimizer = wrap(net, method)
@@ -48,7 +48,7 @@ def lacking(lacks, method="m_config", again=False, collected=False, scaler=None,
 
 
 def absent_at_first():
-    """A step fails for a task that no process has, and goes on with what was collected before."""
+    """``combine`` fails as no process has a loss of task 2; the step then goes on with what was collected before."""
     net = Net()
     optimizer = wrap(net)
 

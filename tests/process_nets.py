@@ -21,7 +21,7 @@ OPTIONS = {"constant": {"task_weights": [0.5, 1.0, 2.0]}, "uw": {"lr": 0.5}, "gr
 
 
 class Net(nn.Module):
-    """A trunk and three heads, of which the last skips a layer; and a head that nothing reaches."""
+    """A trunk of two layers, and four heads: the third skips the second layer, and no loss reaches the fourth."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ def alone():
 
 
 def on_each(net, losses):
-    """Return the losses of this process's batch; where it is alone or all have the same one, the averages of both."""
+    """Return the losses of this process's batch; if it is alone or sees both batches, the averages over both."""
     if not alone() and not getattr(net, "sees_both", False):
         return losses(distributed.get_rank())
     columns = zip(*(losses(rank) for rank in range(WORLD)), strict=True)
@@ -70,7 +70,7 @@ def gradients(net):
 
 
 def result(net, info=None):
-    """Return the parameters, which of them have a gradient, and what the step says of itself."""
+    """Return the parameters, which of them have a gradient, and the step's G and weights if it has them."""
     found = [whole(p) for p in net.parameters()]
     found.append(torch.tensor([p.grad is not None for p in net.parameters()]))
     if info is not None:
@@ -114,7 +114,7 @@ def group_alone():
 
 
 def parallel(mesh=(1, WORLD), shard=False):
-    """Return a net whose trunk is cut between processes and whose heads each has; or all is sharded besides."""
+    """Return a net with a tensor-parallel trunk; each process has the heads. ``shard``: all is sharded as well."""
     net = Net()
     if alone():
         return net
@@ -143,7 +143,7 @@ class Recomputing(nn.Module):
 
 
 def recomputing(net):
-    """Return a call with a reentrant checkpoint, whose passes DistributedDataParallel's hooks would not take."""
+    """Return a call with a reentrant checkpoint, inside ``no_sync``: otherwise DistributedDataParallel raises."""
     model = replicated(Recomputing(net))
 
     def call(x):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The methods that work coordinate by coordinate, in the papers' words."""
+"""The methods that work coordinate by coordinate, written out as in the papers."""
 
 from functools import lru_cache
 
@@ -21,7 +21,7 @@ METHODS = {
 
 
 def make(case, tasks):
-    """One of METHODS for so many tasks."""
+    """Return the method of a case of ``METHODS``, for this number of tasks."""
     options = dict(METHODS[case])
     if options.get("leak") == "some":
         options["leak"] = leaks(tasks).tolist()
@@ -37,7 +37,7 @@ def leaks(tasks):
 
 @lru_cache(maxsize=1 << 16)
 def philox(block, seed, step):
-    """The words of one block of coordinates."""
+    """Return the four random 32-bit words of a block of four coordinates."""
     return philox_of([step % 2**32, step >> 32, 2**31 + (block >> 32), block % 2**32], seed)
 
 
@@ -58,7 +58,7 @@ def uniforms(count, seed=SEED, step=STEP):
 
 
 def explicit(case, rows, u=None):
-    """The papers' words in float64: the direction, and the magnitude of its terms."""
+    """Return the direction by the papers' formulas in float64, and the sum of its terms' magnitudes."""
     wide = rows.double()
     if "graddrop" not in case:
         middle = (len(rows) - 1) // 2
@@ -73,7 +73,7 @@ def explicit(case, rows, u=None):
 
 
 def assert_direction(got, case, rows, before=0):
-    """One rounding of the float64 result."""
+    """Assert that the direction differs from the float64 result by one rounding at most."""
     exact, magnitude = explicit(case, rows)
     roundoff = UNIT_ROUNDOFF[got.dtype]
     smallest = torch.finfo(got.dtype).smallest_normal * roundoff

@@ -38,7 +38,7 @@ needs_cpu_backend = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
-    """What a quick run on the CPU prints and stores."""
+    """Return what a quick run on the CPU prints and stores."""
     folder = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "bench.gpu_stages", "--quick", "--device", "cpu", "--output", str(folder)]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -110,7 +110,7 @@ def test_a_run_that_is_cut_off_stores_what_it_has(monkeypatch, tmp_path):
 
 
 class CompilationError(Exception):
-    """As Triton's is, no RuntimeError."""
+    """Like Triton's exception of this name, not a RuntimeError."""
 
 
 def test_another_contenders_failure_is_noted():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The GPU benchmark beside other packages, as far as a machine without a GPU can run it."""
+"""The GPU benchmark against other packages, as far as a machine without a GPU can run it."""
 
 import json
 import os
@@ -28,7 +28,7 @@ pytest.importorskip("pytorch_optimizer")
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
-    """What a quick run on the CPU prints and stores."""
+    """Return what a quick run on the CPU prints and stores."""
     folder = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "bench.gpu_peers", "--quick", "--device", "cpu", "--output", str(folder)]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -43,7 +43,7 @@ def test_every_contender_is_measured_and_stored(quick_run):
     by_method = {}
     for row in stored["rows"]:
         if row["note"]:
-            assert row["contender"] == "torchjd"  # whose solvers take no bfloat16
+            assert row["contender"] == "torchjd"  # its solvers do not take bfloat16
             continue
         assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
         assert row["x_floor"] > 0
@@ -63,7 +63,7 @@ def test_directions_agree_with_float64(quick_run):
         "torchjd",
     }
     for row in errors:
-        # At most 100 steps of Frank-Wolfe, and an interior-point solver, respectively.
+        # TorchJD's MGDA takes at most 100 Frank-Wolfe steps; its CAGrad uses an interior-point solver.
         loose = row["contender"] == "torchjd" and row["stage"] in ("mgda", "cagrad")
         assert row["error"] <= (2e-2 if loose else BOUNDS[row["dtype"]]), row
 
@@ -72,7 +72,7 @@ def test_a_direction_is_compared_with_the_weights_of_a_first_call():
     bench = Bench.create(CPU, 0, 10**6)
     spec = Spec("pcgrad", "flat", 3, 1000, "float32", "cold")
     matrices = bench.matrices(spec)
-    # All pairs conflict, so that another order is another direction.
+    # All pairs conflict, so another visiting order gives another direction.
     matrices[0][1:] -= 0.5 * matrices[0][0]
     found = {c.name: c for c in gpu_peer_contenders.contenders(bench, spec, matrices, exact_gram(matrices[0]))}
     row = gpu_peers.PeerRow("pcgrad", "flat", 3, 1000, "float32", "cold")

@@ -24,7 +24,7 @@ TINY = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # an operator without a rule for vmap
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of an operator without a rule for vmap
 @pytest.mark.parametrize("name", ["rl", "scene", "transformer"])
 def test_every_contender_makes_steps(name):
     rows = step.measure(step_models.Workload(name, TINY[name], TINY[name]), torch.device("cpu"), 0.0)
@@ -40,7 +40,7 @@ def test_every_contender_makes_steps(name):
     assert (f"pcgrad, {step_contenders.REPRESENTATION}" in found) == (name == "scene")
     for row in rows:
         if row.contender == "torchjd UPGrad" and "quadprog" in row.note:
-            continue  # which not every machine has
+            continue  # not every machine has quadprog
         assert row.note == ""
         assert row.rounds == 5
         in_one = row.contender == step_contenders.PLAIN or row.contender.endswith(step_contenders.REPRESENTATION)

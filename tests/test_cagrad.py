@@ -10,7 +10,10 @@ from test_gram_methods import TASKS, weigh
 
 
 def assert_cagrad_is_optimal(gram: torch.Tensor, backend: str, c: float) -> None:
-    """max over the ball of min_t g_t . d = min over the simplex of g_x . g_0 + c |g_0| |g_x|."""
+    """Assert that d is in the ball and closes the duality gap.
+
+    max over the ball of min_t g_t . d = min over the simplex of g_x . g_0 + c |g_0| |g_x|.
+    """
     tasks = len(gram)
     w = weigh("cagrad", gram, backend, c=c)
     mean = torch.full((tasks,), 1 / tasks, dtype=torch.float64)
@@ -21,7 +24,7 @@ def assert_cagrad_is_optimal(gram: torch.Tensor, backend: str, c: float) -> None
     assert (moved >= -1e-12 * w.abs().max()).all()
     assert (moved @ gram @ moved).clamp(min=0).sqrt() <= radius + 1e-7 * scale.sqrt()
     points = [moved / moved.sum() if moved.sum() > 0 else mean, gradsurgery.min_norm_weights(gram)]
-    # The second one is for Pareto-stationary gradients: g_x = 0, but for the square root of rounding.
+    # The second point is for Pareto-stationary gradients: there g_x = 0, up to the square root of rounding.
     dual = min(x @ product + radius * (x @ gram @ x).clamp(min=0).sqrt() for x in points)
     tolerance = 1e-8 if points[1] @ gram @ points[1] > 1e-12 * scale else 1e-6
     if c > 0:
@@ -72,7 +75,7 @@ def test_cagrad_of_stationary_gradients_and_a_ball_that_just_holds_zero(backend,
 
 
 def test_cagrad_of_nearly_stationary_gradients(backend):
-    """|lambda g_x| hardly changes with lambda from its root on, and falls fast below."""
+    """|lambda g_x| hardly changes with lambda above the root that is sought, and falls fast below it."""
     rows = torch.tensor([[2.0, -7.0, -8.0], [9.0, 9.0, 8.0], [-50.999, -24.0, -16.0]], dtype=torch.float64)
     d = weigh("cagrad", gradsurgery.gram(rows), backend, c=1.0) @ rows
     assert ((rows @ d) / (rows.norm(dim=1) * d.norm())).min() > 0
@@ -92,12 +95,12 @@ def test_cagrad_does_not_take_a_short_gradient_for_zero(backend):
         for radius in (1.0, 2.0):
             gram = torch.tensor([[1.0, 0.0], [0.0, ratio**2]], dtype=torch.float64)
             w = weigh("cagrad", gram, backend, c=radius)
-            # |d - g_0| = c |g_0|, nearly all of it along the short one.
+            # |d - g_0| = c |g_0|, and d - g_0 is nearly parallel to the short gradient.
             assert 0.4 * radius * ratio < w[0] < 0.6 * (1 + radius * ratio)
 
 
 def test_cagrad_whose_multiplier_is_hard_to_bracket(backend):
-    """As it grows a task leaves, and what it is sought by bends the other way."""
+    """As lambda grows past its root, a task leaves; there the slope of |lambda g_x|^2 in lambda^2 rises, not falls."""
     rows = [[1.35, -0.155, -1.27], [-0.459, -0.115, 0.0672], [-1.04, -0.196, 0.24], [0.88, -0.993, -0.863]]
     w = weigh("cagrad", gradsurgery.gram(torch.tensor(rows, dtype=torch.float64)), backend, c=0.422)
     expected = torch.tensor([0.25, 0.782494743271, 0.253565348325, 0.25], dtype=torch.float64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the optimizers save and load, and the hooks of that."""
+"""What the optimizers save and load, and the hooks that run then."""
 
 import pytest
 import torch
@@ -136,7 +136,7 @@ def test_a_method_takes_no_other_ones_state():
     assert uw.method.state_dict().keys() == imtl.method.state_dict().keys()
     with pytest.raises(ValueError, match="state must be that of method 'imtl_l', got that of 'uw'"):
         imtl.load_state_dict(uw.state_dict())
-    cagrad.load_state_dict(mgda.state_dict())  # neither has one
+    cagrad.load_state_dict(mgda.state_dict())  # neither method has a state
     for own in ({"s": torch.ones(2)}, {"seed": 5}, {"imtl_l": torch.ones(2)}):
         with pytest.raises(ValueError, match="state must be that of method 'imtl_l', got that of"):
             imtl.load_state_dict({**imtl.state_dict(), "surgery": own})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The test modules that conftest.py names are there."""
+"""The test modules that conftest.py names exist."""
 
 from pathlib import Path
 

@@ -12,7 +12,7 @@ from test_gram import ragged_lists
 
 
 def assert_direction(got: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, before=0) -> None:
-    """One rounding of the float64 sum."""
+    """Assert that the direction differs from the float64 sum by one rounding at most."""
     terms = weights.double()[:, None] * rows.double()
     exact = terms.sum(0) + before
     roundoff = UNIT_ROUNDOFF[got.dtype]
@@ -133,7 +133,7 @@ def test_out_that_overlaps_a_gradient_in_part(backend):
 
 @pytest.mark.interpreted(0)
 def test_large_output_past_the_cache(backend):
-    # Above 8 MB the compiled backend writes around the cache.
+    # The compiled backend's writes bypass the cache if outputs exceed 8 MB.
     rows, weights = normal(2, 3_000_001, torch.float32), torch.tensor([0.3, 0.7])
     out = torch.full((3_000_002,), torch.nan)
     gradsurgery.combine(rows, weights, out=out[1:], backend=backend)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models under torch.compile: of several outputs of one function autograd does not tell which parameters they reach."""
+"""Models under torch.compile: autograd cannot tell which parameters each output of a compiled function reaches."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def whole():
 
 
 def surgery(net, losses, method="mgda", **options):
-    """Return all gradients of a net whose parameters keep none."""
+    """Clear the net's gradients, make one backward call, and return copies of all gradients."""
     net.zero_grad()
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method, **options)
     optimizer.backward(losses)
@@ -84,7 +84,7 @@ def test_a_trunk_of_its_own_needs_no_names(whole):
 
 
 def test_batches_of_several_sizes():
-    """For which torch compiles the backward pass ahead of time, and lets it write over what a second one would read."""
+    """For several sizes torch compiles the backward pass ahead of time; it may overwrite what a second pass reads."""
     torch._dynamo.reset()
     net = Net()
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1))
@@ -104,10 +104,10 @@ def test_batches_of_several_sizes():
             step(trunk, rows)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler reads .grad
 @pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "moco", "uw"])
 def test_a_compiled_step_is_the_step(method):
-    """What the optimizer keeps is set outside what is compiled, be it forgotten or kept."""
+    """Calls that set or clear what the optimizer keeps run uncompiled within the compiled step."""
     found = []
     for compiled in (False, True):
         torch.manual_seed(1)
@@ -128,7 +128,7 @@ def test_a_compiled_step_is_the_step(method):
 
 
 def test_a_compiled_step_forgets_uncompiled(monkeypatch):
-    # torch 2.10 fails to trace it.
+    # torch 2.10 fails to trace zero_grad().
     net, traced, clear = Net(), [], OptimizerWrapper.zero_grad
     optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
     optimizer.collect(losses_of(net(X)))

@@ -45,7 +45,7 @@ def test_large_output_past_the_cache(backend, method):
     rows = normal(3, 2_500_001, torch.float32)
     out = torch.full((2_500_002,), torch.nan)
     direction(method, rows, out=out[1:], backend=backend)
-    # What is added to goes through the cache.
+    # Outputs that are added to are written through the cache.
     added = torch.zeros(2_500_001)
     chosen = choose(backend, rows.device, 3)
     combine_by_rule_of(parse(rows, None), make(method, 3).rule(rows.device, 3), added, True, chosen)
@@ -88,7 +88,7 @@ def test_outliers_leave_nothing_behind(backend, method):
 
 
 def test_golden_values(backend):
-    # TorchJD's, of its tests/unit/aggregation/test_values.py.
+    # From TorchJD's tests/unit/aggregation/test_values.py.
     rows = torch.tensor([[1e11, 3.0], [1.0, -1e11], [-1e10, 1e10], [2.0, 2.0]])
     assert gradsurgery.aggregate(rows, "trimmed_mean", backend=backend).tolist() == [1.5, 2.5]
 
@@ -111,7 +111,7 @@ SHAPES = [(3, 4), (), (5,), (0,), (2, 3, 2, 2), (77,)]
 
 
 def as_lists(rows):
-    """The columns cut into parameters, each tensor of its own memory."""
+    """Cut the columns into parameters; each tensor has memory of its own."""
     sizes = [torch.Size(shape).numel() for shape in SHAPES]
     return [
         [part.clone().reshape(s) for part, s in zip(row[: sum(sizes)].split(sizes), SHAPES, strict=True)]
@@ -130,7 +130,7 @@ def test_lists_are_the_flat_form_cut(backend, dtype, method, extension, monkeypa
     if not extension:
         monkeypatch.setattr(_gradients, "C", None)
     lists = as_lists(normal(8, 119, dtype))
-    # No gradient is a zero gradient.
+    # A missing gradient counts as zero.
     for t, p in ((0, 0), (5, 0), (2, 2), (7, 5)):
         lists[t][p] = torch.zeros_like(lists[t][p])
     expected = direction(method, torch.stack([flat(row) for row in lists]), backend=backend)
@@ -165,7 +165,7 @@ def test_mixed_dtypes_and_memory_formats(backend, method):
     for a, b in zip(got, expected, strict=True):
         assert a.stride() == b.stride()
         torch.testing.assert_close(a, b, rtol=2 * UNIT_ROUNDOFF[a.dtype], atol=1e-15)
-    # An output of another layout.
+    # Outputs whose memory layout is not that of the gradients.
     out = [torch.full(d.shape, torch.nan, dtype=d.dtype) for d in got]
     gradsurgery.aggregate(rows, make(method, 4), out=out, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(got, out, strict=True))

@@ -26,7 +26,7 @@ OPTIMIZERS = {
 
 
 def conflicting(tasks, columns, seed=1):
-    """Gradients whose visiting order matters to PCGrad."""
+    """Gradients for which PCGrad's result depends on the visiting order."""
     generator = torch.Generator("cuda").manual_seed(seed)
     rows = torch.randn(tasks, columns, generator=generator, device="cuda")
     return rows - 2 * rows.mean(0)
@@ -117,7 +117,7 @@ def test_streaming_stages_do_not_synchronise(name, form):
 
 
 def known(*infos):
-    """Compute all that there is."""
+    """Compute all diagnostics that the infos have."""
     for info in infos:
         for field in ("weights", "norms", "cosines", "conflicts", "magnitude_similarity", "update_norm", "finite"):
             with suppress(ValueError):
@@ -177,7 +177,7 @@ def test_a_step_without_shared_gradients_stays_on_the_gpu(method):
 
 
 def capture(call):
-    """Return a CUDA graph of the call, and what the call returned; the call has run once before."""
+    """Run the call once, then capture it; return the CUDA graph, and what the captured call returned."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -284,7 +284,7 @@ def test_work_is_ordered_on_the_current_stream(form):
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        # Long enough for anything on another stream to read the zeros.
+        # Sleep so long that work on another stream would still read the zeros.
         torch.cuda._sleep(100_000_000)
         rows.copy_(fresh)
         got = gradsurgery.aggregate(FORMS[form](rows), "mgda")

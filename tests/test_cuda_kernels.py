@@ -27,7 +27,7 @@ SIZES = [0, 1, 7, 64, 129, 1000, 4096, 5]
 
 @pytest.fixture
 def nan_in_free_memory():
-    """Workspaces and outputs come from what was freed last; a read before the write then shows."""
+    """Put NaN into freed memory, which workspaces and outputs reuse: a read before the write then shows."""
     blocks = [torch.full((1 << k,), torch.nan, dtype=torch.float64, device="cuda") for k in range(6, 22)]
     del blocks
 
@@ -42,7 +42,7 @@ def nans(*shape, dtype=torch.float64):
 
 
 def laid_out(rows, offset, alignment):
-    """The rows at an offset, a multiple of ``alignment`` elements apart, with NaN around them."""
+    """Return the rows copied to an offset, a multiple of ``alignment`` elements apart, with NaN around them."""
     tasks, columns = rows.shape
     stride = -(-(columns + offset + 1) // alignment) * alignment
     storage = nans(tasks, stride, dtype=rows.dtype)
@@ -50,7 +50,7 @@ def laid_out(rows, offset, alignment):
     return storage[:, offset : offset + columns]
 
 
-# Residues of the rows' addresses modulo 16 bytes: all 0; one other; several.
+# Residues of the rows' addresses modulo 16 bytes: all 0; all the same, but not 0; different ones.
 LAYOUTS = {"aligned": (0, 64), "misaligned": (3, 64), "different residues": (1, 1)}
 
 
@@ -74,10 +74,10 @@ def test_flat_form(tasks, columns, dtype, layout):
 
 
 def cut(rows, sizes, dtypes, absent=lambda t, p: False):
-    """Return T lists of tensors of these sizes and dtypes, some absent, and what they hold as float64 [T, N]."""
+    """Return T lists of tensors of these sizes and dtypes, some absent, and each size's values, float64 [T, size]."""
     lists, parts = [], []
     for p, ((begin, end), dtype) in enumerate(zip(pairwise(accumulate(sizes, initial=0)), cycle(dtypes))):
-        # One element between the rows: residues differ.
+        # With alignment 1, the residues of the rows differ.
         part = laid_out(rows[:, begin:end].to(dtype), p % 3, 1)
         entries = [None if absent(t, p) else row for t, row in enumerate(part)]
         lists.append(entries)
@@ -98,7 +98,7 @@ def check_lists(tasks, sizes, dtypes, segments, absent):
     present = [[t for t in range(tasks) if grads[t][p] is not None] for p in range(len(sizes))]
     out = [nans(size, dtype=dtype) if some else None for size, dtype, some in zip(sizes, cycle(dtypes), present)]
     gradsurgery.combine(grads, weights, segments=segments, out=out, backend="cuda")
-    weights = weights.cpu()  # as is the rest: hundreds of small tensors take a GPU too long
+    weights = weights.cpu()  # checked there: hundreds of small tensors take a GPU too long
     for p, (part, got) in enumerate(zip(parts, out, strict=True)):
         if got is not None:
             assert_direction(got.cpu(), part.cpu()[present[p]].to(got.dtype), weights[segments[p], present[p]])
@@ -110,7 +110,7 @@ MIXED = {**{str(dtype): [dtype] for dtype in DTYPES}, "alternating": list(DTYPES
 @pytest.mark.parametrize("dtypes", MIXED)
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8, 9, 17, 33, 65, 256])
 def test_list_form(tasks, dtypes):
-    # Parameter 4 has no gradient, and the segment with the number 1 no parameter.
+    # Parameter 4 has no gradient, and segment 1 has no parameter.
     check_lists(tasks, SIZES, MIXED[dtypes], [0, 2, 0, 3, 2, 2, 0, 3], lambda t, p: p == 4 or (t and (t + p) % 3 == 2))
 
 
@@ -174,7 +174,7 @@ def test_zero_weights_and_aliases(dtype):
     expected = gradsurgery.combine(rows, weights)
     assert_direction(expected, rows[used], weights[used])
     assert torch.equal(expected, gradsurgery.combine(poisoned, weights))
-    for row in (0, 4, 8):  # of weight 0 or not
+    for row in (0, 4, 8):  # the first has weight 0, the others do not
         copy = rows.clone()
         gradsurgery.combine(copy, weights, out=copy[row])
         assert_direction(copy[row], rows[used], weights[used])
@@ -218,7 +218,7 @@ def test_accuracy_at_size(tasks, columns, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tasks", [1, 2, 8, 9, 17, 33, 65])
 def test_sanitize_streaming_kernels(tasks, dtype):
-    # The last rows differ in their residues, and are long enough for whole steps.
+    # The rows of the last case have different residues, and are long enough for whole steps of the kernels.
     for offset, columns in ((0, 128), (1, 1), (3, 731)):
         rows, weights = laid_out(gradients(tasks, columns, dtype), offset, 1), gradients(1, tasks, seed=2)[0]
         assert_gram(gradsurgery.gram(rows), rows, dtype)
@@ -280,7 +280,7 @@ def test_sanitize_pcgrad_by_one_and_several_blocks(tasks, batch):
 
 
 def kernels_of(call):
-    """The names of our kernels that a call launches."""
+    """Return the names of gradsurgery's kernels that a call launches."""
     activity = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
         call()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Two processes with a batch each do what one process with both does, bit for bit the same on either."""
+"""Two processes with one batch each do what one process with both batches does, and get the same bits as each other."""
 
 import subprocess
 import sys
@@ -129,7 +129,7 @@ def check_error(found, name):
         assert message in results[name]
 
 
-# One test, for the processes are started once.
+# A single test, as the processes are started only once.
 def test_two_processes(tmp_path):
     found, wrong = run(tmp_path), {}
     checks = [*((check_case, name) for name in CASES), (check_groups, "groups"), *((check_error, e) for e in ERRORS)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What README and docs say is executed."""
+"""The code in README and docs runs, and their links, tables and make targets are right."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-# README's blocks are of one program, and so are those of each page.
+# The blocks of each page, README included, are one program.
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md")))]
 
 
@@ -22,12 +22,12 @@ PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_in_order(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    # One process of one, as torchrun starts it.
+    # The environment of a single process, as torchrun sets it.
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     namespace: dict[str, object] = {}
-    with functorch_config.patch(donated_buffer=True):  # which a page sets
+    with functorch_config.patch(donated_buffer=True):  # restored afterwards, as a page sets it
         for number, block in enumerate(blocks):
             exec(compile(block, f"{page} block {number}", "exec"), namespace)
     if page == "README.md":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the arguments tell is said before any backward pass: the caller's graph is whole then."""
+"""Errors that the arguments show are raised before any backward pass, while the caller's graph is still whole."""
 
 import pytest
 import torch

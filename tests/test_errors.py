@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Bad input: the message says what was wanted and what came, and a failed call changes nothing."""
+"""Bad input: the message says what was expected and what was passed, and a failed call changes nothing."""
 
 import numpy as np
 import pytest
@@ -261,7 +261,7 @@ def test_named_backend_that_cannot_serve(monkeypatch):
     monkeypatch.setenv("GRADSURGERY_BACKEND", "unknown")
     with pytest.raises(ValueError, match=r"GRADSURGERY_BACKEND must be one of cuda, .*, got 'unknown'"):
         gradsurgery.gram(ROWS)
-    # No data yet, no device to serve.
+    # Making a method chooses no backend: there is no data yet.
     assert gradsurgery.methods.get("mgda").name == "mgda"
 
 
@@ -345,7 +345,7 @@ def test_sparse_shared_gradient_changes_nothing():
     table = torch.nn.Embedding(5, 3, sparse=True)
     net = torch.nn.Linear(3, 2)
     optimizer = gradsurgery.PCGrad(torch.optim.SGD([*net.parameters(), *table.parameters()], lr=0.1))
-    net.bias.requires_grad_(False)  # it counts among the optimizer's parameters all the same
+    net.bias.requires_grad_(False)  # the number in the message counts it all the same
     with pytest.raises(TypeError, match=r"loss '0' for the optimizer's parameter 2 is a torch.sparse_coo .*shared="):
         optimizer.backward(list(net(table(torch.tensor([1, 2]))).mean(0).unbind()))
     assert all(p.grad is None for p in [*net.parameters(), *table.parameters()])

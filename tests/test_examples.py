@@ -32,7 +32,7 @@ def test_demo(tmp_path, capsys):
 
 @pytest.fixture
 def one_thread():
-    """Tiny convolutions on the threads of several test processes wait for each other."""
+    """Use one thread: with several test processes, threads that share tiny convolutions would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def test_methods(tmp_path):
     )
     run = json.loads(output.read_text())
     assert {row["contender"] for row in run["rows"]} == {"gradsurgery", "gradsurgery pcgrad", "torchjd"}
-    # The two on T = 8, which bench/results/cpu-methods.json meets three times over and more.
+    # The two targets against TorchJD for T = 8, which bench/results/cpu-methods.json exceeds by a factor above 3.
     met = {target["target"]: target["met"] for target in run["targets"]}
     for method in ("cagrad", "nash_mtl"):
         assert met[f"{method} weights T=8: at least 100 x faster than torchjd"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A call that fails amid its stages changes nothing, and when it is made again does what it would have done."""
+"""A call that fails in any of its stages changes nothing; made again, it does what it would have done."""
 
 import copy
 import itertools
@@ -26,7 +26,7 @@ class Fault(Exception):
 
 @contextmanager
 def failing_stage(at):
-    """The ``at``-th call of a backend's functions, or of what adds a single pass's gradients, raises at once."""
+    """Make the ``at``-th call of a backend's functions and of ``add_all`` (for methods of one pass) raise at once."""
     calls, backend = [0], type(choose(None, torch.device(DEVICE), 2))
 
     def counted(name, function):
@@ -88,7 +88,7 @@ class Case:
         return [[p.grad for p in self.net.parameters()], self.optimizer.method.state_dict()]
 
 
-# Methods that keep gradients undo a first step only.
+# Methods that keep gradients can undo only their first step.
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -116,7 +116,7 @@ def test_a_stage_that_fails_changes_nothing(name, how):
             else:
                 break
         assert 1 < at < 19
-    assert lost <= {"aggregate", "combine", "combine_by_rule"}  # which write, if need be over what was collected
+    assert lost <= {"aggregate", "combine", "combine_by_rule"}  # these may write over what was collected
 
 
 @pytest.mark.parametrize("name", methods.available())
@@ -157,7 +157,7 @@ def test_a_method_of_ones_own_that_fails_goes_back():
 
 
 class Growing(methods.Method):
-    """Its state has other keys before the first step, or cannot be read or restored then."""
+    """A method whose state has other keys before the first step, or cannot be read or restored then."""
 
     ema = None
 
@@ -193,7 +193,7 @@ def test_an_optimizer_does_not_hide_the_error_either():
 
 
 def test_a_compiler_in_another_thread_does_not_matter(monkeypatch):
-    """Its flag is of the process."""
+    """While one thread compiles, ``torch.compiler.is_compiling()`` is true in all threads of the process."""
     net = two_task_net()
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters()), "famo")
     optimizer.backward(two_losses(net, torch.ones(2, 6)))
@@ -250,7 +250,7 @@ def test_tasks_of_a_failed_step_are_not_remembered():
     net = two_task_net()
     optimizer = gradsurgery.GradVac(torch.optim.SGD(net.parameters()))
     for p in net.parameters():
-        p.grad = torch.zeros_like(p)  # heads are then added after the shared parameters
+        p.grad = torch.zeros_like(p)  # so gradients of heads are added, after those of shared parameters
     for at in range(1, 9):
         a, b = two_losses(net, torch.ones(2, 6))
         try:
@@ -305,7 +305,7 @@ def test_batches_that_stay_are_not_written_over(monkeypatch):
 
 
 class Static(torch.autograd.Function):
-    """Returns its gradients in memory of its own, as modules in CUDA graphs do."""
+    """A function that returns its gradients in the same memory each time, as modules in CUDA graphs do."""
 
     memory: tuple = ()
 

@@ -11,7 +11,7 @@ from test_gram_methods import weigh
 
 
 def test_a_weight_that_is_all_but_nothing(backend):
-    """The values are those of 300 digits."""
+    """The expected values were computed with 300 digits."""
     rows = torch.tensor([[-1.0, 1, 2], [100, -200, -300], [-3000, -2000, 2000]], dtype=torch.float64, device=DEVICE)
     w = weigh("fairgrad", gradsurgery.gram(rows), backend, alpha=50.0)
     expected = torch.tensor([4.559, 0.02932], dtype=torch.float64, device=DEVICE)
@@ -24,7 +24,7 @@ def test_a_weight_that_is_all_but_nothing(backend):
 
 
 def test_steps_that_lead_away_at_first(backend):
-    """To stop short of those by which the equation gets worse for a while would take more steps than there are."""
+    """Some steps increase the equation's error at first; a solver that shortened them would run out of steps."""
     rows = torch.tensor([[-1.0, 4, -2], [-400, -400, -800], [10, 40, 0]], dtype=torch.float64, device=DEVICE)
     gram = gradsurgery.gram(rows)
     w = weigh("fairgrad", gram, backend, alpha=50.0)
@@ -32,7 +32,7 @@ def test_steps_that_lead_away_at_first(backend):
 
 
 def test_problems_of_many_steps(backend):
-    """Of eight gradients in four dimensions; after 100 steps |d| was 121. The value is that after 5,000."""
+    """Eight gradients in four dimensions. After 100 steps |d| was 121; the expected value is that after 5,000."""
     if INTERPRETED and backend == "triton":
         pytest.skip("takes a quarter of a minute")
     rows = torch.tensor([[3, -2.5, -3.5, -2], [-2, 6, -1, -8], [-0.75, 0.5, 1.5, 1]], dtype=torch.float64) * 1024
@@ -54,7 +54,7 @@ def test_the_equation_holds_for_norms_that_differ(backend, tasks, alpha):
     weights = weigh("fairgrad", torch.stack([gradsurgery.gram(each) for each in rows]), backend, alpha=alpha)
     for each, w in zip(rows, weights, strict=True):
         lengths, product = each.norm(dim=1), gradsurgery.gram(each) @ w
-        # Where a weight is rounding of d no product with it can be right.
+        # Where w_t g_t is far below the rounding error of d, the computed (G w)_t cannot be right.
         counts = w * lengths > 1e-200 * (w @ each).norm()
         solved = (product * w ** (1 / alpha))[counts]
         torch.testing.assert_close(solved, torch.ones_like(solved), rtol=1e-6, atol=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the optimizers give a method, and heads in steps of several batches, sparse or in 16 bits."""
+"""What the optimizers pass to a method; heads in steps of several batches, with sparse gradients, or in 16 bits."""
 
 import inspect
 
@@ -49,7 +49,7 @@ def test_a_named_backend_also_yields_the_weights(name):
 
 
 class Own(methods.Method):
-    """As short as a method of a user's own may be."""
+    """The shortest method that a user can write."""
 
     def weights(self, gram, *, losses=None):
         return torch.full_like(gram[..., 0], 0.5)
@@ -200,7 +200,7 @@ def test_what_belongs_to_a_task_stays_with_its_name(name, options):
         if restored:
             copy = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), methods.get(name, **options))
             state = optimizer.state_dict()
-            copy.load_state_dict({**state, "tasks": dict(sorted(state["tasks"].items()))})  # as some formats store it
+            copy.load_state_dict({**state, "tasks": dict(sorted(state["tasks"].items()))})  # some formats sort keys
             optimizer = copy
         before = str(optimizer.state_dict())
         with pytest.raises(ValueError, match=r"same tasks in the same order.* had \['b', 'a'\], got \['a', 'b'\]"):

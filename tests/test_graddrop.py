@@ -13,7 +13,7 @@ methods = gradsurgery.methods
 
 def test_golden_values(backend):
     rows = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
-    # Here P = 0.6, 1, 1; TorchJD's own random numbers keep the 6.
+    # Here P = 0.6, 1, 1; with its own random numbers, TorchJD keeps the 6.
     found = [gradsurgery.aggregate(rows, "graddrop", seed=seed, backend=backend).tolist() for seed in range(8)]
     assert found == [[6 if uniforms(1, seed, 0) < 0.6 else -4, 2, 2] for seed in range(8)]
     assert [6, 2, 2] in found
@@ -21,7 +21,7 @@ def test_golden_values(backend):
 
 
 def test_philox_as_published():
-    # Random123's known answer for a counter and a key of ones.
+    # Random123's known answer for a counter and a key whose bits are all 1.
     ones = 2**64 - 1
     assert philox_of([2**32 - 1] * 4, ones) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 

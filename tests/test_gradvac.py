@@ -16,7 +16,7 @@ TASKS = (1, 2, 5, 33)
 
 @pytest.fixture(params=[name for name in USABLE if name != "triton"])
 def backend(request):
-    """Not Triton: what it has is the reference's."""
+    """Every usable backend but Triton, which has no kernel for GradVac: it runs the reference's code."""
     return request.param
 
 
@@ -58,7 +58,7 @@ def test_gradvac_is_algorithm_1(backend, tasks):
 
 
 def test_gradvac_of_lengths_that_differ_beyond_measure(backend):
-    """Squares of their ratios overflow."""
+    """The squares of the ratios of these lengths overflow."""
     rows = normal(3, 8, seed=2) * torch.tensor([[2.0**300], [1.0], [2.0**-300]], dtype=torch.float64, device=DEVICE)
     targets = torch.full((3, 3), 0.9, dtype=torch.float64, device="cpu")
     for seed in range(4):
@@ -88,7 +88,7 @@ def test_what_cancels_to_rounding_has_no_cosine(backend):
     rows = torch.tensor([[1.0, -1], [-2, 2], [3, 0]], dtype=torch.float64, device=DEVICE)
     gram, method = gradsurgery.gram(rows), methods.get("gradvac", beta=0.5)
     for step in range(4):
-        # Rows 0 and 1 oppose each other: whoever visits the other one first is 0 after that.
+        # Rows 0 and 1 are opposite: if the first visit of one is to the other, its vector is 0 afterwards.
         order = gradsurgery.task_order(3, seed=0, step=step).tolist()
         first = [next(j for j in row if j != i) for i, row in enumerate(order)]
         before = method.state_dict()["targets"]
@@ -108,7 +108,7 @@ def test_a_zero_gradient_moves_no_target(backend):
 
 
 def test_targets_end_just_below_one(backend):
-    """Towards r = 1 - 1e-8 both weights become 1 + (r sqrt(1 - rho^2) - rho sqrt(1 - r^2)) / sqrt(1 - r^2)."""
+    """With the target r = 1 - 1e-8 both weights are 1 + (r sqrt(1 - rho^2) - rho sqrt(1 - r^2)) / sqrt(1 - r^2)."""
     method, target, rho = methods.get("gradvac"), 1 - 1e-8, -0.5
     ones = torch.ones(2, 2, dtype=torch.float64)
     method.load_state_dict({"targets": ones, "seed": 0, "step": torch.tensor(0)})

@@ -17,7 +17,7 @@ CPU = pytest.mark.skipif("cpu" not in USABLE, reason="about the cpu backend")
 
 
 def assert_gram(got: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> None:
-    """|G_ij - exact| within the stated error, and exactly symmetric."""
+    """Assert that G is within the promised error of the exact one, and exactly symmetric."""
     exact = rows.double() @ rows.double().T
     norms = exact.diagonal().sqrt()
     assert got.dtype == torch.float64
@@ -63,7 +63,7 @@ def test_constant_rows_have_no_bias(backend):
 def test_sums_of_many_parameters_have_no_bias(backend):
     if backend not in USABLE:
         pytest.skip("not there")
-    # Likewise of the products of 20,000 parameters: 3e-13 if one sum runs through all.
+    # So would those of the products of 20,000 parameters: an error of 3e-13 if one sum runs through all.
     value = torch.tensor(0.1, dtype=torch.float64).sqrt()
     gradients = list(value.expand(20_000, 1).unbind())
     exact = 20_000 * Fraction(value.item()) ** 2
@@ -74,7 +74,7 @@ def test_sums_of_many_parameters_have_no_bias(backend):
 @on_cpu
 @CPU
 def test_columns_of_several_parts():
-    # One thread's share of these is summed in two parts, the second with a tail.
+    # One thread sums all of these columns, in two parts; the second part has a tail.
     rows = normal(1, 120_001, torch.float64)
     assert_gram(gradsurgery.gram(rows, backend="cpu"), rows, torch.float64)
 
@@ -84,7 +84,7 @@ def test_columns_of_several_parts():
 @pytest.mark.parametrize("tasks", [16, 24, 31, 49])
 @pytest.mark.parametrize("case", [*HOSTILE, "lists", "strided", "short"])
 def test_bfloat16_rows_of_many_tasks(tasks, case):
-    # What a matrix unit multiplies, where there is one: in panels of 16 tasks, the last one part-empty.
+    # A matrix unit, if the CPU has one, multiplies these in panels of 16 tasks; the last panel may be partly empty.
     if case in HOSTILE:
         rows = hostile(tasks)[case].bfloat16()
     else:
@@ -115,7 +115,7 @@ def test_subnormal_results_elsewhere_are_kept(dtype):
 )
 @pytest.mark.parametrize("ones", [slice(16), slice(0, None, 16)], ids=["at first", "in each step"])
 def test_worst_rounding_of_a_float32_chain(backend, tasks, dtype, ones):
-    # Behind a 1 in the same accumulator, each product of 1.01 * 2^-24 is rounded up to 2^-23, or truncated to 0.
+    # Added to a 1 in the same accumulator, each product of 1.01 * 2^-24 is rounded up to 2^-23, or truncated to 0.
     rows = torch.full((tasks, 512), (1.01 * 2.0**-24) ** 0.5, dtype=dtype)
     rows[:, ones] = 1
     assert_gram(gradsurgery.gram(rows, backend=backend), rows, dtype)
@@ -165,7 +165,7 @@ def ragged_lists(tasks: int, dtype: torch.dtype) -> list[list[torch.Tensor | Non
 
 
 def flatten(grads, parameters) -> torch.Tensor:
-    """[T, N] in float64 with zeros for absent entries."""
+    """Return the gradients as float64 [T, N], with zeros for absent entries."""
     rows = []
     for row in grads:
         parts = []
@@ -190,7 +190,7 @@ def test_list_form(backend, tasks, dtype):
 
 
 def test_list_form_layouts(backend):
-    # The same parameter comes contiguous, channels-last, transposed and broadcast, by task.
+    # The gradients of a parameter are contiguous, channels-last, transposed or broadcast, depending on the task.
     image = normal(1, 2 * 3 * 4 * 5, torch.float32).reshape(2, 3, 4, 5)
     matrix = normal(1, 30, torch.float32).reshape(5, 6)
     grads = [

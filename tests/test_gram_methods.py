@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The methods whose weights one solver yields: golden values, their own problems' conditions, hostile inputs."""
+"""Methods whose weights a solver computes from G: golden values, the conditions of their problems, hostile inputs."""
 
 import math
 
@@ -15,7 +15,7 @@ from inputs import DEVICE, HOSTILE, hostile, normal
 methods = gradsurgery.methods
 TASKS = (1, 2, 5, 33)
 SOLVED = ("upgrad", "dualproj", "cagrad", "nash_mtl", "fairgrad", "imtl_g", "config", "aligned_mtl")
-# The matrix that TorchJD pins its aggregators on.
+# The matrix with which TorchJD's tests pin the values of its aggregators.
 GOLDEN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 GOLDEN_VALUES = {
     "upgrad": ([1.1109, 0.7894], [0.2929, 1.9004, 1.9004]),
@@ -44,7 +44,7 @@ def test_golden_values(backend, method):
 
 @pytest.mark.parametrize("method", [*SOLVED, "krum", "mgda", "pcgrad"])
 def test_weights_of_the_longest_and_shortest_gradients(backend, method):
-    """Between squares of 2^-900 and 2^1000 only the weights' size may follow the gradients'."""
+    """Scaling the gradients, up to squared lengths of 2^-900 or 2^1000, may change only the size of the weights."""
     gram = gradsurgery.gram(normal(4, 8, torch.float64))
     expected = torch.nn.functional.normalize(weigh(method, gram, backend), dim=0)
     squares = gram.diagonal()
@@ -55,7 +55,7 @@ def test_weights_of_the_longest_and_shortest_gradients(backend, method):
 
 
 def assert_dualproj_is_optimal(gram, backend, ridge):
-    """v >= u, H v >= 0, (v - u) . (H v) = 0."""
+    """Assert the optimality conditions: v >= u, H v >= 0, (v - u) . (H v) = 0."""
     tasks = len(gram)
     u = torch.linspace(0.5, 1.5, tasks, dtype=torch.float64) / tasks
     v = weigh("dualproj", gram, backend, pref=u, reg_eps=ridge)
@@ -75,7 +75,7 @@ def test_dualproj_is_optimal(backend, tasks, case, ridge):
 
 @pytest.mark.parametrize("conflict", [1e-2, 1e-4, 1e-6])
 def test_dualproj_of_a_slight_conflict(backend, conflict):
-    product = -1 / 3 * (1 + conflict)  # with u of 1 / 4 and 3 / 4 the mean gradient meets the first at that angle
+    product = -1 / 3 * (1 + conflict)  # at -1/3, sum_t u_t g_t is orthogonal to g_1, as u = (1/4, 3/4)
     gram = torch.tensor([[1, product], [product, 4]], dtype=torch.float64, device=DEVICE)
     assert_dualproj_is_optimal(gram, backend, 1e-12)
 
@@ -83,7 +83,7 @@ def test_dualproj_of_a_slight_conflict(backend, conflict):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tasks", [16, 33, 64])
 def test_dualproj_where_pivots_go_round(backend, tasks, seed):
-    """Twice as many tasks as parameters: then most block pivots never end."""
+    """With about twice as many tasks as parameters, block pivoting mostly cycles and never ends."""
     assert_dualproj_is_optimal(gradsurgery.gram(normal(tasks, tasks // 2 + 1, seed=seed)), backend, 1e-8)
 
 
@@ -134,7 +134,7 @@ def test_fairgrad_solves_its_equation(backend, tasks, case, alpha):
     shortest = gradsurgery.min_norm_weights(cosines)
     if shortest @ cosines @ shortest > 1e-8:  # else there is no solution
         product = (gram @ w)[kept]
-        ridge = 2e-12 * (gram.abs() @ w)[kept] / product  # and rounding, where terms cancel
+        ridge = 2e-12 * (gram.abs() @ w)[kept] / product  # the solver's, and rounding where terms cancel
         assert ((product * w[kept] ** (1 / alpha) - 1).abs() <= 1e-8 + ridge).all()
     elif alpha == 1:
         assert (w @ gram @ w).clamp(min=0).sqrt() <= math.sqrt(tasks) + 1e-6
@@ -151,7 +151,7 @@ def test_nash_mtl_is_fairgrad_on_a_leash(backend, tasks, case):
         w = weigh("nash_mtl", gram, backend, max_norm=max_norm)
         factor = w.sum() / free.sum() if gram.trace() > 0 else 1
         torch.testing.assert_close(w, factor * free)
-        # |d| = sqrt(T), or where there is no solution less, but for the rounding of large weights.
+        # |d| is sqrt(T), or less if there is no solution, up to the rounding of large weights.
         norm = (free @ gram @ free).clamp(min=0).sqrt()
         error = 1e-7 * (free * gram.diagonal().sqrt()).sum()
         assert norm <= math.sqrt(tasks) + error
@@ -173,7 +173,7 @@ def test_imtl_g_and_config_solve_the_cosines(backend, tasks, case):
         w = weigh(name, gram.to(DEVICE), backend, **options).cpu()
         c = torch.linalg.pinv(cosines, hermitian=True, rtol=2.0**-23 * tasks) @ p
         u = torch.where(kept, c / norms, 0)
-        # A conflict-free direction with no part in the gradients' span is none.
+        # If p has no part in the range of the matrix of cosines, no direction exists: the weights are 0.
         solvable = (cosines @ c).norm() > 1e-9
         if name == "imtl_g":
             expected = u / u.sum() if solvable and u.sum().abs() > 1e-12 * u.abs().sum() else 0 * u
@@ -188,7 +188,7 @@ def test_imtl_g_and_config_solve_the_cosines(backend, tasks, case):
             assert name == "config" or abs(w.sum() - 1) < 1e-12
 
 
-# Exchanges of rows whose pivots are rounding leave noise, whatever its trace.
+# If pivots are mere rounding errors, exchanges leave noise in place of the inverse. Its trace does not show that.
 @pytest.mark.parametrize("seed", [43, pytest.param(101, marks=pytest.mark.interpreted_whole)])
 def test_cosines_of_half_as_many_dimensions(backend, seed):
     random = np.random.default_rng(seed)
@@ -201,7 +201,7 @@ def test_cosines_of_half_as_many_dimensions(backend, seed):
 
 
 def test_lengths_whose_squares_are_subnormal(backend):
-    """Beside the others' the first gradient counts as 0: the two have weights as if alone."""
+    """Compared with the others, the first gradient counts as 0: the other two get weights as if alone."""
     rows = torch.tensor([[1, 2, 0], [3, 0, 1], [0, 1, 2]], dtype=torch.float64, device=DEVICE)
     rows[0] *= 1e-160
     weights = weigh("aligned_mtl", gradsurgery.gram(rows), backend)
@@ -219,7 +219,7 @@ def test_opposite_gradients_have_no_common_angle(backend, name):
 @pytest.mark.parametrize("least", [1e-6, 2e-5, 6e-5, 1e-4, 1e-2])
 @pytest.mark.parametrize("tasks", [3, 16])
 def test_cosines_near_the_cutoff(backend, tasks, least):
-    """Almost equal gradients leave one small eigenvalue, here below and above T 2^-23 of the largest."""
+    """Two almost equal gradients give one small eigenvalue, here below or above T 2^-23 times the largest."""
     rows = (1 - 0.1 * (tasks - 1) / tasks) ** 0.5 * torch.ones(tasks, 1, dtype=torch.float64)
     rows = torch.cat([rows, 0.3 * torch.eye(tasks, dtype=torch.float64)], 1)
     rows[-1] = rows[-2]
@@ -240,7 +240,7 @@ def test_cosines_near_the_cutoff(backend, tasks, least):
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_aligned_mtl_makes_components_equally_long(backend, tasks, case, mode):
-    """B G B = s P with the projection P on the eigenvectors that count."""
+    """B G B = s P: column t of B has the weights for ``pref`` = e_t, P projects on the eigenvectors that count."""
     gram = gradsurgery.gram(hostile(tasks)[case]).cpu()
     eye = torch.eye(tasks, dtype=torch.float64, device="cpu")
     columns = [weigh("aligned_mtl", gram.to(DEVICE), backend, pref=row, scale_mode=mode).cpu() for row in eye]
@@ -260,7 +260,7 @@ def test_aligned_mtl_makes_components_equally_long(backend, tasks, case, mode):
 
 def test_the_median_of_equal_eigenvalues(backend):
     values = torch.tensor([1.0, 1.0, 2.0, 9.0], dtype=torch.float64, device=DEVICE)
-    expected = 0.25 / values.sqrt()  # the median is the lower one of an even number
+    expected = 0.25 / values.sqrt()  # of an even number of values, the median is the lower middle one
     torch.testing.assert_close(weigh("aligned_mtl", values.diag(), backend, scale_mode="median"), expected)
 
 
@@ -327,7 +327,7 @@ def test_triton_has_the_reference(method):
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 9])
 def test_jacobi_is_an_eigendecomposition(tasks):
-    """What the reference does where torch's own would synchronise."""
+    """The reference uses it on a GPU, where ``torch.linalg.eigh`` would synchronise."""
     grams = torch.stack([gradsurgery.gram(rows) for name, rows in hostile(tasks).items() if name not in ("huge",)])
     grams = grams / grams.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-300)[:, None, None]
     values, rows = spectral.jacobi(grams)

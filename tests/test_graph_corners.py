@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rare shapes of graphs and losses: what the passes go back through."""
+"""Rare forms of losses, and of graphs that the passes go back through."""
 
 from collections import UserDict
 
@@ -43,7 +43,7 @@ def test_losses_that_are_selected_from_a_stack_by_its_last_dimension():
     v, w = ones(1, 1), ones(1, 1)
     stack = torch.stack([v.square(), w.square()], dim=-1)
     optimizer = wrap([v, w])
-    assert optimizer.backward([stack.select(2, 0), stack.select(2, 1)]).norms.tolist() == [0, 0]  # heads alone
+    assert optimizer.backward([stack.select(2, 0), stack.select(2, 1)]).norms.tolist() == [0, 0]  # only heads
 
 
 def test_losses_that_are_selected_from_a_stack_from_behind():
@@ -177,7 +177,7 @@ def test_losses_from_a_generator_are_collected(method):
 
 
 class ByBatch(UserDict):
-    """A mapping that goes by other things than its keys, as a TensorDict does."""
+    """A mapping that does not iterate over its keys, like a TensorDict."""
 
     def __iter__(self):
         raise StopIteration

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a step goes back through, and whose gradients come of it: checkpoints, other dtypes, hooks, other parameters."""
+"""What a step's passes go through, and who gets gradients: checkpoints, other dtypes, hooks, other parameters."""
 
 import threading
 import weakref
@@ -20,7 +20,7 @@ X = torch.linspace(-1, 1, 48).reshape(8, 6)
 @pytest.mark.parametrize("method", ["pcgrad", "uw"])
 @pytest.mark.parametrize("trained", [True, False])
 def test_reentrant_checkpoints(method, trained):
-    """Passes to named inputs raise, or do not see what is inside where nothing in front of it is trained."""
+    """A pass to named inputs raises in such a checkpoint, or misses its parameters if nothing before it is trained."""
     net = two_task_net()
     net["trunk"][0].requires_grad_(trained)
     x = X.clone().requires_grad_()
@@ -106,7 +106,7 @@ def test_a_complex_head_outside_the_surgery():
 
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_parameters_whose_gradients_are_negated_views(shape, backend):
-    """The gradient of a conjugate's imaginary part is one: its memory has the other sign."""
+    """The gradient of a conjugate's imaginary part is a negated view: its memory holds the opposite sign."""
     real, imaginary = (torch.nn.Parameter(torch.full(shape, value)) for value in (2.0, 1.0))
 
     def losses():
@@ -115,7 +115,7 @@ def test_parameters_whose_gradients_are_negated_views(shape, backend):
 
     expected = [torch.full(shape, 4.0), torch.full(shape, 1.0)]
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([real, imaginary], lr=0.1), "pcgrad", backend=backend)
-    sum(losses()).backward()  # leaves such a .grad
+    sum(losses()).backward()  # leaves a negated view in .grad
     assert imaginary.grad.is_neg() or shape
     for times in (2, 3):
         info = optimizer.backward(losses())
@@ -147,7 +147,7 @@ def test_gradients_wider_than_their_parameters():
 
 @pytest.mark.parametrize("method", ["pcgrad", "uw", "sum"])
 def test_under_no_grad(method):
-    """The graph is there already."""
+    """Under no_grad ``backward`` works, as the losses already have their graph."""
     net = two_task_net()
     optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), method)
     for form in (list, torch.stack):
@@ -229,7 +229,7 @@ def test_selective_checkpoints_take_one_pass():
 
 
 class SquareInPlace(torch.autograd.Function):
-    """Saves memory: its gradient goes where its input was."""
+    """A function that saves memory: it writes its gradient over its input."""
 
     @staticmethod
     def forward(ctx, x):
@@ -275,7 +275,7 @@ class Same(torch.autograd.Function):
 @pytest.mark.skipif("cpu" not in AVAILABLE, reason="needs the extension")
 @pytest.mark.parametrize("way", ["batched", "features", "function"])
 def test_deep_graphs(way):
-    """Of a graph that Python has walked, torch 2.13 frees one function inside the other, until the stack ends."""
+    """If Python has walked a graph, torch 2.13 frees its nodes recursively: a deep graph overflows the stack."""
 
     def step():
         weight = torch.nn.Parameter(torch.ones(2))
@@ -291,7 +291,7 @@ def test_deep_graphs(way):
         finite.append(optimizer.backward(losses, **passes).finite)
 
     finite = []
-    before = threading.stack_size(512 << 10)  # of which 20,000 calls need several times as much
+    before = threading.stack_size(512 << 10)  # 20,000 nested calls need several times as much
     try:
         thread = threading.Thread(target=step)
         thread.start()

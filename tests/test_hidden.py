@@ -17,7 +17,7 @@ X = torch.linspace(-1, 1, 48).reshape(8, 6)
 
 
 class Hiding(torch.autograd.Function):
-    """A checkpoint as reversible layers and some packages have it."""
+    """A checkpoint like those of reversible layers and some packages: its backward calls another backward pass."""
 
     @staticmethod
     def forward(ctx, block, x):
@@ -36,7 +36,7 @@ class Hiding(torch.autograd.Function):
 
 
 class Net(torch.nn.ModuleDict):
-    """Trunk of two layers and two heads; the hidden layer is the first, the second, a head, or none."""
+    """A trunk of two layers and two heads; ``hidden`` names the layer that runs in ``Hiding``, if any."""
 
     def __init__(self, hidden):
         super().__init__(
@@ -50,7 +50,7 @@ class Net(torch.nn.ModuleDict):
     def at(self, name, x):
         if name != self.hidden:
             return self[name](x)
-        # What a function depends on must require grad; the first layer's input is no parameter.
+        # The function needs an input that requires grad, and the first layer's input X does not.
         return Hiding.apply(self[name], x if x.requires_grad else x.clone().requires_grad_())
 
     def features(self):
@@ -150,7 +150,7 @@ def test_nothing_but_what_is_hidden(features):
     for hidden in ("1", None):
         net = Net(hidden)
         z = net.at("1", X).tanh()
-        optimizer = gradsurgery.MGDA(torch.optim.SGD(net["1"].parameters(), lr=0.1))  # no warning
+        optimizer = gradsurgery.MGDA(torch.optim.SGD(net["1"].parameters(), lr=0.1))  # must not warn
         optimizer.backward(net.losses(z), **({"features": z} if features else {}))
         found.append(grads_of(net))
     torch.testing.assert_close(*found)
@@ -260,7 +260,7 @@ def interrupted(*_):
 
 
 def late(hidden, wrap, steps):
-    """Two tasks from the first step on, two more from the second on; gradients and G of the last step."""
+    """Train two tasks, and two more in each step that is True in ``steps``; return the last step's G and gradients."""
     torch.manual_seed(0)
     trunk, late = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
     heads = torch.nn.ModuleList(torch.nn.Linear(6, 1) for _ in range(4))

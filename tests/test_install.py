@@ -42,7 +42,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # plain PyTorch, which takes less
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # plain PyTorch is faster
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "the compiled extension is not there" in result.stdout.splitlines()[1]
@@ -68,7 +68,7 @@ def run(choice, command, monkeypatch):
 
 @pytest.fixture
 def compiled(monkeypatch, capfd):
-    """What setup.py says that it compiles."""
+    """Return a function that runs setup.py and returns what setup.py says that it compiles."""
 
     def run_setup(choice: str) -> str:
         run(choice, "--version", monkeypatch)
@@ -77,7 +77,7 @@ def compiled(monkeypatch, capfd):
         return re.search("^gradsurgery: compiling (.*)$", printed.err, re.MULTILINE)[1]
 
     monkeypatch.chdir(ROOT)
-    # setup.py writes to it.
+    # setup.py sets this variable.
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
     return run_setup
 
@@ -196,7 +196,7 @@ def test_a_build_that_cannot_be(machine, choice, message, compiled, monkeypatch,
 def test_what_gets_compiled(machine, choice, expected, compiled, monkeypatch, tmp_path):
     machine(monkeypatch, tmp_path)
     assert compiled(choice) == expected
-    # For what nvcc knows.
+    # The architectures that nvcc knows.
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == ("8.0;9.0a+PTX" if expected == "cuda" else "")
 
 

@@ -9,7 +9,7 @@ from inputs import DEVICE, normal
 
 
 def explicit(rows: torch.Tensor, byzantine: int, selected: int) -> torch.Tensor:
-    """The paper's words, over the gradients themselves."""
+    """Compute Krum's direction as in the paper, from the gradients themselves."""
     tasks = len(rows)
     scores = []
     for i in range(tasks):

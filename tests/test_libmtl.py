@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The weighting classes for LibMTL, in a stand-in of what its trainer does with them."""
+"""The weighting classes for LibMTL, in a stand-in for LibMTL's trainer."""
 
 import copy
 import io
@@ -130,7 +130,7 @@ def test_training_in_the_trainers_loop():
     weights, history = train(build(weighting("mgda"), dtype=torch.float32), 40)
     assert all(last < first for first, last in zip(history[0], history[-1], strict=True))
     np.testing.assert_allclose(weights.sum(0), 1)
-    # The initial parameters of a GPU are others, with which the first task may never count.
+    # The initial parameters on a GPU are others; with them the first task may never get a weight.
     found = weights[:1] if DEVICE == "cpu" else weights
     assert max(len(np.unique(of_task)) for of_task in found) > 30
 
@@ -144,7 +144,7 @@ def test_each_model_has_a_state_of_its_own_and_a_method_object_one():
     given = methods.get("pcgrad", seed=5)
     train(build(weighting(given)), 2)
     assert given.state_dict()["step"] == 2
-    averaged = build(weighting("cr_mogm", method="mgda"))  # an option that is named as the first argument
+    averaged = build(weighting("cr_mogm", method="mgda"))  # an option with the same name as the first argument
     train(averaged, 1)
     assert averaged.surgery_method.method.name == "mgda"
 

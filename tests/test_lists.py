@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gradients read past the dispatcher by the extension, beside the operators that serve what it does not take."""
+"""Gradients that the extension reads without torch's dispatcher, and the operators that serve all others."""
 
 import itertools
 import threading
@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float32, torch.flo
 
 
 def make_lists(tasks=4):
-    """Every second task lacks parameter 1, no task but the last one has parameter 2."""
+    """Return lists in which every second task lacks parameter 1, and only the last task has parameter 2."""
     rows = [
         [
             normal(1, max(1, torch.Size(s).numel()), d)[0][: torch.Size(s).numel()].reshape(s)
@@ -170,7 +170,7 @@ def test_a_dispatch_mode_sees_the_operators():
     assert {"gradsurgery::gram.list", "gradsurgery::gram"} <= set(seen)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of the tracer
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's tracer
 def test_a_tracer_sees_the_operators():
     traced = torch.jit.trace(gradsurgery.gram, normal(2, 5), check_trace=False)
     other = normal(2, 5, seed=7)
@@ -208,12 +208,12 @@ def freed(tensor):
 
 def test_freed_memory_is_shared_by_nothing():
     rows = [[freed(torch.ones(4))], [freed(torch.ones(4))]]
-    found = [_shares_memory(rows), _gradients.C.shares_memory(rows)]  # it cannot be printed where it is asserted
+    found = [_shares_memory(rows), _gradients.C.shares_memory(rows)]  # pytest cannot print freed tensors
     assert found == [False, False]
 
 
 def test_freed_memory_is_no_absent_gradient():
-    """As that of parameters that somebody gathers and frees."""
+    """Gradients with freed memory, as of parameters that are gathered and freed, raise: they are not absent ones."""
     ones, operators = torch.ones(4), torch.ops.gradsurgery
     weights, gram = (torch.ones(shape, dtype=torch.float64, device=ones.device) for shape in ([2], [2, 2]))
     calls = [
@@ -234,7 +234,7 @@ def test_freed_memory_is_no_absent_gradient():
 
 
 def test_outputs_live_while_kernels_write_to_them():
-    """Another thread takes them from the caller's list."""
+    """Another thread replaces the outputs in the caller's list while kernels write to them."""
     rows = [[torch.ones(1 << 21)] for _ in range(4)]
     ended, taken = threading.Event(), itertools.count()
 

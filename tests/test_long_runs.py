@@ -12,7 +12,7 @@ from conftest import two_losses, two_task_net
 
 methods = gradsurgery.methods
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
-# One for each place where a method makes its state.
+# One method for each place in the code where a state is made.
 STATEFUL = ("pcgrad", "gradvac", "gradnorm", "dwa", "modo", "cr_mogm")
 
 
@@ -84,7 +84,7 @@ def test_a_model_goes_on_in_another_dtype(name):
         optimizer.backward(two_losses(net, X.to(dtype)))
         optimizer.step()
         states[dtype] = optimizer.state_dict()
-        kept_in = torch.float32 if name == "excess_mtl" else dtype  # sums, which do not fit 16 bits
+        kept_in = torch.float32 if name == "excess_mtl" else dtype  # its buffers are sums, which do not fit 16 bits
         assert all(b.dtype == kept_in for row in states[dtype]["surgery"][name]["buffers"] for b in row)
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
@@ -143,7 +143,7 @@ def test_a_parameter_that_moves_to_another_group_has_the_g_of_that_group():
     assert not torch.equal(moved, before)
     optimizer.collect(losses())
     groups[0]["params"].clear()
-    optimizer.combine()  # of what was there when it was collected
+    optimizer.combine()  # on the parameters that the groups had when it was collected
 
 
 def test_a_step_that_fails_settles_no_blocks():

@@ -87,7 +87,7 @@ def test_accelerate_in_micro_batches():
         expected.step()
     model, optimizer, batches = accelerator.prepare(net, optimizer, loader())
     for x in batches:
-        with accelerator.accumulate(model):  # as docs/training.md has it
+        with accelerator.accumulate(model):  # as in docs/training.md
             each = [loss / accelerator.gradient_accumulation_steps for loss in model(x)]
             optimizer.optimizer.collect(each, scaler=accelerator.scaler)
             if accelerator.sync_gradients:
@@ -99,7 +99,7 @@ def test_accelerate_in_micro_batches():
 
 
 def scaler_of(trainer):
-    """As docs/training.md has it."""
+    """Return the trainer's gradient scaler, or None, as in docs/training.md."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
@@ -202,7 +202,7 @@ def test_lightning(plain, tmp_path):
 
 
 class WithModes(torch.optim.SGD):
-    """As schedule-free optimizers are."""
+    """An optimizer with a training mode, like schedule-free optimizers."""
 
     mode = "none"
     _private = True
@@ -219,7 +219,7 @@ def test_what_else_an_optimizer_has():
     copied.train()
     assert copied.optimizer.mode == "train"
     assert not hasattr(optimizer, "eval")
-    # GradScaler takes such an attribute for leave to set others, here in place of there.
+    # GradScaler looks for a private attribute, and would then set others on the wrapper, not on the wrapped optimizer.
     assert not hasattr(optimizer, "_private")
 
 
@@ -234,7 +234,7 @@ def test_warns_of_steps_without_surgery():
     optimizer.step()
     with pytest.warns(UserWarning, match="two steps without surgery"):
         optimizer.step()
-    optimizer.step()  # once
+    optimizer.step()  # warns only once
     other = gradsurgery.PCGrad(torch.optim.SGD([parameter], lr=0.1))
     other.step(lambda: parameter.sum().backward())
     with pytest.warns(UserWarning, match="two steps without surgery"):

@@ -40,7 +40,7 @@ def test_famo_learns_as_autograd_and_adam_do(tasks, second):
     method, values = new("famo", lr=0.1, gamma=0.05), series(tasks, 12)
     x = torch.zeros(tasks, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([x], lr=0.1, weight_decay=0.05)
-    # Without second losses the next step's take their place.
+    # If no second losses are given, the next step's losses take their place.
     for before, after in values.unflatten(0, (6, 2)) if second else pairwise(values):
         losses = before.clone().requires_grad_()
         z = x.softmax(0).detach()
@@ -81,7 +81,7 @@ def test_famo_takes_the_second_losses_once_and_in_any_form():
         tensor.update([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match=r"losses must hold one number per task, got \[\]"):
         tensor.update([])
-    # The task that has fallen less gains weight.
+    # The task whose loss has fallen less gains weight.
     assert after["logits"][1] > 0 > after["logits"][0]
 
 
@@ -154,7 +154,8 @@ def test_stch_is_the_gradient_of_the_smooth_maximum(tasks, warmup):
 def test_stch_without_a_nadir():
     method = new("stch", warmup=1)
     step(method, f64([0.0, 0.0, 2.0]))
-    # The first is at its nadir whatever it is, the second is left out, the third is twice its nadir.
+    # The first loss has a nadir of 0 and counts as equal to it; the second is 0 and left out; the third is twice its
+    # nadir.
     torch.testing.assert_close(step(method, f64([5.0, 0.0, 4.0])), f64([3 / 3 / 5, 0.0, 3 * 2 / 3 / 4]))
 
 
@@ -175,7 +176,7 @@ def test_dtp_weights_are_focal():
 
 
 def test_kpis_are_not_printed_where_they_are_right(monkeypatch):
-    """On a GPU that would read them on the host."""
+    """On a GPU, printing the KPIs would read them on the host."""
     monkeypatch.setattr(torch.Tensor, "__repr__", None)
     new("dtp").update(f64([0.5, 0.25]))
 

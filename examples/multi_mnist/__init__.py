@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Compare the sum of losses, PCGrad, MGDA and GradNorm, or other methods, on Multi-MNIST.
 
-Run ``python -m examples.multi_mnist``, with ``--methods`` and names of the README's table for other methods.
+Run ``python -m examples.multi_mnist``. For other methods, add ``--methods`` and their names in the README's table.
 
 Two MNIST digits lie on one canvas; the tasks are to name the left and the right one. Every method trains the
 same network from the same initial weights on the same batches, with Adam at the same learning rate and the

@@ -30,7 +30,7 @@ def multi_mnist(train_pairs: int, test_pairs: int) -> tuple[TensorDataset, Tenso
 
 
 def _draw_pairs(digits: Tensor, classes: Tensor, count: int, generator: torch.Generator) -> TensorDataset:
-    """Overlay random digits by pixelwise maximum: the left one at the top left, the other opposite."""
+    """Overlay random digits by pixelwise maximum: the left one at the top left, the right one at the bottom right."""
     pairs = torch.randint(len(digits), (count, 2), generator=generator)
     margin = CANVAS - DIGIT
     left = torch.nn.functional.pad(digits[pairs[:, 0]], (0, margin, 0, margin))

@@ -19,8 +19,8 @@ BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 def save_figure(runs: Sequence[Run], path: Path) -> None:
     """Write a PNG: one column per method, training losses above, cosine of the task gradients below.
 
-    The run is cut into ``INTERVALS``. A curve is the mean over seeds of the interval's average, its band the
-    standard deviation over seeds to each side. Dotted curves repeat those of the plain sum.
+    The steps are split into ``INTERVALS`` intervals. A curve shows the mean over seeds of each interval's average; its
+    band extends one standard deviation over seeds to each side. Dotted curves repeat those of the plain sum.
     """
     curves = {method: _curves(group) for method, group in by_method(runs).items()}
     _, reference, _ = curves[BASELINE]

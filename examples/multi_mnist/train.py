@@ -32,7 +32,7 @@ OPTIMIZERS: dict[str, Callable[[MultiLeNet], torch.optim.Optimizer]] = {
 
 
 def make_optimizer(method: str, model: MultiLeNet) -> torch.optim.Optimizer:
-    """Return the optimizer of that name here, or with the method of that name in the registry, by default options."""
+    """Return the optimizer of this name in ``OPTIMIZERS``, or else Adam with this method and its default options."""
     if method in OPTIMIZERS:
         return OPTIMIZERS[method](model)
     return gradsurgery.SurgeryOptimizer(_adam(model), method)
