@@ -64,11 +64,11 @@ class SurgeryOptimizer(OptimizerWrapper):
         process_group: the processes that train the model together, each with a batch of its own. Task gradients and
             losses are averaged over them before surgery, as if one process had all batches. None: the default group if
             ``torch.distributed`` is initialised. A group of this process alone averages nothing. Every process must
-            call ``backward`` and ``combine``; if one raises, the others wait until the group's timeout. If parameters
-            are sharded, leave it None for ``fully_shard``, whose hooks average the gradients. For tensor parallelism
-            alone, pass the group of the processes that hold the same parts; None then averages no gradients. Each
-            process combines its own parts. There is one pass per loss, which also adds to ``.grad`` of parameters
-            outside the optimizer. GradDrop is refused.
+            call ``backward`` and ``combine``; if one raises, the others may wait until the group's timeout. If
+            parameters are sharded, leave it None for ``fully_shard``, whose hooks average the gradients. For tensor
+            parallelism alone, pass the group of the processes that hold the same parts; None then averages no
+            gradients. Each process combines its own parts. There is one pass per loss, which also adds to ``.grad`` of
+            parameters outside the optimizer. GradDrop is refused.
         backend: a name of :func:`gradsurgery.backends`; None chooses.
 
     Raises:
