@@ -180,7 +180,7 @@ class Passes:
         features.
 
         Raises:
-            ValueError: the features do not part the graph, or each belongs to a loss of its own.
+            ValueError: the features do not part the graph, or each of several belongs to one loss alone.
             TypeError: a feature is complex.
         """
         parted = self._to_features(features, joint=True)

@@ -52,7 +52,7 @@ class SurgeryInfo:
         With mode="representation" these are products of the features' gradients, and all that follows from G is, too.
 
         Raises NotComputedError, a ValueError, if the step computed no G: coordinate-wise methods compute none, nor does
-        ``backward`` for methods that do not need it, which take a single pass.
+        ``backward`` where it takes a single pass, for methods that do not need G.
         """
         if self._gram is None:
             raise NotComputedError(

@@ -128,8 +128,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         Args:
             losses: one scalar per task: a sequence or another iterable, a 1-D tensor, or a dict from name to scalar.
                 None stands for a loss that this step lacks, if the method allows that (``takes_absent``); its task
-                then has no gradients. None also stands for a loss that only other processes have, except with methods
-                that take a single backward pass.
+                then has no gradients. None also stands for a loss that only other processes have, except with sharded
+                parameters and with methods that take a single backward pass or several batches.
             scaler: a gradient scaler. Pass the losses unscaled; ``.grad`` comes out scaled, for ``scaler.unscale_``
                 and ``scaler.step``; the method sees unscaled values.
             retain_graph: keep the graph after the last pass.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""M-ConFIG: ConFIG of averaged gradients; a step needs only one of the losses."""
+"""M-ConFIG: ConFIG of averaged gradients; after the first step, one of the losses is enough."""
 
 from __future__ import annotations
 
