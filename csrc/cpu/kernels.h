@@ -10,7 +10,7 @@
 
 #include "gradsurgery/gradsurgery.h"
 
-// Defined where the operating system can be asked for the matrix unit (or tests emulate it).
+// Defined where the operating system can be asked for the matrix unit.
 #if defined(__x86_64__) && defined(__linux__)
 #define GS_HAS_TILES
 #endif

@@ -112,7 +112,7 @@ gs_status gs_aggregate_cuda(const gs_gradients* grads, const gs_solve* solve, do
     table.seed = solve->seed;
     table.step = solve->step;
     const gs_status status = launch_fused(table, dtype, static_cast<double*>(workspace), gram, weights, stream);
-    // GS_UNSUPPORTED: a part of a GPU (MIG) may be too small to run all blocks at once.
+    // GS_UNSUPPORTED: a context that has only a part of the GPU may not be able to run all blocks at once.
     if (status != GS_UNSUPPORTED) return status;
   }
   gs_status status = gs_gram_cuda(grads, gram, workspace, workspace_bytes, stream);

@@ -19,7 +19,7 @@ constexpr uint32_t kToShift = 1u << 31;
 //   * row(r), holds(r): the task of the thread's r-th row, and whether the stage has that row;
 //   * place(r, slice, lane): the place in a stage of a lane's vector of a row;
 //   * extra(r), mark(): the place of the additional vector, and that of the mark, the latter in words.
-// The places of tasks beyond the last one are not written, and their products are not used.
+// The places of tasks beyond the last one get zeros or nothing; their products are not used.
 template <class In, class Layout>
 class Copier {
  public:

@@ -21,7 +21,7 @@ class Tables {
       : grads_(grads), out_(out), width_of_(width_of) {}
 
   // Moves to the next dtype and describes its table, without its contents; false if no dtype is left. Parameters
-  // without elements, without gradients or (for combine) without an output are left out.
+  // without elements are left out, and those without gradients (gram) or without an output (combine).
   bool next(Table& table) {
     table.elsewhere = nullptr;
     table.pointers = static_cast<int32_t>(grads_.num_tasks + (out_ != nullptr));

@@ -19,7 +19,7 @@ constexpr int kMinPart = 8192;  // bytes: smaller parts would wait for memory on
 constexpr int kPairs = kFusedTasks * (kFusedTasks + 1) / 2;
 static_assert(kFusedTasks * kFusedTasks <= kFusedThreads);  // one thread for each entry of G
 
-// What each stage keeps in shared memory beside the gradients; the stages use the same memory in turn.
+// What the stages keep in shared memory beside the gradients; the members of the union are used one after the other.
 struct Scratch {
   double gram[kFusedTasks * kFusedTasks];
   double weights[kFusedTasks];

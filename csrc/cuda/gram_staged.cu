@@ -151,7 +151,8 @@ GS_DEVICE void add_tiles(FloatTiles<In, 1, kTiles>& tiles, const Vector<In>* lef
   tiles.add(words, load, needed);
 }
 
-// Sums the block's tiles over its slot and writes them. A warp may have up to two tiles fewer than kTiles.
+// Sums the block's tiles over its slot and writes them. A warp has at most kTiles tiles. One with at most kTiles - 2
+// skips the last two; with kMany it may lack more, whose sums are not written.
 template <class In, bool kMany, bool kShifts, int kSlices, int kTiles, class Tiles>
 GS_DEVICE void sum_and_write(const Table& table, int num_tasks, const Split& split, int own, int own_split,
                              Tiles& tiles, double* partials) {

@@ -104,7 +104,7 @@ gs_status launch_pcgrad(const double* gram, int64_t batch, int num_tasks, const 
   };
   if (traits.overlaps && num_tasks >= kSharedTasks && batch <= kFewProblems) {
     const gs_status status = launch_with(&pcgrad_kernel<kPerLane, true>, kSharingBlocks);
-    // GS_UNSUPPORTED: a part of a GPU (MIG) may have no room for a cluster.
+    // GS_UNSUPPORTED: a part of a GPU may have no room for a cluster.
     if (status != GS_UNSUPPORTED) return status;
   }
   return launch_with(&pcgrad_kernel<kPerLane, false>, 1);

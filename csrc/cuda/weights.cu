@@ -11,7 +11,7 @@
 namespace gs::gpu {
 namespace {
 
-constexpr int64_t kMaxWarps = 8;  // of a block; UPGrad divides its tasks among warps, the other solvers use one warp
+constexpr int64_t kMaxWarps = 8;  // of a block; UPGrad and Gradient Vaccine divide their tasks among them
 
 int64_t warps_of(gs_weighting weighting, int64_t num_tasks) {
   return weighting == GS_UPGRAD ? std::min(num_tasks, kMaxWarps) : 1;

@@ -9,7 +9,7 @@
 //     and a workspace, aligned to 64 bytes, of at least the size that the matching gs_*_workspace_bytes returns (-1 for
 //     invalid arguments);
 //   * a number passed by value is checked if a comment states its range, and so are the arrays of gs_gradients and, on
-//     the CPU, orders. Any other number, by value or in an array, gives some result, even NaN;
+//     the CPU, orders. Any other number, by value or in an array, is accepted, even NaN, and gives some result;
 //   * solvers are accurate if every non-zero G_ii is between 2^-900 and 2^1000; otherwise the weights may belong to a
 //     different G;
 //   * a batch has at most 2^40 problems;
@@ -137,8 +137,8 @@ typedef struct CUstream_st* gs_stream;
 GS_API const char* gs_version(void);
 GS_API const char* gs_last_error(void);
 // The instruction set in use: "amx", "avx512", "avx2" or "baseline". With "amx", the process asks Linux for the matrix
-// unit at its first Gram matrix of bfloat16 gradients with T = 16 or T >= 24. Signal stacks that are set up after that
-// must have room for the unit's registers: sysconf(_SC_MINSIGSTKSZ) gives the size.
+// unit at its first Gram matrix where 16, or 24 or more, tasks have a bfloat16 gradient of the same parameter. Signal
+// stacks that are set up after that must have room for the unit's registers: sysconf(_SC_MINSIGSTKSZ) gives the size.
 GS_API const char* gs_cpu_isa(void);
 GS_API int gs_has_cuda(void);  // 1 if the CUDA kernels were compiled in
 
@@ -240,8 +240,8 @@ GS_API gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_
 
 // Gradient Vaccine's weights [batch, T] (Wang et al., ICLR 2021, Algorithm 1): like PCGrad, but each pair has a target
 // cosine r_ij in place of 0. If cos(v, g_j) < r_ij, v moves along g_j until the cosine is r_ij. targets [batch, T, T]
-// holds r: after each visit r_ij moves towards the cosine found, by the fraction beta in 0..1; if G is not finite,
-// targets stays as it was. order is [T, T] as for PCGrad, a row per task, the same for every problem.
+// holds r: after each visit r_ij moves towards the cosine found, by the fraction beta in 0..1 (not if v or g_j is
+// zero); if G is not finite, targets stays as it was. order is [T, T] as for PCGrad, a row per task, the same for every problem.
 GS_API gs_status gs_gradvac_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
                                 double* targets, double* weights, const gs_parallel* parallel);
 GS_API gs_status gs_gradvac_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
