@@ -241,7 +241,8 @@ GS_API gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_
 // Gradient Vaccine's weights [batch, T] (Wang et al., ICLR 2021, Algorithm 1): like PCGrad, but each pair has a target
 // cosine r_ij in place of 0. If cos(v, g_j) < r_ij, v moves along g_j until the cosine is r_ij. targets [batch, T, T]
 // holds r: after each visit r_ij moves towards the cosine found, by the fraction beta in 0..1 (not if v or g_j is
-// zero); if G is not finite, targets stays as it was. order is [T, T] as for PCGrad, a row per task, the same for every problem.
+// zero); if G is not finite, targets stays as it was. order is [T, T] as for PCGrad, a row per task, the same for every
+// problem.
 GS_API gs_status gs_gradvac_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
                                 double* targets, double* weights, const gs_parallel* parallel);
 GS_API gs_status gs_gradvac_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
