@@ -3,11 +3,12 @@
 
 import pytest
 import torch
+from torch._guards import TracingContext, tracing
 
 import gradsurgery
 from conftest import grads_of, on_cpu, two_task_net
 from gradsurgery import _graph
-from gradsurgery._compiling import capturing
+from gradsurgery._compiling import capturing, is_traced
 from gradsurgery._wrapper import OptimizerWrapper
 
 pytestmark = on_cpu
@@ -170,6 +171,14 @@ def test_vmap_does_not_take_a_compiled_function(whole):
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), shared=[*net.parts["trunk"].parameters()])
     with pytest.raises(RuntimeError, match=r"compiled backward function within vmap.*mode='sequential' goes back"):
         optimizer.backward(losses_of(compiled(X)), mode="batched")
+
+
+def test_a_compilers_context_alone_tells_of_tracing():
+    """While torch 2.11 traces a function by calling it, ``torch.compiler.is_compiling()`` is false."""
+    assert not is_traced()
+    with tracing(TracingContext(None)):
+        assert not torch.compiler.is_compiling()
+        assert is_traced()
 
 
 @pytest.mark.parametrize("wrapped", [torch.compiler.allow_in_graph, torch._dynamo.nonstrict_trace])
