@@ -52,7 +52,7 @@ def methods_table(run: dict[str, Any]) -> str:
 
 def steps_table(run: dict[str, Any]) -> str:
     """Return the table of whole training steps."""
-    rows = {(row["workload"], row["contender"]): row for row in run["rows"]}
+    rows = {(row["workload"], row["contender"]): row for row in run["rows"] if row["median_ms"] is not None}
     lines = [
         f"On {_where(run)}; milliseconds, with surgery in brackets:",
         "",

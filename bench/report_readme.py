@@ -12,6 +12,7 @@ from typing import Any
 from . import plots
 from .gpu_targets import judge
 from .gpu_timing import Row
+from .origin import PACKAGES
 from .report_notes import commit_of
 from .timing import ALLOCATING, MIN_ROUNDS
 
@@ -40,6 +41,11 @@ def _wrapped(lines: list[str]) -> str:
     parts = itertools.groupby(lines, lambda line: "" if not line else "|" if line.startswith("|") else "prose")
     texts = (prose.fill(" ".join(part)) if kind == "prose" else "\n".join(part) for kind, part in parts)
     return "\n".join(texts) + "\n"
+
+
+def _versions(run: dict[str, Any], *names: str) -> str:
+    """Return the versions of those of the packages that were installed."""
+    return ", ".join(f"{name} {run['versions'][name]}" for name in names if name in run["versions"])
 
 
 def _link(path: Path) -> str:
@@ -78,16 +84,15 @@ def cpu_section(run: dict[str, Any]) -> str:
         of_mgda = [times("mgda", name, tasks, size) for name in contenders[:2]]
         cells = [tasks, f"{size:.0e}".replace("e+0", "e"), pcgrad, *others, mgda, *of_mgda]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    machine, versions = run["machine"], run["versions"]
+    machine = run["machine"]
     lines += [
         "",
         "For MGDA the work differs: gradsurgery's weights are exact, torchjd's are those of at most 100 Frank-Wolfe",
         f'steps. "About": there was time for fewer than {MIN_ROUNDS} calls. Surgery is only one part of a training',
         "step: the T backward passes before it remain.",
         "",
-        f"Medians of one run of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch "
-        f"{versions['torch']}, torchjd {versions['torchjd']}, pytorch_optimizer {versions['pytorch_optimizer']}; "
-        f"load {machine['load_at_start']:.1f} at the start; {commit_of(run)}. "
+        f"Medians of one run of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; "
+        f"{_versions(run, 'torch', *PACKAGES)}; load {machine['load_at_start']:.1f} at the start; {commit_of(run)}. "
         "All rows, with spreads, bfloat16 and errors:",
         "[bench/results/cpu-peers.json](bench/results/cpu-peers.json). How the measurements are taken:",
         "[bench/NOTES.md](bench/NOTES.md).",
@@ -111,13 +116,13 @@ def _on_another(run: dict[str, Any]) -> list[str]:
 
 def cpu_steps_section(run: dict[str, Any]) -> str:
     """Return the Markdown for whole training steps on a CPU."""
-    rows = {(row["workload"], row["contender"]): row for row in run["rows"]}
+    rows = {(row["workload"], row["contender"]): row for row in run["rows"] if row["median_ms"] is not None}
 
     def cell(workload: str, contender: str) -> str:
         row = rows.get((workload, contender))
-        return f"{row['median_ms']:.0f} ms, {row['peak_mb']:.0f} MB" if row and row["median_ms"] else "-"
+        return "-" if row is None else f"{row['median_ms']:.0f} ms, {row['peak_mb']:.0f} MB"
 
-    ours = [row["parts_ms"] for row in run["rows"] if row["contender"] == "pcgrad, sequential"]
+    ours = [row["parts_ms"] for row in rows.values() if row["contender"] == "pcgrad, sequential"]
     least, most = (round(100 * find(p["backward"] / sum(p.values()) for p in ours)) for find in (min, max))
     contenders = {name: label for name, label in plots.BARS.items() if name != "torchjd UPGrad"}
     lines = [
@@ -132,15 +137,14 @@ def cpu_steps_section(run: dict[str, Any]) -> str:
         first = rows[workload, "sum of losses"]
         cells = [workload, first["tasks"], f"{first['shared']:,}", *(cell(workload, name) for name in contenders)]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    machine, versions = run["machine"], run["versions"]
+    machine = run["machine"]
     lines += [
         "",
         '"Representation" is surgery on the gradients of the features that tasks share: an approximation, with one',
         "backward pass below the features ([docs/training.md](docs/training.md#fewer-or-cheaper-backward-passes)).",
         "torchjd batches its backward passes by default, and makes them one by one with `parallel_chunk_size=1`.",
-        f"Medians of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; torch {versions['torch']}, "
-        f"torchjd {versions['torchjd']}, pytorch_optimizer {versions['pytorch_optimizer']}; load "
-        f"{machine['load_at_start']:.1f} at the start; {commit_of(run)}:",
+        f"Medians of `{run['command']}` on {machine['cpu']}, {machine['threads']} threads; "
+        f"{_versions(run, 'torch', *PACKAGES)}; load {machine['load_at_start']:.1f} at the start; {commit_of(run)}:",
         f"{_link(CPU_STEPS)}. The models:",
         "[bench/NOTES.md](bench/NOTES.md#whole-training-steps).",
     ]
@@ -223,8 +227,7 @@ def gpu_peers_section(run: dict[str, Any]) -> str:
     lines += [
         "",
         f"Medians of `{run['command']}`, which had time for {cases - left_out} of {cases} cases; "
-        + ", ".join(f"{name} {run['versions'][name]}" for name in others[1:] if name in run["versions"])
-        + f"; {commit_of(run)}:",
+        f"{_versions(run, *PACKAGES)}; {commit_of(run)}:",
         f"{_link(GPU_PEERS)}.",
     ]
     return _wrapped(lines)

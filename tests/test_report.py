@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import plots, report, report_readme
+from bench import plots, report, report_notes, report_readme
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -51,6 +51,13 @@ def test_runs_that_lack_cases_have_sections_and_plots():
     stages = json.loads(report.GPU.read_text())
     stages["rows"] = [row for row in stages["rows"] if row["tasks"] != 8 or "triton" not in row["contender"]]
     assert " | - | " in report_readme.gpu_section(stages)
+    steps = json.loads(report.CPU_STEPS.read_text())
+    steps["versions"].pop("torchjd")
+    for row in steps["rows"]:
+        if "torchjd" in row["contender"]:
+            row |= {"median_ms": None, "parts_ms": {}}
+    assert " - | - | " in report_readme.cpu_steps_section(steps)
+    assert " | - | - |" in report_notes.steps_table(steps)
     steps = json.loads(report.STEPS.read_text())
     first = steps["rows"][0]["workload"]
     for row in steps["rows"]:
