@@ -272,6 +272,20 @@ def test_aligned_mtl_of_many_tasks(columns):
     )
 
 
+@pytest.mark.parametrize("method", ["mgda", "dualproj"])
+def test_many_problems_of_many_tasks(method):
+    rows = normal(160, 8 * 80).view(160, 8, 80).transpose(0, 1)
+    gram, threads = rows @ rows.mT, torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = weigh(method, gram, "reference")
+        torch.set_num_threads(1)
+        expected = weigh(method, gram, "reference")
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e6, 1e20])
 @pytest.mark.parametrize("method", [*SOLVED, "gradvac"])
 @pytest.mark.parametrize("tasks", [2, 5])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problems import all_done
+from .problems import all_done, solve
 
 _PATIENCE = 4
 _ROUNDING = 1e-13
@@ -67,7 +67,7 @@ def dual_cone(gram: Tensor, u: Tensor, ridge: float) -> Tensor:
         pair = free[..., :, None] & free[..., None, :]
         matrix = torch.where(pair, h, torch.where(free, 0, 1)[..., None] * eye)
         right = torch.where(free, -(h @ torch.where(free, 0, u)[..., None]).squeeze(-1), u)
-        target = torch.linalg.solve_ex(matrix, right[..., None])[0].squeeze(-1)
+        target = solve(matrix, right)
         blocked = free & (target < u) & ~pivoting
         reach, leaving = torch.where(blocked, (v - u) / (v - target), torch.inf).min(-1, keepdim=True)
         leaves = blocked & torch.zeros_like(free).scatter(-1, leaving, blocked.any(-1, keepdim=True))

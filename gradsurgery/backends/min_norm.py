@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problems import all_done
+from .problems import all_done, solve
 
 
 def frank_wolfe(gram: Tensor, max_iter: int, tol: float) -> Tensor:
@@ -70,7 +70,7 @@ def wolfe(gram: Tensor, start: Tensor | None = None) -> Tensor:
             torch.where(pair, gram + shift[..., None], 0)
             + torch.where(active, 1e-15 * squared_norms, 1)[..., None] * eye
         )
-        u = torch.linalg.solve_ex(matrix, active.to(gram.dtype)[..., None])[0].squeeze(-1)
+        u = solve(matrix, active.to(gram.dtype))
         target = torch.where(active, u / u.sum(-1, keepdim=True), 0)
         settled = settled | ~target.isfinite().all(-1, keepdim=True)  # w is the best there is
         blocked = active & (target <= 0)

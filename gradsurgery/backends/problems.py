@@ -8,6 +8,10 @@ import math
 import torch
 from torch import Tensor
 
+# PyTorch factors a batch of matrices in several threads at once, and MKL's results are wrong then from 151 rows on, if
+# it returns at all (https://github.com/pytorch/pytorch/issues/142815).
+_MOST_BATCHED = 128
+
 
 def is_finite(gram: Tensor) -> Tensor:
     """Return whether each G [..., T, T] is finite, bool [..., 1]."""
@@ -24,6 +28,16 @@ def are_finite(values: Tensor) -> Tensor:
 def squared_length(gram: Tensor, x: Tensor) -> Tensor:
     """Return the squared length x^T G x >= 0 of weighted sums, [..., 1]."""
     return (x * (gram @ x[..., None]).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0)
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return x [..., T] with A x = b for each A [..., T, T] and b [..., T]; where A is singular, anything."""
+    if matrix.device.type == "cpu" and matrix.shape[-1] > _MOST_BATCHED:
+        solution = right.new_empty(right.shape)
+        for x, a, b in zip(solution.flatten(0, -2), matrix.flatten(0, -3), right.flatten(0, -2), strict=True):
+            x.copy_(torch.linalg.solve_ex(a, b)[0])
+        return solution
+    return torch.linalg.solve_ex(matrix, right[..., None])[0].squeeze(-1)
 
 
 def all_done(done: Tensor) -> bool:
