@@ -12,7 +12,7 @@ from ._constant import constant
 from ._gradients import Grads, TaskGradients, parse
 from .backends import choose
 from .combine import Direction, check_out, combine, combine_by_rule_of, combine_of, new_out
-from .gram import gram_of
+from .gram import gram_of, zeros_for
 from .methods import CoordinateMethod, Method, resolve
 from .methods._base import Rollback, weigh
 from .methods._buffered import BufferedMethod
@@ -57,7 +57,9 @@ def aggregate(
     """Return the direction d = sum_t w_t g_t with the weights that ``method`` gives to G.
 
     Equal to ``combine(grads, methods.get(method, **method_options).weights(gram(grads), losses=losses))``, except for
-    methods that keep gradients from step to step, and for coordinate-wise methods, which have no weights.
+    methods that keep gradients from step to step, and for coordinate-wise methods, which have no weights. For methods
+    whose weights do not depend on G (``needs_gram``) it computes none: gradients that are not finite then leave the
+    weights as they are.
 
     Args:
         grads, segments, out: as in :func:`gradsurgery.combine`.
@@ -75,8 +77,8 @@ def aggregate(
         TypeError: an option that the method does not have, or an error of a stage.
         RuntimeError: an error of a stage.
 
-    Cost: two reads of the gradients, one write of the direction, and a T x T problem; coordinate-wise methods read the
-    gradients once, methods that keep gradients more often. Host synchronisations: none.
+    Cost: two reads of the gradients, one write of the direction, and a T x T problem; coordinate-wise methods and those
+    that need no G read the gradients once, methods that keep gradients more often. Host synchronisations: none.
     """
     resolved = resolve(method, method_options)
     parsed = parse(grads, segments)
@@ -109,7 +111,8 @@ def _aggregate(
             if direct is not None:
                 chosen.aggregate(direct, solver, out)
                 return out
-    weights = weigh(method, gram_of(grads, chosen), losses, backend)
+    gram = gram_of(grads, chosen) if method.needs_gram else zeros_for(grads)
+    weights = weigh(method, gram, losses, backend)
     return combine_of(grads, weights, out, False, chosen)
 
 

@@ -42,8 +42,16 @@ def gram(grads: Grads, *, segments: Sequence[int] | None = None, backend: str | 
 
 def gram_of(grads: TaskGradients, backend: Backend) -> Tensor:
     """Return the Gram matrices of checked gradients, [S, T, T] where they are segmented, else [T, T]."""
-    tasks = grads.num_tasks
-    shape = (grads.num_segments, tasks, tasks) if grads.segmented else (tasks, tasks)
-    out = torch.empty(shape, dtype=torch.float64, device=grads.device)
+    out = torch.empty(_shape(grads), dtype=torch.float64, device=grads.device)
     backend.gram(grads, out)
     return out
+
+
+def zeros_for(grads: TaskGradients) -> Tensor:
+    """Return zeros of the shape of :func:`gram_of`, for methods that do not need G."""
+    return torch.zeros((), dtype=torch.float64, device=grads.device).expand(_shape(grads))
+
+
+def _shape(grads: TaskGradients) -> tuple[int, ...]:
+    tasks = grads.num_tasks
+    return (grads.num_segments, tasks, tasks) if grads.segmented else (tasks, tasks)

@@ -32,12 +32,14 @@ def squared_length(gram: Tensor, x: Tensor) -> Tensor:
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Return x [..., T] with A x = b for each A [..., T, T] and b [..., T]; where A is singular, anything."""
+    solution: Tensor
     if matrix.device.type == "cpu" and matrix.shape[-1] > _MOST_BATCHED:
         solution = right.new_empty(right.shape)
         for x, a, b in zip(solution.flatten(0, -2), matrix.flatten(0, -3), right.flatten(0, -2), strict=True):
             x.copy_(torch.linalg.solve_ex(a, b)[0])
-        return solution
-    return torch.linalg.solve_ex(matrix, right[..., None])[0].squeeze(-1)
+    else:
+        solution = torch.linalg.solve_ex(matrix, right[..., None])[0].squeeze(-1)
+    return solution
 
 
 def all_done(done: Tensor) -> bool:

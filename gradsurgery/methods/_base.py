@@ -31,8 +31,9 @@ class Method:
     """The name in messages and checkpoints: the paper's in lower snake case, or by default that of a user's class."""
     needs_losses: bool = False
     needs_gram: bool = True
-    """Whether the weights depend on G. If not, only its shape, its device and whether it is finite are used, and the
-    optimizers make one backward pass, from the weighted sum of the losses."""
+    """Whether the weights depend on G. If not, ``weights`` uses only its shape, its device and whether it is finite,
+    :func:`gradsurgery.aggregate` passes zeros in its place, and the optimizers make one backward pass, from the
+    weighted sum of the losses."""
     num_batches: int = 1
     """How many independent batches a step may have. With several, ``weights`` is given J_1 J_2^T in place of G, where
     J_b holds the task gradients of batch b as rows, and d combines the gradients of the last batch."""
