@@ -106,7 +106,7 @@ class BufferedMethod(StatefulMethod):
             present[t].fill_(False)  # an assignment would copy from the host
         given = Given(rows, losses, scale, backend, counted, total, products, present, finite)
         kept = self._replace(given)
-        problem = total(gram(kept, segments=segments, backend=backend)[0])
+        problem = products if kept is rows else total(gram(kept, segments=segments, backend=backend)[0])
         weights = self._weigh(given, problem)
         weights = torch.where(given.finite & is_finite(problem), weights, torch.nan)
         return Step(problem, weights, *self._terms(given, kept, weights))
@@ -142,7 +142,10 @@ class BufferedMethod(StatefulMethod):
                 self._state = {name: value.to(products.device) for name, value in self._state.items()}
 
     def _replace(self, given: Given) -> Rows:
-        """Update the buffers; return the rows for G and d, unscaled. It may also set ``given.finite`` to False."""
+        """Update the buffers; return the rows for G and d: unscaled ones, or ``given.rows`` with their scale.
+
+        It may also set ``given.finite`` to False.
+        """
         raise NotImplementedError
 
     def _weigh(self, given: Given, gram: Tensor) -> Tensor:
@@ -151,7 +154,7 @@ class BufferedMethod(StatefulMethod):
 
     def _terms(self, given: Given, kept: Rows, weights: Tensor) -> tuple[Rows, Tensor]:
         """Return the terms of d and their factors; ``kept`` is what ``_replace`` returned."""
-        return kept, weights if given.scale is None else weights * given.scale.double()
+        return kept, weights if given.scale is None or kept is given.rows else weights * given.scale.double()
 
     def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of buffers for gradients of this dtype."""
