@@ -9,6 +9,7 @@ import torch
 
 import gradsurgery
 from conftest import two_losses, two_task_net
+from inputs import normal
 
 methods = gradsurgery.methods
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -87,6 +88,25 @@ def test_a_model_goes_on_in_another_dtype(name):
         kept_in = torch.float32 if name == "excess_mtl" else dtype  # its buffers are sums, which do not fit 16 bits
         assert all(b.dtype == kept_in for row in states[dtype]["surgery"][name]["buffers"] for b in row)
     assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["moco", "db_mtl", "excess_mtl", "m_config"])
+def test_copies_of_a_method_that_keeps_gradients_go_on_alike(name):
+    def advance(method, step):
+        rows = [[normal(2, 3, seed=9 * step + t), normal(1, 5, seed=9 * step + 4 + t)[0]] for t in range(3)]
+        return gradsurgery.aggregate(rows, method, losses=torch.ones(3))
+
+    method, used, fresh = methods.get(name), methods.get(name), methods.get(name)
+    advance(method, 0)
+    advance(used, 5)
+    for each in (used, fresh):
+        each.load_state_dict(method.state_dict())
+    copies = [*duplicates(method), used, fresh]
+    for step in (1, 2):
+        expected = advance(method, step)
+        for each in copies:
+            torch.testing.assert_close(advance(each, step), expected, rtol=0, atol=0)
+    assert all(str(each.state_dict()) == str(method.state_dict()) for each in copies)
 
 
 class Branches(torch.nn.Module):
