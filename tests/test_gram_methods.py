@@ -264,12 +264,11 @@ def test_the_median_of_equal_eigenvalues(backend):
     torch.testing.assert_close(weigh("aligned_mtl", values.diag(), backend, scale_mode="median"), expected)
 
 
-@pytest.mark.parametrize("columns", [60, 300])
-def test_aligned_mtl_of_many_tasks(columns):
-    gram = gradsurgery.gram(normal(130, columns))
-    torch.testing.assert_close(
-        weigh("aligned_mtl", gram), weigh("aligned_mtl", gram, "reference"), rtol=1e-7, atol=1e-9
-    )
+@pytest.mark.parametrize(("tasks", "columns"), [(130, 60), (130, 300), (256, 1000)])
+@pytest.mark.parametrize("method", ["aligned_mtl", "config", "imtl_g"])
+def test_eigenvalues_of_many_tasks(method, tasks, columns):
+    gram = gradsurgery.gram(normal(tasks, columns))
+    torch.testing.assert_close(weigh(method, gram), weigh(method, gram, "reference"), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["mgda", "dualproj"])

@@ -32,7 +32,8 @@ double* scratch_at(void* workspace, int64_t b, int64_t bytes) {
 }
 
 int64_t weighting_scratch_bytes(gs_weighting weighting, int64_t num_tasks) {
-  return (weighting_scratch(weighting, num_tasks) * 8 + 63) / 64 * 64;
+  const int64_t rotations = is_spectral(weighting) ? rotations_scratch(num_tasks) : 0;
+  return ((weighting_scratch(weighting, num_tasks) + rotations) * 8 + 63) / 64 * 64;
 }
 
 }  // namespace

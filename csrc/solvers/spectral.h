@@ -95,22 +95,26 @@ GS_HOST_DEVICE_CALL void diagonalize(const Team& team, double* rows, int64_t tas
   team.sync();
 }
 
-// The same by one thread, for which a tridiagonal form is faster than Jacobi rotations.
-inline void diagonalize(const SerialTeam&, double* rows, int64_t num_tasks, double* values) {
-  double below[GS_MAX_TASKS];
-  const int64_t stride = padded(num_tasks);
-  tridiagonalize(rows, stride, num_tasks, values, below);
-  diagonalize_tridiagonal(rows, stride, num_tasks, values, below);
-  for (int64_t k = 0; k < num_tasks; k++) {
-    values[k] = std::fmax(values[k], 0.0);
-    for (int64_t i = 0; i < num_tasks; i++) rows[k * stride + i] *= values[k];
+// Writes the eigenvalues of a symmetric positive semidefinite matrix A to values, in no particular order, and lambda_k
+// v_k^T p to products, each by the member that k % team.size() names. p is `preference`, or `otherwise` each. A's rows
+// are overwritten. tridiagonal.h has this and compose() for one thread.
+template <class Team>
+GS_HOST_DEVICE void decompose(const Team& team, double* rows, int64_t num_tasks, const double* preference,
+                              double otherwise, double* values, double* products) {
+  diagonalize(team, rows, num_tasks, values);
+  GS_ROLLED for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
+    const double* const row = rows + k * padded(num_tasks);
+    double product = 0;
+    for (int64_t i = 0; i < num_tasks; i++) product += row[i] * (preference ? preference[i] : otherwise);
+    products[k] = product;
   }
 }
 
-// c = sum_k factor_k a_k over the rows.
+// out = sum_k factor_k lambda_k v_k, after decompose().
 template <class Team>
-GS_HOST_DEVICE void combine_padded(const Team& team, const double* rows, int64_t num_tasks, const double* factor,
-                                   double* out) {
+GS_HOST_DEVICE void compose(const Team& team, const double* rows, int64_t num_tasks, const double*,
+                            const double* factor, double* out) {
+  team.sync();
   GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
     double sum = 0;
     for (int64_t k = 0; k < num_tasks; k++) sum += factor[k] * rows[k * padded(num_tasks) + i];
@@ -137,7 +141,8 @@ GS_HOST_DEVICE void write_cosines(const Team& team, const double* gram, int64_t 
 }
 
 // c = K^-1 p by Cholesky's method. Returns whether it showed that all eigenvalues of K are above `rounding` times the
-// largest one: the least is at least 1 / trace(K^-1), the largest at most T. rows needs one row more than K has.
+// largest one: the least is at least 1 / trace(K^-1), the largest at most T, and at most the root of the sum of all
+// K_ij^2. rows needs one row more than K has.
 template <class Team>
 GS_HOST_DEVICE_CALL bool solve_independent(const Team& team, const double* gram, int64_t num_tasks,
                                            const double* preference, const double* norms, double rounding, double* c,
@@ -166,7 +171,13 @@ GS_HOST_DEVICE_CALL bool solve_independent(const Team& team, const double* gram,
   trace = team.sum(trace);
   GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) c[i] = x[i];
   team.sync();
-  return trace * rounding * static_cast<double>(num_tasks) < 1;
+  if (trace * rounding * static_cast<double>(num_tasks) < 1) return true;
+  write_cosines(team, gram, num_tasks, norms, 1, rows);
+  double squares = 0;
+  GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
+    squares += dot(rows + i * stride, rows + i * stride, num_tasks);
+  }
+  return trace * rounding * std::sqrt(team.sum(squares)) < 1;
 }
 
 // c = pinv(K) p, with the matrix K of cosines (0 for a zero gradient), and its squared length c^T K c = p^T c.
@@ -175,7 +186,6 @@ GS_HOST_DEVICE_CALL bool solve_independent(const Team& team, const double* gram,
 template <class Team>
 GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, int64_t num_tasks,
                                          const double* preference, double* norms, double* c, double* scratch) {
-  const int64_t stride = padded(num_tasks);
   const double rounding = 0x1p-23 * static_cast<double>(num_tasks);
   double *values = scratch, *factor = values + num_tasks, *rows = factor + num_tasks;
   GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
@@ -190,14 +200,11 @@ GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, i
     return team.sum(product);
   }
   write_cosines(team, gram, num_tasks, norms, 0, rows);
-  diagonalize(team, rows, num_tasks, values);
+  decompose(team, rows, num_tasks, preference, 1, values, factor);
   const double least = rounding * largest(values, num_tasks);
   double length = 0, kept = 0, whole = 0;
   GS_ROLLED for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
-    const double* const row = rows + k * stride;
-    const double value = values[k];
-    double product = 0;
-    for (int64_t i = 0; i < num_tasks; i++) product += row[i] * (preference ? preference[i] : 1);
+    const double value = values[k], product = factor[k];
     factor[k] = value > least ? product / value / value / value : 0;
     length += factor[k] * product;
     kept += value > least ? product / value * (product / value) : 0;
@@ -205,8 +212,7 @@ GS_HOST_DEVICE_CALL double solve_cosines(const Team& team, const double* gram, i
     whole += wanted * wanted;
   }
   team.sum_each(length, kept, whole);
-  team.sync();
-  combine_padded(team, rows, num_tasks, factor, c);
+  compose(team, rows, num_tasks, values, factor, c);
   if (kept > rounding * rounding * whole) return length;
   GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) c[i] = 0;
   team.sync();
@@ -259,7 +265,7 @@ GS_HOST_DEVICE void aligned_mtl(const Team& team, const double* gram, int64_t nu
   for (int64_t i = 0; i < num_tasks; i++) trace += gram[i * num_tasks + i];
   each_entry(team, num_tasks,
              [&](int64_t i, int64_t j) { rows[i * stride + j] = trace > 0 ? gram[i * num_tasks + j] / trace : 0; });
-  diagonalize(team, rows, num_tasks, values);
+  decompose(team, rows, num_tasks, preference, even, values, factor);
   const double least = 0x1p-23 * static_cast<double>(num_tasks) * largest(values, num_tasks);
   int64_t rank = 0;
   double smallest = INFINITY, sum = 0;
@@ -282,12 +288,9 @@ GS_HOST_DEVICE void aligned_mtl(const Team& team, const double* gram, int64_t nu
   }
   GS_ROLLED for (int64_t k = team.rank(); k < num_tasks; k += team.size()) {
     const double value = values[k];
-    double product = 0;
-    for (int64_t i = 0; i < num_tasks; i++) product += rows[k * stride + i] * (preference ? preference[i] : even);
-    factor[k] = value > least ? std::sqrt(scale / value) * product / value / value : 0;
+    factor[k] = value > least ? std::sqrt(scale / value) * factor[k] / value / value : 0;
   }
-  team.sync();
-  combine_padded(team, rows, num_tasks, factor, weights);
+  compose(team, rows, num_tasks, values, factor, weights);
   if (rank > 0) return;
   GS_ROLLED for (int64_t i = team.rank(); i < num_tasks; i += team.size()) {
     weights[i] = preference ? preference[i] : even;
