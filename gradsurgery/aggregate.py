@@ -58,8 +58,8 @@ def aggregate(
 
     Equal to ``combine(grads, methods.get(method, **method_options).weights(gram(grads), losses=losses))``, except for
     methods that keep gradients from step to step, and for coordinate-wise methods, which have no weights. For methods
-    whose weights do not depend on G (``needs_gram``) it computes none: gradients that are not finite then leave the
-    weights as they are.
+    whose weights do not depend on G (``needs_gram``) it computes none: gradients that are not finite then affect
+    neither the weights nor the state, and of d at most the coordinates concerned.
 
     Args:
         grads, segments, out: as in :func:`gradsurgery.combine`.

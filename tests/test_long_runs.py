@@ -109,6 +109,28 @@ def test_copies_of_a_method_that_keeps_gradients_go_on_alike(name):
     assert all(str(each.state_dict()) == str(method.state_dict()) for each in copies)
 
 
+def test_the_pickle_of_a_method_has_each_kept_gradient_once():
+    method = methods.get("excess_mtl")
+    gradsurgery.aggregate([list(normal(20, 1000, torch.float32, seed=t)) for t in range(2)], method)
+    assert len(pickle.dumps(method)) < 1.2 * 2 * 20 * 1000 * 4
+
+
+@pytest.mark.parametrize("name", ["moco", "db_mtl", "excess_mtl", "m_config"])
+def test_one_parameter_goes_on_in_another_dtype(name):
+    def advance(method, dtype, step):
+        rows = [[normal(2, 3, torch.float32, seed=9 * step + t), normal(1, 5, seed=t)[0].to(dtype)] for t in range(3)]
+        return gradsurgery.aggregate(rows, method, losses=torch.ones(3))
+
+    method, resumed = methods.get(name), methods.get(name)
+    for step, dtype in enumerate((torch.float32, torch.float64, torch.float64)):
+        advance(method, dtype, step)
+    resumed.load_state_dict(method.state_dict())
+    for step in (3, 4):
+        for got, expected in zip(*(advance(each, torch.float64, step) for each in (method, resumed)), strict=True):
+            assert torch.equal(got, expected)
+    assert str(resumed.state_dict()) == str(method.state_dict())
+
+
 class Branches(torch.nn.Module):
     """Three layers, of which each step uses some, and two losses."""
 

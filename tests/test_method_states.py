@@ -139,15 +139,22 @@ def test_excess_risks_of_many_16_bit_gradients():
         torch.testing.assert_close(roots[0][0].view(2, 1), expected, rtol=1e-5, atol=0)
 
 
+def test_the_first_excess_risks_are_sums_of_magnitudes():
+    method, rows = methods.get("excess_mtl"), normal(3, 40, torch.float32)
+    gradsurgery.aggregate(rows, method)
+    torch.testing.assert_close(method.state_dict()["first"], rows.double().abs().sum(1), rtol=1e-6, atol=0)
+
+
 def test_excess_risks_in_several_chunks(monkeypatch):
     shapes = [(3,), (0, 5), (4, 2), (7,), (5,)]
     results = []
     for size in (1 << 20, 130, 50):
-        monkeypatch.setattr(excess_mtl, "_most_bytes", lambda device, size=size: size)
+        monkeypatch.setattr(excess_mtl, "_piece_bytes", lambda device, size=size: size)
         method = methods.get("excess_mtl", eta=0.3)
         for step in range(3):
             rows = [[normal(1, 8, seed=4 * step + t)[0][: math.prod(s)].reshape(s) for s in shapes] for t in range(2)]
             rows[1][3] = None
+            rows[step % 2][2] = rows[step % 2][2].t().contiguous().t()
             d = gradsurgery.aggregate(rows, method)
         results.append([*d, method.state_dict()["w"]])
     for others in results[1:]:

@@ -219,6 +219,8 @@ OWN = Diagonal()
         lambda rows: gradsurgery.aggregate(rows, "db_mtl", losses=torch.ones(3)),
         lambda rows: gradsurgery.aggregate(rows, "moco", losses=torch.ones(3)),
         lambda rows: gradsurgery.aggregate(rows, "m_config"),
+        lambda rows: gradsurgery.aggregate(rows, "excess_mtl"),
+        lambda rows: gradsurgery.aggregate(rows, "random"),
         lambda rows: gradsurgery.min_norm_weights(gradsurgery.gram(rows)),
         lambda rows: gradsurgery.pcgrad_weights(gradsurgery.gram(rows), order=torch.tensor([[2, 1, 0]] * 3)),
     ],

@@ -110,7 +110,7 @@ GS_HOST_DEVICE void decompose(const Team& team, double* rows, int64_t num_tasks,
   }
 }
 
-// out = sum_k factor_k lambda_k v_k, after decompose().
+// out = sum_k factor_k lambda_k v_k, after decompose(). The eigenvalues serve the version for one thread only.
 template <class Team>
 GS_HOST_DEVICE void compose(const Team& team, const double* rows, int64_t num_tasks, const double*,
                             const double* factor, double* out) {

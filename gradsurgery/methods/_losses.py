@@ -23,9 +23,9 @@ class LossMethod(StatefulMethod):
     """Weights from the losses [T] or [..., T] alone; of G only the shape, the device and whether it is finite matter.
 
     A problem does not count if G or a loss is not finite, or if a loss is negative and the method needs logarithms. Its
-    weights are then NaN, and its state stays. ``backward`` of the optimizers computes no G for these methods, so there
-    a step whose losses are finite counts even if its gradients are not. Subclasses define ``_weigh``, which returns the
-    weights and updates the state.
+    weights are then NaN, and its state stays. ``aggregate`` and ``backward`` of the optimizers compute no G for these
+    methods, so there a step whose losses are finite counts even if its gradients are not. Subclasses define ``_weigh``,
+    which returns the weights and updates the state.
     """
 
     needs_losses = True

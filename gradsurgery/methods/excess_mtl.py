@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,20 +11,21 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from .._checks import check_positive
+from .._compiling import is_traced
+from .._gradients import is_dense
 from ._buffered import BufferedMethod, Buffers, Given, Rows
 from ._state import making_state
 
-_UNIT = 2.0**-24
-"""A factor on the terms of e, so that their sum in float32 does not overflow."""
+_UNIT = 2.0**-24  # a factor on the terms of e, so that their sum in float32 does not overflow
 
 
 class _Block(NamedTuple):
-    """Parameters whose sums lie side by side."""
+    """Small parameters, whose sums lie side by side, or a large one, whose buffers are used as they are."""
 
     places: list[int]
     counted: bool
-    roots: Tensor
-    """sqrt(S) [T, columns]; the method's buffers are views of it."""
+    roots: Tensor | None
+    """sqrt(S) [T, columns] of the small ones; the method's buffers are views of it."""
 
 
 class ExcessMTL(BufferedMethod):
@@ -49,7 +50,8 @@ class ExcessMTL(BufferedMethod):
     cost = "T"
     state_names = ("w", "first")
 
-    _blocks: Sequence[_Block] = ()
+    _blocks: tuple[Buffers | None, Sequence[bool], Sequence[_Block]] = (None, (), ())
+    """The buffers and ``counted`` that blocks were made for, and the blocks."""
 
     def __init__(self, eta: float = 1e-2) -> None:
         self.eta = check_positive("eta", eta)
@@ -59,22 +61,23 @@ class ExcessMTL(BufferedMethod):
 
     def _replace(self, given: Given) -> Rows:
         assert self._state is not None
-        on_cpu = given.finite.device.type == "cpu"
-        if on_cpu and not given.finite:
+        may_branch = given.finite.device.type == "cpu" and not is_traced()
+        if may_branch and not given.finite:
             return given.rows
         excess = torch.zeros_like(self._state["w"])
         for tasks, roots, gradients, counted in self._pieces(given):
             size = gradients.to(roots.dtype)
             if given.scale is not None:
                 size = size / given.scale.to(size.dtype)
-            if not on_cpu:
+            if not may_branch:
                 size = torch.where(given.finite, size, 0)
             roots.hypot_(size)  # S itself might overflow
             if counted:
+                # _UNIT size^2 / roots, without size^2, which might overflow.
                 divisor = roots.clamp(min=torch.finfo(roots.dtype).tiny)  # 0 / 0 is 0 here
                 terms = torch.addcdiv(size.new_zeros(()), size, divisor, value=_UNIT).mul_(size)
-                excess[tasks] += terms.sum(-1)
-        excess = given.total(excess)
+                excess[tasks] += terms.flatten(1).sum(-1)
+        excess = given.total(excess) / _UNIT
         started = self._state["first"] > 0
         first = torch.where(started, self._state["first"], excess)
         growth = torch.where(started, self.eta * excess / first, 0)
@@ -87,12 +90,17 @@ class ExcessMTL(BufferedMethod):
         # Sums of 16-bit squares would stop growing, or overflow.
         return torch.promote_types(dtype, torch.float32)
 
-    def _pieces(self, given: Given) -> Iterator[tuple[int | slice, Tensor, Tensor, bool]]:
-        """Yield tasks, columns of their roots and gradients, and whether these columns count in e."""
+    def _pieces(self, given: Given) -> Iterator[tuple[slice, Tensor, Tensor, bool]]:
+        """Yield some tasks' roots and gradients of some parameters, [tasks, ...], and whether these count in e."""
         assert self._buffers is not None
         for places, counted, roots in self._blocks_of(given):
-            most = _most_bytes(roots.device) // roots.itemsize
-            if len(places) > 1 or roots.numel() <= most:
+            if roots is None:
+                for t, row in enumerate(given.rows):
+                    gradient = row[places[0]]
+                    if gradient is not None:
+                        for root, part in _in_pieces(self._buffers[t][places[0]], gradient):
+                            yield slice(t, t + 1), root, part, counted
+            else:
                 zero = roots.new_zeros(())
                 each: Any = [
                     zero.expand(self._buffers[0][p].shape) if row[p] is None else row[p]
@@ -100,48 +108,57 @@ class ExcessMTL(BufferedMethod):
                     for p in places
                 ]
                 yield slice(None), roots, _flatten_dense_tensors(each).view_as(roots), counted
-                continue
-            for t, row in enumerate(given.rows):
-                gradient = row[places[0]]
-                if gradient is not None:
-                    for part, piece in zip(roots[t].split(most), gradient.reshape(-1).split(most), strict=True):
-                        yield t, part, piece, counted
 
     def _blocks_of(self, given: Given) -> Sequence[_Block]:
         """Return the blocks, and make them where the buffers are new."""
         assert self._buffers is not None
-        first = self._buffers[0]
-        if not self._blocks or any(
-            b.counted != given.counted[b.places[0]] or b.roots.data_ptr() != first[b.places[0]].data_ptr()
-            for b in self._blocks
-        ):
+        buffers, counted, blocks = self._blocks
+        if buffers is not self._buffers or counted != given.counted:
+            del buffers, blocks
+            self._blocks = (None, (), ())  # frees the old ones first
             with making_state(self.name, given.finite.device):
-                self._blocks = _in_blocks(self._buffers, given.counted)
-        return self._blocks
+                self._blocks = (self._buffers, given.counted, _in_blocks(self._buffers, given.counted))
+        return self._blocks[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each view would be written with its whole block, and no longer share it when it is read.
+        buffers = self._buffers and [[b.clone() for b in row] for row in self._buffers]
+        return {**vars(self), "_buffers": buffers, "_blocks": ExcessMTL._blocks}
 
     def _weigh(self, given: Given, gram: Tensor) -> Tensor:
         assert self._state is not None
         return self._state["w"]
 
 
-def _most_bytes(device: torch.device) -> int:
-    """Return how much of S to work on at a time: on a CPU, what stays in cache."""
+def _piece_bytes(device: torch.device) -> int:
+    """Return about how much of S to work on at a time: on a CPU, what stays in cache."""
     return (2 if device.type == "cpu" else 64) << 20
 
 
+def _in_pieces(root: Tensor, gradient: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Cut both into pieces [1, columns]; where their layouts differ, return them whole, [1, ...]."""
+    if not is_dense(root) or root.stride() != gradient.stride():
+        return [(root[None], gradient[None])]
+    size, most = root.numel(), _piece_bytes(root.device) // root.itemsize
+    flat = (each.as_strided((1, size), (size, 1)).split(most, 1) for each in (root, gradient))
+    return zip(*flat, strict=True)
+
+
 def _in_blocks(buffers: Buffers, counted: Sequence[bool]) -> list[_Block]:
-    """Lay the buffers of small parameters side by side, and replace them by views."""
-    first, most = buffers[0], _most_bytes(buffers[0][0].device)
-    kinds: dict[Any, list[int]] = {}
-    end = 0
-    for p, (root, here) in enumerate(zip(first, counted, strict=True)):
-        size = len(buffers) * root.nbytes
-        end += size
-        if size > 0:
-            kinds.setdefault((here, root.dtype, end // most, p if size > most else None), []).append(p)
+    """Return the blocks; lay the buffers of small parameters side by side, and replace them by views."""
+    of_first, most = buffers[0], _piece_bytes(buffers[0][0].device)
     blocks = []
-    for (here, *_), places in kinds.items():
-        shapes = [first[p].shape for p in places]
+    small: dict[Any, list[int]] = {}
+    end = 0
+    for p, (root, here) in enumerate(zip(of_first, counted, strict=True)):
+        size = len(buffers) * root.nbytes
+        if size > most:
+            blocks.append(_Block([p], here, None))
+        elif size > 0:
+            end += size
+            small.setdefault((here, root.dtype, end // most), []).append(p)
+    for (here, *_), places in small.items():
+        shapes = [of_first[p].shape for p in places]
         roots = torch.cat([row[p].reshape(-1) for row in buffers for p in places]).view(len(buffers), -1)
         for row, flat in zip(buffers, roots, strict=True):
             parts = flat.split([shape.numel() for shape in shapes])
