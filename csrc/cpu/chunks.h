@@ -16,12 +16,13 @@ inline bool overflow_cache(const gs_gradients& g) {
 // Calls body(p, begin, end) for chunks of the columns of each parameter. first_chunk is scratch, [P + 1].
 template <class Body>
 void each_chunk(const gs_gradients& g, int64_t* first_chunk, const gs_parallel* parallel, const Body& body) {
-  constexpr int64_t kChunk = 16384;           // columns
   constexpr int64_t kSerialElements = 65536;  // less than this is not worth a second thread
+  // Of large parameters 16,384 columns; of others a sixteenth, so that threads get equal shares.
+  const auto width = [&](int64_t p) { return std::clamp<int64_t>((g.numel[p] / 16 + 511) / 512 * 512, 1024, 16384); };
   int64_t elements = 0;
   first_chunk[0] = 0;
   for (int64_t p = 0; p < g.num_params; p++) {
-    first_chunk[p + 1] = first_chunk[p] + (g.numel[p] + kChunk - 1) / kChunk;
+    first_chunk[p + 1] = first_chunk[p] + (g.numel[p] + width(p) - 1) / width(p);
     elements += g.numel[p] * g.num_tasks;
   }
   const int64_t chunks = first_chunk[g.num_params];
@@ -29,8 +30,8 @@ void each_chunk(const gs_gradients& g, int64_t* first_chunk, const gs_parallel* 
   parallel_for(elements < kSerialElements ? nullptr : parallel, chunks, [&](int64_t i) {
     const int64_t chunk = chunks - 1 - i;
     const int64_t p = std::upper_bound(first_chunk, first_chunk + g.num_params + 1, chunk) - first_chunk - 1;
-    const int64_t begin = (chunk - first_chunk[p]) * kChunk;
-    body(p, begin, std::min(begin + kChunk, g.numel[p]));
+    const int64_t begin = (chunk - first_chunk[p]) * width(p);
+    body(p, begin, std::min(begin + width(p), g.numel[p]));
   });
 }
 

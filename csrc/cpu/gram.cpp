@@ -32,7 +32,8 @@ struct Plan {
   int64_t* first_slot;   // [S + 1]
   int64_t* columns;      // [S]
   int64_t* params;       // [P] parameter indices, in order within a segment
-  double* partials;      // [slots][2][T][T]: a slot's sum, and the sum of its earlier parts
+  int64_t parts;         // 2 if slots may be summed in parts, else 1
+  double* partials;      // [slots][parts][T][T]: a slot's sum, and the sum of its earlier parts
   int64_t bytes;
 
   Plan(const gs_gradients& g, void* workspace) {
@@ -46,7 +47,9 @@ struct Plan {
     for (int64_t p = 0; p < g.num_params; p++) total += g.numel[p];
     // An upper bound for every split of the columns into segments.
     const int64_t most = segments + std::min(segments * kMaxSlots, total / (kSlotElements / g.num_tasks));
-    partials = space.take<double>(most * 2 * g.num_tasks * g.num_tasks);
+    const int64_t width = segments == 1 ? total / slots_of(total, g.num_tasks) + kSlotAlignment : total;
+    parts = width / 64 + width / kPartColumns + g.num_params + 2 < kPartTerms ? 1 : 2;
+    partials = space.take<double>(most * parts * g.num_tasks * g.num_tasks);
     bytes = space.bytes();
     if (workspace) fill(g);
   }
@@ -87,7 +90,8 @@ class FlushSubnormals {
 #endif
 };
 
-// Sums the products of columns begin..end of a segment in the upper triangle of sum; `earlier` is scratch.
+// Sums the products of columns begin..end of a segment in the upper triangle of sum; `earlier` is scratch for slots of
+// several parts.
 void sum_columns(const gs_gradients& g, const Plan& plan, int64_t segment, int64_t begin, int64_t end, double* sum,
                  double* earlier) {
   const int64_t square = g.num_tasks * g.num_tasks;
@@ -151,19 +155,25 @@ gs_status gs_gram_cpu(const gs_gradients* grads, double* gram, void* workspace, 
     const int64_t step = (plan.columns[s] + count - 1) / count;
     const int64_t width = (step + kSlotAlignment - 1) / kSlotAlignment * kSlotAlignment;
     const int64_t begin = std::min(k * width, plan.columns[s]), end = std::min(begin + width, plan.columns[s]);
-    double* const sum = plan.partials + slot * 2 * square;
+    double* const sum = plan.partials + slot * plan.parts * square;
     sum_columns(g, plan, s, begin, end, sum, sum + square);
   };
   parallel_for(parallel, plan.first_slot[segments], sum_slot);
 
-  for (int64_t s = 0; s < segments; s++) {
-    double* out = gram + s * square;
-    std::fill(out, out + square, 0.0);
+  const auto add_slots = [&](int64_t row) {
+    const int64_t s = row / tasks, i = row % tasks;
+    double* const out = gram + s * square + i * tasks;
+    std::fill(out + i, out + tasks, 0.0);
     for (int64_t slot = plan.first_slot[s]; slot < plan.first_slot[s + 1]; slot++) {
-      for (int64_t i = 0; i < square; i++) out[i] += plan.partials[slot * 2 * square + i];
+      const double* const sum = plan.partials + slot * plan.parts * square + i * tasks;
+      for (int64_t j = i; j < tasks; j++) out[j] += sum[j];
     }
+  };
+  const bool serial = plan.first_slot[segments] * square < kSlotElements;
+  parallel_for(serial ? nullptr : parallel, segments * tasks, add_slots);
+  for (int64_t s = 0; s < segments; s++) {
     for (int64_t i = 0; i < tasks; i++) {
-      for (int64_t j = 0; j < i; j++) out[i * tasks + j] = out[j * tasks + i];
+      for (int64_t j = 0; j < i; j++) gram[s * square + i * tasks + j] = gram[s * square + j * tasks + i];
     }
   }
   return GS_OK;
