@@ -320,6 +320,15 @@ def test_a_batch_is_its_problems(backend, method):
     assert weigh(method, grams[:0, 0], backend).shape == (0, tasks)
 
 
+@pytest.mark.parametrize("method", [*SOLVED, "gradvac", "mgda", "pcgrad", "sdmgrad"])
+def test_many_problems_are_those_of_small_batches(method):
+    rows = normal(3, 700 * 6).view(3, 700, 6).transpose(0, 1)
+    grams = rows @ rows.mT
+    grams[600, 0, 0] = torch.nan
+    expected = torch.cat([weigh(method, few) for few in grams.split(100)])
+    torch.testing.assert_close(weigh(method, grams), expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("method", [*SOLVED, "gradvac"])
 @pytest.mark.parametrize("tasks", [1, 2, 64])
 def test_any_number_of_tasks(method, tasks):

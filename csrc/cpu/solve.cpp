@@ -13,27 +13,57 @@
 namespace gs {
 namespace {
 
-// Calls solve(b, problem, weights) for each finite problem b of matrices [batch, T, T]; the weights of others are NaN.
-// operations: roughly how many a problem takes, as threads pay off only beyond a few microseconds of work.
+constexpr int64_t kMaxGroups = 256;
+
+// Groups of problems, one after the other, so that a workspace for these suffices for any number of problems.
+int64_t groups_of(int64_t batch) { return std::min(batch, kMaxGroups); }
+
+// Calls solve(b, group, problem, weights) for each finite problem b of matrices [batch, T, T]; the weights of others
+// are NaN. operations: roughly how many a problem takes, as threads pay off only beyond a few microseconds of work.
 template <class Solve>
 void each_problem(const gs_parallel* parallel, const double* matrices, int64_t batch, int64_t num_tasks,
                   int64_t operations, double* weights, const Solve& solve) {
-  parallel_for(batch * operations >= 4096 ? parallel : nullptr, batch, [&](int64_t b) {
-    const double* const problem = matrices + b * num_tasks * num_tasks;
-    double* const w = weights + b * num_tasks;
-    if (!all_finite(problem, num_tasks * num_tasks)) return fill_nan(SerialTeam{}, w, num_tasks);
-    solve(b, problem, w);
+  const int64_t groups = groups_of(batch);
+  parallel_for(batch * operations >= 4096 ? parallel : nullptr, groups, [&](int64_t group) {
+    for (int64_t b = group * batch / groups; b < (group + 1) * batch / groups; b++) {
+      const double* const problem = matrices + b * num_tasks * num_tasks;
+      double* const w = weights + b * num_tasks;
+      if (all_finite(problem, num_tasks * num_tasks)) {
+        solve(b, group, problem, w);
+      } else {
+        fill_nan(SerialTeam{}, w, num_tasks);
+      }
+    }
   });
 }
 
-// The scratch of problem b.
-double* scratch_at(void* workspace, int64_t b, int64_t bytes) {
-  return reinterpret_cast<double*>(static_cast<char*>(workspace) + b * bytes);
+double* scratch_at(void* workspace, int64_t group, int64_t bytes) {
+  return reinterpret_cast<double*>(static_cast<char*>(workspace) + group * bytes);
+}
+
+// UPGrad solves a problem for each task. Many tasks are divided among this many parts, for as many threads.
+constexpr int64_t kParts = 16, kManyTasks = 24;
+
+bool is_in_parts(gs_weighting weighting, int64_t num_tasks) {
+  return weighting == GS_UPGRAD && num_tasks >= kManyTasks;
+}
+
+// scratch: kParts times `values` doubles, of which the first T are a part's weights.
+void upgrad_in_parts(const gs_parallel* parallel, const double* gram, int64_t num_tasks, const double* preference,
+                     double ridge, double* weights, double* scratch, int64_t values) {
+  parallel_for(parallel, kParts, [&](int64_t part) {
+    double* const w = scratch + part * values;
+    upgrad(SerialTeam{}, gram, num_tasks, preference, ridge, part, kParts, w, w + num_tasks);
+  });
+  std::fill(weights, weights + num_tasks, 0.0);
+  for (int64_t part = 0; part < kParts; part++) add(1, scratch + part * values, num_tasks, weights);
 }
 
 int64_t weighting_scratch_bytes(gs_weighting weighting, int64_t num_tasks) {
-  const int64_t rotations = is_spectral(weighting) ? rotations_scratch(num_tasks) : 0;
-  return ((weighting_scratch(weighting, num_tasks) + rotations) * 8 + 63) / 64 * 64;
+  int64_t values = weighting_scratch(weighting, num_tasks);
+  if (is_spectral(weighting)) values += rotations_scratch(num_tasks);
+  if (is_in_parts(weighting, num_tasks)) values += num_tasks;
+  return (values * 8 + 63) / 64 * 64;
 }
 
 }  // namespace
@@ -65,7 +95,7 @@ gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, co
   if (const gs_status status = gs::check_problems(batch, num_tasks)) return status;
   GS_REQUIRE(batch == 0 || (gram && weights), "gram and weights must not be NULL");
   if (const gs_status status = order ? gs::check_order(order, num_tasks) : GS_OK) return status;
-  const auto solve = [&](int64_t, const double* problem, double* w) {
+  const auto solve = [&](int64_t, int64_t, const double* problem, double* w) {
     std::fill(w, w + num_tasks, 1.0);
     for (int64_t i = 0; i < num_tasks; i++) {
       double v[GS_MAX_TASKS];
@@ -81,7 +111,8 @@ gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, co
 }
 
 int64_t gs_min_norm_workspace_bytes(int64_t batch, int64_t num_tasks) {
-  return gs::check_problems(batch, num_tasks) == GS_OK ? batch * gs::min_norm_scratch_bytes(num_tasks) : -1;
+  return gs::check_problems(batch, num_tasks) == GS_OK ? gs::groups_of(batch) * gs::min_norm_scratch_bytes(num_tasks)
+                                                       : -1;
 }
 
 gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver, int64_t max_iter,
@@ -93,8 +124,8 @@ gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, 
   if (const gs_status status =
           gs::check_workspace(workspace, workspace_bytes, gs_min_norm_workspace_bytes(batch, num_tasks)))
     return status;
-  const auto solve = [&](int64_t b, const double* problem, double* w) {
-    double* const scratch = gs::scratch_at(workspace, b, gs::min_norm_scratch_bytes(num_tasks));
+  const auto solve = [&](int64_t, int64_t group, const double* problem, double* w) {
+    double* const scratch = gs::scratch_at(workspace, group, gs::min_norm_scratch_bytes(num_tasks));
     if (solver == GS_FRANK_WOLFE) {
       gs::frank_wolfe(gs::SerialTeam{}, problem, num_tasks, max_iter, tol, w, scratch);
     } else {
@@ -106,7 +137,8 @@ gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, 
 }
 
 int64_t gs_simplex_steps_workspace_bytes(int64_t batch, int64_t num_tasks) {
-  return gs::check_problems(batch, num_tasks) == GS_OK ? batch * gs::simplex_scratch_bytes(num_tasks) : -1;
+  return gs::check_problems(batch, num_tasks) == GS_OK ? gs::groups_of(batch) * gs::simplex_scratch_bytes(num_tasks)
+                                                       : -1;
 }
 
 gs_status gs_simplex_steps_cpu(const double* matrix, int64_t batch, int64_t num_tasks, double lr, double momentum,
@@ -116,17 +148,18 @@ gs_status gs_simplex_steps_cpu(const double* matrix, int64_t batch, int64_t num_
   if (const gs_status status =
           gs::check_workspace(workspace, workspace_bytes, gs_simplex_steps_workspace_bytes(batch, num_tasks)))
     return status;
-  const auto solve = [&](int64_t b, const double* problem, double* w) {
+  const auto solve = [&](int64_t, int64_t group, const double* problem, double* w) {
     gs::simplex_steps(gs::SerialTeam{}, problem, num_tasks, lr, momentum, num_iter, w,
-                      gs::scratch_at(workspace, b, gs::simplex_scratch_bytes(num_tasks)));
+                      gs::scratch_at(workspace, group, gs::simplex_scratch_bytes(num_tasks)));
   };
   gs::each_problem(parallel, matrix, batch, num_tasks, num_tasks * num_tasks, weights, solve);
   return GS_OK;
 }
 
 int64_t gs_weights_workspace_bytes(gs_weighting weighting, int64_t batch, int64_t num_tasks) {
-  const bool valid = gs::check_problems(batch, num_tasks) == GS_OK && gs::check_known(weighting) == GS_OK;
-  return valid ? batch * gs::weighting_scratch_bytes(weighting, num_tasks) : -1;
+  if (gs::check_problems(batch, num_tasks) != GS_OK || gs::check_known(weighting) != GS_OK) return -1;
+  const int64_t count = gs::is_in_parts(weighting, num_tasks) ? gs::kParts : gs::groups_of(batch);
+  return count * gs::weighting_scratch_bytes(weighting, num_tasks);
 }
 
 gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting weighting,
@@ -138,11 +171,18 @@ gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, g
   if (const gs_status status =
           gs::check_workspace(workspace, workspace_bytes, gs_weights_workspace_bytes(weighting, batch, num_tasks)))
     return status;
-  const auto solve = [&](int64_t b, const double* problem, double* w) {
-    gs::solve_weighting(gs::SerialTeam{}, weighting, problem, num_tasks, preference, parameter, limit, 0, 1, w,
-                        gs::scratch_at(workspace, b, gs::weighting_scratch_bytes(weighting, num_tasks)));
+  const int64_t bytes = gs::weighting_scratch_bytes(weighting, num_tasks);
+  const bool in_parts = gs::is_in_parts(weighting, num_tasks);
+  const auto solve = [&](int64_t, int64_t group, const double* problem, double* w) {
+    double* const scratch = gs::scratch_at(workspace, in_parts ? 0 : group, bytes);
+    if (in_parts) {
+      gs::upgrad_in_parts(parallel, problem, num_tasks, preference, parameter, w, scratch, bytes / 8);
+    } else {
+      gs::solve_weighting(gs::SerialTeam{}, weighting, problem, num_tasks, preference, parameter, limit, 0, 1, w,
+                          scratch);
+    }
   };
-  gs::each_problem(parallel, gram, batch, num_tasks, 128 * num_tasks, weights, solve);
+  gs::each_problem(in_parts ? nullptr : parallel, gram, batch, num_tasks, 128 * num_tasks, weights, solve);
   return GS_OK;
 }
 
@@ -150,7 +190,7 @@ gs_status gs_gradvac_cpu(const double* gram, int64_t batch, int64_t num_tasks, c
                          double* targets, double* weights, const gs_parallel* parallel) {
   if (const gs_status status = gs::check_gradvac(gram, batch, num_tasks, order, beta, targets, weights)) return status;
   if (const gs_status status = order ? gs::check_order(order, num_tasks) : GS_OK) return status;
-  const auto solve = [&](int64_t b, const double* problem, double* w) {
+  const auto solve = [&](int64_t b, int64_t, const double* problem, double* w) {
     std::fill(w, w + num_tasks, 1.0);
     for (int64_t i = 0; i < num_tasks; i++) {
       double v[GS_MAX_TASKS];
