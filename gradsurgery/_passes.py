@@ -91,23 +91,24 @@ class Passes:
                 row[place] = p.grad if found is None else found + p.grad
                 p.grad = None
 
-    def from_losses(self) -> Rows:
-        """Go from each loss to the parameters."""
-        if not self.parameters or not self.starts:
-            return [[] for _ in self.starts]
+    def from_losses(self, *, joint: bool = False) -> Rows:
+        """Go from each loss to the parameters; ``joint``: from all losses at once, which yields one row, of sums."""
+        groups = self._groups(joint)
+        if not self.parameters:
+            return [[] for _ in groups]
         if self.batched:
             return self._batched_from_losses()
         rows: Rows = []
         roots = [root for root, _ in self.starts]
         edges = Graph.of(roots).edges_behind_functions(self.parameters) if self.hiding else {}
-        for (root, factor), keep in self._with_keep(self.starts):
-            rows.append([*self._go_back([root.output()], self.parameters, [factor], edges, keep)])
+        for (outputs, factors), keep in self._with_keep(groups):
+            rows.append([*self._go_back(outputs, self.parameters, factors, edges, keep)])
             self._add_hidden(rows[-1])
         check_memory(rows)
         return rows
 
-    def through_grad(self, *, sharded: bool) -> Rows:
-        """Go from each loss to all leaves, by way of ``.grad``, where passes to named inputs do not work.
+    def through_grad(self, *, sharded: bool, joint: bool = False) -> Rows:
+        """Do the same by way of all leaves' ``.grad``, where passes to named inputs do not work.
 
         Re-entrant checkpoints hide what is inside them. ``fully_shard`` has other tensors than the parameters in the
         graph, and its hooks wait for whole passes. The gradients of sharded parameters are this process's parts.
@@ -117,8 +118,8 @@ class Passes:
         """
         parameters: list[Any] = self.parameters
         rows: Rows = []
-        for (root, factor), keep in self._with_keep(self.starts):
-            torch.autograd.backward([root.output()], [factor], retain_graph=keep)
+        for (outputs, factors), keep in self._with_keep(self._groups(joint)):
+            torch.autograd.backward(outputs, factors, retain_graph=keep)
             rows.append([part_of(p.grad, p) if sharded and p.grad is not None else p.grad for p in parameters])
             for p in parameters:
                 p.grad = None
@@ -241,6 +242,12 @@ class Passes:
             for p, grad in zip(parted.trunk, self._go_back(outputs, inputs, grads, parted.edges, keep), strict=True):
                 row[p] = grad
             self._add_hidden(row)
+
+    def _groups(self, joint: bool) -> list[tuple[list[Output], list[Tensor]]]:
+        """Return the outputs of each pass, and the gradients there."""
+        if joint:
+            return [([root.output() for root, _ in self.starts], [factor for _, factor in self.starts])]
+        return [([root.output()], [factor]) for root, factor in self.starts]
 
     def _with_keep(self, items: Sequence[Any]) -> list[tuple[Any, bool]]:
         """Pair each with whether its pass must keep the graph."""

@@ -127,15 +127,14 @@ def collect(
             "with use_reentrant=False take both"
         )
     values = _values(each, device)
+    joint = weigh is not None
+    weights: Sequence[Tensor | None] = [None] * len(each)
     if weigh is not None:
-        weights = weigh(tasks, values)
-        terms = [(loss * weight.to(loss)).reshape(()) for weight, loss in zip(weights.unbind(), given, strict=True)]
-        total = sum((term.to(terms[0].device) for term in terms[1:]), terms[0])
-        each, roots, mode, features = [total], [Root(total)], "sequential", None
+        weights, mode, features = weigh(tasks, values).unbind(), "sequential", None
     scale = None if how.scaler is None else how.scaler.scale(torch.ones((), device=device))
     starts = [
-        (root, torch.ones_like(loss) if scale is None else scale.to(loss, copy=True).expand_as(loss))  # type: ignore[arg-type]
-        for root, loss in zip(roots, each, strict=True)
+        (root, _start(loss, scale, weight))  # type: ignore[arg-type]
+        for root, loss, weight in zip(roots, each, weights, strict=True)
         if root is not None
     ]
     whole = shards is not None or survey.through_grad
@@ -145,9 +144,9 @@ def collect(
         if not starts:
             grads = []
         elif whole:
-            grads = passes.through_grad(sharded=shards is not None)
+            grads = passes.through_grad(sharded=shards is not None, joint=joint)
         elif features is None:
-            grads = passes.from_losses()
+            grads = passes.from_losses(joint=joint)
         elif mode != "representation":
             grads = passes.by_features(features)
         else:
@@ -160,8 +159,16 @@ def collect(
                 return direction, [w for w, root in zip(weights.unbind(), roots, strict=True) if root is not None]
 
             grads = passes.by_representation(features, steer_each)
-    grads = _spread(grads, roots, len(parameters))
+    grads = (grads or [[None] * len(parameters)]) if joint else _spread(grads, roots, len(parameters))
     return Collected(tasks, parameters, grads, values, present, scale)
+
+
+def _start(loss: Tensor, scale: Tensor | None, weight: Tensor | None) -> Tensor:
+    """Return the gradient that a loss's backward pass begins with: 1, or a scale, a weight or both."""
+    if scale is None and weight is None:
+        return torch.ones_like(loss)
+    start = weight if scale is None else scale if weight is None else scale.to(loss) * weight.to(loss)
+    return start.to(loss, copy=True).expand_as(loss)  # type: ignore[union-attr]
 
 
 def _spread(rows: Rows, roots: Sequence[Root | None], width: int) -> Rows:
@@ -170,9 +177,10 @@ def _spread(rows: Rows, roots: Sequence[Root | None], width: int) -> Rows:
     return [[None] * width if root is None else next(found) for root in roots]
 
 
+@torch.no_grad()
 def _values(each: list[Tensor | None], device: torch.device) -> Tensor:
     """Return the losses as float64 [T], detached; 0 for an absent one."""
-    scalars = [None if loss is None else loss.detach().reshape(()) for loss in each]
+    scalars = [loss if loss is None or loss.dim() == 0 else loss.reshape(()) for loss in each]
     kinds = {None if loss is None else (loss.dtype, loss.device) for loss in scalars}
     if None in kinds or len(kinds) > 1:
         absent = torch.zeros((), dtype=torch.float64, device=device)

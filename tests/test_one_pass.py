@@ -178,3 +178,22 @@ def test_sparse_gradients_of_an_embedding():
     expected = 1 + 4 * embedding.weight.detach()
     torch.testing.assert_close(embedding.weight.grad.to_dense()[[1, 3]], expected[[1, 3]])
     assert embedding.weight.grad.is_sparse
+
+
+def test_a_loss_that_is_a_parameter_does_not_get_the_weights_own_memory():
+    loss = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64, device=DEVICE))
+    optimizer = optimizer_of(torch.nn.ParameterList([loss]), gradsurgery.methods.Constant([3.0]))
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward([loss])
+        assert loss.grad.item() == 3
+        loss.grad.zero_()
+
+
+def test_hooks_of_the_losses_run_once_with_the_weights():
+    net, seen = two_task_net(), []
+    losses = two_losses(net, X)
+    for loss in losses:
+        loss.register_hook(lambda grad: seen.append(grad.item()))
+    optimizer_of(net, gradsurgery.methods.Constant([3.0, 5.0])).backward(losses)
+    assert sorted(seen) == [3, 5]
