@@ -180,15 +180,6 @@ def test_sparse_gradients_of_an_embedding():
     assert embedding.weight.grad.is_sparse
 
 
-def test_a_loss_that_is_a_parameter_does_not_get_the_weights_own_memory():
-    loss = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64, device=DEVICE))
-    optimizer = optimizer_of(torch.nn.ParameterList([loss]), gradsurgery.methods.Constant([3.0]))
-    info = optimizer.backward([loss])
-    assert loss.grad.item() == 3
-    loss.grad.zero_()
-    assert info.weights.tolist() == [3]
-
-
 def test_hooks_of_the_losses_run_once_with_the_weights():
     net, seen = two_task_net(), []
     losses = two_losses(net, X)
