@@ -47,7 +47,7 @@ class Parted:
 
 @dataclass(slots=True)
 class Passes:
-    """How to go back to the P parameters. Each result holds T lists of P gradients, None where a task has none."""
+    """How to go back to the P parameters. A result holds a list of P gradients for each task, None where it has none."""
 
     parameters: list[Tensor]
     batched: bool
@@ -56,7 +56,7 @@ class Passes:
     """Tasks of a batched pass; None: all."""
     retain_graph: bool
     starts: list[tuple[Root, Tensor]]
-    """What the pass of each loss begins at, and the gradient there: 1, or a gradient scaler's factor."""
+    """What the pass of each loss begins at, and the gradient there: 1, a gradient scaler's factor, a weight or both."""
     hiding: bool
     """Whether functions may leave gradients of parameters inside them in ``.grad``, which is then set aside."""
 
@@ -108,7 +108,7 @@ class Passes:
         return rows
 
     def through_grad(self, *, sharded: bool, joint: bool = False) -> Rows:
-        """Do the same by way of all leaves' ``.grad``, where passes to named inputs do not work.
+        """Do what :meth:`from_losses` does by way of all leaves' ``.grad``, where passes to named inputs do not work.
 
         Re-entrant checkpoints hide what is inside them. ``fully_shard`` has other tensors than the parameters in the
         graph, and its hooks wait for whole passes. The gradients of sharded parameters are this process's parts.

@@ -87,8 +87,8 @@ def collect(
         parameters: the P parameters.
         how: how the passes run.
         check: called with the task names before the passes; raises if their gradients could not be used.
-        weigh: maps task names and losses [T] to weights [T]. If given, there is one pass, from the weighted sum, and
-            one row of gradients, whatever ``how.mode`` and ``how.features`` are.
+        weigh: maps task names and losses [T] to weights [T]. If given, there is one pass, from all losses with these
+            as their gradients, and one row of gradients, whatever ``how.mode`` and ``how.features`` are.
         steer: for mode="representation": maps the gradients of the features to those that the single pass below starts
             from, and to weights [T] of the gradients above, or None. The caller then adds up the rows.
         partial: accept None for an absent loss; its row holds None only.
@@ -110,9 +110,10 @@ def collect(
         check(tasks)
     given = [loss for loss in each if loss is not None]
     device = next((at.device for at in (*given, *parameters)), torch.device("cpu"))
-    # A hook of the stack itself runs only in passes through the stack.
-    hooked = isinstance(losses, Tensor) and bool(losses._backward_hooks)
-    roots = [None if loss is None else Root(loss) if hooked else root_of(loss) for loss in each]
+    # A hook of the stack itself runs only in passes through the stack, as the one from all losses is.
+    joint = weigh is not None
+    through = joint or (isinstance(losses, Tensor) and bool(losses._backward_hooks))
+    roots = [None if loss is None else Root(loss) if through else root_of(loss) for loss in each]
     present = [loss is not None for loss in each]
     survey = survey or Survey(infers_shared=False)
     survey.take(given, [r for r in roots if r is not None])
@@ -127,7 +128,6 @@ def collect(
             "with use_reentrant=False take both"
         )
     values = _values(each, device)
-    joint = weigh is not None
     weights: Sequence[Tensor | None] = [None] * len(each)
     if weigh is not None:
         weights, mode, features = weigh(tasks, values).unbind(), "sequential", None
@@ -159,16 +159,18 @@ def collect(
                 return direction, [w for w, root in zip(weights.unbind(), roots, strict=True) if root is not None]
 
             grads = passes.by_representation(features, steer_each)
-    grads = (grads or [[None] * len(parameters)]) if joint else _spread(grads, roots, len(parameters))
+    if not joint:
+        grads = _spread(grads, roots, len(parameters))
     return Collected(tasks, parameters, grads, values, present, scale)
 
 
 def _start(loss: Tensor, scale: Tensor | None, weight: Tensor | None) -> Tensor:
     """Return the gradient that a loss's backward pass begins with: 1, or a scale, a weight or both."""
-    if scale is None and weight is None:
-        return torch.ones_like(loss)
-    start = weight if scale is None else scale if weight is None else scale.to(loss) * weight.to(loss)
-    return start.to(loss, copy=True).expand_as(loss)  # type: ignore[union-attr]
+    start = torch.ones_like(loss)
+    for factor in (scale, weight):
+        if factor is not None:
+            start = start * factor.to(loss)
+    return start
 
 
 def _spread(rows: Rows, roots: Sequence[Root | None], width: int) -> Rows:

@@ -200,8 +200,9 @@ def test_nothing_to_combine(backend):
 
 
 @on_cpu
-def test_same_bits_for_any_thread_count():
-    rows, weights = normal(5, 300_001, torch.float32), normal(1, 5)[0]
+@pytest.mark.parametrize("columns", [20_001, 300_001])
+def test_same_bits_for_any_thread_count(columns):
+    rows, weights = normal(5, columns, torch.float32), normal(1, 5)[0]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

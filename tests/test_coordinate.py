@@ -188,9 +188,10 @@ def test_out_may_be_added_to_and_be_one_of_the_gradients(backend, method, form, 
 
 
 @on_cpu
+@pytest.mark.parametrize("columns", [20_001, 300_001])
 @pytest.mark.parametrize("method", METHODS)
-def test_same_bits_for_any_thread_count(method):
-    rows = normal(5, 300_001, torch.float32)
+def test_same_bits_for_any_thread_count(method, columns):
+    rows = normal(5, columns, torch.float32)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

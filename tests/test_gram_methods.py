@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import USABLE
+from conftest import USABLE, on_cpu
 from gradsurgery.backends import spectral
 from inputs import DEVICE, HOSTILE, hostile, normal
 
@@ -327,6 +327,21 @@ def test_many_problems_are_those_of_small_batches(method):
     grams[600, 0, 0] = torch.nan
     expected = torch.cat([weigh(method, few) for few in grams.split(100)])
     torch.testing.assert_close(weigh(method, grams), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@on_cpu
+@pytest.mark.parametrize("problems", [1, 3, 20])
+def test_upgrad_of_many_tasks_has_the_same_bits_for_any_thread_count(problems):
+    grams = torch.stack([gradsurgery.gram(normal(30, 20, seed=b)) for b in range(problems)])
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found += [weigh("upgrad", grams), *(weigh("upgrad", gram[None]) for gram in grams[-1:])]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[2])
+    assert all(torch.equal(one[0], found[0][-1]) for one in (found[1], found[3]))
 
 
 @pytest.mark.parametrize("method", [*SOLVED, "gradvac"])

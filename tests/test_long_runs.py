@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import two_losses, two_task_net
+from conftest import on_cpu, two_losses, two_task_net
 from inputs import normal
 
 methods = gradsurgery.methods
@@ -107,6 +107,23 @@ def test_copies_of_a_method_that_keeps_gradients_go_on_alike(name):
         for each in copies:
             torch.testing.assert_close(advance(each, step), expected, rtol=0, atol=0)
     assert all(str(each.state_dict()) == str(method.state_dict()) for each in copies)
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ["moco", "db_mtl", "excess_mtl", "m_config"])
+def test_kept_gradients_have_the_same_bits_for_any_thread_count(name):
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            method = methods.get(name)
+            for step in range(2):
+                d = gradsurgery.aggregate(normal(2, 600_000, torch.float32, seed=step), method, losses=torch.ones(2))
+            found.append((d, method.state_dict()))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0][0], found[1][0])
+    assert str(found[0][1]) == str(found[1][1])
 
 
 def test_the_pickle_of_a_method_has_each_kept_gradient_once():

@@ -187,3 +187,23 @@ def test_hooks_of_the_losses_run_once_with_the_weights():
         loss.register_hook(lambda grad: seen.append(grad.item()))
     optimizer_of(net, gradsurgery.methods.Constant([3.0, 5.0])).backward(losses)
     assert sorted(seen) == [3, 5]
+
+
+def test_hooks_of_a_stack_whose_parts_are_given_run():
+    net, plain = two_task_net(), two_task_net()
+    plain.load_state_dict(net.state_dict())
+    optimizer = optimizer_of(net, "sum")
+    for each, backward in ((net, optimizer.backward), (plain, lambda losses: sum(losses).backward())):
+        stack = torch.stack(two_losses(each, X))
+        stack.register_hook(lambda grad: 10 * grad)
+        backward(list(stack))
+    torch.testing.assert_close(grads_of(net), grads_of(plain))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_gradient_of_a_loss_of_one_element_is_contiguous(scaled):
+    loss = torch.nn.Parameter(torch.tensor([3.0], device=DEVICE))
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0) if scaled else None
+    optimizer_of(torch.nn.ParameterList([loss]), gradsurgery.methods.Constant([2.0])).backward([loss], scaler=scaler)
+    assert loss.grad.tolist() == [8.0 if scaled else 2.0]
+    assert loss.grad.stride() == (1,)

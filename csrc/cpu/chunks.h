@@ -17,7 +17,7 @@ inline bool overflow_cache(const gs_gradients& g) {
 template <class Body>
 void each_chunk(const gs_gradients& g, int64_t* first_chunk, const gs_parallel* parallel, const Body& body) {
   constexpr int64_t kSerialElements = 65536;  // less than this is not worth a second thread
-  // Of large parameters 16,384 columns; of others a sixteenth, so that threads get equal shares.
+  // 16,384 columns of large parameters; of others about a sixteenth, so that threads get equal shares, but 1,024.
   const auto width = [&](int64_t p) { return std::clamp<int64_t>((g.numel[p] / 16 + 511) / 512 * 512, 1024, 16384); };
   int64_t elements = 0;
   first_chunk[0] = 0;

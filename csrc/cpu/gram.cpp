@@ -45,9 +45,12 @@ struct Plan {
     params = space.take<int64_t>(g.num_params);
     int64_t total = 0;
     for (int64_t p = 0; p < g.num_params; p++) total += g.numel[p];
-    // An upper bound for every split of the columns into segments.
-    const int64_t most = segments + std::min(segments * kMaxSlots, total / (kSlotElements / g.num_tasks));
-    const int64_t width = segments == 1 ? total / slots_of(total, g.num_tasks) + kSlotAlignment : total;
+    // Upper bounds for every split of the columns into segments.
+    int64_t most = slots_of(total, g.num_tasks), width = total / most + kSlotAlignment;
+    if (segments != 1) {
+      most = segments + std::min(segments * kMaxSlots, total / (kSlotElements / g.num_tasks));
+      width = total;
+    }
     parts = width / 64 + width / kPartColumns + g.num_params + 2 < kPartTerms ? 1 : 2;
     partials = space.take<double>(most * parts * g.num_tasks * g.num_tasks);
     bytes = space.bytes();

@@ -48,15 +48,18 @@ bool is_in_parts(gs_weighting weighting, int64_t num_tasks) {
   return weighting == GS_UPGRAD && num_tasks >= kManyTasks;
 }
 
-// scratch: kParts times `values` doubles, of which the first T are a part's weights.
+// workspace: a scratch of that many bytes, of which the weights of a part come first; with threads, one for each part.
 void upgrad_in_parts(const gs_parallel* parallel, const double* gram, int64_t num_tasks, const double* preference,
-                     double ridge, double* weights, double* scratch, int64_t values) {
-  parallel_for(parallel, kParts, [&](int64_t part) {
-    double* const w = scratch + part * values;
-    upgrad(SerialTeam{}, gram, num_tasks, preference, ridge, part, kParts, w, w + num_tasks);
-  });
+                     double ridge, double* weights, void* workspace, int64_t bytes) {
+  const int64_t at_once = parallel ? kParts : 1;
   std::fill(weights, weights + num_tasks, 0.0);
-  for (int64_t part = 0; part < kParts; part++) add(1, scratch + part * values, num_tasks, weights);
+  for (int64_t first = 0; first < kParts; first += at_once) {
+    parallel_for(parallel, at_once, [&](int64_t i) {
+      double* const w = scratch_at(workspace, i, bytes);
+      upgrad(SerialTeam{}, gram, num_tasks, preference, ridge, first + i, kParts, w, w + num_tasks);
+    });
+    for (int64_t i = 0; i < at_once; i++) add(1, scratch_at(workspace, i, bytes), num_tasks, weights);
+  }
 }
 
 int64_t weighting_scratch_bytes(gs_weighting weighting, int64_t num_tasks) {
@@ -158,8 +161,8 @@ gs_status gs_simplex_steps_cpu(const double* matrix, int64_t batch, int64_t num_
 
 int64_t gs_weights_workspace_bytes(gs_weighting weighting, int64_t batch, int64_t num_tasks) {
   if (gs::check_problems(batch, num_tasks) != GS_OK || gs::check_known(weighting) != GS_OK) return -1;
-  const int64_t count = gs::is_in_parts(weighting, num_tasks) ? gs::kParts : gs::groups_of(batch);
-  return count * gs::weighting_scratch_bytes(weighting, num_tasks);
+  const int64_t parts = batch > 0 && gs::is_in_parts(weighting, num_tasks) ? gs::kParts : 0;
+  return std::max(parts, gs::groups_of(batch)) * gs::weighting_scratch_bytes(weighting, num_tasks);
 }
 
 gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_weighting weighting,
@@ -172,17 +175,18 @@ gs_status gs_weights_cpu(const double* gram, int64_t batch, int64_t num_tasks, g
           gs::check_workspace(workspace, workspace_bytes, gs_weights_workspace_bytes(weighting, batch, num_tasks)))
     return status;
   const int64_t bytes = gs::weighting_scratch_bytes(weighting, num_tasks);
-  const bool in_parts = gs::is_in_parts(weighting, num_tasks);
+  // Threads take parts of few problems, and problems of many.
+  const bool in_parts = gs::is_in_parts(weighting, num_tasks), by_parts = in_parts && batch < gs::kParts;
   const auto solve = [&](int64_t, int64_t group, const double* problem, double* w) {
-    double* const scratch = gs::scratch_at(workspace, in_parts ? 0 : group, bytes);
+    double* const scratch = gs::scratch_at(workspace, by_parts ? 0 : group, bytes);
     if (in_parts) {
-      gs::upgrad_in_parts(parallel, problem, num_tasks, preference, parameter, w, scratch, bytes / 8);
+      gs::upgrad_in_parts(by_parts ? parallel : nullptr, problem, num_tasks, preference, parameter, w, scratch, bytes);
     } else {
       gs::solve_weighting(gs::SerialTeam{}, weighting, problem, num_tasks, preference, parameter, limit, 0, 1, w,
                           scratch);
     }
   };
-  gs::each_problem(in_parts ? nullptr : parallel, gram, batch, num_tasks, 128 * num_tasks, weights, solve);
+  gs::each_problem(by_parts ? nullptr : parallel, gram, batch, num_tasks, 128 * num_tasks, weights, solve);
   return GS_OK;
 }
 

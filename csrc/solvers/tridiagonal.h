@@ -10,9 +10,9 @@
 
 namespace gs {
 
-// How many pairs of doubles may record rotations; those of random, graded, clustered and singular matrices filled up to
+// How many pairs of doubles may record rotations; those of the worst matrices that were found, tridiagonal ones, filled
 // three quarters. The steps end where there is no room for another.
-constexpr int64_t max_rotations(int64_t num_tasks) { return (3 * num_tasks * num_tasks + 1) / 2 + 10 * num_tasks; }
+constexpr int64_t max_rotations(int64_t num_tasks) { return 2 * num_tasks * num_tasks + 8 * num_tasks; }
 
 // y += factor x.
 inline void add(double factor, const double* x, int64_t count, double* y) {

@@ -13,10 +13,9 @@ from torch._utils import _flatten_dense_tensors
 from .._checks import check_positive
 from .._compiling import is_traced
 from .._gradients import is_dense
+from ..gram import gram
 from ._buffered import BufferedMethod, Buffers, Given, Rows
 from ._state import making_state
-
-_UNIT = 2.0**-24  # a factor on the terms of e, so that their sum in float32 does not overflow
 
 
 class _Block(NamedTuple):
@@ -25,7 +24,7 @@ class _Block(NamedTuple):
     places: list[int]
     counted: bool
     roots: Tensor | None
-    """sqrt(S) [T, columns] of the small ones; the method's buffers are views of it."""
+    """sqrt(S) [T, columns] of small ones; the method's buffers are views of it. None for a large one."""
 
 
 class ExcessMTL(BufferedMethod):
@@ -73,11 +72,9 @@ class ExcessMTL(BufferedMethod):
                 size = torch.where(given.finite, size, 0)
             roots.hypot_(size)  # S itself might overflow
             if counted:
-                # _UNIT size^2 / roots, without size^2, which might overflow.
-                divisor = roots.clamp(min=torch.finfo(roots.dtype).tiny)  # 0 / 0 is 0 here
-                terms = torch.addcdiv(size.new_zeros(()), size, divisor, value=_UNIT).mul_(size)
-                excess[tasks] += terms.flatten(1).sum(-1)
-        excess = given.total(excess) / _UNIT
+                part = size / roots.clamp(min=torch.finfo(roots.dtype).tiny)  # 0 / 0 is 0 here
+                excess[tasks] += _products(part, size, given.backend)
+        excess = given.total(excess)
         started = self._state["first"] > 0
         first = torch.where(started, self._state["first"], excess)
         growth = torch.where(started, self.eta * excess / first, 0)
@@ -109,21 +106,25 @@ class ExcessMTL(BufferedMethod):
                 ]
                 yield slice(None), roots, _flatten_dense_tensors(each).view_as(roots), counted
 
+    def _begin(self, rows: Rows) -> None:
+        if self._blocks[0] is not self._buffers:
+            self._blocks = ExcessMTL._blocks  # before more memory is taken
+
     def _blocks_of(self, given: Given) -> Sequence[_Block]:
         """Return the blocks, and make them where the buffers are new."""
         assert self._buffers is not None
-        buffers, counted, blocks = self._blocks
-        if buffers is not self._buffers or counted != given.counted:
-            del buffers, blocks
-            self._blocks = (None, (), ())  # frees the old ones first
+        if self._blocks[0] is not self._buffers or self._blocks[1] != given.counted:
+            self._blocks = ExcessMTL._blocks
             with making_state(self.name, given.finite.device):
                 self._blocks = (self._buffers, given.counted, _in_blocks(self._buffers, given.counted))
         return self._blocks[2]
 
     def __getstate__(self) -> dict[str, Any]:
         # Each view would be written with its whole block, and no longer share it when it is read.
-        buffers = self._buffers and [[b.clone() for b in row] for row in self._buffers]
-        return {**vars(self), "_buffers": buffers, "_blocks": ExcessMTL._blocks}
+        own = self.state_dict()
+        buffers = own.pop("buffers")
+        state = None if buffers is None else own
+        return {**vars(self), "_buffers": buffers, "_state": state, "_blocks": ExcessMTL._blocks}
 
     def _weigh(self, given: Given, gram: Tensor) -> Tensor:
         assert self._state is not None
@@ -133,6 +134,12 @@ class ExcessMTL(BufferedMethod):
 def _piece_bytes(device: torch.device) -> int:
     """Return about how much of S to work on at a time: on a CPU, what stays in cache."""
     return (2 if device.type == "cpu" else 64) << 20
+
+
+def _products(these: Tensor, those: Tensor, backend: str | None) -> Tensor:
+    """Return the inner products of rows [tasks, ...], float64; unlike a sum's, their bits do not depend on threads."""
+    pairs = [list(these.unbind()), list(those.unbind())]
+    return gram(pairs, segments=range(len(these)), backend=backend)[:, 0, 1]
 
 
 def _in_pieces(root: Tensor, gradient: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
