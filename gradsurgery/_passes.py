@@ -47,7 +47,7 @@ class Parted:
 
 @dataclass(slots=True)
 class Passes:
-    """How to go back to the P parameters. A result holds a list of P gradients for each task, None where it has none."""
+    """How to go back to the P parameters. A result holds P gradients for each task, None where it has none."""
 
     parameters: list[Tensor]
     batched: bool
