@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import USABLE, on_cpu
+from conftest import USABLE
 from gradsurgery.backends import spectral
 from inputs import DEVICE, HOSTILE, hostile, normal
 
@@ -271,20 +271,6 @@ def test_eigenvalues_of_many_tasks(method, tasks, columns):
     torch.testing.assert_close(weigh(method, gram), weigh(method, gram, "reference"), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["mgda", "dualproj"])
-def test_many_problems_of_many_tasks(method):
-    rows = normal(160, 8 * 80).view(160, 8, 80).transpose(0, 1)
-    gram, threads = rows @ rows.mT, torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        found = weigh(method, gram, "reference")
-        torch.set_num_threads(1)
-        expected = weigh(method, gram, "reference")
-    finally:
-        torch.set_num_threads(threads)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e6, 1e20])
 @pytest.mark.parametrize("method", [*SOLVED, "gradvac"])
 @pytest.mark.parametrize("tasks", [2, 5])
@@ -318,30 +304,6 @@ def test_a_batch_is_its_problems(backend, method):
         else:
             torch.testing.assert_close(got, one, rtol=0, atol=0, equal_nan=True)
     assert weigh(method, grams[:0, 0], backend).shape == (0, tasks)
-
-
-@pytest.mark.parametrize("method", [*SOLVED, "gradvac", "mgda", "pcgrad", "sdmgrad"])
-def test_many_problems_are_those_of_small_batches(method):
-    rows = normal(3, 700 * 6).view(3, 700, 6).transpose(0, 1)
-    grams = rows @ rows.mT
-    grams[600, 0, 0] = torch.nan
-    expected = torch.cat([weigh(method, few) for few in grams.split(100)])
-    torch.testing.assert_close(weigh(method, grams), expected, rtol=0, atol=0, equal_nan=True)
-
-
-@on_cpu
-@pytest.mark.parametrize("problems", [1, 3, 20])
-def test_upgrad_of_many_tasks_has_the_same_bits_for_any_thread_count(problems):
-    grams = torch.stack([gradsurgery.gram(normal(30, 20, seed=b)) for b in range(problems)])
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            found += [weigh("upgrad", grams), *(weigh("upgrad", gram[None]) for gram in grams[-1:])]
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[2])
-    assert all(torch.equal(one[0], found[0][-1]) for one in (found[1], found[3]))
 
 
 @pytest.mark.parametrize("method", [*SOLVED, "gradvac"])
