@@ -145,7 +145,7 @@ def test_a_compiled_step_forgets_uncompiled(monkeypatch):
         optimizer.combine()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("extension", [True, False])
 def test_heads_in_torchscript_are_noticed_once_it_is_one_function(monkeypatch, extension):
     if not extension:
