@@ -80,8 +80,8 @@ std::vector<double> gram_of(const Problem& problem, const gs_parallel* parallel)
   return gram;
 }
 
-void test_gram(int64_t tasks) {
-  const Problem problem(tasks, {70001, 0, 33, 1, 40000, 512});
+void test_gram(int64_t tasks, const std::vector<int64_t>& sizes = {70001, 0, 33, 1, 40000, 512}) {
+  const Problem problem(tasks, sizes);
   const std::vector<double> gram = gram_of(problem, nullptr);
   const gs_parallel no_loop = {nullptr, nullptr};
   for (const gs_parallel* parallel : {&kTwoThreads, &no_loop}) {
@@ -241,6 +241,30 @@ void test_min_norm(int64_t tasks) {
   }
 }
 
+// A batch has the weights of each problem alone, whatever the threads, in a workspace of just the size it asks for.
+void test_batch(gs_weighting weighting, int64_t tasks, int64_t batch) {
+  std::mt19937 random(5);
+  std::normal_distribution<double> normal;
+  std::vector<double> grams(batch * tasks * tasks), got(batch * tasks), alone(tasks), rows(tasks * tasks);
+  for (int64_t b = 0; b < batch; b++) {
+    for (double& x : rows) x = normal(random);
+    for (int64_t e = 0; e < tasks * tasks; e++) {
+      double& sum = grams[b * tasks * tasks + e];
+      for (int64_t c = 0; c < tasks; c++) sum += rows[e / tasks * tasks + c] * rows[e % tasks * tasks + c];
+    }
+  }
+  const auto solve = [&](const double* gram, int64_t problems, double* w, const gs_parallel* parallel) {
+    const int64_t bytes = gs_weights_workspace_bytes(weighting, problems, tasks);
+    const auto space = workspace(bytes);
+    CHECK(gs_weights_cpu(gram, problems, tasks, weighting, nullptr, 1e-4, 0, w, space.get(), bytes, parallel) == GS_OK);
+  };
+  solve(grams.data(), batch, got.data(), &kTwoThreads);
+  for (int64_t b = 0; b < batch; b++) {
+    solve(grams.data() + b * tasks * tasks, 1, alone.data(), nullptr);
+    CHECK(std::memcmp(alone.data(), got.data() + b * tasks, tasks * sizeof(double)) == 0);
+  }
+}
+
 void test_errors() {
   Problem problem(2, {4});
   gs_gradients view = problem.view();
@@ -334,6 +358,12 @@ int main() {
     test_combine(tasks);
   }
   for (const int64_t tasks : {1, 2, 5, 16, 64, 128, 256}) test_min_norm(tasks);
+  test_gram(2, std::vector<int64_t>(4200, 1));  // a slot of several parts
+  for (const gs_weighting weighting : {GS_UPGRAD, GS_DUALPROJ, GS_CONFIG, GS_ALIGNED_MTL_MIN}) {
+    test_batch(weighting, 3, 700);
+    test_batch(weighting, 30, 1);
+    test_batch(weighting, 30, 20);
+  }
   test_solvers();
   test_last_step();
   test_errors();
