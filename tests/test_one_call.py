@@ -111,6 +111,16 @@ def test_no_gram_where_the_weights_do_not_need_it(name, monkeypatch):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+def test_gradients_that_are_not_finite_do_not_stop_methods_without_g():
+    rows, losses = normal(2, 5), torch.tensor([1.0, 2.0], device=DEVICE)
+    broken, uw, expected = rows.clone(), methods.get("uw"), methods.get("uw")
+    broken[0, 3] = torch.nan
+    assert torch.equal(gradsurgery.aggregate(broken, "minimax", losses=losses), rows[1])  # the first has weight 0
+    gradsurgery.aggregate(broken, uw, losses=losses)
+    gradsurgery.aggregate(rows, expected, losses=losses)
+    assert str(uw.state_dict()) == str(expected.state_dict()) != str(methods.get("uw").state_dict())
+
+
 def test_what_another_solver_does_not_know():
     """The one call is not made for rescaled weights, nor if a subclass or an object has a ``weights`` of its own."""
 
