@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -130,6 +131,16 @@ def test_the_pickle_of_a_method_has_each_kept_gradient_once():
     method = methods.get("excess_mtl")
     gradsurgery.aggregate([list(normal(20, 1000, torch.float32, seed=t)) for t in range(2)], method)
     assert len(pickle.dumps(method)) < 1.2 * 2 * 20 * 1000 * 4
+
+
+def test_sums_that_are_replaced_are_freed_before_new_ones_are_made(monkeypatch):
+    method, freed = methods.get("excess_mtl"), []
+    gradsurgery.aggregate(normal(2, 5), method)
+    old, prepare = weakref.ref(method._blocks[2][0].roots), method._prepare
+    method.load_state_dict(methods.get("excess_mtl").state_dict())
+    monkeypatch.setattr(method, "_prepare", lambda *given: freed.append(old() is None) or prepare(*given))
+    gradsurgery.aggregate(normal(2, 5), method)
+    assert freed == [True]
 
 
 @pytest.mark.parametrize("name", ["moco", "db_mtl", "excess_mtl", "m_config"])
