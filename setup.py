@@ -89,7 +89,7 @@ def openmp_flags() -> list[str]:
 
 def why_not_cuda() -> str:
     import torch
-    from torch.utils.cpp_extension import include_paths
+    from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
@@ -99,8 +99,9 @@ def why_not_cuda() -> str:
     release = re.search(r"release ((\d+)\.\d+)", said)
     if release is None or release[2] != torch.version.cuda.split(".")[0]:
         return f"{nvcc()} is of CUDA {release[1] if release else '(unknown)'}, torch of CUDA {torch.version.cuda}"
+    why = complaint("cuda_runtime_api.h", *(f"-I{path}" for path in include_paths("cuda")))
     # If nvcc is a link or a script, torch may take the wrong folder for the toolkit's.
-    return complaint("cuda_runtime_api.h", *(f"-I{path}" for path in include_paths("cuda")))
+    return why and f"{why}\nIs {CUDA_HOME} the CUDA toolkit's folder? Else set CUDA_HOME to that."
 
 
 def nvcc() -> str | None:
