@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import has_torch_function
 
 from ._extension import C
 
@@ -25,6 +28,23 @@ Edge = tuple[int, int]
 """The number of a node, and which of its outputs; -1 where no graph is behind."""
 
 
+def edge_of(tensor: Tensor) -> GradientEdge:
+    """Return where the graph behind a tensor begins."""
+    with torch._C.DisableTorchFunctionSubclass():  # or torch returns the function of a view of a leaf
+        return get_gradient_edge(tensor)
+
+
+def end_of(tensor: Tensor) -> Output:
+    """Return what torch's passes take in place of a tensor that they begin at or go to.
+
+    This is the tensor itself, unless it is of a subclass: then torch would turn all gradients of the pass into tensors
+    of that subclass, whose attributes are slow to read.
+    """
+    # A subclass that dispatches operators itself may not have the one that finds a leaf's edge.
+    is_plain_inside = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return edge_of(tensor) if has_torch_function((tensor,)) and is_plain_inside else tensor
+
+
 class Root(NamedTuple):
     """What a backward pass begins at."""
 
@@ -35,12 +55,12 @@ class Root(NamedTuple):
     def edge(self) -> GradientEdge:
         """Return where the graph begins."""
         if self.place is None:
-            return get_gradient_edge(self.tensor)
+            return edge_of(self.tensor)
         return GradientEdge(*self.tensor.grad_fn.next_functions[0][0].next_functions[self.place])  # type: ignore[union-attr]
 
     def output(self) -> Output:
         """Return what torch's passes take."""
-        return self.tensor if self.place is None else self.edge()
+        return end_of(self.tensor) if self.place is None else self.edge()
 
 
 def root_of(loss: Tensor) -> Root | None:
@@ -153,6 +173,10 @@ class Graph(NamedTuple):
         function = self.functions.get(node)
         return function is not None and not type(function)._forward_cls.__module__.startswith("torch.")
 
+    def has_reentrant(self) -> bool:
+        """Whether there is a re-entrant checkpoint, torch's or the like of another package."""
+        return any(map(_is_reentrant, self.functions.values()))
+
     def edges_behind_functions(
         self, parameters: Sequence[Tensor], reached: Reach | None = None, stops: Sequence[Edge] = ()
     ) -> dict[int, GradientEdge]:
@@ -178,6 +202,13 @@ class Graph(NamedTuple):
                     found[edges[behind[0]][0]] = GradientEdge(*self.functions[node].next_functions[behind[0]])
                     leads[node] = True
         return found
+
+
+def _is_reentrant(function: Any) -> bool:
+    backward = inspect.unwrap(type(function)._forward_cls.backward)
+    # What a backward asks that refuses to run in passes to named inputs.
+    asks = "_is_checkpoint_valid" in getattr(getattr(backward, "__code__", None), "co_names", ())
+    return asks or type(function).__name__ == "CheckpointFunctionBackward"
 
 
 def _walk(roots: Sequence[Root]) -> Graph:

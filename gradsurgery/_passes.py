@@ -5,17 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.overrides import has_torch_function
 
 from ._dtensor import part_of
 from ._features import check_ends, part, refuse_both
 from ._gradients import gradient_dtype
-from ._graph import Graph, Output, Root
+from ._graph import Graph, Output, Root, end_of
 from ._memory import Rows, check_memory
 
 Edges = Mapping[int, GradientEdge]
@@ -35,7 +36,8 @@ class Parted:
     """T lists of P gradients, of the parameters above the features."""
     cotangents: Rows
     """T lists of the features' gradients."""
-    features: Sequence[Tensor]
+    features: list[Output]
+    """What passes take in place of the features."""
     trunk: list[int]
     """The parameters below."""
     mask: list[int]
@@ -59,6 +61,11 @@ class Passes:
     """What the pass of each loss begins at, and the gradient there: 1, a gradient scaler's factor, a weight or both."""
     hiding: bool
     """Whether functions may leave gradients of parameters inside them in ``.grad``, which is then set aside."""
+    ends: Sequence[Output] = field(init=False)
+    """What passes take in place of the parameters."""
+
+    def __post_init__(self) -> None:
+        self.ends = [*map(end_of, self.parameters)] if has_torch_function(self.parameters) else self.parameters
 
     @contextmanager
     def grads_aside(self) -> Iterator[None]:
@@ -75,7 +82,7 @@ class Passes:
                 )
 
     def _go_back(
-        self, outputs: Sequence[Output], inputs: Sequence[Tensor], grads: Sequence[Tensor], edges: Edges, keep: bool
+        self, outputs: Sequence[Output], inputs: Sequence[Output], grads: Sequence[Tensor], edges: Edges, keep: bool
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of the inputs alone; the pass goes to the edges, too."""
         found = torch.autograd.grad(outputs, [*inputs, *edges.values()], grads, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
@@ -102,7 +109,7 @@ class Passes:
         roots = [root for root, _ in self.starts]
         edges = Graph.of(roots).edges_behind_functions(self.parameters) if self.hiding else {}
         for (outputs, factors), keep in self._with_keep(groups):
-            rows.append([*self._go_back(outputs, self.parameters, factors, edges, keep)])
+            rows.append([*self._go_back(outputs, self.ends, factors, edges, keep)])
             self._add_hidden(rows[-1])
         check_memory(rows)
         return rows
@@ -143,7 +150,7 @@ class Passes:
         shared = [p for p, m in enumerate(mask) if m.bit_count() > 1]
         edges = graph.edges_behind_functions(self.parameters) if self.hiding else {}
         if owned:
-            inputs = [self.parameters[p] for p in owned]
+            inputs = [self.ends[p] for p in owned]
             of_sum = self._go_back(outputs, inputs, factors, {}, self.retain_graph or bool(shared or edges))
             for p, grad in zip(owned, of_sum, strict=True):
                 rows[mask[p].bit_length() - 1][p] = grad
@@ -167,7 +174,7 @@ class Passes:
                 torch.stack([torch.zeros_like(f) if row[i] is None else row[i] for row in parted.cotangents])  # type: ignore[misc]
                 for i, f in enumerate(features)
             ]
-            self._fill_batched(rows, parted.trunk, parted.mask, features, stacks, parted.edges)
+            self._fill_batched(rows, parted.trunk, parted.mask, parted.features, stacks, parted.edges)
             return rows
         for row, (grads, keep) in zip(rows, self._with_keep(parted.cotangents), strict=True):
             self._fill_below(row, grads, parted, keep)
@@ -212,9 +219,10 @@ class Passes:
         edges = graph.edges_behind_functions(self.parameters, above, stops) if self.hiding else {}
         known = above.leaves.keys() & map(id, self.parameters)
         check_ends(graph, stops, [*edges, *(node for node, leaf in graph.leaves.items() if id(leaf) in known)])
+        feature_ends = [*map(end_of, features)]
         for t, ((root, factor), keep) in enumerate(self._with_keep(self.starts)):
             own = [p for p, owner in enumerate(self.parameters) if above.leaves.get(id(owner), 0) >> t & 1]
-            inputs = [*features, *(self.parameters[p] for p in own)]
+            inputs = [*feature_ends, *(self.ends[p] for p in own)]
             found = self._go_back([root.output()], inputs, [factor], edges, keep)
             cotangents.append(list(found[: len(features)]))
             for p, grad in zip(own, found[len(features) :], strict=True):
@@ -229,14 +237,14 @@ class Passes:
         refuse_both(p for p in trunk if any(row[p] is not None for row in rows))
         edges = graph.edges_behind_functions(self.parameters, below) if self.hiding else {}
         names = {name for name, reached in zip(graph.names, below.nodes, strict=True) if reached}
-        return Parted(rows, cotangents, features, trunk, mask, edges, names)
+        return Parted(rows, cotangents, feature_ends, trunk, mask, edges, names)
 
     def _fill_below(
         self, row: list[Tensor | None], cotangents: Sequence[Tensor | None], parted: Parted, keep: bool
     ) -> None:
         """Fill in the gradients of the parameters below the features from those of the features."""
         given = [(f, g) for f, g in zip(parted.features, cotangents, strict=True) if g is not None]
-        inputs = [self.parameters[p] for p in parted.trunk]
+        inputs = [self.ends[p] for p in parted.trunk]
         if given and (inputs or parted.edges):
             outputs, grads = zip(*given, strict=True)
             for p, grad in zip(parted.trunk, self._go_back(outputs, inputs, grads, parted.edges, keep), strict=True):
@@ -265,11 +273,10 @@ class Passes:
         """Fill in the gradients of ``params`` from cotangents [T, ...] of the outputs, where the mask says so."""
         if not params and not edges:
             return
-        inputs = [self.parameters[p] for p in params]
         step = self.chunk_size or len(rows)
         for begin, keep in self._with_keep(range(0, len(rows), step)):
             chunk = [c[begin : begin + step] for c in cotangents]
-            found = self._vmapped(outputs, inputs, chunk, edges, keep)
+            found = self._vmapped(outputs, params, chunk, edges, keep)
             for p, stack in zip(params, found, strict=True):
                 for t, grad in enumerate(stack.unbind(), begin):
                     if mask[p] >> t & 1:
@@ -278,14 +285,14 @@ class Passes:
     def _vmapped(
         self,
         outputs: Sequence[Output],
-        inputs: list[Tensor],
+        params: list[int],
         cotangents: list[Tensor],
         edges: Edges,
         keep: bool,
     ) -> Sequence[Tensor]:
         def go_back(*grads: Tensor) -> tuple[Tensor, ...]:
-            found = self._go_back(outputs, inputs, grads, edges, keep)
-            pairs = zip(inputs, found, strict=True)
+            found = self._go_back(outputs, [self.ends[p] for p in params], grads, edges, keep)
+            pairs = zip((self.parameters[p] for p in params), found, strict=True)
             return tuple(torch.zeros_like(p, dtype=gradient_dtype(p)) if g is None else g for p, g in pairs)
 
         try:

@@ -15,9 +15,6 @@ from ._graph import Graph, Root, functions_behind
 from ._shards import Shards
 from .distributed import Replicas
 
-_REENTRANT = "CheckpointFunctionBackward"
-"""torch.utils.checkpoint's function with use_reentrant=True, and the like of other packages."""
-
 
 @dataclass(slots=True)
 class Survey:
@@ -59,7 +56,7 @@ class Survey:
         if functions <= self.functions:
             return
         graph = Graph.of(roots)
-        self.through_grad = self.through_grad or _REENTRANT in graph.names
+        self.through_grad = self.through_grad or graph.has_reentrant()
         self.hiding = self.hiding or any(map(graph.may_hide, graph.functions))
         self.checked = False
         self.functions |= functions  # last: after an interrupt, all of this is done again
