@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from conftest import grads_of, on_cpu, two_losses, two_task_net
-from gradsurgery import SurgeryOptimizer, methods
+from gradsurgery import SurgeryOptimizer, _passes, methods
 from inputs import DEVICE
 from test_hidden import Hiding, Net
 
@@ -202,3 +202,32 @@ def test_a_step_under_fake_tensors():
         net = torch.nn.Linear(3, 2)
         wrap(net.parameters()).backward(net(torch.ones(3)).unbind())
         assert net.weight.grad.shape == (2, 3)
+
+
+class Other(torch.Tensor):
+    """A subclass as MONAI's images are, which turns all that torch's functions return into its own kind."""
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"mode": "batched"}, {"features": None}, {"mode": "representation", "features": None}], ids=str
+)
+@pytest.mark.parametrize("ours", ["losses", "parameters"])
+def test_gradients_are_plain_whatever_class_losses_and_parameters_are_of(ours, how, monkeypatch):
+    kinds = set()
+    monkeypatch.setattr(_passes, "check_memory", lambda rows: kinds.update(type(g) for row in rows for g in row))
+    found = []
+    for kind in (torch.Tensor, Other):
+        torch.manual_seed(0)
+        net = two_task_net()
+        if ours == "parameters":
+            for module in net.modules():
+                for name, p in [*module.named_parameters(recurse=False)]:
+                    setattr(module, name, Parameter(p.detach().as_subclass(kind)))
+        z = net["trunk"](X.as_subclass(kind) if ours == "losses" else X)
+        losses = [(net["a"](z) - 1).square().mean(), 3 * (net["b"](z) + 1).square().mean()]
+        assert type(losses[0]) is kind
+        wrap(net.parameters()).backward(losses, **(how | {"features": z} if "features" in how else how))
+        found.append(grads_of(net))
+    assert kinds <= {torch.Tensor, type(None)}
+    assert {type(g) for g in found[1]} == {torch.Tensor}
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
@@ -240,9 +241,6 @@ def test_a_failure_leaves_no_gradient():
     assert grads_of(net) == [None] * 8
 
 
-WRAPS = {"own": Hiding.apply, "torch": lambda f, x: checkpoint(f, x, use_reentrant=True)}
-
-
 @pytest.mark.parametrize("hidden", ["1", "2"])
 def test_an_interrupt_while_the_first_graph_is_read(hidden, monkeypatch):
     net = Net(hidden)
@@ -278,8 +276,20 @@ def late(hidden, wrap, steps):
     return info.gram, grads_of(modules)
 
 
+class Asking(Hiding):
+    """Another package's checkpoint, which refuses passes to named inputs as torch's re-entrant one does."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        assert torch.autograd._is_checkpoint_valid()
+        return Hiding.backward(ctx, grad)
+
+
 WRAPS = pytest.mark.parametrize(
-    "wrap", [Hiding.apply, lambda f, x: checkpoint(f, x, use_reentrant=True)], ids=["own", "torch"]
+    "wrap",
+    [Hiding.apply, Asking.apply, lambda f, x: checkpoint(f, x, use_reentrant=True)],
+    ids=["own", "asking", "torch"],
 )
 
 
