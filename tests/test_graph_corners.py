@@ -231,3 +231,47 @@ def test_gradients_are_plain_whatever_class_losses_and_parameters_are_of(ours, h
     assert kinds <= {torch.Tensor, type(None)}
     assert {type(g) for g in found[1]} == {torch.Tensor}
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+class Quantized(torch.Tensor):
+    """A weight that dispatches operators itself, and has only those that a step needs: no view, for one."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return QuantizedLinear.apply(*args[:2])
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function is torch.ops.aten.detach.default, function
+        return cls(args[0].values)
+
+
+class QuantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x)
+        return x @ weight.values.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad.T @ ctx.saved_tensors[0]
+
+
+def test_weights_that_dispatch_operators_themselves():
+    values, found = torch.linspace(-1, 1, 24).sin().reshape(4, 6), []
+    for kind in (torch.Tensor.clone, Quantized):
+        weight = kind(values).requires_grad_()
+        z = torch.nn.functional.linear(X, weight)
+        wrap([weight]).backward([z.square().mean(), (z - 1).abs().mean()])
+        found.append(weight.grad)
+    torch.testing.assert_close(found[1], found[0])
