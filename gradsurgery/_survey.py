@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +42,15 @@ class Survey:
     early_steps: int = 0
     """Steps of the wrapped optimizer before the first surgery."""
 
-    def begin_step(self) -> None:
-        """Warn at the second step before any surgery: checkpoint code may take one, to make a state to load into."""
-        self.early_steps += not self.began
-        if self.early_steps == 2 and not self.began:
+    def begin_step(self, groups: list[dict[str, Any]]) -> None:
+        """Warn at the second step before any surgery.
+
+        Steps with a learning rate of 0 do not count: checkpoint code takes such, to make a state to load into.
+        """
+        if self.began or not any(group.get("lr", 1) for group in groups):
+            return
+        self.early_steps += 1
+        if self.early_steps == 2:
             warnings.warn(
                 "two steps without surgery: call this optimizer's backward(losses) in place of a loss's backward()",
                 stacklevel=3,

@@ -314,11 +314,11 @@ class SurgeryOptimizer(OptimizerWrapper):
         if self._pending is not None:
             warnings.warn("collected task gradients are not in .grad: call combine() before step()", stacklevel=2)
         elif closure is None:
-            self._survey.begin_step()
+            self._survey.begin_step(self.param_groups)
         if closure is None:
             return self.optimizer.step(**options)
         result = self.optimizer.step(closure, **options)
-        self._survey.begin_step()
+        self._survey.begin_step(self.param_groups)
         return result
 
     # Keeps torch from wrapping this step in hooks: the wrapped optimizer's step has them.

@@ -2,11 +2,13 @@
 """The cases that test_distributed.py runs in two processes, and in one process that has both batches."""
 
 import copy
+import tempfile
 from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import distributed, nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -80,11 +82,26 @@ def resumed(make=Net):
     return result(net, info)
 
 
-def kept_and_resumed(method, make=Net, late=False):
+def through_files(state, net, method):
+    """Return a state as a new process reads it from files, into that of an optimizer that has taken a step."""
+    optimizer = wrap(net, method)
+    optimizer.backward(on_each(net, lambda rank: net(BATCHES[-1][rank])))
+    optimizer.step()
+    found = optimizer.state_dict()
+    with tempfile.TemporaryDirectory() as own:
+        folders = [own]
+        distributed.broadcast_object_list(folders)
+        checkpoint.save(state, checkpoint_id=folders[0])
+        checkpoint.load(found, checkpoint_id=folders[0])
+        distributed.barrier()
+    return found
+
+
+def kept_and_resumed(method, make=Net, late=False, files=False):
     """Train with a method that keeps gradients; after the first step go on from a checkpoint.
 
     The last step of M-ConFIG has one loss, which does not reach a shared layer. ``late``: the optimizer that loads the
-    checkpoint was wrapped before the parameters were sharded.
+    checkpoint was wrapped before the parameters were sharded. ``files``: the checkpoint goes through files.
     """
     net = make()
     optimizer = wrap(net, method)
@@ -96,6 +113,8 @@ def kept_and_resumed(method, make=Net, late=False):
                 like = [isinstance(p, DTensor) for p in optimizer._planner.kept]
                 assert all([isinstance(b, DTensor) for b in row] == like for row in buffers)
                 assert make is Net or [whole(b).shape for b in buffers[0]] == [p.shape for p in optimizer._planner.kept]
+                if files:
+                    stored = through_files(stored, make(), method)
             optimizer = wrap(Net() if late else net, method)
             optimizer.param_groups[0]["params"] = list(net.parameters())
             optimizer.load_state_dict(stored)
@@ -305,6 +324,7 @@ if DEVICE == "cpu":
         "sharded later": partial(sharded_later, "pcgrad"),
         "sharded later, one pass": partial(sharded_later, "uw"),
         "sharded later, resumed": partial(kept_and_resumed, "excess_mtl", sharded, late=True),
+        "shards m_config from files": partial(kept_and_resumed, "m_config", sharded, files=True),
         "shards of copies": partial(train, "uw", partial(sharded, (WORLD, 1)), scaler=True),
         "shards accumulated of copies": partial(accumulated, partial(sharded, (WORLD, 1))),
         "shards of one copy": partial(train, make=partial(sharded, (1, WORLD)), scaler=True),

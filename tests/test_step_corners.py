@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import Parameter
 
 import gradsurgery
@@ -298,6 +299,15 @@ def test_warns_once_of_early_steps(recwarn):
     for _ in range(3):
         optimizer.step()
     assert len(recwarn) == 1
+
+
+def test_steps_that_torch_takes_for_a_checkpoint_are_no_early_steps(recwarn):
+    net = two_task_net()
+    optimizer = wrap(net.parameters())  # without momentum it never has a state
+    for _ in range(3):
+        stored = get_optimizer_state_dict(net, optimizer)
+    assert stored["param_groups"][0]["lr"] == 0.1
+    assert not recwarn
 
 
 def test_matrices_of_one_column():
