@@ -173,9 +173,13 @@ class Graph(NamedTuple):
         function = self.functions.get(node)
         return function is not None and not type(function)._forward_cls.__module__.startswith("torch.")
 
-    def has_reentrant(self) -> bool:
-        """Whether there is a re-entrant checkpoint, torch's or the like of another package."""
-        return any(map(_is_reentrant, self.functions.values()))
+    def is_reentrant(self, node: int) -> bool:
+        """Whether a function in Python is torch's re-entrant checkpoint, or the like of another package."""
+        kind = type(self.functions[node])
+        backward = inspect.unwrap(kind._forward_cls.backward)
+        # What a backward asks that refuses to run in passes to named inputs.
+        asks = "_is_checkpoint_valid" in getattr(getattr(backward, "__code__", None), "co_names", ())
+        return asks or kind.__name__ == "CheckpointFunctionBackward"
 
     def edges_behind_functions(
         self, parameters: Sequence[Tensor], reached: Reach | None = None, stops: Sequence[Edge] = ()
@@ -202,13 +206,6 @@ class Graph(NamedTuple):
                     found[edges[behind[0]][0]] = GradientEdge(*self.functions[node].next_functions[behind[0]])
                     leads[node] = True
         return found
-
-
-def _is_reentrant(function: Any) -> bool:
-    backward = inspect.unwrap(type(function)._forward_cls.backward)
-    # What a backward asks that refuses to run in passes to named inputs.
-    asks = "_is_checkpoint_valid" in getattr(getattr(backward, "__code__", None), "co_names", ())
-    return asks or type(function).__name__ == "CheckpointFunctionBackward"
 
 
 def _walk(roots: Sequence[Root]) -> Graph:

@@ -33,10 +33,14 @@ class Survey:
     """Whether a check found zeros that the next step must confirm."""
     functions: frozenset[str] = frozenset()
     """The names of such functions in the graphs so far."""
+    reentrant: frozenset[str] = frozenset()
+    """Those of re-entrant checkpoints."""
+    covers: frozenset[str] = frozenset()
+    """Those of functions whose backward may call another pass."""
     through_grad: bool = False
-    """Whether passes must go by way of ``.grad``."""
+    """Whether passes through the last graph must go by way of ``.grad``."""
     hiding: bool = False
-    """Whether there are functions whose backward may call another pass."""
+    """Whether the last graph has functions whose backward may call another pass."""
     began: bool = False
     """Whether there was a step of surgery."""
     early_steps: int = 0
@@ -59,13 +63,14 @@ class Survey:
     def take(self, losses: list[Tensor], roots: list[Root]) -> None:
         """Look at the graph behind these losses."""
         functions = functions_behind(losses)
-        if functions <= self.functions:
-            return
-        graph = Graph.of(roots)
-        self.through_grad = self.through_grad or graph.has_reentrant()
-        self.hiding = self.hiding or any(map(graph.may_hide, graph.functions))
-        self.checked = False
-        self.functions |= functions  # last: after an interrupt, all of this is done again
+        if not functions <= self.functions:
+            graph = Graph.of(roots)
+            self.reentrant |= {graph.names[node] for node in graph.functions if graph.is_reentrant(node)}
+            self.covers |= {graph.names[node] for node in graph.functions if graph.may_hide(node)}
+            self.checked = False
+            self.functions |= functions  # last: after an interrupt, all of this is done again
+        self.through_grad = not functions.isdisjoint(self.reentrant)
+        self.hiding = not functions.isdisjoint(self.covers)
 
     def check(self, collected: Collected, processes: Replicas | Shards) -> None:
         """Warn of parameters that count as shared, but that one task alone trains, because another gives them zeros.

@@ -88,6 +88,20 @@ def test_features_that_come_out_of_a_reentrant_checkpoint_are_refused():
         wrap(net.parameters()).backward([net["a"](z).mean(), net["b"](z).mean()], features=z)
 
 
+def test_checkpoints_concern_only_the_steps_that_have_them():
+    net, outside, calls = two_task_net(), ones(1), []
+    net["trunk"][0].weight.register_post_accumulate_grad_hook(calls.append)
+    optimizer = wrap(net.parameters())
+    for reentrant in (True, False, True, False):
+        x = X.clone().requires_grad_()
+        z = checkpoint(net["trunk"], x, use_reentrant=reentrant) * outside
+        losses = [net["a"](z).mean(), net["b"](z).square().mean()]
+        optimizer.backward(losses, mode="sequential" if reentrant else "batched")
+        assert bool(calls) is (outside.grad is not None) is reentrant
+        calls.clear()
+        outside.grad = None
+
+
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
 def test_features_of_a_frozen_trunk(mode):
     net = two_task_net()
