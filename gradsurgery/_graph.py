@@ -40,9 +40,10 @@ def end_of(tensor: Tensor) -> Output:
     This is the tensor itself, unless it is of a subclass: then torch would turn all gradients of the pass into tensors
     of that subclass, whose attributes are slow to read.
     """
+    if not has_torch_function((tensor,)):
+        return tensor
     # A subclass that dispatches operators itself may not have the one that finds a leaf's edge.
-    is_plain_inside = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return edge_of(tensor) if has_torch_function((tensor,)) and is_plain_inside else tensor
+    return edge_of(tensor) if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ else tensor
 
 
 class Root(NamedTuple):

@@ -35,7 +35,7 @@ class Survey:
     """The names of such functions in the graphs so far."""
     reentrant: frozenset[str] = frozenset()
     """Those of re-entrant checkpoints."""
-    covers: frozenset[str] = frozenset()
+    hides: frozenset[str] = frozenset()
     """Those of functions whose backward may call another pass."""
     through_grad: bool = False
     """Whether passes through the last graph must go by way of ``.grad``."""
@@ -51,7 +51,8 @@ class Survey:
 
         Steps with a learning rate of 0 do not count: checkpoint code takes such, to make a state to load into.
         """
-        if self.began or not any(group.get("lr", 1) for group in groups):
+        rates = (group.get("lr") for group in groups)
+        if self.began or all(not isinstance(rate, Tensor) and rate == 0 for rate in rates):  # tensors are not read
             return
         self.early_steps += 1
         if self.early_steps == 2:
@@ -66,11 +67,11 @@ class Survey:
         if not functions <= self.functions:
             graph = Graph.of(roots)
             self.reentrant |= {graph.names[node] for node in graph.functions if graph.is_reentrant(node)}
-            self.covers |= {graph.names[node] for node in graph.functions if graph.may_hide(node)}
+            self.hides |= {graph.names[node] for node in graph.functions if graph.may_hide(node)}
             self.checked = False
             self.functions |= functions  # last: after an interrupt, all of this is done again
         self.through_grad = not functions.isdisjoint(self.reentrant)
-        self.hiding = not functions.isdisjoint(self.covers)
+        self.hiding = not functions.isdisjoint(self.hides)
 
     def check(self, collected: Collected, processes: Replicas | Shards) -> None:
         """Warn of parameters that count as shared, but that one task alone trains, because another gives them zeros.
