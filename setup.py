@@ -101,7 +101,7 @@ def why_not_cuda() -> str:
         return f"{nvcc()} is of CUDA {release[1] if release else '(unknown)'}, torch of CUDA {torch.version.cuda}"
     why = complaint("cuda_runtime_api.h", *(f"-I{path}" for path in include_paths("cuda")))
     # If nvcc is a link or a script, torch may take the wrong folder for the toolkit's.
-    return why and f"{why}\nIs {CUDA_HOME} the CUDA toolkit's folder? Else set CUDA_HOME to that."
+    return why and f"{why}\nIf {CUDA_HOME} is not the CUDA toolkit's folder, set CUDA_HOME to that."
 
 
 def nvcc() -> str | None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import has_torch_function
 
 from ._extension import C
 
@@ -28,22 +27,29 @@ Edge = tuple[int, int]
 """The number of a node, and which of its outputs; -1 where no graph is behind."""
 
 
+def converts(kind: Any) -> bool:
+    """Whether torch's functions make tensors of this subclass of all tensors that they return for one of it.
+
+    Subclasses that dispatch operators are left out: they may not have ``view_as``, by which torch finds a leaf's edge.
+    """
+    is_plain = kind is Tensor or kind.__torch_function__ is torch._C._disabled_torch_function_impl
+    return not is_plain and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def edge_of(tensor: Tensor) -> GradientEdge:
     """Return where the graph behind a tensor begins."""
-    with torch._C.DisableTorchFunctionSubclass():  # or torch returns the function of a view of a leaf
+    # Else the result of view_as, by which torch finds a leaf's edge, would be converted, and its function returned.
+    with torch._C.DisableTorchFunctionSubclass():
         return get_gradient_edge(tensor)
 
 
 def end_of(tensor: Tensor) -> Output:
     """Return what torch's passes take in place of a tensor that they begin at or go to.
 
-    This is the tensor itself, unless it is of a subclass: then torch would turn all gradients of the pass into tensors
-    of that subclass, whose attributes are slow to read.
+    This is the tensor itself, or its edge if torch would convert all gradients of the pass to the tensor's subclass,
+    whose attributes are slow to read.
     """
-    if not has_torch_function((tensor,)):
-        return tensor
-    # A subclass that dispatches operators itself may not have the one that finds a leaf's edge.
-    return edge_of(tensor) if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ else tensor
+    return edge_of(tensor) if converts(type(tensor)) else tensor
 
 
 class Root(NamedTuple):
@@ -175,12 +181,12 @@ class Graph(NamedTuple):
         return function is not None and not type(function)._forward_cls.__module__.startswith("torch.")
 
     def is_reentrant(self, node: int) -> bool:
-        """Whether a function in Python is torch's re-entrant checkpoint, or the like of another package."""
-        kind = type(self.functions[node])
-        backward = inspect.unwrap(kind._forward_cls.backward)
-        # What a backward asks that refuses to run in passes to named inputs.
-        asks = "_is_checkpoint_valid" in getattr(getattr(backward, "__code__", None), "co_names", ())
-        return asks or kind.__name__ == "CheckpointFunctionBackward"
+        """Whether a function in Python asks whether it may run, as re-entrant checkpoints do in their backward.
+
+        The answer is no in passes to named inputs.
+        """
+        backward = inspect.unwrap(type(self.functions[node])._forward_cls.backward)
+        return "_is_checkpoint_valid" in getattr(getattr(backward, "__code__", None), "co_names", ())
 
     def edges_behind_functions(
         self, parameters: Sequence[Tensor], reached: Reach | None = None, stops: Sequence[Edge] = ()

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.overrides import has_torch_function
 
 from ._dtensor import part_of
 from ._features import check_ends, part, refuse_both
 from ._gradients import gradient_dtype
-from ._graph import Graph, Output, Root, end_of
+from ._graph import Graph, Output, Root, converts, end_of
 from ._memory import Rows, check_memory
 
 Edges = Mapping[int, GradientEdge]
@@ -65,7 +64,8 @@ class Passes:
     """What passes take in place of the parameters."""
 
     def __post_init__(self) -> None:
-        self.ends = [*map(end_of, self.parameters)] if has_torch_function(self.parameters) else self.parameters
+        others = any(map(converts, {*map(type, self.parameters)}))
+        self.ends = [*map(end_of, self.parameters)] if others else self.parameters
 
     @contextmanager
     def grads_aside(self) -> Iterator[None]:

@@ -44,15 +44,16 @@ class Survey:
     began: bool = False
     """Whether there was a step of surgery."""
     early_steps: int = 0
-    """Steps of the wrapped optimizer before the first surgery."""
+    """Steps of the wrapped optimizer before the first surgery, as far as they count."""
 
     def begin_step(self, groups: list[dict[str, Any]]) -> None:
         """Warn at the second step before any surgery.
 
-        Steps with a learning rate of 0 do not count: checkpoint code takes such, to make a state to load into.
+        Steps do not count if all learning rates are 0 (as numbers: tensors are not read): checkpoint code takes such
+        steps, to make a state to load into.
         """
         rates = (group.get("lr") for group in groups)
-        if self.began or all(not isinstance(rate, Tensor) and rate == 0 for rate in rates):  # tensors are not read
+        if self.began or all(not isinstance(rate, Tensor) and rate == 0 for rate in rates):
             return
         self.early_steps += 1
         if self.early_steps == 2:
@@ -61,11 +62,11 @@ class Survey:
                 stacklevel=3,
             )
 
-    def take(self, losses: list[Tensor], roots: list[Root]) -> None:
+    def take(self, losses: list[Tensor]) -> None:
         """Look at the graph behind these losses."""
         functions = functions_behind(losses)
         if not functions <= self.functions:
-            graph = Graph.of(roots)
+            graph = Graph.of([*map(Root, losses)])
             self.reentrant |= {graph.names[node] for node in graph.functions if graph.is_reentrant(node)}
             self.hides |= {graph.names[node] for node in graph.functions if graph.may_hide(node)}
             self.checked = False

@@ -16,7 +16,7 @@ from ._checks import check_choice, check_count, describe
 from ._collected import Collected
 from ._dtensor import is_sharded
 from ._features import check_features
-from ._graph import Root, root_of
+from ._graph import Root, converts, root_of
 from ._memory import Rows
 from ._passes import Passes
 from ._shards import Shards
@@ -116,7 +116,7 @@ def collect(
     roots = [None if loss is None else Root(loss) if through else root_of(loss) for loss in each]
     present = [loss is not None for loss in each]
     survey = survey or Survey(infers_shared=False)
-    survey.take(given, [r for r in roots if r is not None])
+    survey.take(given)
     if shards is not None:
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
@@ -124,8 +124,8 @@ def collect(
         shards.check_same([*compress(tasks, present)], device)
     elif survey.through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
-            "checkpoints with use_reentrant=True take one backward pass per loss, without mode= and features=; those "
-            "with use_reentrant=False take both"
+            "re-entrant checkpoints (use_reentrant=True, or another package's) take one backward pass per loss, "
+            "without mode= and features=; those with use_reentrant=False take both"
         )
     values = _values(each, device)
     weights: Sequence[Tensor | None] = [None] * len(each)
@@ -170,7 +170,8 @@ def _start(loss: Tensor, scale: Tensor | None, weight: Tensor | None) -> Tensor:
     for factor in (scale, weight):
         if factor is not None:
             start = start * factor.to(loss)
-    return start
+    # A parameter that a loss adds as it is gets this as its gradient.
+    return start.as_subclass(Tensor) if converts(type(start)) else start
 
 
 def _spread(rows: Rows, roots: Sequence[Root | None], width: int) -> Rows:

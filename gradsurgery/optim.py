@@ -80,7 +80,8 @@ class SurgeryOptimizer(OptimizerWrapper):
             re-entrant checkpoint. The first step looks for such gradients, on the host. If it finds some, but no two
             losses that give zeros to each other's parameters, the second step looks again. So do later steps whose
             losses depend on new functions in Python or TorchScript.
-        UserWarning: no loss depends on any of the parameters, or ``step()`` was called twice before the first surgery.
+        UserWarning: no loss depends on any of the parameters, or ``step()`` was called twice, with learning rates that
+            are not all the number 0, before the first surgery.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from conftest import grads_of, on_cpu, two_losses, two_task_net
-from gradsurgery import SurgeryOptimizer, _passes, methods
+from gradsurgery import SurgeryOptimizer, _operate, _step, methods
 from inputs import DEVICE
 from test_hidden import Hiding, Net
 
@@ -92,14 +92,46 @@ def test_checkpoints_concern_only_the_steps_that_have_them():
     net, outside, calls = two_task_net(), ones(1), []
     net["trunk"][0].weight.register_post_accumulate_grad_hook(calls.append)
     optimizer = wrap(net.parameters())
-    for reentrant in (True, False, True, False):
+    for number, reentrant in enumerate((True, False, True, False)):
         x = X.clone().requires_grad_()
         z = checkpoint(net["trunk"], x, use_reentrant=reentrant) * outside
+        if number == 1:  # a new function, which makes the optimizer read the graph again
+            z = Stepped.apply(z)
         losses = [net["a"](z).mean(), net["b"](z).square().mean()]
         optimizer.backward(losses, mode="sequential" if reentrant else "batched")
         assert bool(calls) is (outside.grad is not None) is reentrant
         calls.clear()
         outside.grad = None
+
+
+class Stepped(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone()
+
+
+def test_a_checkpoint_behind_another_part_of_a_stack_is_known_when_its_turn_comes():
+    net, found = two_task_net(), []
+    for reentrant in (True, False):
+        net.zero_grad()
+        optimizer = wrap(net.parameters())
+        z = checkpoint(net["trunk"], X.clone().requires_grad_(), use_reentrant=reentrant)
+        losses = torch.stack([net["a"](net["trunk"](X)).mean(), -net["b"](z).square().mean()])
+        optimizer.collect([losses[0], None], retain_graph=True)
+        optimizer.collect([None, losses[1]])
+        optimizer.combine()
+        found.append(grads_of(net))
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
@@ -222,29 +254,46 @@ class Other(torch.Tensor):
     """A subclass as MONAI's images are, which turns all that torch's functions return into its own kind."""
 
 
-@pytest.mark.parametrize(
-    "how", [{}, {"mode": "batched"}, {"features": None}, {"mode": "representation", "features": None}], ids=str
-)
+FEATURES = {"features": None}
+PASSES = [{}, {"mode": "batched"}, FEATURES, {"mode": "batched", **FEATURES}, {"mode": "representation", **FEATURES}]
+
+
+@pytest.mark.parametrize("how", PASSES, ids=str)
 @pytest.mark.parametrize("ours", ["losses", "parameters"])
 def test_gradients_are_plain_whatever_class_losses_and_parameters_are_of(ours, how, monkeypatch):
-    kinds = set()
-    monkeypatch.setattr(_passes, "check_memory", lambda rows: kinds.update(type(g) for row in rows for g in row))
-    found = []
+    kinds, found, read = set(), [], _step.read
+    for module in (_operate, _step):
+        monkeypatch.setattr(module, "read", lambda c: kinds.update(type(g) for row in c.grads for g in row) or read(c))
     for kind in (torch.Tensor, Other):
         torch.manual_seed(0)
-        net = two_task_net()
+        net, variances = two_task_net(), torch.zeros(2)
         if ours == "parameters":
+            variances = variances.as_subclass(kind)
             for module in net.modules():
                 for name, p in [*module.named_parameters(recurse=False)]:
                     setattr(module, name, Parameter(p.detach().as_subclass(kind)))
+        variances = [Parameter(v) for v in variances]
         z = net["trunk"](X.as_subclass(kind) if ours == "losses" else X)
-        losses = [(net["a"](z) - 1).square().mean(), 3 * (net["b"](z) + 1).square().mean()]
+        losses = [
+            (net["a"](z) - 1).square().mean() + variances[0],
+            3 * (net["b"](z) + 1).square().mean() + variances[1],
+        ]
         assert type(losses[0]) is kind
-        wrap(net.parameters()).backward(losses, **(how | {"features": z} if "features" in how else how))
-        found.append(grads_of(net))
-    assert kinds <= {torch.Tensor, type(None)}
+        parameters = [*net.parameters(), *variances]
+        wrap(parameters).backward(losses, **(how | {"features": z} if "features" in how else how))
+        found.append([p.grad for p in parameters])
+    assert kinds == {torch.Tensor, type(None)}
     assert {type(g) for g in found[1]} == {torch.Tensor}
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_tensors_without_views_under_a_default_device():
+    """A default device makes each of torch's functions ask a mode, as if all tensors were of a subclass."""
+    sparse, w = torch.eye(4).to_sparse().requires_grad_(), ones(4, 2)
+    with torch.device("cpu"):
+        y = torch.sparse.mm(sparse, w)
+        wrap([sparse, w], shared=[w]).backward([y.sum(), y.square().sum()])
+    assert w.grad is not None
 
 
 class Quantized(torch.Tensor):

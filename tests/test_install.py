@@ -160,7 +160,7 @@ def as_it_is(monkeypatch, folder):
         (without_nvcc, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: no nvcc"),
         (with_older_cuda, "cuda", "bin/nvcc is of CUDA 12.4, torch of CUDA 13.0"),
         (with_nvcc_alone, "cuda", "does not compile #include <cuda_runtime_api.h>"),
-        (with_nvcc_alone, "cuda", "Else set CUDA_HOME"),
+        (with_nvcc_alone, "cuda", "is not the CUDA toolkit's folder, set CUDA_HOME"),
         (without_compiler, "cpu", "GRADSURGERY_BUILD=cpu cannot be met: c++ was not found"),
         (without_compiler, "cuda", "GRADSURGERY_BUILD=cuda cannot be met: c++ was not found"),
         (

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 import gradsurgery
 from conftest import two_losses, two_task_net
-from gradsurgery import SurgeryOptimizer, methods
+from gradsurgery import PCGrad, SurgeryOptimizer, methods
 from test_graph_corners import X, ones, wrap
 
 
@@ -308,6 +308,14 @@ def test_steps_that_torch_takes_for_a_checkpoint_are_no_early_steps(recwarn):
         stored = get_optimizer_state_dict(net, optimizer)
     assert stored["param_groups"][0]["lr"] == 0.1
     assert not recwarn
+
+
+@pytest.mark.parametrize("rates", [[0, 0.1], [torch.zeros(())]], ids=["one is not 0", "tensors are not read"])
+def test_early_steps_that_count_although_learning_rates_are_0(rates):
+    optimizer = PCGrad(torch.optim.SGD([{"params": [ones(1)], "lr": rate} for rate in rates]))
+    optimizer.step()
+    with pytest.warns(UserWarning, match="two steps without surgery"):
+        optimizer.step()
 
 
 def test_matrices_of_one_column():
