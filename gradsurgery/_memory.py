@@ -36,10 +36,19 @@ def _shares_memory(rows: Rows) -> bool:
     return False
 
 
+def check_not_freed(tensor: Tensor) -> None:
+    """Raise ValueError if the tensor's elements have no memory, as after ``untyped_storage().resize_(0)``."""
+    if _should_have_memory(tensor) and not tensor.untyped_storage().nbytes():
+        raise ValueError(f"tensors must have memory, got one of shape {tuple(tensor.shape)} without")
+
+
 def _has_memory(grad: Tensor) -> bool:
-    """Whether the address identifies the tensor: subclasses and sparse tensors hold others, some have no memory."""
-    if type(grad) is not Tensor or grad.layout is not torch.strided:
+    """Whether the address identifies the tensor."""
+    return _should_have_memory(grad) and grad.untyped_storage().nbytes() > 0
+
+
+def _should_have_memory(tensor: Tensor) -> bool:
+    """Whether it has elements in memory of its own: subclasses and sparse tensors hold others, some have none."""
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided:
         return False
-    if grad.is_meta or grad._is_zerotensor():
-        return False
-    return grad.numel() > 0 and grad.untyped_storage().nbytes() > 0
+    return tensor.numel() > 0 and not tensor.is_meta and not tensor._is_zerotensor()

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from ._collected import Collected
 from ._gradients import TaskGradients, is_expanded, parse, read_lists
+from ._memory import check_not_freed
 from ._shards import Shards
 from .backends import Backend, choose
 from .combine import combine_of
@@ -65,6 +66,7 @@ def _target(parameter: Tensor, like: Tensor, accumulate: bool) -> Tensor:
         )
     if grad.layout is not torch.strided:
         return grad.to_dense()
+    check_not_freed(grad)
     # Kernels cannot write to an expanded .grad, nor to a negated view.
     return (grad.contiguous() if is_expanded(grad) else grad).resolve_neg()
 

@@ -49,6 +49,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether to run more than CI has time for, as `make gpu-code` does.
 WHOLE = "GRADSURGERY_TEST_WHOLE" in os.environ
 
+needs_extension = pytest.mark.skipif("cpu" not in AVAILABLE, reason="needs the compiled extension")
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="about the CPU, or about no device at all")
 
 if INTERPRETED and find_spec("triton") is not None:

@@ -7,6 +7,7 @@ import sys
 import torch
 
 import processes
+from conftest import AVAILABLE
 from process_cases import CASES
 from process_errors import ERRORS
 from process_nets import BATCHES, WORLD, Net, gradients, wrap
@@ -119,7 +120,9 @@ def check_groups(found, name):
     for rank, results in enumerate(found):
         net = Net()
         wrap(net).backward(net(BATCHES[0][rank]))
-        assert same(results["of one process"], gradients(net))
+        torch.testing.assert_close(results["of one process"], gradients(net))
+        # The bits of PyTorch's own products depend on where the tensors lie.
+        assert same(results["of one process"], gradients(net)) or "cpu" not in AVAILABLE
     assert not same(found[0]["of one process"], found[1]["of one process"])
     assert same(found[0]["of a named group"], found[0]["of the default group"])
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import on_cpu
+from conftest import needs_extension, on_cpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +51,7 @@ def test_every_method_trains_the_demo(one_thread):
         assert losses[-1].sum() < losses[0].sum(), name
 
 
+@needs_extension
 def test_methods(tmp_path):
     for package in ("cvxpy", "rich", "torchjd"):
         pytest.importorskip(package)
@@ -69,6 +70,7 @@ def test_methods(tmp_path):
         assert met[f"{method} weights T=8: at least 100 x faster than torchjd"]
 
 
+@needs_extension
 def test_peers(tmp_path):
     for package in ("pytorch_optimizer", "rich", "torchjd"):
         pytest.importorskip(package)

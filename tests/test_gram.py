@@ -226,7 +226,7 @@ def test_one_bad_value_marks_its_row_only(backend, tasks, value):
     assert torch.equal(~got.isfinite(), bad)
 
 
-@on_cpu
+@CPU
 @pytest.mark.parametrize("tasks", [2, 8, 17, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_thread_count(tasks, dtype):

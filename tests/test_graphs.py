@@ -11,7 +11,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import gradsurgery
-from conftest import AVAILABLE, grads_of, two_losses, two_task_net
+from conftest import grads_of, needs_extension, two_losses, two_task_net
 from gradsurgery import _graph
 
 X = torch.linspace(-1, 1, 48).reshape(8, 6)
@@ -272,7 +272,7 @@ class Same(torch.autograd.Function):
         return grad
 
 
-@pytest.mark.skipif("cpu" not in AVAILABLE, reason="needs the extension")
+@needs_extension
 @pytest.mark.parametrize("way", ["batched", "features", "function"])
 def test_deep_graphs(way):
     """If Python has walked a graph, torch 2.13 frees its nodes recursively: a deep graph overflows the stack."""

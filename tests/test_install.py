@@ -17,7 +17,7 @@ import setuptools
 import torch.utils.cpp_extension
 
 import gradsurgery
-from conftest import USABLE, on_cpu
+from conftest import needs_extension, on_cpu
 from gradsurgery import _extension
 from gradsurgery.backends import native
 
@@ -239,14 +239,14 @@ def test_why_there_will_be_no_cuda_kernels_is_said(monkeypatch, capfd, tmp_path)
     assert "bin/nvcc is of CUDA 12.4, torch of CUDA 13.0\ngradsurgery: compiling cpu" in capfd.readouterr().err
 
 
-@pytest.mark.skipif("cpu" not in USABLE, reason="needs the compiled extension")
+@needs_extension
 def test_the_extension_keeps_its_kernels_to_itself():
     library = ctypes.CDLL(_extension.C.__file__)
     assert hasattr(library, "PyInit__C")
     assert not hasattr(library, "gs_version")
 
 
-@pytest.mark.skipif("cpu" not in USABLE, reason="needs the compiled extension")
+@needs_extension
 def test_kernels_without_openmp_say_so(monkeypatch):
     described = gradsurgery.backends()["cpu"]
     assert described.endswith(f" threads: {torch.get_num_threads()}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import on_cpu, two_losses, two_task_net
+from conftest import needs_extension, on_cpu, two_losses, two_task_net
 from inputs import normal
 
 methods = gradsurgery.methods
@@ -41,6 +41,7 @@ def test_numbers_of_any_kind(kind, name, option, value):
 
 
 @on_cpu
+@needs_extension
 def test_numbers_that_are_traced():
     compiled = torch.compile(
         lambda rows, alpha: gradsurgery.aggregate(rows, "fairgrad", alpha=alpha), fullgraph=True, backend="eager"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import on_cpu
+from conftest import needs_extension, on_cpu
 from inputs import DEVICE, near_copies, normal
 from test_gram_methods import weigh
 
@@ -158,6 +158,7 @@ def test_cagrad_of_near_copies_of_either_sign(backend, shape, seeds, ball):
 
 
 @on_cpu
+@needs_extension
 @pytest.mark.parametrize("ball", [1.0, 2.0])
 def test_cagrad_where_combinations_overflow(ball):
     """Where products overflow, the optimality error is NaN, and no weights compare as the best so far."""
