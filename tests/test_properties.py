@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The properties that docs/methods.md states hold, and the page is the text generated from the classes."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,34 @@ def test_conflicts_with_no_task(name, options, tasks):
         assert (rows @ d >= -1e-7 * rows.norm(dim=1) * d.norm()).all()
 
 
+@pytest.mark.parametrize(("name", "cosine"), [("upgrad", -0.05), ("dualproj", -0.07)])
+def test_a_ridge_lets_short_gradients_conflict(name, cosine):
+    angle = math.radians(172)
+    rows = torch.tensor([[1, 0], [0.1 * math.cos(angle), 0.1 * math.sin(angle)]], dtype=torch.float64)
+
+    def found(**options):
+        d = gradsurgery.aggregate(rows, methods.get(name, **options))
+        return (rows[1] @ d / rows[1].norm() / d.norm()).item()
+
+    assert found() == pytest.approx(cosine, abs=0.005)
+    assert found(reg_eps=1e-8) > -1e-5
+
+
+@pytest.mark.parametrize("length", [1e-3, 3e-3])
+def test_config_takes_nearly_dependent_gradients_for_dependent(length):
+    rows = torch.tensor([[1, 0, 0], [-0.5, 0.75**0.5, 0], [0, 0, 0]], dtype=torch.float64)
+    rows[2] = -0.3 * rows[0] - 1.2 * rows[1]
+    rows[2, 2] = length
+    assert (rows @ gradsurgery.aggregate(rows, "config") > 0).all() == (length > 2e-3)
+
+
+@pytest.mark.parametrize(("name", "options"), [("nash_mtl", {"max_norm": math.inf}), ("fairgrad", {})])
+def test_opposite_gradients_add_nothing_to_what_the_others_gain(name, options):
+    rows = torch.tensor([[1, 0, 0], [-3, 0, 0], [0, 1, 0], [0, 0, 100]], dtype=torch.float64)
+    d = gradsurgery.aggregate(rows, methods.get(name, **options))
+    torch.testing.assert_close(d, torch.tensor([0.0, 1, 1], dtype=torch.float64), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("normalization", ["l2", "loss", "loss+"])
 def test_mgda_with_original_gradients_may_conflict(normalization):
     scales, losses = (torch.logspace(0, 2, 5, dtype=torch.float64).roll(k) for k in (0, 1))
@@ -80,15 +109,21 @@ def test_every_claim_is_known():
 
 @pytest.mark.parametrize("name", with_value("linear", True, "up to reg_eps"))
 def test_linear_in_factors_on_the_gradients(name):
-    rows, a, b = conflicting(5, 1), 0.3, 1.7
+    a, b = 0.3, 1.7
     first, second = (0.5 + normal(1, 5, seed=s)[0].abs()[:, None] for s in (3, 4))
-    both = direction(name, (a * first + b * second) * rows)
-    torch.testing.assert_close(both, a * direction(name, first * rows) + b * direction(name, second * rows))
+    losses = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
+
+    def directions(factors):
+        method = methods.get(name, **OPTIONS.get(name, {}))
+        return torch.stack(
+            [gradsurgery.aggregate(factors * conflicting(5, k), method, losses=losses / k) for k in range(1, 5)]
+        )
+
+    torch.testing.assert_close(directions(a * first + b * second), a * directions(first) + b * directions(second))
 
 
-# These are not linear, but their first step is: it is like that of the sum of losses, or (pcd) depends on no length but
-# that of the first task's gradient.
-STARTS_LINEAR = {"excess_mtl", "gradnorm", "modo", "pcd"}
+# These are not linear, but their first step is: it is like that of the sum of losses.
+STARTS_LINEAR = {"gradnorm", "modo"}
 
 
 @pytest.mark.parametrize("name", sorted(set(with_value("linear", False)) - STARTS_LINEAR))

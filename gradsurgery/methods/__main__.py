@@ -36,7 +36,8 @@ Judged by their properties:
 
 * Try `sum` first. It takes one backward pass, and surgery does not always improve accuracy.
 * `pcgrad` changes least: where no two tasks conflict, d is the sum, so the learning rate may stay as it is.
-* If no task may get worse, to first order: `upgrad`, `dualproj` or `mgda`.
+* If no task may get worse, to first order: `mgda`. Or `upgrad` or `dualproj`, with a smaller `reg_eps` if gradients are
+  nearly opposite or of very different lengths.
 * If losses have different units: `nash_mtl`, `config` (for independent gradients), or, with positive losses and one
   backward pass, `famo`, `gls`, `scale_invariant` or `stch`. Multiplying a loss by a factor that is the same at all
   steps does not turn their directions. It may reverse the direction of `imtl_g`, whose equal projections may be
@@ -52,7 +53,8 @@ Not here: EPO and PMGDA. They solve a linear program at each step, and there is 
 * *scale*: what the direction is like for orthogonal task gradients of equal length: their sum (`graddrop`: on
   average), their mean, or the weights' own convention.
 * *conflicts with no task*: whether no task gradient has a negative product with the direction, or under which
-  condition, in the docstring's symbols. "up to reg_eps": apart from what the ridge changes.
+  condition, in the docstring's symbols. "up to reg_eps": apart from what the ridge changes. "if independent": by more
+  than float32's rounding of G.
 * *linear*: whether d is linear in factors a_t > 0 that multiply the task gradients, the same at all steps.
 * *state*: what `state_dict` holds, with default options.
 * *fixed tasks*: whether every step must have the tasks of the first one, because the state holds something for each

@@ -19,7 +19,7 @@ class AlignedMTL(SolverMethod):
     are all given one length, sqrt(s), where s is the least, the median or the mean eigenvalue.
 
     Conventions: eigenvalues up to T 2^-23 times the largest one, which may be float32's rounding, are left out, also of
-    s; the median of an even number is the lower one. If all gradients are zero, w = p.
+    s; the median of an even number is the lower one. If all gradients are zero, w = p. (LibMTL has p = 1.)
     Scale: a mean over tasks. No state. Cost: O(T^3).
 
     Args:

@@ -18,10 +18,11 @@ class ConFIG(SolverMethod):
     cosines of u with the task gradients are in proportion to p. In Gram form, with K = U U^T: c = pinv(K) p,
     a_t = c_t / (|g_t| sqrt(c^T K c)), w = (1^T G a) a.
 
-    Conventions: eigenvalues of K up to T 2^-23 times the largest one, which may be float32's rounding, count as 0. If p
-    has no part along the eigenvectors of the others, as for opposite gradients, w = 0. A zero gradient is left out.
-    Scale: a sum over tasks; d conflicts with no task if the gradients are independent and p > 0. No state. Cost:
-    O(T^3).
+    Conventions: eigenvalues of K up to T 2^-23 times the largest one, which may be float32's rounding, count as 0, also
+    for float64 gradients. If p has no part along the eigenvectors of the others, as for opposite gradients, w = 0. A
+    zero gradient is left out.
+    Scale: a sum over tasks; d conflicts with no task if p > 0 and the gradients are independent, by more than that:
+    unit gradients whose combination is some 1e-3 long count as dependent. No state. Cost: O(T^3).
 
     Args:
         pref: p, T finite numbers; None: 1 each.

@@ -35,8 +35,8 @@ class ExcessMTL(BufferedMethod):
     leaves the weights at 1.
 
     Conventions: S = 0 adds nothing to e (the authors add 1e-7 to S); if e_t(0) = 0, the first later e_t > 0 takes its
-    place. They are loss weights: they also multiply the gradients of the heads. The step on w does not depend on the
-    gradients' scale.
+    place, and leaves w_t as it was. (TorchJD's weights sum to 1, and move at the first step, too.) They are loss
+    weights: they also multiply the gradients of the heads. The step on w does not depend on the gradients' scale.
     Scale: sums to T. State: sqrt(S), in float32 at least, w and e(0). Memory: T N.
 
     Args:
@@ -46,6 +46,7 @@ class ExcessMTL(BufferedMethod):
     name = "excess_mtl"
     weights_losses = True
     scale = "sums to T"
+    linear = True
     cost = "T"
     state_names = ("w", "first")
 

@@ -13,8 +13,8 @@ class FairGrad(SolverMethod):
     (G w)_t = w_t^(-1 / alpha), w > 0: d maximises the alpha-fair utility of the tasks' gains. alpha = 1 is Nash-MTL
     without a bound on |d|; a large alpha favours the task that gains least.
 
-    Conventions: as :class:`NashMTL`'s, except that, where gradients are Pareto-stationary and no solution exists, |d|
-    is about 1e-12^(1 / (1 + alpha)): 1e-6 for alpha = 1, but 0.1 for alpha = 10, and d may then conflict. With alpha >=
+    Conventions: as :class:`NashMTL`'s, except that gradients that are Pareto-stationary by themselves add about
+    1e-12^(1 / (1 + alpha)) to d: 1e-6 for alpha = 1, but 0.1 for alpha = 10, and d may then conflict. With alpha >=
     50 and many dependent gradients, some problems stop after 400 steps, short of the solution. Gradients that are
     10^(300 alpha) times shorter than the longest one may get weight 0 by underflow: 1e30 times at alpha = 0.1, 1,000
     times at 0.01.

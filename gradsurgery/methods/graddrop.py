@@ -22,13 +22,14 @@ class GradDrop(SteppedMethod, CoordinateMethod):
     m_t = 1 for what is kept, else 0.
 
     Conventions: no epsilon; where all gradients are 0, so is d. P is computed from the gradients with respect to the
-    parameters, or, with mode="representation", as in the paper, with respect to the features; f(P) = P. u is a pure
-    function of (seed, step, i), i the number of the coordinate: u = (w + 1/2) / 2^32 with w = word i mod 4 of
-    Philox4x32-10, key ``seed``, counter (step, 2^31 + floor(b / 2^32), b mod 2^32), b = floor(i / 4). Coordinates are
-    numbered over the parameters that some task has a gradient of, in their order, and within each in the order of the
-    gradients' memory, which other modes of ``backward``, and several processes, may lay out differently. u is the same
-    on every backend and rank and for every number of threads, without a global generator; so the features of several
-    processes' samples share the same random numbers.
+    parameters, or, with mode="representation", with respect to the features, for each sample by itself (the paper and
+    LibMTL multiply by the features' signs and add up the samples first); f(P) = P. u is a pure function of (seed, step,
+    i), i the number of the coordinate: u = (w + 1/2) / 2^32 with w = word i mod 4 of Philox4x32-10, key ``seed``,
+    counter (step, 2^31 + floor(b / 2^32), b mod 2^32), b = floor(i / 4). Coordinates are numbered over the parameters
+    that some task has a gradient of, in their order, and within each in the order of the gradients' memory, which other
+    modes of ``backward``, and several processes, may lay out differently. u is the same on every backend and rank and
+    for every number of threads, without a global generator; so the features of several processes' samples share the
+    same random numbers.
     Scale: a sum over tasks. State: ``seed`` and the step counter, which lives on the gradients' device and is not read
     on the host.
     Cost: one read of the gradients, one write of the direction, O(T) operations per coordinate.

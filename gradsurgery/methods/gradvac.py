@@ -29,7 +29,8 @@ class GradVac(SteppedMethod, StatefulMethod):
     Scale: a sum over tasks. State: the targets [..., T, T], ``seed`` and the step counter. Cost: O(T^3).
 
     Args:
-        beta: 0 <= beta <= 1, how far a target moves at each visit (the paper's 1e-2; LibMTL 0.5).
+        beta: 0 <= beta <= 1, how far a target moves at each visit (the paper's 1e-2; LibMTL's is 0.5, and moves targets
+            only where it changes p).
         seed: key of the visiting orders; the same on every rank. 0 <= seed < 2^63.
     """
 

@@ -16,7 +16,8 @@ class IMTLL(TrainedScales):
 
     Conventions: s is trained here by plain gradient descent, not by the wrapped optimizer, without weight decay; a step
     uses s from before its update. The step on s grows with the loss: for losses far above 1 / lr start at ``initial`` =
-    -log L, or s overshoots and takes long to come back. A loss that stays 0 or below has no best s: s grows, up to 80.
+    -log L, or s overshoots and takes long to come back. A loss that stays 0 or below has no best s: s grows. s is kept
+    from -80 to 80.
     The paper's gradient balance, IMTL-G, is a method of its own.
     Scale: 1 at s = 0. State: s [..., T].
 

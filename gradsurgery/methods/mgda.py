@@ -22,7 +22,7 @@ class MGDA(Method):
 
     Conventions: ``combine="original"`` sums the un-normalised gradients, d = sum_t w_t g_t, as the authors' own code
     does; this d may conflict with some tasks. ``combine="normalized"`` sums the rescaled gradients, d = sum_t (w_t /
-    n_t) g_t. A task with n_t = 0 is not rescaled; a negative loss makes the weights NaN.
+    n_t) g_t, as LibMTL does. A task with n_t = 0 is not rescaled; a negative loss makes the weights NaN.
     Scale: w sums to 1 ("original"). No state. Cost: O(T^3) typically.
 
     Args:

@@ -18,8 +18,8 @@ class NashMTL(SolverMethod):
     that and so on. (Other implementations iterate a few convex-concave steps from the last w.) Before d is shortened,
     |d|^2 is the number of gradients that are not zero, whatever their scale. |d| is measured by w^T G w, and may exceed
     max_norm by G's rounding where gradients nearly cancel: many times over where 16-bit gradients cancel to 1e-4 of
-    their length. A zero gradient gets weight 0. Where gradients are Pareto-stationary and no solution exists, the
-    ridge's solution is returned, with d about 0.
+    their length. A zero gradient gets weight 0. If some gradients are Pareto-stationary by themselves, no solution
+    exists; the ridge's solution is returned, in which these add about 0 to d, and nothing to |d|^2.
     Scale: |d| = min(max_norm, sqrt(T)); scaling all gradients does not change d. No state. Cost: O(T^3).
 
     Args:

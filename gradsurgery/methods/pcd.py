@@ -44,6 +44,7 @@ class PCD(StatefulMethod):
     state_names = ("averages",)
     scale = "as long as g_1"
     non_conflicting = "if tau = 0, without opposites"
+    linear = True
     cost = "T^3"
 
     def __init__(self, tau: float | Sequence[float] | Tensor = 0.02, beta: float = 0.999) -> None:

@@ -16,8 +16,8 @@ class UW(TrainedScales):
 
     Conventions: s is trained here by plain gradient descent, not by the wrapped optimizer, without weight decay; a step
     uses s from before its update. The step on s grows with the loss: for losses far above 1 / lr start at ``initial`` =
-    log L, or s overshoots and takes long to come back. A loss that stays 0 or below has no best s: s falls, down to
-    -80.
+    log L, or s overshoots and takes long to come back. A loss that stays 0 or below has no best s: s falls. s is kept
+    from -80 to 80. (LibMTL starts at s = -0.5.)
     Scale: 1 / 2 at s = 0; at the fixed point w_t = 1 / (2 L_t). State: s [..., T].
 
     Args:
