@@ -7,11 +7,11 @@
 //   * sizes and offsets are int64_t, in elements; T x T data is float64, row-major and contiguous;
 //   * the library never allocates: the caller passes the gradients and outputs, aligned as their element type requires,
 //     and a workspace, aligned to 64 bytes, of at least the size that the matching gs_*_workspace_bytes returns (-1 for
-//     invalid arguments);
+//     invalid arguments), with any contents. Gradients at wrong addresses and memory that overlaps are not noticed;
 //   * a number passed by value is checked if a comment states its range, and so are the arrays of gs_gradients and, on
 //     the CPU, orders. Any other number, by value or in an array, is accepted, even NaN, and gives some result;
-//   * solvers are accurate if every non-zero G_ii is between 2^-900 and 2^1000; otherwise the weights may belong to a
-//     different G;
+//   * solvers are accurate if every non-zero G_ii is between 2^-900 and 2^1000 (FairGrad with alpha > 1: and at most
+//     1e300 times another); otherwise the weights may belong to a different G, or be infinite;
 //   * a batch has at most 2^40 problems;
 //   * functions return a status; gs_last_error() is the message of the last failure on this thread;
 //   * the same inputs give the same bits, whatever the number of threads behind gs_parallel or of multiprocessors on
@@ -69,17 +69,20 @@ typedef enum gs_method {
 // and the docstrings in gradsurgery/methods give the equations, scales and usual parameters. A ridge is relative to
 // trace(G).
 typedef enum gs_weighting {
-  GS_UPGRAD = 0,    // preference; parameter: ridge > 0
-  GS_DUALPROJ = 1,  // preference; parameter: ridge > 0
+  GS_UPGRAD = 0,    // preference; parameter: ridge > 0, finite
+  GS_DUALPROJ = 1,  // preference; parameter: ridge > 0, finite
   GS_CAGRAD = 2,    // parameter: c in 0..1e30
-  GS_FAIRGRAD = 3,  // parameter: alpha > 0 (1 is Nash-MTL); limit > 0: the largest |d|, or INFINITY for none
+  GS_FAIRGRAD = 3,  // parameter: alpha > 0, finite (1 is Nash-MTL); limit > 0: the largest |d|, or INFINITY for none
   GS_IMTL_G = 4,
   GS_CONFIG = 5,              // preference
   GS_ALIGNED_MTL_MIN = 6,     // preference
   GS_ALIGNED_MTL_MEDIAN = 7,  // preference
   GS_ALIGNED_MTL_RMSE = 8,    // preference
-  GS_KRUM = 9,  // parameter: how many gradients may be arbitrary, 0..T; limit: how many are selected, 1..T
-  GS_PCD = 10,  // preference: each task's share of progress, [0] is ignored; NULL: parameter in 0..1 for every task
+  // Whole numbers. parameter: how many gradients may be arbitrary, 0..T; limit: how many are selected, 1..T
+  GS_KRUM = 9,
+  // preference: each task's share of progress, [0] is ignored; NULL: parameter in 0..1 for every task. The docstring's
+  // n_t are the gradients as they are. To use n_t = s_t g_t, pass s_t s_u G_tu, and multiply weight t by s_t / s_0.
+  GS_PCD = 10,
 } gs_weighting;
 
 // Rules that G does not determine: each coordinate of the direction is computed from the T values of that coordinate.
@@ -154,7 +157,7 @@ GS_API gs_status gs_gram_cuda(const gs_gradients* grads, double* gram, void* wor
 // The direction d_p = sum_t weights[segment(p), t] g_{t,p}, summed in float64 in ascending t and rounded once to the
 // parameter's dtype (to 16-bit formats by way of float32). weights is [S, T], out is [P]. A gradient whose weight is 0
 // is not read. out[p] may be NULL (skipped) or equal to one of the g_{t,p}, but must not share memory with any other
-// gradient or output. With accumulate != 0 the direction is added to the contents of out[p].
+// gradient or output. With accumulate != 0 the contents of out[p] are added before that rounding.
 GS_API int64_t gs_combine_workspace_bytes(const gs_gradients* grads);
 GS_API gs_status gs_combine_cpu(const gs_gradients* grads, const double* weights, void* const* out, int accumulate,
                                 void* workspace, int64_t workspace_bytes, const gs_parallel* parallel);
@@ -195,8 +198,8 @@ GS_API gs_status gs_random_cuda(const double* gram, int64_t batch, int64_t num_t
 // PCGrad's weights [batch, T] (Yu et al., NeurIPS 2020, Algorithm 1) from Gram matrices [batch, T, T]: for each i, v
 // starts at g_i and visits all g_j, j != i, in the order of row i; if v . g_j < 0, v becomes v - (v . g_j / |g_j|^2)
 // g_j. The direction is the sum of the final v over all i, or their mean if mean != 0. order is [T, T], or NULL for
-// gs_task_order_*(seed, step). On a GPU the step is read from device memory (NULL: step 0) and, with advance != 0,
-// incremented there afterwards.
+// gs_task_order_*(seed, step). A G that is not finite yields NaN. On a GPU the step is read from device memory (NULL:
+// step 0) and, with advance != 0, incremented there afterwards.
 GS_API gs_status gs_pcgrad_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
                                uint64_t seed, uint64_t step, int mean, double* weights, const gs_parallel* parallel);
 GS_API gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
@@ -204,7 +207,7 @@ GS_API gs_status gs_pcgrad_cuda(const double* gram, int64_t batch, int64_t num_t
 
 // Min-norm weights [batch, T]: argmin of w^T G w over the simplex. max_iter >= 1 and tol >= 0 apply to Frank-Wolfe only
 // (Sener & Koltun, NeurIPS 2018, Algorithm 2), which ends after max_iter steps or a step shorter than tol. The exact
-// solver ends by itself, after at most 8 T + 32 steps and T + 1 factorizations.
+// solver ends by itself, after at most 8 T + 32 steps and T + 1 factorizations. A G that is not finite yields NaN.
 GS_API int64_t gs_min_norm_workspace_bytes(int64_t batch, int64_t num_tasks);
 GS_API gs_status gs_min_norm_cpu(const double* gram, int64_t batch, int64_t num_tasks, gs_solver solver,
                                  int64_t max_iter, double tol, double* weights, void* workspace,
@@ -241,8 +244,8 @@ GS_API gs_status gs_weights_cuda(const double* gram, int64_t batch, int64_t num_
 // Gradient Vaccine's weights [batch, T] (Wang et al., ICLR 2021, Algorithm 1): like PCGrad, but each pair has a target
 // cosine r_ij in place of 0. If cos(v, g_j) < r_ij, v moves along g_j until the cosine is r_ij. targets [batch, T, T]
 // holds r: after each visit r_ij moves towards the cosine found, by the fraction beta in 0..1 (not if v or g_j is
-// zero); if G is not finite, targets stays as it was. order is [T, T] as for PCGrad, a row per task, the same for every
-// problem.
+// zero); if G is not finite, targets stays as it was. Targets begin at 0. order is [T, T] as for PCGrad, but not NULL,
+// a row per task, the same for every problem.
 GS_API gs_status gs_gradvac_cpu(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order, double beta,
                                 double* targets, double* weights, const gs_parallel* parallel);
 GS_API gs_status gs_gradvac_cuda(const double* gram, int64_t batch, int64_t num_tasks, const int64_t* order,
@@ -274,10 +277,10 @@ GS_API gs_status gs_gradnorm_cuda(const double* weights, const double* norms, co
                                   const double* initial_losses, int64_t batch, int64_t num_tasks, double alpha,
                                   double lr, double* new_weights, gs_stream stream);
 
-// One step of GradNorm training: weights [batch, T] receives a copy of state_weights, which is then updated with the
-// norms sqrt(G_ii). An initial loss that is not positive and finite (NaN at the start) is replaced by the current loss.
-// A step with values that are not finite leaves state_weights as they were; where G's diagonal is not finite, weights
-// is NaN.
+// One step of GradNorm training: weights [batch, T] receives a copy of state_weights (1 each at the start), which is
+// then updated with the norms sqrt(G_ii). An initial loss that is not positive and finite (NaN at the start) is
+// replaced by the current loss. A step with values that are not finite leaves state_weights as they were; where G's
+// diagonal is not finite, weights is NaN.
 GS_API gs_status gs_gradnorm_step_cpu(const double* gram, const double* losses, int64_t batch, int64_t num_tasks,
                                       double alpha, double lr, double* state_weights, double* initial_losses,
                                       double* weights);
