@@ -96,7 +96,7 @@ def test_checkpoints_concern_only_the_steps_that_have_them():
         x = X.clone().requires_grad_()
         z = checkpoint(net["trunk"], x, use_reentrant=reentrant) * outside
         if number == 1:  # a new function, which makes the optimizer read the graph again
-            z = Stepped.apply(z)
+            z = Copied.apply(z)
         losses = [net["a"](z).mean(), net["b"](z).square().mean()]
         optimizer.backward(losses, mode="sequential" if reentrant else "batched")
         assert bool(calls) is (outside.grad is not None) is reentrant
@@ -104,7 +104,7 @@ def test_checkpoints_concern_only_the_steps_that_have_them():
         outside.grad = None
 
 
-class Stepped(torch.autograd.Function):
+class Copied(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -177,17 +177,7 @@ def test_what_a_checkpoint_draws_again_is_the_same_in_batched_passes():
     torch.testing.assert_close(found[1], found[0])
 
 
-class OutOfMemory(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
+class OutOfMemory(Copied):
     @staticmethod
     def backward(ctx, grad):
         raise torch.OutOfMemoryError("no memory")
