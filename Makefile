@@ -6,7 +6,7 @@ KERNELS ?= $(notdir $(basename $(wildcard csrc/cuda/*.cu)))
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench lint cpp sass gpu-code clean
+.PHONY: demo test test-without-extension bench lint cpp sass gpu-code clean
 .DEFAULT_GOAL := test
 # Lets Python write bytecode: modules are compiled once, not by each of the processes that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,6 +25,12 @@ demo: .venv/installed
 # Passive waiting: OpenMP threads that spin while they wait would take time from the other test process.
 test: .venv/installed
 	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 GRADSURGERY_REQUIRE=cpu,triton $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# The same without the compiled extension, and without interpreted kernels.
+test-without-extension: export PYTHONPATH = $(CURDIR)/tests/without_extension
+test-without-extension: .venv/installed
+	$(BIN)/python -c 'from gradsurgery._extension import C; assert C is None'
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 bench: .venv/installed
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only
