@@ -129,7 +129,7 @@ def test_what_an_optimizer_was_made_of_stays():
     net = two_task_net()
     optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
     for name, value in (("method", gradsurgery.methods.MGDA()), ("granularity", "per_tensor")):
-        with pytest.raises(AttributeError, match="no setter"):
+        with pytest.raises(AttributeError, match=r"no setter|can't set"):
             setattr(optimizer, name, value)
     with pytest.raises(TypeError, match="must not be a PCGrad itself: wrap what it wraps"):
         gradsurgery.GradNorm(optimizer)
