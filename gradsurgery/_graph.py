@@ -28,7 +28,7 @@ Edge = tuple[int, int]
 
 
 def converts(kind: Any) -> bool:
-    """Whether torch's functions make tensors of this subclass of all tensors that they return for one of it.
+    """Whether torch's functions return tensors of this subclass if they are given one.
 
     Subclasses that dispatch operators are left out: they may not have ``view_as``, by which torch finds a leaf's edge.
     """
