@@ -37,10 +37,6 @@ class Survey:
     """Those of re-entrant checkpoints."""
     hides: frozenset[str] = frozenset()
     """Those of functions whose backward may call another pass."""
-    through_grad: bool = False
-    """Whether passes through the last graph must go by way of ``.grad``."""
-    hiding: bool = False
-    """Whether the last graph has functions whose backward may call another pass."""
     began: bool = False
     """Whether there was a step of surgery."""
     early_steps: int = 0
@@ -62,8 +58,12 @@ class Survey:
                 stacklevel=3,
             )
 
-    def take(self, losses: list[Tensor]) -> None:
-        """Look at the graph behind these losses."""
+    def take(self, losses: list[Tensor]) -> tuple[bool, bool]:
+        """Look at the graph behind these losses, and tell how passes through it must run.
+
+        Returns:
+            Whether they must go by way of ``.grad``, and whether functions may call passes of their own.
+        """
         functions = functions_behind(losses)
         if not functions <= self.functions:
             graph = Graph.of([*map(Root, losses)])
@@ -71,8 +71,7 @@ class Survey:
             self.hides |= {graph.names[node] for node in graph.functions if graph.may_hide(node)}
             self.checked = False
             self.functions |= functions  # last: after an interrupt, all of this is done again
-        self.through_grad = not functions.isdisjoint(self.reentrant)
-        self.hiding = not functions.isdisjoint(self.hides)
+        return not functions.isdisjoint(self.reentrant), not functions.isdisjoint(self.hides)
 
     def check(self, collected: Collected, processes: Replicas | Shards) -> None:
         """Warn of parameters that count as shared, but that one task alone trains, because another gives them zeros.

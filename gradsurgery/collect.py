@@ -116,13 +116,13 @@ def collect(
     roots = [None if loss is None else Root(loss) if through else root_of(loss) for loss in each]
     present = [loss is not None for loss in each]
     survey = survey or Survey(infers_shared=False)
-    survey.take(given)
+    through_grad, hiding = survey.take(given)
     if shards is not None:
         if mode != "sequential" or features is not None:
             raise ValueError("sharded parameters take one backward pass per loss, without mode= and features=")
         # Before fully_shard's hooks average gradients that do not belong together.
         shards.check_same([*compress(tasks, present)], device)
-    elif survey.through_grad and (mode != "sequential" or features is not None):
+    elif through_grad and (mode != "sequential" or features is not None):
         raise ValueError(
             "re-entrant checkpoints (use_reentrant=True, or another package's) take one backward pass per loss, "
             "without mode= and features=; those with use_reentrant=False take both"
@@ -137,8 +137,8 @@ def collect(
         for root, loss, weight in zip(roots, each, weights, strict=True)
         if root is not None
     ]
-    whole = shards is not None or survey.through_grad
-    hiding = survey.hiding or whole
+    whole = shards is not None or through_grad
+    hiding = hiding or whole
     passes = Passes(parameters, mode == "batched", how.chunk_size, how.retain_graph, starts, hiding)
     with passes.grads_aside() if hiding else nullcontext():
         if not starts:

@@ -10,10 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gradsurgery
-from conftest import USABLE, on_cpu
+from conftest import USABLE, needs_extension, on_cpu
 from inputs import DTYPES, GRAM_TOLERANCE, HOSTILE, TASKS, exact_gram, hostile, normal
-
-CPU = pytest.mark.skipif("cpu" not in USABLE, reason="about the cpu backend")
 
 
 def assert_gram(got: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> None:
@@ -72,7 +70,8 @@ def test_sums_of_many_parameters_have_no_bias(backend):
 
 
 @on_cpu
-@CPU
+@on_cpu
+@needs_extension
 def test_columns_of_several_parts():
     # One thread sums all of these columns, in two parts; the second part has a tail.
     rows = normal(1, 120_001, torch.float64)
@@ -80,7 +79,8 @@ def test_columns_of_several_parts():
 
 
 @on_cpu
-@CPU
+@on_cpu
+@needs_extension
 @pytest.mark.parametrize("tasks", [16, 24, 31, 49])
 @pytest.mark.parametrize("case", [*HOSTILE, "lists", "strided", "short"])
 def test_bfloat16_rows_of_many_tasks(tasks, case):
@@ -99,7 +99,8 @@ def test_bfloat16_rows_of_many_tasks(tasks, case):
 
 
 @on_cpu
-@CPU
+@on_cpu
+@needs_extension
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_subnormal_results_elsewhere_are_kept(dtype):
     least = torch.finfo(torch.float32).smallest_normal
@@ -226,7 +227,8 @@ def test_one_bad_value_marks_its_row_only(backend, tasks, value):
     assert torch.equal(~got.isfinite(), bad)
 
 
-@CPU
+@on_cpu
+@needs_extension
 @pytest.mark.parametrize("tasks", [2, 8, 17, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_thread_count(tasks, dtype):

@@ -5,11 +5,10 @@ import pytest
 import torch
 
 import gradsurgery
-from conftest import USABLE, on_cpu
+from conftest import needs_extension, on_cpu
 from inputs import normal
 
 pytestmark = on_cpu
-compiled = pytest.mark.skipif("cpu" not in USABLE, reason="about the C++ solvers")
 
 
 def weigh(name, gram, backend="cpu"):
@@ -34,7 +33,7 @@ def test_the_reference_with_several_threads(method, threads):
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
-@compiled
+@needs_extension
 @pytest.mark.parametrize("method", ["aligned_mtl", "fairgrad", "gradvac", "mgda", "pcgrad", "sdmgrad", "upgrad"])
 def test_more_problems_than_have_a_workspace(method):
     rows = normal(3, 700 * 6).view(3, 700, 6).transpose(0, 1)
@@ -44,7 +43,7 @@ def test_more_problems_than_have_a_workspace(method):
     torch.testing.assert_close(weigh(method, grams), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@compiled
+@needs_extension
 @pytest.mark.parametrize("problems", [1, 3, 20])
 def test_upgrad_of_many_tasks(problems, threads):
     grams = torch.stack([gradsurgery.gram(normal(30, 20, seed=seed)) for seed in range(problems)])
