@@ -133,6 +133,15 @@ def test_the_pickle_of_a_method_has_each_kept_gradient_once():
     assert len(pickle.dumps(method)) < 1.2 * 2 * 20 * 1000 * 4
 
 
+def test_excess_mtl_leaves_a_weight_in_the_step_of_the_first_excess_risk():
+    method, first, second = methods.get("excess_mtl", eta=0.3), torch.tensor([1.0, -2, 0]), torch.tensor([0, 1.0, 1])
+    gradsurgery.aggregate(torch.stack([first, torch.zeros(3)]), method)
+    gradsurgery.aggregate(torch.stack([second, second]), method)
+    excess = (second.square() / (first.square() + second.square()).sqrt()).sum()
+    w = method.state_dict()["w"]
+    torch.testing.assert_close((w[0] / w[1]).log(), 0.3 * excess.double() / first.abs().sum())
+
+
 def test_sums_that_are_replaced_are_freed_before_new_ones_are_made(monkeypatch):
     method, freed = methods.get("excess_mtl"), []
     gradsurgery.aggregate(normal(2, 5), method)

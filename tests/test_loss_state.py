@@ -130,6 +130,13 @@ def test_a_step_that_does_not_count_leaves_the_state(name):
         torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("name", "s"), [("uw", 80), ("imtl_l", -80)])
+def test_a_large_loss_moves_s_to_its_bound(name, s):
+    method = new(name)
+    step(method, f64([1e4, 1.0]))
+    assert method.state_dict()["s"][0] == s
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("uw", {"initial": -80.0}), ("imtl_l", {"initial": 80.0}), ("group_dro", {"eta": 1e10})]
 )
