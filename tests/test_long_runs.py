@@ -136,6 +136,7 @@ def test_the_pickle_of_a_method_has_each_kept_gradient_once():
 def test_excess_mtl_leaves_a_weight_in_the_step_of_the_first_excess_risk():
     method, first, second = methods.get("excess_mtl", eta=0.3), torch.tensor([1.0, -2, 0]), torch.tensor([0, 1.0, 1])
     gradsurgery.aggregate(torch.stack([first, torch.zeros(3)]), method)
+    assert method.state_dict()["w"].eq(1).all()
     gradsurgery.aggregate(torch.stack([second, second]), method)
     excess = (second.square() / (first.square() + second.square()).sqrt()).sum()
     w = method.state_dict()["w"]
