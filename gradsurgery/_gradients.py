@@ -39,6 +39,8 @@ class TaskGradients:
     params: list[int] | None = None
     lists: Any = None
     """The gradients as the compiled extension reads them, bypassing torch's dispatcher; None if it does not."""
+    pieces: Any = field(default=None, init=False)
+    """The gradients as the Triton backend tabulates them; None before it does."""
     differentiable: list[Tensor] = field(default_factory=list)
     """The tensors among the user's gradients that require grad; ``matrix`` and ``rows`` hold them detached."""
 
@@ -55,7 +57,10 @@ class TaskGradients:
         """One gradient of each parameter of the list form: shape, dtype and layout of the output."""
         entries = self.entries
         step = len(entries) // self.num_tasks
-        return [next((entry for entry in entries[p::step] if entry is not None), None) for p in range(step)]
+        return [
+            next((entry for entry in entries[p::step] if entry is not None), None) if first is None else first
+            for p, first in enumerate(entries[:step])
+        ]
 
     def writing_to(self, out: Any) -> TaskGradients | None:
         """Return these gradients in a form whose kernels write to ``out`` itself; None if it needs temporaries."""

@@ -193,10 +193,31 @@ def test_a_matrix_is_cut_once_and_as_a_list_of_it():
         for target in (None, out[: rows.shape[1]], out[1:] if rows.shape[1] == 32 else None):
             (flat,), (listed,) = (table.pieces_of(parse(rows, None), target, how) for how in (False, True))
             assert (flat.dtype, flat.aligned) == (listed.dtype, listed.aligned)
-            for a, b in zip(table.cut_once(flat, 8, 3), table.cut(listed, 8, 3), strict=True):
+            for a, b in zip(table.cut(flat, 8, 3), table.cut(listed, 8, 3), strict=True):
                 np.testing.assert_array_equal(a, b)
             assert table.pieces_of(parse(rows, None), target, False)[0] is flat
     assert table.pieces_of(parse(wide[:, :0], None), None, False) == []
+
+
+def test_pieces_are_listed_once_and_anew_for_other_parameters():
+    sizes, rows = [4, 0, 8, 6], [[], []]
+    for size in sizes:
+        rows[0].append(torch.zeros(size, dtype=torch.float64 if size == 8 else torch.float32))
+        rows[1].append(None if size == 6 else torch.zeros_like(rows[0][-1]))
+    outs = [torch.empty_like(g) for g in rows[0]]
+
+    def wanted(places, with_outputs):
+        outputs = [outs[p].data_ptr() if with_outputs else 0 for p in places]
+        addresses = [[0 if row[p] is None else row[p].data_ptr() for row in rows] for p in places]
+        return [[sizes[p], k, outputs[k], *addresses[k]] for k, p in enumerate(places)]
+
+    def listed(grads, out=None):
+        return [row for pieces in table.pieces_of(grads, out) for row in pieces.rows.tolist()]
+
+    grads = parse(rows, [1, 0, 2, 0])
+    for out in (None, outs, None):
+        assert listed(grads, out) == wanted([3, 0, 2], out is not None)
+    assert listed(grads.select([0, 3], [0, 1], 2)) == wanted([0, 3], False)
 
 
 @settings(deadline=None)
@@ -208,7 +229,7 @@ def test_a_matrix_is_cut_once_and_as_a_list_of_it():
 )
 def test_slots_cover_every_block_once(pieces, block, max_slots, least):
     rows = np.array([[columns, segment, 0, 16, 32] for columns, segment in pieces])
-    cut = table._pieces(torch.float32, rows)
+    cut = table._pieces(torch.float32, np.arange(len(rows)), rows)
     slots, segments = table.cut(cut, block, max_slots, least)
     seen = []
     for (piece, first, count, _), segment in zip(slots.tolist(), segments.tolist(), strict=True):

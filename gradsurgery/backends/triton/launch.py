@@ -18,7 +18,7 @@ from ..._gradients import TaskGradients
 from . import combine as combine_kernels
 from . import gram as gram_kernels
 from . import products, version
-from .table import Pieces, cut, cut_once, pieces_of, to_device
+from .table import Pieces, cut, pieces_of, to_device
 from .tuning import COMBINE, Config, gram_config, measured
 
 _DTYPES = {
@@ -141,8 +141,8 @@ def _plan(pieces: Pieces, num_tasks: int, device: torch.device, config: Config |
     # Fewer columns than 8 T cost less than the slot's own sums.
     least = triton.cdiv(8 * num_tasks, config.block)
     most = _GRAM_SLOTS["rows" if arithmetic == "rows" else tasks]
-    slots, segments = (cut if listed else cut_once)(pieces, config.block, most, least)
-    return _Launch(pieces, arithmetic, tasks, config, slots, segments)
+    slots, segments = cut(pieces, config.block, most, least)
+    return _Launch(pieces, arithmetic, tasks, config, slots.copy() if listed else slots, segments)
 
 
 def _place(launches: list[_Launch], num_segments: int) -> np.ndarray:
@@ -169,7 +169,7 @@ def combine(
         key = ("combine", num_tasks, pieces.dtype)
         with on(device):
             chosen = config or measured(key, device, COMBINE, partial(_try_combine, num_tasks, pieces.dtype, device))
-        slots, _ = (cut if listed else cut_once)(pieces, chosen.block, _COMBINE_SLOTS)
+        slots, _ = cut(pieces, chosen.block, _COMBINE_SLOTS)
         launches.append((pieces, chosen, slots))
     tables = [weights] * (2 * len(launches))  # not read
     if listed and launches:
