@@ -42,12 +42,11 @@ class Collected:
     @property
     def reach(self) -> bytes:
         """The number of tasks with a gradient of each parameter, in any of the batches, at most 127."""
-        tasks = len(self.tasks)
-        reached = (
-            [any(g is not None for g in column[t::tasks]) for t in range(tasks)]
-            for column in zip(*self.grads, strict=True)
-        )
-        return bytes(min(127, sum(by_task)) for by_task in reached)
+        reached = [[grad is not None for grad in row] for row in self.grads[: len(self.tasks)]]
+        for t, row in enumerate(self.grads[len(self.tasks) :]):
+            mine = reached[t % len(self.tasks)]
+            mine[:] = [before or grad is not None for before, grad in zip(mine, row, strict=True)]
+        return bytes(min(127, sum(by_task)) for by_task in zip(*reached, strict=True))
 
     def warn_of_nothing(self, stacklevel: int) -> None:
         """Warn if no loss depends on any of the parameters."""

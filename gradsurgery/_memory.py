@@ -30,10 +30,14 @@ def check_memory(rows: Rows) -> None:
 
 def _shares_memory(rows: Rows) -> bool:
     for column in zip(*rows, strict=True):
-        addresses = [grad.data_ptr() for grad in column if grad is not None and _has_memory(grad)]
-        if len(set(addresses)) < len(addresses):
+        grads = [grad for grad in column if type(grad) is Tensor and grad.layout is torch.strided]
+        if _repeats(grads) and _repeats([grad for grad in grads if _has_memory(grad)]):
             return True
     return False
+
+
+def _repeats(grads: list[Tensor]) -> bool:
+    return len({grad.data_ptr() for grad in grads}) < len(grads)
 
 
 def check_not_freed(tensor: Tensor) -> None:

@@ -29,7 +29,7 @@ def read(collected: Collected) -> tuple[TaskGradients, bytes, list[int]]:
     if grads is not None:
         return grads, grads.lists.counts if collected.batches == 1 else collected.reach, []
     rows = collected.grads
-    foreign = [p for p in range(len(collected.parameters)) if any(_is_foreign(row[p]) for row in rows)]
+    foreign = sorted({p for row in rows for p, grad in enumerate(row) if _is_foreign(grad)})
     if foreign:
         rows = [[None if p in foreign else entry for p, entry in enumerate(row)] for row in rows]
     grads = parse(rows, None)

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..._compiling import capturing
-from ..._gradients import TaskGradients
+from ..._gradients import DTYPES, TaskGradients
 
 VECTOR_BYTES = 16
 
@@ -32,10 +32,19 @@ class Pieces:
     """Whether every row and every output starts at a multiple of 16 bytes."""
     columns: np.ndarray
     segments: np.ndarray
-    places: np.ndarray
-    """Which parameter, or which segment of the flat form, each piece is."""
     rows: np.ndarray
     """int64 [pieces, 3 + T]: columns, segment, the output's address, the rows' addresses, 0 where there is none."""
+
+
+class _Parameters(NamedTuple):
+    """What the list form says of its parameters."""
+
+    dtypes: np.ndarray
+    """Places in ``DTYPES``."""
+    columns: np.ndarray
+    """0 where no task has a gradient."""
+    addresses: np.ndarray
+    """[P, T], 0 where there is none."""
 
 
 def pieces_of(grads: TaskGradients, out: Tensor | Sequence[Tensor] | None = None, listed: bool = True) -> list[Pieces]:
@@ -43,65 +52,61 @@ def pieces_of(grads: TaskGradients, out: Tensor | Sequence[Tensor] | None = None
 
     Unless ``listed``, a matrix is the only piece, and has no rows: its addresses are arguments of the kernels.
     """
-    if grads.matrix is not None and not listed:
-        matrix, columns = grads.matrix, grads.matrix.shape[1]
-        bits = matrix.data_ptr()
-        if len(matrix) > 1:
-            bits |= matrix.stride(0) * matrix.element_size()
-        if isinstance(out, Tensor):
-            bits |= out.data_ptr()
-        return [one_piece(matrix.dtype, columns, bits % VECTOR_BYTES == 0)] if columns else []
-    if grads.pieces is None:
-        grads.pieces = _tabulate(grads)
-    if out is None:
-        return list(grads.pieces)
-    if isinstance(out, Tensor):
-        outputs = out.data_ptr() + np.array(grads.segments or [0]) * out.element_size()
-    else:
-        outputs = np.array([0 if o is None else o.data_ptr() for o in out], np.int64)
-    return [_writing_to(outputs[pieces.places], pieces) for pieces in grads.pieces]
+    if grads.matrix is None:
+        return _pieces_of_lists(grads, None if out is None else [o.data_ptr() for o in out])
+    matrix, target = grads.matrix, out.data_ptr() if isinstance(out, Tensor) else 0
+    columns, pitch = matrix.shape[1], matrix.stride(0) * matrix.element_size()
+    if not columns:
+        return []
+    if listed:
+        return _pieces_of_matrix(matrix, grads.segments or [0, columns], pitch, target)
+    bits = matrix.data_ptr() | target | (pitch if len(matrix) > 1 else 0)
+    return [one_piece(matrix.dtype, columns, bits % VECTOR_BYTES == 0)]
 
 
 @lru_cache
 def one_piece(dtype: torch.dtype, columns: int, aligned: bool) -> Pieces:
     """Return the piece of a matrix, the same object each time."""
-    zero = np.zeros(1, np.int64)
-    return Pieces(dtype, aligned, np.array([columns]), zero, zero, np.zeros((1, 0), np.int64))
+    return Pieces(dtype, aligned, np.array([columns]), np.zeros(1, np.int64), np.zeros((1, 0), np.int64))
 
 
-def _tabulate(grads: TaskGradients) -> list[Pieces]:
-    """Return the pieces without outputs."""
-    if grads.matrix is not None:
-        matrix, size = grads.matrix, grads.matrix.element_size()
-        offsets = np.array(grads.segments or [0, matrix.shape[1]])
-        columns, segments = np.diff(offsets), np.arange(len(offsets) - 1)
-        dtypes: list[Any] = [matrix.dtype] * len(columns)
-        starts = matrix.data_ptr() + np.arange(len(matrix)) * (matrix.stride(0) * size)
-        addresses = offsets[:-1, None] * size + starts
-    else:
-        likes = grads.like
-        columns = np.array([0 if like is None else like.numel() for like in likes], np.int64)
-        segments = np.array(grads.segments or [0] * len(likes))
-        dtypes = [None if like is None else like.dtype for like in likes]
-        entries = np.array([0 if g is None else g.data_ptr() for g in grads.entries], np.int64)
-        addresses = entries.reshape(grads.num_tasks, len(likes)).T
-    rows = np.column_stack([columns, segments, np.zeros_like(columns), addresses])
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for place in np.flatnonzero(columns).tolist():
-        by_dtype.setdefault(dtypes[place], []).append(place)
-    return [_pieces(dtype, np.array(places), rows[places]) for dtype, places in by_dtype.items()]
+def _pieces_of_matrix(matrix: Tensor, offsets: list[int], pitch: int, target: int) -> list[Pieces]:
+    columns, begins = np.diff(offsets), np.array(offsets[:-1]) * matrix.element_size()
+    outputs = begins + target if target else np.zeros_like(begins)
+    addresses = matrix.data_ptr() + begins[:, None] + np.arange(len(matrix)) * pitch
+    rows = np.column_stack([columns, np.arange(len(columns)), outputs, addresses])
+    return [_pieces(matrix.dtype, rows[columns > 0])]
 
 
-def _pieces(dtype: torch.dtype, places: np.ndarray, rows: np.ndarray) -> Pieces:
-    order = np.argsort(rows[:, 1], kind="stable")
-    rows = rows[order]
-    return Pieces(dtype, not (rows[:, 3:] % VECTOR_BYTES).any(), rows[:, 0], rows[:, 1], places[order], rows)
+def _pieces_of_lists(grads: TaskGradients, outputs: list[int] | None) -> list[Pieces]:
+    if not grads.read:
+        grads.read.append(_read(replace(grads, params=None)))
+    read: _Parameters = grads.read[0]
+    if grads.params is not None:
+        read = _Parameters(*(values[grads.params] for values in read))
+    zeros = np.zeros_like(read.columns)
+    rows = np.column_stack(
+        [read.columns, grads.segments or zeros, zeros if outputs is None else outputs, read.addresses]
+    )
+    filled = read.columns > 0
+    present = sorted(set(read.dtypes[filled].tolist()))
+    return [_pieces(DTYPES[k], rows[filled & (read.dtypes == k)]) for k in present]
 
 
-def _writing_to(outputs: np.ndarray, pieces: Pieces) -> Pieces:
-    rows = pieces.rows.copy()
-    rows[:, 2] = outputs
-    return replace(pieces, aligned=pieces.aligned and not (outputs % VECTOR_BYTES).any(), rows=rows)
+def _read(grads: TaskGradients) -> _Parameters:
+    likes = grads.like
+    addresses = np.array([0 if g is None else g.data_ptr() for g in grads.entries], np.int64)
+    return _Parameters(
+        np.array([0 if like is None else DTYPES.index(like.dtype) for like in likes]),
+        np.array([0 if like is None else like.numel() for like in likes], np.int64),
+        addresses.reshape(grads.num_tasks, len(likes)).T,
+    )
+
+
+def _pieces(dtype: torch.dtype, rows: np.ndarray) -> Pieces:
+    rows = rows[np.argsort(rows[:, 1], kind="stable")]
+    aligned = not (rows[:, 2:] % VECTOR_BYTES).any()
+    return Pieces(dtype, aligned, rows[:, 0], rows[:, 1], rows)
 
 
 def cut(pieces: Pieces, block: int, max_slots: int, least_blocks: int = 1) -> tuple[np.ndarray, np.ndarray]:
