@@ -3,28 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from .._extension import Rule
 from .._gradients import TaskGradients
 from .._philox import coordinate_uniforms
-
-CHUNK_COLUMNS = 1 << 14
+from .chunks import chunks
 
 
 def combine_by_rule(grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
     """Write (or add) the direction of a rule; GradDrop's step counter grows by 1."""
     name, arguments = rule
-    for coordinate, values, target in _chunks(grads, out):
+    for chunk in chunks(grads, out):
+        values = chunk.values
         if name == "graddrop":
-            direction = _graddrop(values, coordinate, *arguments)
+            direction = _graddrop(values, chunk.coordinate, *arguments)
         else:
             direction = _trimmed_mean(values, *arguments)
-        direction = torch.where(values.isfinite().all(0), direction, torch.nan)
-        target.copy_(target.double() + direction if accumulate else direction)
+        chunk.write(torch.where(values.isfinite().all(0), direction, torch.nan), accumulate)
     if name == "graddrop":
         arguments[1].add_(1)
 
@@ -54,28 +51,3 @@ def _sum(rows: Tensor) -> Tensor:
     for row in rows:
         total += row
     return total
-
-
-def _chunks(grads: TaskGradients, out: Tensor | list[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (number of the first coordinate, float64 values [T, <= a chunk], where the output goes)."""
-    if grads.matrix is not None:
-        assert isinstance(out, Tensor)
-        params: list[tuple[list[Tensor | None], Tensor]] = [(list(grads.matrix.unbind()), out)]
-    else:
-        entries = grads.entries
-        params = [(entries[p :: len(out)], target) for p, target in enumerate(out)]
-    coordinate = 0
-    for rows, target in params:
-        flat = [None if row is None else _in_memory_order(row) for row in rows]
-        zeros = torch.zeros((), dtype=target.dtype, device=target.device)
-        written = _in_memory_order(target)
-        for begin in range(0, len(written), CHUNK_COLUMNS):
-            part = slice(begin, begin + CHUNK_COLUMNS)
-            columns = len(written[part])
-            values = [zeros.expand(columns) if row is None else row[part] for row in flat]
-            yield coordinate + begin, torch.stack(values).double(), written[part]
-        coordinate += len(written)
-
-
-def _in_memory_order(dense: Tensor) -> Tensor:
-    return dense.as_strided((dense.numel(),), (1,))
