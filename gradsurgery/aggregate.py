@@ -78,7 +78,8 @@ def aggregate(
         RuntimeError: an error of a stage.
 
     Cost: two reads of the gradients, one write of the direction, and a T x T problem; coordinate-wise methods and those
-    that need no G read the gradients once, methods that keep gradients more often. Host synchronisations: none.
+    that need no G read the gradients once, methods that keep gradients more often. Host synchronisations: none, except
+    by the reference backend's iterative solvers, which wait for a G on a GPU unless a CUDA graph is being captured.
     """
     resolved = resolve(method, method_options)
     parsed = parse(grads, segments)

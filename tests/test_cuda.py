@@ -116,6 +116,15 @@ def test_streaming_stages_do_not_synchronise(name, form):
         FORM_CALLS[name](arguments, grads)
 
 
+@pytest.mark.parametrize("method", ["mgda", "upgrad", "cagrad", "nash_mtl", "aligned_mtl"])
+def test_the_reference_solves_on_the_host(method):
+    gram = gradsurgery.gram(conflicting(9, 5000))
+    weights = gradsurgery.methods.get(method).weights
+    got = weights(gram, backend="reference")
+    assert got.is_cuda
+    assert torch.equal(got.cpu(), weights(gram.cpu(), backend="reference"))
+
+
 def known(*infos):
     """Compute all diagnostics that the infos have."""
     for info in infos:

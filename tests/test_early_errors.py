@@ -7,6 +7,7 @@ import torch
 import gradsurgery
 from conftest import two_losses, two_task_net
 from gradsurgery import methods
+from gradsurgery.backends import choose
 from inputs import DEVICE
 
 ELSEWHERE = "cuda" if DEVICE == "cpu" else "cpu"
@@ -117,3 +118,9 @@ def test_a_micro_batch_of_other_tasks_leaves_what_was_collected():
     with pytest.raises(ValueError, match=r"had \['0', '1'\], got \['0'\] \(zero_grad\(\) forgets"):
         optimizer.collect(two_losses(net, x)[:1])
     torch.testing.assert_close(optimizer.combine().gram, wanted)
+
+
+def test_a_device_without_float64(monkeypatch):
+    monkeypatch.delenv("GRADSURGERY_BACKEND", raising=False)
+    with pytest.raises(RuntimeError, match=r"no backend can serve tensors on mps: .* no float64"):
+        choose(None, torch.device("mps"), 2)

@@ -9,7 +9,7 @@ import torch
 
 import gradsurgery
 from conftest import USABLE
-from gradsurgery.backends import spectral
+from gradsurgery.backends import problems, reference, spectral
 from inputs import DEVICE, HOSTILE, hostile, normal
 
 methods = gradsurgery.methods
@@ -322,6 +322,33 @@ def test_any_number_of_tasks(method, tasks):
 def test_triton_has_the_reference(method):
     gram = gradsurgery.gram(hostile(3)["conflicting"] + 0.1 * normal(3, 37, seed=9))
     torch.testing.assert_close(weigh(method, gram, "triton"), weigh(method, gram, "reference"))
+
+
+@pytest.mark.parametrize("method", ["mgda", "upgrad", "cagrad", "nash_mtl", "pcd", "aligned_mtl", "krum"])
+def test_the_reference_iterates_where_values_are_at_hand(monkeypatch, method):
+    gram, seen = torch.eye(5, dtype=torch.float64, device=DEVICE), []
+    options = {"num_byzantine": 1} if method == "krum" else {}
+    want = gradsurgery.aggregate(gram, method, backend="reference", **options)
+    monkeypatch.setattr(reference, "at_hand", lambda gram: seen.append(gram) or gram.cpu())
+    got = gradsurgery.aggregate(gram, method, backend="reference", **options)
+    assert torch.equal(got, want)
+    assert len(seen) == (method != "krum")
+
+
+@pytest.mark.parametrize("why", [None, "capturing", "is_traced"])
+def test_values_are_at_hand_unless_a_graph_is_captured(monkeypatch, why):
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def cpu(self):
+            return "on the host"
+
+    for name in ("capturing", "is_traced"):
+        monkeypatch.setattr(problems, name, lambda *_, name=name: name == why)
+    gram = OnGpu()
+    assert problems.at_hand(gram) == (gram if why else "on the host")
+    here = torch.eye(2)
+    assert problems.at_hand(here) is here
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 9])

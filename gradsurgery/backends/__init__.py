@@ -106,7 +106,7 @@ _BACKENDS: dict[str, Backend] = {
 
 
 def choose(name: str | None, device: torch.device, num_tasks: int) -> Backend:
-    """Return the backend for a call; RuntimeError if a named one cannot serve it, ValueError if it is unknown."""
+    """Return the backend for a call; RuntimeError if the named one or none can serve it, ValueError for other names."""
     origin, name = ("backend", name) if name is not None else (_VARIABLE, os.environ.get(_VARIABLE) or None)
     if name is not None:
         check_name(name, origin)
@@ -126,7 +126,12 @@ def check_name(name: str | None, origin: str = "backend") -> str | None:
 
 @cached
 def _automatic(device: torch.device, num_tasks: int) -> Backend:
-    return next(backend for backend in _BACKENDS.values() if backend.why_not(device, num_tasks) is None)
+    why: str | None = None
+    for backend in _BACKENDS.values():
+        why = backend.why_not(device, num_tasks)
+        if why is None:
+            return backend
+    raise RuntimeError(f"no backend can serve tensors on {device}: {why}")
 
 
 def backends() -> dict[str, str]:

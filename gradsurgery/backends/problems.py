@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._compiling import capturing, is_traced
+
 # PyTorch factors a batch of matrices in several threads at once, and MKL's results are wrong then from 151 rows on, if
 # it returns at all (https://github.com/pytorch/pytorch/issues/142815).
 _MOST_BATCHED = 128
@@ -40,6 +42,16 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
     else:
         solution = torch.linalg.solve_ex(matrix, right[..., None])[0].squeeze(-1)
     return solution
+
+
+def at_hand(gram: Tensor) -> Tensor:
+    """Return G for an iteration: on the host, but where it is while a CUDA graph is captured or a function traced.
+
+    An iteration on a GPU cannot end early, and takes thousands of launches (for CAGrad of 8 tasks 360,000), which is
+    far longer than to wait for G.
+    """
+    stays = gram.device.type in ("cpu", "meta") or is_traced() or capturing(gram.device)
+    return gram if stays else gram.cpu()
 
 
 def all_done(done: Tensor) -> bool:

@@ -3,7 +3,7 @@
 
 It is the oracle of every other backend. It never uses a float32 matrix product over the parameters (wrong by 1e-3 at
 1e7 elements): gradients are cut into chunks, widened to float64, and summed there. It does not read values on the host,
-with one exception: on the CPU, where that costs nothing, an iteration ends early when all problems have converged.
+with one exception: solvers that iterate run there (``problems.at_hand``), and end when all problems have converged.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .._philox import philox_words, weights_uniforms
 from . import rules, solvers
 from .chunks import chunks
 from .min_norm import frank_wolfe, wolfe
-from .problems import is_finite
+from .problems import at_hand, is_finite
 from .simplex import project_on_simplex
 
 _BLOCK = 256
 
 
 class ReferenceBackend:
-    """Serves every call."""
+    """Serves every call on devices that have float64."""
 
     name = "reference"
     aggregate = None
 
     def why_not(self, device: torch.device, num_tasks: int) -> str | None:
-        """Return None: it serves every call."""
-        return None
+        """Return why it cannot serve the call; None if it can."""
+        return "Apple's GPUs have no float64: move the model to the CPU" if device.type == "mps" else None
 
     def describe(self) -> str:
         """Return one line on the backend."""
@@ -107,7 +107,7 @@ class ReferenceBackend:
 
     def min_norm(self, gram: Tensor, exact: bool, max_iter: int, tol: float, out: Tensor) -> None:
         """Argmin of w^T G w over the simplex."""
-        gram = gram.view(-1, *gram.shape[-2:])
+        gram = at_hand(gram.view(-1, *gram.shape[-2:]))
         weights = wolfe(gram) if exact else frank_wolfe(gram, max_iter, tol)
         out.copy_(torch.where(is_finite(gram), weights, torch.nan).view_as(out))
 
@@ -115,6 +115,9 @@ class ReferenceBackend:
         self, gram: Tensor, solver: str, preference: Tensor | None, parameter: float, limit: float, out: Tensor
     ) -> None:
         """Write the weights of one of ``solvers.SOLVERS``."""
+        if solver != "krum":
+            gram = at_hand(gram)
+            preference = None if preference is None else preference.to(gram.device)
         solvers.solve(gram, solver, preference, parameter, limit, out)
 
     def simplex_steps(self, matrix: Tensor, lr: float, momentum: float, num_iter: int, weights: Tensor) -> None:

@@ -17,6 +17,7 @@ from ..._compiling import cached, untraced
 from ..._gradients import TaskGradients
 from ..native import why_not_gpu
 from ..reference import ReferenceBackend
+from ..solvers import solve
 
 MAX_TASKS = 128
 _OLDEST = (3, 6)
@@ -86,7 +87,7 @@ class TritonBackend(ReferenceBackend):
         if _weights().serves(solver, gram.shape[-1], gram.device):
             _weights().weights(gram, solver, preference, parameter, limit, out)
         else:
-            super().weights(gram, solver, preference, parameter, limit, out)
+            solve(gram, solver, preference, parameter, limit, out)  # not on the host, as the reference does it
 
     @untraced
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
