@@ -96,7 +96,14 @@ def add_all(collected: Collected, processes: Replicas | Shards, backend: str | N
     out, accumulate, done = targets(local[: len(params)], grads, params)
     ones = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device)
     sums = foreign_sums(collected, foreign, local[len(params) :], ones)
-    add_plain(grads, params, ones, out, accumulate, done, choose(backend, grads.device, grads.num_tasks))
+    chosen = choose(backend, grads.device, grads.num_tasks)
+    left = [i for i in range(len(params)) if i not in done]
+    if grads.num_tasks > 1:
+        add_plain(grads, params, ones, out, accumulate, done, chosen)
+    elif left:
+        row: list[Any] = grads.entries
+        write = torch._foreach_add_ if accumulate else torch._foreach_copy_
+        write([out[i] for i in left], [row[params[i]] for i in left])
     processes.assign(parameters, [*out, *map(put, local[len(params) :], sums)])
 
 
