@@ -42,10 +42,9 @@ class Collected:
     @property
     def reach(self) -> bytes:
         """The number of tasks with a gradient of each parameter, in any of the batches, at most 127."""
-        reached = [[grad is not None for grad in row] for row in self.grads[: len(self.tasks)]]
-        for t, row in enumerate(self.grads[len(self.tasks) :]):
-            mine = reached[t % len(self.tasks)]
-            mine[:] = [before or grad is not None for before, grad in zip(mine, row, strict=True)]
+        tasks = len(self.tasks)
+        rows = [[grad is not None for grad in row] for row in self.grads]
+        reached = [map(any, zip(*rows[t::tasks], strict=True)) for t in range(min(tasks, len(rows)))]
         return bytes(min(127, sum(by_task)) for by_task in zip(*reached, strict=True))
 
     def warn_of_nothing(self, stacklevel: int) -> None:

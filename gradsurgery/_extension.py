@@ -13,7 +13,7 @@ try:
     C = importlib.import_module("gradsurgery._C")
 except ModuleNotFoundError as error:
     C = None
-    WHY_NOT = f"the compiled extension is not there ({error})"
+    WHY_NOT = f"the compiled extension is not there: pip install -v shows why it was not built ({error})"
 except ImportError as error:
     C = None
     WHY_NOT = f"the compiled extension cannot be loaded, so build it again for this torch ({error})"

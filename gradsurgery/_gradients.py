@@ -39,8 +39,8 @@ class TaskGradients:
     params: list[int] | None = None
     lists: Any = None
     """The gradients as the compiled extension reads them, bypassing torch's dispatcher; None if it does not."""
-    read: list[Any] = field(default_factory=list)
-    """What the Triton backend has read off all of ``rows``, once; the same list in what ``select`` returns."""
+    tabulated: list[Any] = field(default_factory=list)
+    """What the Triton backend has read off all of ``rows``, once: the same list in what ``select`` returns."""
     differentiable: list[Tensor] = field(default_factory=list)
     """The tensors among the user's gradients that require grad; ``matrix`` and ``rows`` hold them detached."""
 

@@ -31,6 +31,7 @@ def check_memory(rows: Rows) -> None:
 def _shares_memory(rows: Rows) -> bool:
     for column in zip(*rows, strict=True):
         grads = [grad for grad in column if type(grad) is Tensor and grad.layout is torch.strided]
+        # Whether they have memory is asked only of gradients with the same address: it takes longer.
         if _repeats(grads) and _repeats([grad for grad in grads if _has_memory(grad)]):
             return True
     return False

@@ -231,6 +231,21 @@ def test_functions_compile_whole(function):
         assert torch.equal(compiled(rows).detach(), function(rows).detach())
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda rows: gradsurgery.gram(rows, backend="reference"),
+        lambda rows: gradsurgery.combine(rows, torch.tensor([1.0, 0, 2]), backend="reference"),
+        lambda rows: gradsurgery.combine([[r, r[1:]] for r in rows.unbind()], torch.ones(3), backend="reference")[1],
+    ],
+)
+def test_the_reference_compiles_for_any_size(function):
+    rows = normal(3, 700, torch.float32)
+    torch._dynamo.mark_dynamic(rows, 1)  # an error, should the size be fixed
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rows), function(rows))
+
+
 def test_a_function_transform_is_told_of_constants():
     with pytest.raises(gradsurgery.NotDifferentiableError, match="constant to autograd"):
         torch.func.grad(lambda rows: gradsurgery.aggregate(rows, "mgda").sum())(ROWS)

@@ -50,8 +50,13 @@ def at_hand(gram: Tensor) -> Tensor:
     An iteration on a GPU cannot end early, and takes thousands of launches (for CAGrad of 8 tasks 360,000), which is
     far longer than to wait for G.
     """
-    stays = gram.device.type in ("cpu", "meta") or is_traced() or capturing(gram.device)
+    stays = gram.device.type in ("cpu", "meta") or has_no_values(gram) or capturing(gram.device)
     return gram if stays else gram.cpu()
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether its values cannot be read: of a traced tensor, a fake one, or one of another subclass."""
+    return is_traced() or type(tensor) is not Tensor
 
 
 def all_done(done: Tensor) -> bool:

@@ -12,7 +12,7 @@ from .._compiling import cached
 from .._extension import Rule
 from .._gradients import TaskGradients
 from .._philox import coordinate_uniforms
-from .chunks import chunks
+from .parts import chunks
 
 
 def combine_by_rule(grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
@@ -21,7 +21,7 @@ def combine_by_rule(grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor]
     for chunk in chunks(grads, out):
         values = chunk.values
         if name == "graddrop":
-            direction = _graddrop(values, chunk.coordinate, *arguments)
+            direction = _graddrop(values, chunk.parts[0].coordinate, *arguments)
         else:
             direction = _trimmed_mean(values, *arguments)
         chunk.write(torch.where(values.isfinite().all(0), direction, torch.nan), accumulate)

@@ -142,7 +142,9 @@ def _plan(pieces: Pieces, num_tasks: int, device: torch.device, config: Config |
     least = triton.cdiv(8 * num_tasks, config.block)
     most = _GRAM_SLOTS["rows" if arithmetic == "rows" else tasks]
     slots, segments = cut(pieces, config.block, most, least)
-    return _Launch(pieces, arithmetic, tasks, config, slots.copy() if listed else slots, segments)
+    if listed:
+        slots = slots.copy()  # for _place to number
+    return _Launch(pieces, arithmetic, tasks, config, slots, segments)
 
 
 def _place(launches: list[_Launch], num_segments: int) -> np.ndarray:

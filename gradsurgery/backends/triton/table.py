@@ -59,29 +59,24 @@ def pieces_of(grads: TaskGradients, out: Tensor | Sequence[Tensor] | None = None
     if not columns:
         return []
     if listed:
-        return _pieces_of_matrix(matrix, grads.segments or [0, columns], pitch, target)
+        return [_pieces_of_matrix(matrix, grads.segments or [0, columns], pitch, target)]
     bits = matrix.data_ptr() | target | (pitch if len(matrix) > 1 else 0)
-    return [one_piece(matrix.dtype, columns, bits % VECTOR_BYTES == 0)]
+    aligned, none = bits % VECTOR_BYTES == 0, np.zeros((1, 0), np.int64)
+    return [Pieces(matrix.dtype, aligned, np.array([columns]), np.zeros(1, np.int64), none)]
 
 
-@lru_cache
-def one_piece(dtype: torch.dtype, columns: int, aligned: bool) -> Pieces:
-    """Return the piece of a matrix, the same object each time."""
-    return Pieces(dtype, aligned, np.array([columns]), np.zeros(1, np.int64), np.zeros((1, 0), np.int64))
-
-
-def _pieces_of_matrix(matrix: Tensor, offsets: list[int], pitch: int, target: int) -> list[Pieces]:
+def _pieces_of_matrix(matrix: Tensor, offsets: list[int], pitch: int, target: int) -> Pieces:
     columns, begins = np.diff(offsets), np.array(offsets[:-1]) * matrix.element_size()
     outputs = begins + target if target else np.zeros_like(begins)
     addresses = matrix.data_ptr() + begins[:, None] + np.arange(len(matrix)) * pitch
     rows = np.column_stack([columns, np.arange(len(columns)), outputs, addresses])
-    return [_pieces(matrix.dtype, rows[columns > 0])]
+    return _pieces(matrix.dtype, rows[columns > 0])
 
 
 def _pieces_of_lists(grads: TaskGradients, outputs: list[int] | None) -> list[Pieces]:
-    if not grads.read:
-        grads.read.append(_read(replace(grads, params=None)))
-    read: _Parameters = grads.read[0]
+    if not grads.tabulated:
+        grads.tabulated.append(_tabulate(replace(grads, params=None)))
+    read: _Parameters = grads.tabulated[0]
     if grads.params is not None:
         read = _Parameters(*(values[grads.params] for values in read))
     zeros = np.zeros_like(read.columns)
@@ -93,7 +88,7 @@ def _pieces_of_lists(grads: TaskGradients, outputs: list[int] | None) -> list[Pi
     return [_pieces(DTYPES[k], rows[filled & (read.dtypes == k)]) for k in present]
 
 
-def _read(grads: TaskGradients) -> _Parameters:
+def _tabulate(grads: TaskGradients) -> _Parameters:
     likes = grads.like
     addresses = np.array([0 if g is None else g.data_ptr() for g in grads.entries], np.int64)
     return _Parameters(
@@ -119,12 +114,14 @@ def cut(pieces: Pieces, block: int, max_slots: int, least_blocks: int = 1) -> tu
     return _cut(pieces.columns.tobytes(), pieces.segments.tobytes(), block, max_slots, least_blocks)
 
 
-@lru_cache
-def _cut(columns: bytes, owners: bytes, block: int, max_slots: int, least_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+@lru_cache(16)
+def _cut(
+    columns: bytes, of_pieces: bytes, block: int, max_slots: int, least_blocks: int
+) -> tuple[np.ndarray, np.ndarray]:
     blocks = -(-np.frombuffer(columns, np.int64) // block)
     first = np.concatenate([[0], np.cumsum(blocks)])
     length = max(least_blocks, -(-int(first[-1]) // max_slots))
-    segments, begins = np.unique(np.frombuffer(owners, np.int64), return_index=True)
+    segments, begins = np.unique(np.frombuffer(of_pieces, np.int64), return_index=True)
     begin, end = first[begins], first[np.append(begins[1:], len(blocks))]
     counts = -(-(end - begin) // length)
     which = np.repeat(np.arange(len(segments)), counts)
