@@ -44,6 +44,7 @@ class Collected:
         """The number of tasks with a gradient of each parameter, in any of the batches, at most 127."""
         tasks = len(self.tasks)
         rows = [[grad is not None for grad in row] for row in self.grads]
+        # A single pass for all tasks has one row.
         reached = [map(any, zip(*rows[t::tasks], strict=True)) for t in range(min(tasks, len(rows)))]
         return bytes(min(127, sum(by_task)) for by_task in zip(*reached, strict=True))
 

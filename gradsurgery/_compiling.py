@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch._guards import TracingContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -23,6 +24,16 @@ def is_traced() -> bool:
         return True
     # The compiler may trace a function by a call of it. Other threads, which do not see this context, run as they are.
     return TracingContext.try_get() is not None
+
+
+def is_watched() -> bool:
+    """Whether operations are traced, transformed or passed to a mode. Values then may not decide what is done."""
+    return (
+        is_traced()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _get_current_dispatch_mode() is not None
+    )
 
 
 def untraced(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -67,6 +67,8 @@ def _target(parameter: Tensor, like: Tensor, accumulate: bool) -> Tensor:
     if grad.layout is not torch.strided:
         return grad.to_dense()
     check_not_freed(grad)
+    if grad.is_inference() and not torch.is_inference_mode_enabled():
+        grad = grad.clone()  # to write to it raises, but only after it was written
     # Kernels cannot write to an expanded .grad, nor to a negated view.
     return (grad.contiguous() if is_expanded(grad) else grad).resolve_neg()
 
@@ -97,13 +99,12 @@ def add_all(collected: Collected, processes: Replicas | Shards, backend: str | N
     ones = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device)
     sums = foreign_sums(collected, foreign, local[len(params) :], ones)
     chosen = choose(backend, grads.device, grads.num_tasks)
-    left = [i for i in range(len(params)) if i not in done]
-    if grads.num_tasks > 1:
+    if grads.num_tasks == 1 and grads.lists is None:
+        row: list[Any] = grads.entries  # the sums themselves, which the reference would take to float64 and back
+        for target, p in zip(out, params, strict=True):
+            target.copy_(target + row[p] if accumulate else row[p])
+    else:
         add_plain(grads, params, ones, out, accumulate, done, chosen)
-    elif left:
-        row: list[Any] = grads.entries
-        write = torch._foreach_add_ if accumulate else torch._foreach_copy_
-        write([out[i] for i in left], [row[params[i]] for i in left])
     processes.assign(parameters, [*out, *map(put, local[len(params) :], sums)])
 
 

@@ -219,6 +219,12 @@ def test_exchanges_sort():
         for low, high in rules._exchanges(count):
             values[[low, high]] = values[[low, high]].sort(0).values
         assert torch.equal(values, values.sort(0).values)
+    for count in (40, 100, 257):
+        values = normal(count, 50).to("cpu")
+        rows = list(values.unbind())
+        for low, high in rules._exchanges(count):
+            rows[low], rows[high] = torch.minimum(rows[low], rows[high]), torch.maximum(rows[low], rows[high])
+        assert torch.equal(torch.stack(rows), values.sort(0).values)
 
 
 def test_median_is_the_middle(backend):

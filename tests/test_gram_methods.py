@@ -335,7 +335,7 @@ def test_the_reference_iterates_where_values_are_at_hand(monkeypatch, method):
     assert len(seen) == (method != "krum")
 
 
-@pytest.mark.parametrize("why", [None, "capturing", "is_traced"])
+@pytest.mark.parametrize("why", [None, "capturing", "is_watched"])
 def test_values_are_at_hand_unless_a_graph_is_captured(monkeypatch, why):
     class OnGpu:
         device = torch.device("cuda")
@@ -344,7 +344,7 @@ def test_values_are_at_hand_unless_a_graph_is_captured(monkeypatch, why):
             return "on the host"
 
     monkeypatch.setattr(problems, "Tensor", OnGpu)
-    for name in ("capturing", "is_traced"):
+    for name in ("capturing", "is_watched"):
         monkeypatch.setattr(problems, name, lambda *_, name=name: name == why)
     gram = OnGpu()
     assert problems.at_hand(gram) == (gram if why else "on the host")

@@ -93,6 +93,18 @@ def test_gradients_that_no_kernel_reads_where_nothing_can_be_added_to(method):
     assert torch.equal(inferred, torch.ones_like(inferred))
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("method", ["pcgrad", "sum"])
+def test_a_grad_of_inference_mode_is_added_to(method, backend):
+    w, a, b = ones(2), ones(2), ones(2)
+    optimizer = gradsurgery.SurgeryOptimizer(torch.optim.SGD([w, a, b], lr=0.1), method, backend=backend)
+    w.grad = torch.zeros_like(w)
+    with torch.inference_mode():
+        a.grad = torch.ones(2, device=w.device)
+    optimizer.backward([(w * a).sum(), (w * b).sum()])
+    assert [p.grad.tolist() for p in (w, a, b)] == [[2, 2], [2, 2], [1, 1]]
+
+
 @pytest.mark.parametrize("collected", [True, False])
 def test_a_grad_without_memory_is_seen_before_anything_is_written(collected):
     w, a, b = ones(2), ones(2), ones(2)

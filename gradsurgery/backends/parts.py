@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._compiling import is_traced
+from .._compiling import is_traced, is_watched
 from .._gradients import TaskGradients
 
 
@@ -27,6 +27,12 @@ class Part(NamedTuple):
     target: Tensor | None
     """Where these columns of the direction go."""
 
+    def write(self, direction: Tensor, accumulate: bool) -> None:
+        """Write the float64 direction of these columns to the target, or add it."""
+        target = self.target
+        assert target is not None
+        target.copy_(target.double() + direction if accumulate else direction)
+
 
 class Chunk(NamedTuple):
     """Columns of one segment, from one parameter or several."""
@@ -36,17 +42,10 @@ class Chunk(NamedTuple):
     """float64 [T, columns], zeros where a task has no gradient; the next chunk overwrites them."""
 
     def write(self, direction: Tensor, accumulate: bool) -> None:
-        """Write the float64 direction of these columns, or add it."""
+        """Write the float64 direction of these columns to the targets, or add it."""
         columns = direction.split([part.like.numel() for part in self.parts])
         for part, values in zip(self.parts, columns, strict=True):
-            write(part, values, accumulate)
-
-
-def write(part: Part, direction: Tensor, accumulate: bool) -> None:
-    """Write the float64 direction of a part, or add it."""
-    target = part.target
-    assert target is not None
-    target.copy_(target.double() + direction if accumulate else direction)
+            part.write(values, accumulate)
 
 
 def parts(grads: TaskGradients, out: Tensor | list[Tensor] | None, width: int) -> Iterator[Part]:
@@ -71,13 +70,14 @@ def parts(grads: TaskGradients, out: Tensor | list[Tensor] | None, width: int) -
 
 
 def chunks(grads: TaskGradients, out: Tensor | list[Tensor] | None = None) -> Iterator[Chunk]:
-    """Yield all columns, segment by segment where the segments' ids ascend."""
-    # 4 MB on the CPU; elsewhere 32 MB, for few launches. Matrices of few columns would take as long as larger ones.
+    """Yield all columns in chunks; while a function is traced, a parameter or segment each."""
+    # 4 MB on the CPU; elsewhere 32 MB, for few launches. Matrices of fewer columns would take as long as larger ones.
     width = max(4096, (1 << (19 if grads.device.type == "cpu" else 22)) // grads.num_tasks)
+    found, watched = parts(grads, out, width), is_watched()
     buffer = torch.empty(grads.num_tasks, 0, dtype=torch.float64, device=grads.device)
-    for run in _runs(parts(grads, out, width), width):
+    for run in ([part] for part in found) if is_traced() else _runs(found, width):
         rows = [_row(run, t) for t in range(grads.num_tasks)]
-        if is_traced():
+        if watched:  # a transform cannot write to memory from outside
             yield Chunk(run, torch.stack(rows).double())
             continue
         if buffer.shape[1] < len(rows[0]):
@@ -105,11 +105,11 @@ def _whole(
 
 
 def _runs(all_parts: Iterable[Part], width: int) -> Iterator[list[Part]]:
-    """Yield runs of parts of one segment, of at most ``width`` columns together; single parts in traced functions."""
+    """Yield runs of parts of one segment, of at most ``width`` columns together."""
     run: list[Part] = []
     columns = 0
     for part in all_parts:
-        if run and (is_traced() or columns + part.like.numel() > width or part.segment != run[0].segment):
+        if run and (columns + part.like.numel() > width or part.segment != run[0].segment):
             yield run
             run, columns = [], 0
         run.append(part)

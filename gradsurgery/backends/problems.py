@@ -7,8 +7,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from .._compiling import capturing, is_traced
+from .._compiling import capturing, is_watched
 
 # PyTorch factors a batch of matrices in several threads at once, and MKL's results are wrong then from 151 rows on, if
 # it returns at all (https://github.com/pytorch/pytorch/issues/142815).
@@ -45,7 +46,7 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def at_hand(gram: Tensor) -> Tensor:
-    """Return G for an iteration: on the host, but where it is while a CUDA graph is captured or a function traced.
+    """Return G for an iteration: on the host, but where it is while a CUDA graph is captured or functions are watched.
 
     An iteration on a GPU cannot end early, and takes thousands of launches (for CAGrad of 8 tasks 360,000), which is
     far longer than to wait for G.
@@ -55,8 +56,8 @@ def at_hand(gram: Tensor) -> Tensor:
 
 
 def has_no_values(tensor: Tensor) -> bool:
-    """Whether its values cannot be read: of a traced tensor, a fake one, or one of another subclass."""
-    return is_traced() or type(tensor) is not Tensor
+    """Whether values may not be asked for: of a watched tensor, a fake one, or one of another subclass."""
+    return is_watched() or type(tensor) not in (Tensor, Parameter)
 
 
 def all_done(done: Tensor) -> bool:

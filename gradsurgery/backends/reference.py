@@ -3,7 +3,8 @@
 
 It is the oracle of every other backend. It never uses a float32 matrix product over the parameters (wrong by 1e-3 at
 1e7 elements): gradients are cut into chunks, widened to float64, and summed there. It does not read values on the host,
-with one exception: solvers that iterate run there (``problems.at_hand``), and end when all problems have converged.
+with two exceptions: most solvers that iterate run there (``problems.at_hand``), and end when all problems have
+converged; and on the CPU combine leaves out rows of weight 0.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._compiling import is_traced
+from .._compiling import is_watched
 from .._extension import Rule
 from .._gradients import TaskGradients
 from .._philox import philox_words, weights_uniforms
 from . import rules, solvers
 from .min_norm import frank_wolfe, wolfe
-from .parts import chunks, parts, write
+from .parts import chunks, parts
 from .problems import at_hand, has_no_values, is_finite
 from .simplex import project_on_simplex
 
@@ -59,16 +60,20 @@ class ReferenceBackend:
     def combine(self, grads: TaskGradients, weights: Tensor, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """d_p = sum_t w_t g_{t,p}; a gradient with weight 0 does not count, even where it is not finite."""
         weights = weights.view(-1, weights.shape[-1])
-        # Where values are at hand, rows that do not count are not read; else zeros take their place.
-        on_host = weights.device.type == "cpu" and not has_no_values(weights)
-        counts = (weights != 0).tolist() if on_host else None
+        # Where values are at hand, rows that do not count are not read.
+        readable = weights.device.type == "cpu" and not has_no_values(weights)
+        counts = (weights != 0).tolist() if readable else None
         # On the CPU 1 MB of sums, which caches hold; elsewhere 32 MB, for few launches.
         for part in parts(grads, out, 1 << (17 if grads.device.type == "cpu" else 22)):
             direction = torch.zeros_like(part.like, dtype=torch.float64)
             for t, (weight, row) in enumerate(zip(weights[part.segment].unbind(), part.rows, strict=True)):
-                if row is not None and (counts is None or counts[part.segment][t]):
-                    direction.addcmul_(row if on_host else torch.where(weight != 0, row, 0), weight)
-            write(part, direction, accumulate)
+                if row is None:
+                    continue
+                if counts is None:
+                    direction += torch.where(weight != 0, weight * row.double(), 0)
+                elif counts[part.segment][t]:
+                    direction.addcmul_(row, weight)
+            part.write(direction, accumulate)
 
     def combine_by_rule(self, grads: TaskGradients, rule: Rule, out: Tensor | list[Tensor], accumulate: bool) -> None:
         """Write (or add) the direction of a rule that works coordinate by coordinate."""
@@ -176,7 +181,7 @@ class ReferenceBackend:
 def _products(rows: Tensor) -> Tensor:
     """J J^T. By blocks of columns if rows are few and long: several threads take half the time then."""
     num_tasks, columns = rows.shape
-    if is_traced() or num_tasks > 32 or columns < 2 * _BLOCK:
+    if is_watched() or num_tasks > 32 or columns < 2 * _BLOCK:
         return rows @ rows.mT
     whole = columns // _BLOCK * _BLOCK
     blocks = rows[:, :whole].unflatten(1, (-1, _BLOCK)).transpose(0, 1)

@@ -87,7 +87,7 @@ class TritonBackend(ReferenceBackend):
         if _weights().serves(solver, gram.shape[-1], gram.device):
             _weights().weights(gram, solver, preference, parameter, limit, out)
         else:
-            solve(gram, solver, preference, parameter, limit, out)  # not on the host, as the reference does it
+            solve(gram, solver, preference, parameter, limit, out)  # on the GPU; the reference would move G to the host
 
     @untraced
     def gradnorm(self, inputs: Sequence[Tensor], alpha: float, lr: float, out: Tensor) -> None:
