@@ -57,6 +57,7 @@ class TaskGradients:
         """One gradient of each parameter of the list form: shape, dtype and layout of the output."""
         entries = self.entries
         step = len(entries) // self.num_tasks
+        # Mostly the first task has one.
         return [
             next((entry for entry in entries[p::step] if entry is not None), None) if first is None else first
             for p, first in enumerate(entries[:step])

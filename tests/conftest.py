@@ -113,7 +113,7 @@ def worthwhile(item: Any) -> bool:
     parameters = item.callspec.params
     backend, module = parameters.get("backend"), item.module.__name__
     interpreted = INTERPRETED and (backend == "triton" or module == "test_triton")
-    # On a GPU the reference's solvers make thousands of launches, for the same operations as on the CPU.
+    # On a GPU the reference's solvers run on the host, where their tests run anyway, or make hundreds of launches.
     solves = module in (*SOLVERS, "test_weights", "test_torchjd")
     slow = interpreted or (backend == "reference" and DEVICE != "cpu" and solves)
     marks = {mark.name: mark.args for mark in item.iter_markers()}
