@@ -49,9 +49,12 @@ def choose_build() -> str:
         import torch
     except ImportError:
         sys.exit(NO_TORCH)
-    no_compiler = complaint()
+    windows = sys.platform == "win32"
+    no_compiler = (
+        "torch builds extensions on Windows with MSVC, which these sources are not for" if windows else complaint()
+    )
     why_not = {"cpu": no_compiler, "cuda": no_compiler or why_not_cuda()}
-    if no_compiler and "CXX" in os.environ:
+    if no_compiler and "CXX" in os.environ and not windows:
         sys.exit(f"gradsurgery: $CXX is of no use: {no_compiler}")
     if wanted == "auto":
         # With a torch for the CPU only, nobody expects CUDA kernels: no message about them.

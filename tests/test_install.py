@@ -147,6 +147,10 @@ def without_a_name(monkeypatch, folder):
     monkeypatch.setenv("CXX", " ")
 
 
+def on_windows(monkeypatch, folder):
+    monkeypatch.setattr(sys, "platform", "win32")
+
+
 def as_it_is(monkeypatch, folder):
     pass
 
@@ -168,6 +172,7 @@ def as_it_is(monkeypatch, folder):
             "cpu",
             "GRADSURGERY_BUILD=cpu cannot be met: c++ does not compile #include <cstdint>: unknown",
         ),
+        (on_windows, "cpu", "GRADSURGERY_BUILD=cpu cannot be met: torch builds extensions on Windows with MSVC"),
         (with_mistyped_compiler, "auto", "$CXX is of no use: "),
         (with_broken_compiler, "auto", "c++ does not compile #include <cstdint>: no licence"),
     ],
@@ -185,6 +190,7 @@ def test_a_build_that_cannot_be(machine, choice, message, compiled, monkeypatch,
         (without_compiler, "auto", "none"),
         (with_older_compiler, "auto", "none"),
         (with_mistyped_compiler, "none", "none"),
+        (on_windows, "auto", "none"),
         (without_a_name, "cpu", "cpu"),
         (as_it_is, "cpu", "cpu"),
         (without_cuda, "auto", "cpu"),
