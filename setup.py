@@ -49,10 +49,8 @@ def choose_build() -> str:
         import torch
     except ImportError:
         sys.exit(NO_TORCH)
-    windows = sys.platform == "win32"
-    no_compiler = (
-        "torch builds extensions on Windows with MSVC, which these sources are not for" if windows else complaint()
-    )
+    windows = "on Windows torch builds with MSVC, which the sources are not for" if sys.platform == "win32" else ""
+    no_compiler = windows or complaint()
     why_not = {"cpu": no_compiler, "cuda": no_compiler or why_not_cuda()}
     if no_compiler and "CXX" in os.environ and not windows:
         sys.exit(f"gradsurgery: $CXX is of no use: {no_compiler}")

@@ -172,7 +172,7 @@ def as_it_is(monkeypatch, folder):
             "cpu",
             "GRADSURGERY_BUILD=cpu cannot be met: c++ does not compile #include <cstdint>: unknown",
         ),
-        (on_windows, "cpu", "GRADSURGERY_BUILD=cpu cannot be met: torch builds extensions on Windows with MSVC"),
+        (on_windows, "cpu", "GRADSURGERY_BUILD=cpu cannot be met: on Windows torch builds with MSVC"),
         (with_mistyped_compiler, "auto", "$CXX is of no use: "),
         (with_broken_compiler, "auto", "c++ does not compile #include <cstdint>: no licence"),
     ],
