@@ -15,7 +15,7 @@ import gradsurgery as gs
 
 from .exact import direction_error, exact_gram, gram_error
 from .others import BMM, blockwise_products, conflict_projection
-from .timing import ALLOCATING, FLOOR, MM, OURS, PLAIN, Case
+from .timing import ALLOCATING, FLOOR, MM, OURS, REFERENCE, Case
 
 
 def task_gradients(tasks: int, size: int) -> Tensor:
@@ -65,14 +65,14 @@ def pcgrad_case(gradients: Tensor) -> Case:
     aggregator = PCGrad()
     # A method given by name starts from its first step in each call. With two tasks there is only one order.
     weights = gs.pcgrad_weights(exact_gram(gradients), seed=0, step=0, backend="reference")
-    foreseen = (OURS, ALLOCATING, PLAIN, "torchjd", "pytorch_optimizer", "plain loop")[: 6 if len(rows) == 2 else 3]
+    foreseen = (OURS, ALLOCATING, REFERENCE, "torchjd", "pytorch_optimizer", "plain loop")[: 6 if len(rows) == 2 else 3]
     return _case(
         "pcgrad",
         gradients,
         {
             OURS: lambda: gs.aggregate(gradients, "pcgrad", out=out, backend="cpu"),
             ALLOCATING: lambda: gs.aggregate(gradients, "pcgrad", backend="cpu"),
-            PLAIN: lambda: gs.aggregate(gradients, "pcgrad", out=out, backend="reference"),
+            REFERENCE: lambda: gs.aggregate(gradients, "pcgrad", out=out, backend="reference"),
             "torchjd": lambda: aggregator(gradients),
             "pytorch_optimizer": conflict_projection(rows),
             "plain loop": lambda: plain_pcgrad(rows),
@@ -92,10 +92,10 @@ def mgda_case(gradients: Tensor) -> Case:
         {
             OURS: lambda: gs.aggregate(gradients, "mgda", out=out, backend="cpu"),
             ALLOCATING: lambda: gs.aggregate(gradients, "mgda", backend="cpu"),
-            PLAIN: lambda: gs.aggregate(gradients, "mgda", out=out, backend="reference"),
+            REFERENCE: lambda: gs.aggregate(gradients, "mgda", out=out, backend="reference"),
             "torchjd": lambda: aggregator(gradients),
         },
-        dict.fromkeys((OURS, ALLOCATING, PLAIN, "torchjd"), partial(direction_error, gradients, weights)),
+        dict.fromkeys((OURS, ALLOCATING, REFERENCE, "torchjd"), partial(direction_error, gradients, weights)),
     )
 
 

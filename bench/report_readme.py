@@ -14,7 +14,7 @@ from .gpu_targets import judge
 from .gpu_timing import Row
 from .origin import PACKAGES
 from .report_notes import commit_of
-from .timing import ALLOCATING, MIN_ROUNDS, PLAIN
+from .timing import ALLOCATING, MIN_ROUNDS, REFERENCE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -85,7 +85,7 @@ def cpu_section(run: dict[str, Any]) -> str:
         cells = [tasks, f"{size:.0e}".replace("e+0", "e"), pcgrad, *others, mgda, *of_mgda]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     plain, torchjd = (
-        [rows["pcgrad", name, tasks, size]["median_ms"] for tasks, size in SHOWN] for name in (PLAIN, "torchjd")
+        [rows["pcgrad", name, tasks, size]["median_ms"] for tasks, size in SHOWN] for name in (REFERENCE, "torchjd")
     )
     slower = [mine / theirs for mine, theirs in zip(plain, torchjd, strict=True)]
     machine = run["machine"]

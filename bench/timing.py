@@ -16,7 +16,7 @@ from .turns import Foresight, take_turns
 
 OURS = "gradsurgery"
 ALLOCATING = "gradsurgery, no out="
-PLAIN = "gradsurgery, reference"
+REFERENCE = "gradsurgery, reference"
 PCGRAD = "gradsurgery pcgrad"
 """The contender that every other method's whole aggregation is compared with."""
 FLOOR = "J.sum()"

@@ -98,7 +98,7 @@ def add_all(collected: Collected, processes: Replicas | Shards, backend: str | N
     out, accumulate, done = targets(local[: len(params)], grads, params)
     ones = torch.ones(grads.num_tasks, dtype=torch.float64, device=grads.device)
     sums = foreign_sums(collected, foreign, local[len(params) :], ones)
-    chosen = choose(backend, grads.device, grads.num_tasks)
+    chosen = choose(backend, grads.device, grads.num_tasks)  # raises before anything is written
     if grads.num_tasks == 1 and grads.lists is None:
         row: list[Any] = grads.entries  # the sums themselves, which the reference would take to float64 and back
         for target, p in zip(out, params, strict=True):

@@ -3,7 +3,6 @@
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import gradsurgery
 from conftest import USABLE, on_cpu
@@ -230,49 +229,6 @@ def test_functions_compile_whole(function):
     for rows in (ROWS, ROWS.clone().requires_grad_()):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(rows).detach(), function(rows).detach())
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda rows: gradsurgery.gram(rows, backend="reference"),
-        lambda rows: gradsurgery.combine(rows, torch.tensor([1.0, 0, 2]), backend="reference"),
-        lambda rows: gradsurgery.combine([[r, r[1:]] for r in rows.unbind()], torch.ones(3), backend="reference")[1],
-    ],
-)
-def test_the_reference_compiles_for_any_size(function):
-    rows = normal(3, 700, torch.float32)
-    torch._dynamo.mark_dynamic(rows, 1)  # an error, should the size be fixed
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(rows), function(rows))
-
-
-WATCHED = {
-    "gram": lambda rows, weights: gradsurgery.gram(rows, backend="reference"),
-    "combine": lambda rows, weights: gradsurgery.combine(rows, weights, backend="reference"),
-    "median": lambda rows, weights: gradsurgery.aggregate(rows, "coordinate_median", backend="reference"),
-}
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("how", ["jit.trace", "make_fx", "functionalize"])
-@pytest.mark.parametrize("name", ["gram", "combine", "median"])
-def test_the_reference_follows_no_values_where_it_is_watched(how, name):
-    function, weights = WATCHED[name], torch.tensor([1.0, 0, 2], dtype=torch.float64, device=DEVICE)
-    watched = {
-        "jit.trace": lambda: torch.jit.trace(function, (ROWS, weights), check_trace=False),
-        "make_fx": lambda: make_fx(function)(ROWS, weights),
-        "functionalize": lambda: torch.func.functionalize(function),
-    }[how]()
-    others = ROWS.flip(0), weights + 1
-    torch.testing.assert_close(watched(*others), function(*others))
-
-
-@pytest.mark.parametrize("name", ["combine", "median"])
-def test_the_reference_under_vmap(name):
-    rows, weights = torch.stack([ROWS, ROWS.flip(1)]), torch.tensor([[1.0, 0, 2], [3, 4, 0]], device=DEVICE).double()
-    got = torch.vmap(WATCHED[name])(rows, weights)
-    torch.testing.assert_close(got, torch.stack([WATCHED[name](*each) for each in zip(rows, weights, strict=True)]))
 
 
 def test_a_function_transform_is_told_of_constants():

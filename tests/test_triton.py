@@ -216,7 +216,16 @@ def test_pieces_are_listed_once_and_anew_for_other_parameters():
     grads = parse(rows, [2, 0, 0, 1])
     for out in (None, outs, None):
         assert listed(grads, out) == wanted([2, 3, 0], out is not None)
-    assert listed(grads.select([0, 3], [0, 1], 2)) == wanted([0, 3], False)
+    chosen = grads.select([0, 3], [0, 1], 2)
+    assert listed(chosen) == wanted([0, 3], False)
+    assert len(chosen.tabulated) == 1
+    assert chosen.tabulated is grads.tabulated  # addresses are read once
+
+
+def test_pieces_of_the_same_sizes_are_cut_once():
+    first, second = (table.pieces_of(parse([[torch.zeros(n) for n in (5, 7)]] * 2, None))[0] for _ in range(2))
+    assert table.cut(first, 4, 2)[0] is table.cut(second, 4, 2)[0]
+    assert table.cut(first, 4, 2)[0] is not table.cut(first, 2, 2)[0]
 
 
 @settings(deadline=None)

@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .._compiling import capturing, is_watched
 
@@ -51,13 +50,8 @@ def at_hand(gram: Tensor) -> Tensor:
     An iteration on a GPU cannot end early, and takes thousands of launches (for CAGrad of 8 tasks 360,000), which is
     far longer than to wait for G.
     """
-    stays = gram.device.type in ("cpu", "meta") or has_no_values(gram) or capturing(gram.device)
+    stays = gram.device.type in ("cpu", "meta") or is_watched() or capturing(gram.device)
     return gram if stays else gram.cpu()
-
-
-def has_no_values(tensor: Tensor) -> bool:
-    """Whether values may not be asked for: of a watched tensor, a fake one, or one of another subclass."""
-    return is_watched() or type(tensor) not in (Tensor, Parameter)
 
 
 def all_done(done: Tensor) -> bool:

