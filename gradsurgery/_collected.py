@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._dtensor import local_part
+from ._exchange import Pieces
 from ._gradients import gradient_dtype
 from ._memory import check_memory
 
@@ -29,6 +30,8 @@ class Collected:
         present: for each task, whether some micro-batch had its loss.
         scale: the gradient scaler's factor that ``grads`` still carry, [], or None.
         batches: how many independent batches ``grads`` holds, one after the other; 1 for sums of micro-batches.
+        is_averaged: whether gradients and losses are averages over several processes.
+        pieces: how averages are cut into pieces; ``grads`` then holds this process's. None: they are whole.
     """
 
     tasks: list[str]
@@ -38,6 +41,8 @@ class Collected:
     present: list[bool]
     scale: Tensor | None
     batches: int = 1
+    is_averaged: bool = False
+    pieces: Pieces | None = None
 
     @property
     def reach(self) -> bytes:
@@ -94,6 +99,11 @@ class Collected:
 
     def check_next(self, tasks: list[str], parameters: Sequence[Tensor], *, scaled: bool) -> None:
         """Raise ValueError unless another micro-batch is of the same tasks and parameters, and scaled like this one."""
+        if self.is_averaged:
+            raise ValueError(
+                "what was collected is averaged over the processes, because combine() failed after that: call it "
+                "again, or zero_grad(), which forgets what was collected"
+            )
         if self.tasks != tasks:
             raise ValueError(
                 f"every micro-batch must have the same tasks in the same order: had {self.tasks}, got {tasks} "

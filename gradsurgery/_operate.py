@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ._collected import Collected
+from ._exchange import Pieces
 from ._gradients import TaskGradients, check_gradient, parse
 from ._plan import Plan, Planner
 from ._shards import Shards
-from ._step import add_all, add_plain, foreign_sums, put, read, targets
+from ._step import Landing, add_all, add_plain, foreign_sums, put, read, targets
 from ._survey import Survey
 from .backends import Backend, choose
 from .collect import Losses, PassOptions, collect
@@ -36,7 +37,7 @@ class Operation:
     collected: Collected
     grads: TaskGradients
     plan: Plan
-    processes: Replicas | Shards
+    processes: Replicas | Shards | Pieces
     backend: Backend
     backend_name: str | None
     """The user's choice."""
@@ -61,7 +62,7 @@ class Operation:
             before(None)
             combine_by_rule_of(shared, rule, out, accumulate, self.backend)
             return None, None
-        reads_all = method.gram_parameters is None and self.processes.shards is None
+        reads_all = method.gram_parameters is None and not self.processes.hold_parts
         if self.backend.aggregate is not None and reads_all and shared.lists is not None and not method.weights_losses:
             solver = method.native_solver(self.grads.device, self.grads.num_tasks)
             # The call computes G of the scaled gradients, which changes such weights.
@@ -98,7 +99,7 @@ class Operation:
         """Return G of all shared parameters, and the G that the weights come from."""
         plan, tasks = self.plan, len(self.collected.tasks)
         params, segments = plan.shared, plan.read_segments
-        if self.processes.shards is not None:
+        if self.processes.hold_parts:
             counted = self._counted()
             params, segments = ([*compress(places, counted)] for places in (params, segments))
         gram = gram_of(self.grads.select(params, segments, plan.num_read_segments), self.backend)
@@ -147,7 +148,12 @@ def operate(
     written = plan.shared + plain
     parameters = [collected.parameters[p] for p in written + foreign]
     local = processes.local(parameters)
-    out, accumulate, done = targets(local[: len(written)], grads, written)
+    landing = None
+    if collected.pieces is None:
+        out, accumulate, done = targets(local[: len(written)], grads, written)
+    else:
+        landing = Landing(collected.pieces, local, written, backend)
+        out, accumulate, done = landing.out, False, landing.done
     begin = len(plan.shared)
 
     def of_losses(weights: Tensor | None) -> Tensor:
@@ -164,12 +170,15 @@ def operate(
         before()
 
     whole = planner.granularity == "global"
-    operation = Operation(method, collected, grads, plan, processes, backend, backend_name, whole)
+    holders = collected.pieces or processes
+    operation = Operation(method, collected, grads, plan, holders, backend, backend_name, whole)
     with Rollback(method, grads.device):
         gram, weights = operation.write(out[:begin], accumulate, begin_to_write)
         there = set() if method.weights_losses or collected.batches > 1 else {i - begin for i in done if i >= begin}
         if len(there) < len(plain):
             add_plain(grads, plain, of_losses(weights), out[begin:], accumulate, there, backend)
+        if landing is not None:
+            out = landing.fill()
         processes.assign(parameters, [*out, *map(put, local[len(written) :], sums)])
     planner.remember(plan, collected)
     if whole:

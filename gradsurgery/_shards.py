@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from math import prod
 from typing import Any
@@ -51,6 +52,9 @@ class Shards:
 
     alone = False
     """False, because other processes wait for this one."""
+
+    hold_parts = True
+    """Whether each process has only its part of the gradients."""
 
     def __init__(self, parameters: list[Any], group: Any, method: Method) -> None:
         self.method = method
@@ -144,12 +148,13 @@ class Shards:
             return surgery
         return {**surgery, "buffers": [[local_part(b) for b in row] for row in kept]}
 
-    def average(self, collected: Collected) -> Collected:
+    def average(self, collected: Collected, *, whole: bool) -> Collected:
         """Return the averages of gradients over the group, if there is one, and of losses."""
         if self._replicas is None:
             check_present(collected.tasks, collected.present, self.method)
         else:
-            collected = self._of_parts(self._replicas.average, collected)
+            # The parts stay whole, because the pieces that another group would make of them are not parts.
+            collected = self._of_parts(partial(self._replicas.average, whole=True), collected)
         return replace(collected, losses=self._average_over_dims(collected.losses))
 
     def average_gradients(self, collected: Collected) -> Collected:

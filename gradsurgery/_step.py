@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._collected import Collected
+from ._exchange import Pieces
 from ._gradients import TaskGradients, is_expanded, parse, read_lists
 from ._memory import check_not_freed
 from ._shards import Shards
@@ -71,6 +72,41 @@ def _target(parameter: Tensor, like: Tensor, accumulate: bool) -> Tensor:
         grad = grad.clone()  # to write to it raises, but only after it was written
     # Kernels cannot write to an expanded .grad, nor to a negated view.
     return (grad.contiguous() if is_expanded(grad) else grad).resolve_neg()
+
+
+class Landing:
+    """Where the directions of pieces are written, and from where all processes' go to ``.grad``.
+
+    Args:
+        pieces: the gradients' pieces.
+        parameters: the parameters whose ``.grad`` it is.
+        places: their places among those of the gradients.
+        backend: the backend that adds to ``.grad``.
+
+    Raises:
+        TypeError, OverwrittenError: as :func:`targets` does.
+    """
+
+    def __init__(self, pieces: Pieces, parameters: list[Tensor], places: list[int], backend: Backend) -> None:
+        self.out = [pieces.first[p] for p in places]
+        """Where this process writes."""
+        self.done = {i for i, p in enumerate(places) if pieces.counts[p] == 1}
+        """The places in this list that hold a parameter's only gradient."""
+        self._pieces, self._backend = pieces, backend
+        self._messages, self._directions = pieces.landing(places)
+        self._targets: list[Any] | None = None
+        if any(p.grad is not None for p in parameters):
+            self._read = parse([self._directions], None)
+            self._targets = targets(parameters, self._read, [*range(len(places))])[0]
+
+    def fill(self) -> list[Tensor]:
+        """Gather the directions, once they are written, and return the new ``.grad`` of each parameter."""
+        self._pieces.gather(self._messages)
+        if self._targets is None:
+            return self._directions
+        ones = torch.ones(1, dtype=torch.float64, device=self._read.device)
+        add_plain(self._read, [*range(len(self._targets))], ones, self._targets, True, (), self._backend)
+        return self._targets
 
 
 def add_plain(

@@ -73,6 +73,10 @@ class Survey:
             self.functions |= functions  # last: after an interrupt, all of this is done again
         return not functions.isdisjoint(self.reentrant), not functions.isdisjoint(self.hides)
 
+    def wants_gradients(self, collected: Collected) -> bool:
+        """Whether :meth:`check` reads gradients of this step."""
+        return self.infers_shared and not self.checked and not capturing(collected.losses.device)
+
     def check(self, collected: Collected, processes: Replicas | Shards) -> None:
         """Warn of parameters that count as shared, but that one task alone trains, because another gives them zeros.
 
@@ -85,7 +89,7 @@ class Survey:
             collected: the task gradients, which are read on the host.
             processes: those that hold parts of them.
         """
-        if not self.infers_shared or self.checked or capturing(collected.losses.device):
+        if not self.wants_gradients(collected):
             return
         # After the first step processes may disagree on whether functions are new, and total() would wait for some.
         self.checked = processes.shards is not None and self.began and not self.suspected

@@ -9,11 +9,10 @@ the same numbers, and ends with the same parameters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from torch import Tensor, distributed
 
 from ._collected import Collected
 from ._dtensor import is_sharded
+from ._exchange import Pieces, are_worth_pieces, average
 from ._extension import C
-from ._gradients import DTYPES, gradient_dtype, is_dense
+from ._gradients import DTYPES, gradient_dtype
 from .methods import Method
+from .methods._buffered import BufferedMethod
 
 _ABSENT, _PRESENT, _UNFIT = range(3)
-_BUCKET_BYTES = 64 << 20  # held twice while they are averaged; larger messages do not make a network faster
-_ALIGNMENT = 64  # bytes: the kernels read aligned memory fastest
 
 
 class Replicas:
@@ -44,6 +43,8 @@ class Replicas:
     """
 
     shards = None
+    hold_parts = False
+    """Whether each process has only its part of the gradients."""
 
     def __init__(self, group: Any, method: Method) -> None:
         if distributed.is_available() and group is distributed.GroupMember.NON_GROUP_MEMBER:
@@ -104,24 +105,35 @@ class Replicas:
         """Make each gradient the ``.grad`` of its parameter."""
         assign_grads(parameters, grads)
 
-    def average(self, collected: Collected) -> Collected:
-        """Return the averages of gradients and losses; errors as those of :meth:`average_gradients`."""
+    def average(self, collected: Collected, *, whole: bool) -> Collected:
+        """Return the averages of gradients and losses; errors as those of :meth:`average_gradients`.
+
+        Large gradients are cut into pieces, unless ``whole`` on some process, or the method needs them whole.
+        """
+        if collected.is_averaged:
+            return collected
         if self.count == 1:
             check_present(collected.tasks, collected.present, self.method)
             return collected
-        holders = self._average_rows(collected)
+        reach, holders, whole = self._agree(collected, whole)
+        parameters, rows, pieces = collected.parameters, collected.grads, None
+        whole = whole or isinstance(self.method, BufferedMethod) or not self.method.takes_shards
+        if not whole and are_worth_pieces(parameters, reach, collected.losses.device, self.group):
+            pieces = Pieces(parameters, rows, reach, holders, self.group)
+        else:
+            average(parameters, rows, reach, holders, self.group)
         losses = collected.losses / max(holders)
         if min(holders) < max(holders):
             for loss, count in zip(losses.unbind(), holders, strict=True):
                 loss.mul_(max(holders) / max(1, count))
         distributed.all_reduce(losses, group=self.group)
-        return replace(collected, losses=losses, present=[count > 0 for count in holders])
+        present = [count > 0 for count in holders]
+        return replace(collected, losses=losses, present=present, is_averaged=True, pieces=pieces)
 
     def average_gradients(self, collected: Collected) -> Collected:
         """Return the averages of the gradients over the processes that have the task's loss.
 
-        A gradient that one of them lacks counts as 0. The averages replace the gradients in the lists; averaging them
-        again gives the same, to rounding.
+        A gradient that one of them lacks counts as 0. The averages replace the gradients in the lists.
 
         Raises:
             ValueError, on every process: they have other tasks, parameters or seeds, or none has a task's loss.
@@ -129,28 +141,9 @@ class Replicas:
         """
         if self.count == 1:
             return collected
-        return replace(collected, present=[count > 0 for count in self._average_rows(collected)])
-
-    def _average_rows(self, collected: Collected) -> list[int]:
-        """Average the gradients in place; return how many processes have each task's loss."""
-        parameters, rows = collected.parameters, collected.grads
-        mask = bytearray(_kind(entry) for row in rows for entry in row)
-        found, holders = self._agree(collected, mask)
-        check_present(collected.tasks, map(bool, holders), self.method)  # before anything is written
-        if _UNFIT in found:
-            raise TypeError(
-                "gradients that are averaged over processes must be dense and real, got "
-                + (_describe(collected, mask.index(_UNFIT)) if _UNFIT in mask else "others on another process")
-            )
-        width = len(parameters)
-        reach = [found[t * width : (t + 1) * width] for t in range(len(rows))]
-        # All rows of a bucket in turn, which frees memory that autograd returned in one piece for all of them.
-        for bucket in _buckets(parameters, bytearray(map(max, zip(*reach, strict=True)))):
-            for t, (row, there) in enumerate(zip(rows, reach, strict=True)):
-                places = [p for p in bucket if there[p]]
-                if places:
-                    self._average_bucket(parameters, row, places, holders[t % len(holders)])
-        return holders
+        reach, holders, _ = self._agree(collected, whole=True)
+        average(collected.parameters, collected.grads, reach, holders, self.group)
+        return replace(collected, present=[count > 0 for count in holders])
 
     def average_losses(self, tasks: list[str], losses: Tensor) -> Tensor:
         """Return the averages of losses [T]; ValueError, on every process, where they are not of the same tasks."""
@@ -161,53 +154,45 @@ class Replicas:
         distributed.all_reduce(losses, group=self.group)
         return losses
 
-    def _average_bucket(
-        self, parameters: list[Tensor], row: list[Tensor | None], places: list[int], holders: int
-    ) -> None:
-        """Average the row's entries at these places over ``holders`` processes, in new memory."""
-        first = parameters[places[0]]
-        ends = list(accumulate(_padded(parameters[p]) for p in places))
-        flat = torch.empty(ends[-1], dtype=gradient_dtype(first), device=first.device)
-        entries = [_view(flat, begin, parameters[p]) for p, begin in zip(places, [0, *ends], strict=False)]
-        mine = [i for i, p in enumerate(places) if row[p] is not None]
-        if len(mine) < len(places):
-            flat.zero_()
-        if mine:
-            torch._foreach_copy_([entries[i] for i in mine], [row[places[i]] for i in mine])  # type: ignore[misc]
-        # First the division, as in DistributedDataParallel: sums of float16 would overflow.
-        flat.div_(holders)
-        distributed.all_reduce(flat, group=self.group)
-        for p, entry in zip(places, entries, strict=True):
-            row[p] = entry
+    def _agree(self, collected: Collected, whole: bool) -> tuple[list[bytearray], list[int], bool]:
+        """Return what is true of all processes together, before any gradient is written.
 
-    def _agree(self, collected: Collected, mask: bytearray) -> tuple[bytearray, list[int]]:
-        """Return the elementwise maximum of the processes' masks, and how many processes have each task's loss.
-
-        ValueError unless tasks, parameters, scaling and seed are the same everywhere.
+        For each row and parameter, whether any process has a gradient; how many have each task's loss; and whether any
+        needs whole gradients. Errors are those of :meth:`average_gradients`.
         """
         device, present = collected.losses.device, bytearray(collected.present)
+        mask = bytearray(_kind(entry) for row in collected.grads for entry in row)
         scaled = "unscaled" if collected.scale is None else "scaled"
         what = (
             f"{len(collected.grads)} {scaled} gradients of {len(collected.parameters)} parameters by {collected.tasks}"
             f"{_with_seed(self.method)}"
         )
         shapes = str([(gradient_dtype(p), p.shape, p.stride()) for p in collected.parameters])
+        seen = bytearray([*mask, whole])
         others, other_shapes, other_mask = _differ(
-            [what.encode(), shapes.encode(), mask + present], [self.group], device
+            [what.encode(), shapes.encode(), seen + present], [self.group], device
         )
         if others:
             hint = "" if self.method.num_batches > 1 else " (None stands for a loss that only other processes have)"
             raise ValueError(_others(what) + hint)
         if other_shapes:
             raise ValueError("parameters must have the same shapes, dtypes and memory layouts on every process")
-        if not other_mask:
-            return mask, [self.count * here for here in present]
-        with _aside(device):
-            union = torch.tensor(list(mask), dtype=torch.uint8, device=device)
-            holders = torch.tensor(list(present), device=device)
-            distributed.all_reduce(union, distributed.ReduceOp.MAX, group=self.group)
-            distributed.all_reduce(holders, group=self.group)
-            return bytearray(union.tolist()), holders.tolist()
+        holders = [self.count * here for here in present]
+        if other_mask:
+            with _aside(device):
+                union = torch.tensor(list(seen), dtype=torch.uint8, device=device)
+                counts = torch.tensor(list(present), device=device)
+                distributed.all_reduce(union, distributed.ReduceOp.MAX, group=self.group)
+                distributed.all_reduce(counts, group=self.group)
+                seen, holders = bytearray(union.tolist()), counts.tolist()
+        check_present(collected.tasks, map(bool, holders), self.method)
+        if _UNFIT in seen[:-1]:
+            raise TypeError(
+                "gradients that are averaged over processes must be dense and real, got "
+                + (_describe(collected, mask.index(_UNFIT)) if _UNFIT in mask else "others on another process")
+            )
+        width = len(collected.parameters)
+        return [seen[t * width : (t + 1) * width] for t in range(len(collected.grads))], holders, bool(seen[-1])
 
 
 def check_present(tasks: list[str], present: Iterable[bool], method: Method) -> None:
@@ -267,18 +252,6 @@ def _aside(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
-def _buckets(parameters: list[Tensor], there: bytearray) -> Iterator[list[int]]:
-    """Cut the places of what is there into lists of one dtype and device and of at most about a bucket's bytes."""
-    kinds: dict[Any, list[int]] = {}
-    for p, (parameter, present) in enumerate(zip(parameters, there, strict=True)):
-        if present:
-            kinds.setdefault((gradient_dtype(parameter), parameter.device), []).append(p)
-    for places in kinds.values():
-        sizes = accumulate(parameters[p].numel() * gradient_dtype(parameters[p]).itemsize for p in places)
-        for _, bucket in groupby(zip(places, sizes, strict=True), lambda item: item[1] // _BUCKET_BYTES):
-            yield [p for p, _ in bucket]
-
-
 def assign_grads(parameters: list[Tensor], grads: list[Tensor]) -> None:
     """Make each gradient the ``.grad`` of its parameter."""
     if C is not None:
@@ -286,15 +259,3 @@ def assign_grads(parameters: list[Tensor], grads: list[Tensor]) -> None:
     else:
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
-
-
-def _padded(parameter: Tensor) -> int:
-    """Return the number of elements from a parameter's beginning to the next one's."""
-    step = _ALIGNMENT // gradient_dtype(parameter).itemsize
-    return -(-parameter.numel() // step) * step
-
-
-def _view(flat: Tensor, begin: int, parameter: Tensor) -> Tensor:
-    """Return the part of a bucket that is a parameter's gradient, in the parameter's own layout if it is dense."""
-    part = flat[begin : begin + parameter.numel()]
-    return part.as_strided(parameter.shape, parameter.stride()) if is_dense(parameter) else part.view(parameter.shape)

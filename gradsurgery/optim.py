@@ -271,8 +271,14 @@ class SurgeryOptimizer(OptimizerWrapper):
                 f"{collected.batches}"
             )
         planner, processes = self._planner, self._processes
-        # The averages replace what was collected: after a failure they are averaged again, the same to rounding.
-        self._pending = collected = processes.average(collected)
+        try:
+            collected = processes.average(collected, whole=self._survey.wants_gradients(collected))
+        except (ValueError, TypeError):
+            raise  # before any gradient was changed
+        except BaseException:
+            self._pending = None
+            raise
+        self._pending = collected
         collected.warn_of_nothing(stacklevel=6)
         self._survey.check(collected, processes)
         info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)

@@ -230,14 +230,6 @@ def sharded_later(method):
     return result(net, info)
 
 
-def small_buckets():
-    before, gradsurgery.distributed._BUCKET_BYTES = gradsurgery.distributed._BUCKET_BYTES, 100
-    try:
-        return train()
-    finally:
-        gradsurgery.distributed._BUCKET_BYTES = before
-
-
 def mixed():
     """Parameters of several dtypes and memory layouts; one has a gradient of another dtype."""
     torch.manual_seed(2)
@@ -314,12 +306,26 @@ def gradnorm_of_first(net):
     return methods.get("gradnorm", norm_parameters=[net.first.weight], lr=0.1)
 
 
-CASES = {name: partial(train, name) for name in methods.available()} | LOSSES
+WHOLE = {name: partial(train, name) for name in methods.available()} | LOSSES
+WHOLE |= {
+    "accumulated": accumulated,
+    "scaler": partial(train, scaler=True),
+    "DistributedDataParallel": partial(train, model=replicated),
+    "recomputing": partial(train, model=recomputing),
+    "batched": partial(train, mode="batched"),
+    "features": partial(by_features, "sequential"),
+    "features batched": partial(by_features, "batched"),
+    **{f"representation {name}": partial(by_representation, name) for name in ("gradnorm", "mgda", "trimmed_mean")},
+    "representation by losses": lambda: by_representation(methods.MGDA(normalization="loss")),
+    "different reach": different_reach,
+    "mixed": mixed,
+}
+SPREAD = {}
 # Two processes on one GPU use gloo, which averages tensors on a GPU but does not shard them.
 if DEVICE == "cpu":
-    CASES |= {f"shards {name}": partial(train, name, sharded) for name in OF_SHARDS}
-    CASES |= {f"parts {name}": partial(train, name, parallel) for name in OF_SHARDS}
-    CASES |= {
+    SPREAD |= {f"shards {name}": partial(train, name, sharded) for name in OF_SHARDS}
+    SPREAD |= {f"parts {name}": partial(train, name, parallel) for name in OF_SHARDS}
+    SPREAD |= {
         "shards accumulated": partial(accumulated, sharded),
         "sharded later": partial(sharded_later, "pcgrad"),
         "sharded later, one pass": partial(sharded_later, "uw"),
@@ -337,28 +343,16 @@ if DEVICE == "cpu":
         "whole amid parts": whole_amid_parts,
     }
 for kind, make in {"": Net, **({"shards ": sharded, "parts ": parallel} if DEVICE == "cpu" else {})}.items():
-    CASES |= {
-        f"{kind}gradnorm of first": partial(train, gradnorm_of_first, make),
-        f"{kind}double sampled": partial(double_sampled, make),
-        f"{kind}not finite": partial(not_finite, make),
-        f"{kind}per group": partial(by_segments, "per_group", make),
-        f"{kind}resumed": partial(resumed, make),
-        f"{kind}m_config resumed": partial(kept_and_resumed, "m_config", make),
-        f"{kind}excess_mtl resumed": partial(kept_and_resumed, "excess_mtl", make),
-        f"{kind}famo updated": partial(updated, "famo", make),
-        f"{kind}per tensor": partial(by_segments, "per_tensor", make),
-    }
-CASES |= {
-    "accumulated": accumulated,
-    "scaler": partial(train, scaler=True),
-    "DistributedDataParallel": partial(train, model=replicated),
-    "recomputing": partial(train, model=recomputing),
-    "batched": partial(train, mode="batched"),
-    "features": partial(by_features, "sequential"),
-    "features batched": partial(by_features, "batched"),
-    **{f"representation {name}": partial(by_representation, name) for name in ("gradnorm", "mgda", "trimmed_mean")},
-    "representation by losses": lambda: by_representation(methods.MGDA(normalization="loss")),
-    "different reach": different_reach,
-    "small buckets": small_buckets,
-    "mixed": mixed,
-}
+    (SPREAD if kind else WHOLE).update(
+        {
+            f"{kind}gradnorm of first": partial(train, gradnorm_of_first, make),
+            f"{kind}double sampled": partial(double_sampled, make),
+            f"{kind}not finite": partial(not_finite, make),
+            f"{kind}per group": partial(by_segments, "per_group", make),
+            f"{kind}resumed": partial(resumed, make),
+            f"{kind}m_config resumed": partial(kept_and_resumed, "m_config", make),
+            f"{kind}excess_mtl resumed": partial(kept_and_resumed, "excess_mtl", make),
+            f"{kind}famo updated": partial(updated, "famo", make),
+            f"{kind}per tensor": partial(by_segments, "per_tensor", make),
+        }
+    )

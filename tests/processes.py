@@ -6,16 +6,17 @@ import sys
 import torch
 from torch import distributed
 
-from process_cases import CASES
+from process_cases import SPREAD, WHOLE
 from process_errors import ERRORS, GROUPS
 from process_nets import WORLD
+from process_pieces import PIECES
 
 
 def main(rank, store, path):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     found = {}
-    for name, case in [*CASES.items(), *GROUPS.items()]:
+    for name, case in (WHOLE | SPREAD | PIECES | GROUPS).items():
         found[name] = case()
     for name, case in ERRORS.items():
         try:

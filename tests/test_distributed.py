@@ -8,9 +8,12 @@ import torch
 
 import processes
 from conftest import AVAILABLE
-from process_cases import CASES
+from process_cases import SPREAD, WHOLE
 from process_errors import ERRORS
 from process_nets import BATCHES, WORLD, Net, gradients, wrap
+from process_pieces import PIECES
+
+CASES = WHOLE | SPREAD | PIECES
 
 MESSAGES = dict(
     [
