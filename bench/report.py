@@ -19,10 +19,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from . import plots
-from .report_notes import methods_table, steps_table
+from .report_notes import methods_table, processes_table, steps_table
 from .report_readme import (
     CPU,
     CPU_METHODS,
+    CPU_PROCESSES,
     CPU_STEPS,
     GPU,
     GPU_PEERS,
@@ -50,6 +51,7 @@ SECTIONS: dict[str, dict[str, Section]] = {
     "bench/NOTES.md": {
         "methods": (CPU_METHODS, methods_table),
         "step-table": (CPU_STEPS, steps_table),
+        "processes": (CPU_PROCESSES, processes_table),
     },
 }
 PLOTS: dict[str, tuple[Path, Callable[[dict[str, Any]], Figure]]] = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from .step_contenders import COMMON, ONE_BY_ONE, PLAIN
-from .timing import OURS, PCGRAD
+from .timing import ONE_MATRIX, OURS, PCGRAD, SUM
 
 MODELS = {
     "rl": "10 tasks with batches of their own, 3 x 400 hidden",
@@ -65,6 +65,24 @@ def steps_table(run: dict[str, Any]) -> str:
             row = next((rows[model, name] for name in contenders if (model, name) in rows), None)
             cells.append("-" if row is None else _step_cell(row))
         lines.append(f"| {model}: {description} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def processes_table(run: dict[str, Any]) -> str:
+    """Return the table of several processes."""
+    cases: dict[tuple[str, int, int], dict[str, float]] = {}
+    for row in run["rows"]:
+        cases.setdefault((row["stage"], row["tasks"], row["size"]), {})[row["contender"]] = row["median_ms"]
+    lines = [
+        f"On {_where(run)}:",
+        "",
+        "| | T | N | gradsurgery | one matrix, torchjd | sum |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for (stage, tasks, size), medians in cases.items():
+        ours, theirs, plain = (medians[name] for name in (OURS, ONE_MATRIX, SUM))
+        cells = [_short(ours), f"{_short(theirs)} ({theirs / ours:.2f} x)", _short(plain)]
+        lines.append(f"| {stage} | {tasks} | {size:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

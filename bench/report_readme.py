@@ -18,12 +18,13 @@ from .timing import ALLOCATING, MIN_ROUNDS, REFERENCE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-CPU, CPU_STEPS, CPU_METHODS, GPU, GPU_PEERS, STEPS = (
+CPU, CPU_STEPS, CPU_METHODS, CPU_PROCESSES, GPU, GPU_PEERS, STEPS = (
     RESULTS / f"{name}.json"
     for name in (
         "cpu-peers",
         "step-cpu",
         "cpu-methods",
+        "cpu-processes",
         "gpu-stages-nvidia-h200",
         "gpu-peers-nvidia-h200",
         "step-nvidia-h200",

@@ -22,6 +22,10 @@ PCGRAD = "gradsurgery pcgrad"
 FLOOR = "J.sum()"
 """The time of one read of the gradients."""
 MM = "torch.mm(J, J.T)"
+ONE_MATRIX = "one matrix, torchjd"
+"""All gradients of a process in one matrix, averaged over the processes in one call, then TorchJD's PCGrad."""
+SUM = "all_reduce of the sum"
+"""What plain training sends."""
 
 MIN_ROUNDS = 3
 MAX_ROUNDS = 100

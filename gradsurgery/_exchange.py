@@ -56,14 +56,12 @@ class Pieces:
     def __init__(
         self, parameters: list[Tensor], rows: Rows, reach: list[bytearray], holders: list[int], group: Any
     ) -> None:
-        self.counts = [sum(column) for column in zip(*reach, strict=True)]
-        """How many gradients each parameter has."""
         self.first: dict[int, Tensor] = {}
         """By parameter, the piece of its first gradient, in whose place the direction is written."""
         self._parameters, self._group = parameters, group
         self._buckets: list[_Bucket] = []
-        kinds = _kinds(parameters, self.counts, apart=True)
-        for places in _cut(kinds, lambda p: _padded(parameters[p]) * gradient_dtype(parameters[p]).itemsize):
+        kinds = _kinds(parameters, _counts(reach), apart=True)
+        for places in _cut(kinds, lambda p: _num_bytes(parameters[p])):
             self._scatter(places, rows, reach, holders)
 
     def _scatter(self, places: list[int], rows: Rows, reach: list[bytearray], holders: list[int]) -> None:
@@ -115,25 +113,27 @@ class Pieces:
 
 def are_worth_pieces(parameters: list[Tensor], reach: list[bytearray], device: torch.device, group: Any) -> bool:
     """Whether gradients are large enough to be cut into pieces, and the group can do it."""
-    counts = map(sum, zip(*reach, strict=True))
-    total = sum(
-        count * p.numel() * gradient_dtype(p).itemsize for count, p in zip(counts, parameters, strict=True) if count
-    )
+    total = sum(count * _num_bytes(p) for count, p in zip(_counts(reach), parameters, strict=True))
     return total > _PIECES_BYTES and _backend(device, group) in ("gloo", "nccl", "xccl")
 
 
 def average(parameters: list[Tensor], rows: Rows, reach: list[bytearray], holders: list[int], group: Any) -> None:
     """Replace gradients by their averages; arguments as for :class:`Pieces`."""
-    counts = [sum(column) for column in zip(*reach, strict=True)]
+    counts = _counts(reach)
     kinds = _kinds(parameters, counts, apart=False)
     # All rows of a message in turn, which frees memory that autograd returned in one piece for all of them.
-    for places in _cut(kinds, lambda p: counts[p] * parameters[p].numel() * gradient_dtype(parameters[p]).itemsize):
+    for places in _cut(kinds, lambda p: counts[p] * _num_bytes(parameters[p])):
         entries = [(t, p) for t, there in enumerate(reach) for p in places if there[p]]
         flat, _, views = _message([parameters[p] for _, p in entries], 1)
         _fill(flat, views, [rows[t][p] for t, p in entries], [holders[t % len(holders)] for t, _ in entries])
         distributed.all_reduce(flat, group=group)
         for (t, p), view in zip(entries, views, strict=True):
             rows[t][p] = view
+
+
+def _counts(reach: list[bytearray]) -> list[int]:
+    """Return how many gradients each parameter has."""
+    return [sum(column) for column in zip(*reach, strict=True)]
 
 
 def _kinds(parameters: list[Tensor], counts: list[int], *, apart: bool) -> Iterable[list[int]]:
@@ -212,6 +212,11 @@ def _padded(parameter: Tensor) -> int:
     """Return the number of elements from a parameter's beginning to the next one's."""
     step = _ALIGNMENT // gradient_dtype(parameter).itemsize
     return -(-parameter.numel() // step) * step
+
+
+def _num_bytes(parameter: Tensor) -> int:
+    """Return the bytes that a gradient of the parameter takes in a message."""
+    return _padded(parameter) * gradient_dtype(parameter).itemsize
 
 
 def _view(flat: Tensor, begin: int, parameter: Tensor) -> Tensor:

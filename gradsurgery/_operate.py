@@ -153,7 +153,7 @@ def operate(
         out, accumulate, done = targets(local[: len(written)], grads, written)
     else:
         landing = Landing(collected.pieces, local, written, backend)
-        out, accumulate, done = landing.out, False, landing.done
+        out, accumulate, done = landing.out, False, set()
     begin = len(plan.shared)
 
     def of_losses(weights: Tensor | None) -> Tensor:

@@ -90,8 +90,6 @@ class Landing:
     def __init__(self, pieces: Pieces, parameters: list[Tensor], places: list[int], backend: Backend) -> None:
         self.out = [pieces.first[p] for p in places]
         """Where this process writes."""
-        self.done = {i for i, p in enumerate(places) if pieces.counts[p] == 1}
-        """The places in this list that hold a parameter's only gradient."""
         self._pieces, self._backend = pieces, backend
         self._messages, self._directions = pieces.landing(places)
         self._targets: list[Any] | None = None

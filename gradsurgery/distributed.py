@@ -3,7 +3,8 @@
 
 Surgery is not linear: averaging each process's direction is not the same as surgery on the averaged task gradients. So
 the task gradients are averaged first, T gradients where plain training averages one. Every process then goes on with
-the same numbers, and ends with the same parameters.
+the same numbers, or, where gradients are large, with its own pieces of them (``_exchange.py``), and ends with the same
+parameters.
 """
 
 from __future__ import annotations
@@ -116,17 +117,18 @@ class Replicas:
             check_present(collected.tasks, collected.present, self.method)
             return collected
         reach, holders, whole = self._agree(collected, whole)
-        parameters, rows, pieces = collected.parameters, collected.grads, None
-        whole = whole or isinstance(self.method, BufferedMethod) or not self.method.takes_shards
-        if not whole and are_worth_pieces(parameters, reach, collected.losses.device, self.group):
-            pieces = Pieces(parameters, rows, reach, holders, self.group)
-        else:
-            average(parameters, rows, reach, holders, self.group)
         losses = collected.losses / max(holders)
         if min(holders) < max(holders):
             for loss, count in zip(losses.unbind(), holders, strict=True):
                 loss.mul_(max(holders) / max(1, count))
-        distributed.all_reduce(losses, group=self.group)
+        summed = distributed.all_reduce(losses, group=self.group, async_op=True)
+        parameters, rows, pieces = collected.parameters, collected.grads, None
+        whole = whole or isinstance(self.method, BufferedMethod) or not self.method.takes_shards
+        if not whole and are_worth_pieces(parameters, reach, losses.device, self.group):
+            pieces = Pieces(parameters, rows, reach, holders, self.group)
+        else:
+            average(parameters, rows, reach, holders, self.group)
+        summed.wait()
         present = [count > 0 for count in holders]
         return replace(collected, losses=losses, present=present, is_averaged=True, pieces=pieces)
 

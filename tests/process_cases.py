@@ -150,6 +150,14 @@ def by_segments(granularity, make=Net):
     return result(net, info)
 
 
+def some_shared():
+    """Parameters that the user does not name get plain sums, even if several losses reach them."""
+    net = Net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), shared=net.first.parameters())
+    info = optimizer.backward(on_each(net, lambda rank: net(BATCHES[0][rank])))
+    return [*result(net, info), *gradients(net)]
+
+
 def accumulated(make=Net):
     """Accumulate micro-batches with a gradient scaler, on top of gradients that are already in ``.grad``."""
     net = make()
@@ -318,6 +326,7 @@ WHOLE |= {
     **{f"representation {name}": partial(by_representation, name) for name in ("gradnorm", "mgda", "trimmed_mean")},
     "representation by losses": lambda: by_representation(methods.MGDA(normalization="loss")),
     "different reach": different_reach,
+    "some shared": some_shared,
     "mixed": mixed,
 }
 SPREAD = {}

@@ -5,11 +5,14 @@ from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
+from torch import distributed
+
 from gradsurgery import _exchange
 from gradsurgery._survey import Survey
 from inputs import DEVICE
 from process_cases import WHOLE, train
 from process_losses import EACH_ONE, lacking
+from process_nets import WORLD, alone, parallel
 
 
 def small_messages(case=train):
@@ -24,6 +27,14 @@ def in_pieces(case=train, from_first=True):
         return case()
 
 
+def whole_for_one():
+    """The first process alone looks at the gradients: all then average whole ones."""
+    wants = mock.patch.object(Survey, "wants_gradients", side_effect=lambda _: distributed.get_rank() == 0)
+    check = mock.patch.object(Survey, "check")
+    with nullcontext() if alone() else wants, check, mock.patch.object(_exchange, "_PIECES_BYTES", 0):
+        return train()
+
+
 def reduced():
     """Use the operations that other backends than gloo are given."""
     with mock.patch.object(_exchange, "_backend", return_value="nccl"):
@@ -35,7 +46,9 @@ PIECES = {
     "pieces again": partial(in_pieces, partial(lacking, EACH_ONE, "pcgrad", collected=True, again=True)),
     "pieces after the first step": partial(in_pieces, from_first=False),
     "small messages": small_messages,
+    "pieces for all but one": whole_for_one,
     "small pieces": partial(in_pieces, small_messages),
 }
 if DEVICE == "cpu":
     PIECES["reduced pieces"] = reduced
+    PIECES["pieces of copies of parts"] = partial(in_pieces, partial(train, make=partial(parallel, (WORLD, 1))))
