@@ -12,7 +12,7 @@ from gradsurgery._survey import Survey
 from inputs import DEVICE
 from process_cases import WHOLE, train
 from process_losses import EACH_ONE, lacking
-from process_nets import WORLD, alone, parallel
+from process_nets import alone
 
 
 def small_messages(case=train):
@@ -51,4 +51,3 @@ PIECES = {
 }
 if DEVICE == "cpu":
     PIECES["reduced pieces"] = reduced
-    PIECES["pieces of copies of parts"] = partial(in_pieces, partial(train, make=partial(parallel, (WORLD, 1))))

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gradsurgery
@@ -96,6 +97,17 @@ def test_each_process_keeps_an_equal_share(pieces):
     averages = optimizer._processes.average(optimizer._pending, whole=False)
     sizes = [sum(0 if entry is None else entry.numel() for entry in row) for row in averages.grads]
     assert sum(sizes) == TASKS * (1024 + 64) // PROCESSES
+
+
+def test_parts_stay_whole(pieces):
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+    p = nn.Parameter(DTensor.from_local(torch.ones(2, 2), grid["parts"], [Shard(0)], run_check=False))
+    sgd = torch.optim.SGD([p], lr=0.1)
+    optimizer = gradsurgery.MGDA(sgd, shared=[p], process_group=grid["copies"].get_group())
+    optimizer.collect([p.to_local().sum(), p.to_local().square().sum()])
+    averages = optimizer._processes.average(optimizer._pending, whole=False)
+    assert averages.is_averaged
+    assert averages.pieces is None
 
 
 def test_small_gradients_are_one_message(sent):
