@@ -7,21 +7,25 @@ process averages, multiplies and combines its own, the gradients send T N number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from ._gradients import gradient_dtype, is_dense
 
+if TYPE_CHECKING:
+    from .distributed import Replicas
+
 _MESSAGE_BYTES = 64 << 20  # held twice while they are averaged; larger messages do not make a network faster
 _PIECES_BYTES = 16 << 20  # the least for which fewer bytes make up for more messages
 _ALIGNMENT = 64  # bytes: the kernels read aligned memory fastest
 
 Rows = list[list[Tensor | None]]
+Item = TypeVar("Item")
 
 
 @dataclass(slots=True)
@@ -47,26 +51,27 @@ class Pieces:
         rows: lists of P gradients of this process, which the pieces replace.
         reach: for each row and parameter, whether any process has a gradient.
         holders: for each task, by how many to divide the sum of its gradients; rows are in the tasks' order, repeated.
-        group: the process group.
+        processes: the processes.
     """
 
     hold_parts = True
     """Whether each process has only its part of the gradients."""
 
     def __init__(
-        self, parameters: list[Tensor], rows: Rows, reach: list[bytearray], holders: list[int], group: Any
+        self, parameters: list[Tensor], rows: Rows, reach: list[bytearray], holders: list[int], processes: Replicas
     ) -> None:
         self.first: dict[int, Tensor] = {}
         """By parameter, the piece of its first gradient, in whose place the direction is written."""
-        self._parameters, self._group = parameters, group
+        self._parameters, self._processes = parameters, processes
         self._buckets: list[_Bucket] = []
         kinds = _kinds(parameters, _counts(reach), apart=True)
-        for places in _cut(kinds, lambda p: _num_bytes(parameters[p])):
+        for places in chain.from_iterable(_cut(kind, lambda p: _num_bytes(parameters[p])) for kind in kinds):
             self._scatter(places, rows, reach, holders)
 
     def _scatter(self, places: list[int], rows: Rows, reach: list[bytearray], holders: list[int]) -> None:
         """Average a bucket's gradients and keep the pieces, one gradient of each parameter at a time."""
-        own, count = distributed.get_rank(self._group), distributed.get_world_size(self._group)
+        group = self._processes.group
+        own, count = distributed.get_rank(group), distributed.get_world_size(group)
         flat, begins, views = _message([self._parameters[p] for p in places], count)
         length = len(flat) // count
         # Where this process's part of each parameter begins and ends within its piece.
@@ -75,11 +80,11 @@ class Pieces:
         sizes = [b - a for a, b in zip([0, *bounds], [*bounds, length], strict=True)]
         tasks_of = ([t for t, there in enumerate(reach) if there[p]] for p in places)
         for turn, tasks in enumerate(zip(*tasks_of, strict=True)):
-            grads = [rows[t][p] for t, p in zip(tasks, places, strict=True)]
-            _fill(flat, views, grads, [holders[t % len(holders)] for t in tasks])
-            piece = _sum_piece(flat, self._group)
+            entries = list(zip(tasks, places, strict=True))
+            _fill(flat, views, rows, entries, holders)
+            piece = _sum_piece(flat, group)
             parts = piece.split(sizes)[1::2]
-            for t, p, part in zip(tasks, places, parts, strict=True):
+            for (t, p), part in zip(entries, parts, strict=True):
                 rows[t][p] = part
             if turn == 0:
                 self._buckets.append(_Bucket(places, begins, len(flat), piece))
@@ -91,24 +96,16 @@ class Pieces:
 
     def total(self, gram: Tensor) -> Tensor:
         """Return G of whole gradients, computed in place from the G of the pieces."""
-        distributed.all_reduce(gram, group=self._group)
+        distributed.all_reduce(gram, group=self._processes.group)
         return gram
 
-    def landing(self, places: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return new memory for the directions, as messages, and, in the same memory, of the parameters at places."""
-        messages, views = [], {}
+    def gathered(self) -> Iterator[dict[int, Tensor]]:
+        """Yield the directions of all processes by their parameters' places, as they share the memory of a message."""
         for bucket in self._buckets:
             flat = bucket.piece.new_empty(bucket.size)
-            messages.append(flat)
-            for p, begin in zip(bucket.places, bucket.begins, strict=True):
-                # detach() makes tensors that are not views, which detach_() would refuse.
-                views[p] = _view(flat, begin, self._parameters[p]).detach()
-        return messages, [views[p] for p in places]
-
-    def gather(self, messages: list[Tensor]) -> None:
-        """Fill this memory with the directions of all processes."""
-        for flat, bucket in zip(messages, self._buckets, strict=True):
-            _gather_pieces(flat, bucket.piece, self._group)
+            _gather_pieces(flat, bucket.piece, self._processes.group)
+            places = zip(bucket.places, bucket.begins, strict=True)
+            yield {p: _view(flat, begin, self._parameters[p]) for p, begin in places}
 
 
 def are_worth_pieces(parameters: list[Tensor], reach: list[bytearray], device: torch.device, group: Any) -> bool:
@@ -119,16 +116,15 @@ def are_worth_pieces(parameters: list[Tensor], reach: list[bytearray], device: t
 
 def average(parameters: list[Tensor], rows: Rows, reach: list[bytearray], holders: list[int], group: Any) -> None:
     """Replace gradients by their averages; arguments as for :class:`Pieces`."""
-    counts = _counts(reach)
-    kinds = _kinds(parameters, counts, apart=False)
-    # All rows of a message in turn, which frees memory that autograd returned in one piece for all of them.
-    for places in _cut(kinds, lambda p: counts[p] * _num_bytes(parameters[p])):
-        entries = [(t, p) for t, there in enumerate(reach) for p in places if there[p]]
-        flat, _, views = _message([parameters[p] for _, p in entries], 1)
-        _fill(flat, views, [rows[t][p] for t, p in entries], [holders[t % len(holders)] for t, _ in entries])
-        distributed.all_reduce(flat, group=group)
-        for (t, p), view in zip(entries, views, strict=True):
-            rows[t][p] = view
+    for kind in _kinds(parameters, _counts(reach), apart=False):
+        # All of a parameter's in turn, which frees memory that autograd returned in one piece for all of them.
+        present = [(t, p) for p in kind for t, there in enumerate(reach) if there[p]]
+        for entries in _cut(present, lambda entry: _num_bytes(parameters[entry[1]])):
+            flat, _, views = _message([parameters[p] for _, p in entries], 1)
+            _fill(flat, views, rows, entries, holders)
+            distributed.all_reduce(flat, group=group)
+            for (t, p), view in zip(entries, views, strict=True):
+                rows[t][p] = view
 
 
 def _counts(reach: list[bytearray]) -> list[int]:
@@ -145,12 +141,11 @@ def _kinds(parameters: list[Tensor], counts: list[int], *, apart: bool) -> Itera
     return kinds.values()
 
 
-def _cut(kinds: Iterable[list[int]], num_bytes: Callable[[int], int]) -> Iterator[list[int]]:
-    """Cut lists of places into lists of about a message's bytes."""
-    for places in kinds:
-        ends = accumulate(map(num_bytes, places))
-        for _, part in groupby(zip(places, ends, strict=True), lambda item: item[1] // _MESSAGE_BYTES):
-            yield [p for p, _ in part]
+def _cut(items: list[Item], num_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Cut a list into lists of about a message's bytes."""
+    ends = accumulate(map(num_bytes, items))
+    for _, part in groupby(zip(items, ends, strict=True), lambda pair: pair[1] // _MESSAGE_BYTES):
+        yield [item for item, _ in part]
 
 
 def _message(parameters: list[Tensor], count: int) -> tuple[Tensor, list[int], list[Tensor]]:
@@ -165,18 +160,22 @@ def _message(parameters: list[Tensor], count: int) -> tuple[Tensor, list[int], l
     return flat, begins, [_view(flat, begin, p) for begin, p in zip(begins, parameters, strict=True)]
 
 
-def _fill(flat: Tensor, views: list[Tensor], grads: Sequence[Tensor | None], holders: list[int]) -> None:
-    """Write gradients, 0 for those that this process lacks, each divided by a number of processes."""
+def _fill(flat: Tensor, views: list[Tensor], rows: Rows, entries: list[tuple[int, int]], holders: list[int]) -> None:
+    """Move gradients into a message, 0 for those that this process lacks, each divided by a number of processes."""
+    grads = [rows[t][p] for t, p in entries]
     mine = [i for i, grad in enumerate(grads) if grad is not None]
     if len(mine) < len(grads):
         flat.zero_()
     if mine:
         torch._foreach_copy_([views[i] for i in mine], [grads[i] for i in mine])  # type: ignore[misc]
+    for t, p in entries:
+        rows[t][p] = None  # frees it before more memory is needed
     # Before the sum, as in DistributedDataParallel: sums of float16 would overflow.
-    if len(set(holders)) == 1:
-        flat.div_(holders[0])
+    counts = [holders[t % len(holders)] for t, _ in entries]
+    if len(set(counts)) == 1:
+        flat.div_(counts[0])
     else:
-        torch._foreach_div_(views, [float(holder) for holder in holders])
+        torch._foreach_div_(views, [float(count) for count in counts])
 
 
 def _sum_piece(flat: Tensor, group: Any) -> Tensor:

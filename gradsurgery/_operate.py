@@ -152,8 +152,8 @@ def operate(
     if collected.pieces is None:
         out, accumulate, done = targets(local[: len(written)], grads, written)
     else:
-        landing = Landing(collected.pieces, local, written, backend)
-        out, accumulate, done = landing.out, False, set()
+        landing = Landing(collected.pieces, local, written)
+        out, accumulate, done = [collected.pieces.first[p] for p in written], False, set()
     begin = len(plan.shared)
 
     def of_losses(weights: Tensor | None) -> Tensor:
@@ -170,8 +170,8 @@ def operate(
         before()
 
     whole = planner.granularity == "global"
-    holders = collected.pieces or processes
-    operation = Operation(method, collected, grads, plan, holders, backend, backend_name, whole)
+    among = collected.pieces or processes
+    operation = Operation(method, collected, grads, plan, among, backend, backend_name, whole)
     with Rollback(method, grads.device):
         gram, weights = operation.write(out[:begin], accumulate, begin_to_write)
         there = set() if method.weights_losses or collected.batches > 1 else {i - begin for i in done if i >= begin}

@@ -148,13 +148,15 @@ class Shards:
             return surgery
         return {**surgery, "buffers": [[local_part(b) for b in row] for row in kept]}
 
-    def average(self, collected: Collected, *, whole: bool) -> Collected:
-        """Return the averages of gradients over the group, if there is one, and of losses."""
+    def average(self, collected: Collected, *, whole: bool, before: Callable[[], None]) -> Collected:
+        """Return the averages of gradients over the group, if there is one, and of losses.
+
+        Parts stay whole, whatever ``whole`` is: pieces of them would not be the parts that this object knows.
+        """
         if self._replicas is None:
             check_present(collected.tasks, collected.present, self.method)
         else:
-            # The parts stay whole, because the pieces that another group would make of them are not parts.
-            collected = self._of_parts(partial(self._replicas.average, whole=True), collected)
+            collected = self._of_parts(partial(self._replicas.average, whole=True, before=before), collected)
         return replace(collected, losses=self._average_over_dims(collected.losses))
 
     def average_gradients(self, collected: Collected) -> Collected:

@@ -75,36 +75,35 @@ def _target(parameter: Tensor, like: Tensor, accumulate: bool) -> Tensor:
 
 
 class Landing:
-    """Where the directions of pieces are written, and from where all processes' go to ``.grad``.
+    """The ``.grad`` that the directions of pieces, gathered from all processes, are written or added to.
 
     Args:
         pieces: the gradients' pieces.
         parameters: the parameters whose ``.grad`` it is.
         places: their places among those of the gradients.
-        backend: the backend that adds to ``.grad``.
 
     Raises:
-        TypeError, OverwrittenError: as :func:`targets` does.
+        TypeError, ValueError: a ``.grad`` cannot be added to.
     """
 
-    def __init__(self, pieces: Pieces, parameters: list[Tensor], places: list[int], backend: Backend) -> None:
-        self.out = [pieces.first[p] for p in places]
-        """Where this process writes."""
-        self._pieces, self._backend = pieces, backend
-        self._messages, self._directions = pieces.landing(places)
-        self._targets: list[Any] | None = None
-        if any(p.grad is not None for p in parameters):
-            self._read = parse([self._directions], None)
-            self._targets = targets(parameters, self._read, [*range(len(places))])[0]
+    def __init__(self, pieces: Pieces, parameters: list[Tensor], places: list[int]) -> None:
+        self._pieces = pieces
+        self._adds = {p for p, parameter in zip(places, parameters, strict=True) if parameter.grad is not None}
+        self._targets = {
+            # One number stands for a gradient of that shape.
+            p: _target(parameter, pieces.first[p].new_empty(()).expand(parameter.shape), accumulate=False)
+            for p, parameter in zip(places, parameters, strict=True)
+        }
 
     def fill(self) -> list[Tensor]:
-        """Gather the directions, once they are written, and return the new ``.grad`` of each parameter."""
-        self._pieces.gather(self._messages)
-        if self._targets is None:
-            return self._directions
-        ones = torch.ones(1, dtype=torch.float64, device=self._read.device)
-        add_plain(self._read, [*range(len(self._targets))], ones, self._targets, True, (), self._backend)
-        return self._targets
+        """Gather the directions, once all pieces are written, and return the new ``.grad`` of each parameter."""
+        for directions in self._pieces.gathered():
+            fresh = [p for p in directions if p not in self._adds]
+            if fresh:
+                torch._foreach_copy_([self._targets[p] for p in fresh], [directions[p] for p in fresh])
+            for p in directions.keys() & self._adds:
+                self._targets[p].add_(directions[p])
+        return [*self._targets.values()]
 
 
 def add_plain(

@@ -74,7 +74,7 @@ class Survey:
         return not functions.isdisjoint(self.reentrant), not functions.isdisjoint(self.hides)
 
     def wants_gradients(self, collected: Collected) -> bool:
-        """Whether :meth:`check` reads gradients of this step."""
+        """Whether :meth:`check` reads gradients of this step, which must then not be cut into pieces."""
         return self.infers_shared and not self.checked and not capturing(collected.losses.device)
 
     def check(self, collected: Collected, processes: Replicas | Shards) -> None:

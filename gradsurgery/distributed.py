@@ -10,7 +10,7 @@ parameters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -106,10 +106,11 @@ class Replicas:
         """Make each gradient the ``.grad`` of its parameter."""
         assign_grads(parameters, grads)
 
-    def average(self, collected: Collected, *, whole: bool) -> Collected:
+    def average(self, collected: Collected, *, whole: bool, before: Callable[[], None]) -> Collected:
         """Return the averages of gradients and losses; errors as those of :meth:`average_gradients`.
 
         Large gradients are cut into pieces, unless ``whole`` on some process, or the method needs them whole.
+        ``before`` is called before any gradient changes.
         """
         if collected.is_averaged:
             return collected
@@ -121,11 +122,12 @@ class Replicas:
         if min(holders) < max(holders):
             for loss, count in zip(losses.unbind(), holders, strict=True):
                 loss.mul_(max(holders) / max(1, count))
+        before()
         summed = distributed.all_reduce(losses, group=self.group, async_op=True)
         parameters, rows, pieces = collected.parameters, collected.grads, None
         whole = whole or isinstance(self.method, BufferedMethod) or not self.method.takes_shards
         if not whole and are_worth_pieces(parameters, reach, losses.device, self.group):
-            pieces = Pieces(parameters, rows, reach, holders, self.group)
+            pieces = Pieces(parameters, rows, reach, holders, self)
         else:
             average(parameters, rows, reach, holders, self.group)
         summed.wait()

@@ -257,6 +257,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         Raises:
             ValueError: nothing was collected, a task is missing, or the method takes another number of batches.
             ValueError, TypeError: as :meth:`backward` does; what was collected is then kept.
+            RuntimeError: torch.distributed failed to exchange gradients; what was collected is then lost.
         """
         return self._combine()
 
@@ -271,14 +272,8 @@ class SurgeryOptimizer(OptimizerWrapper):
                 f"{collected.batches}"
             )
         planner, processes = self._planner, self._processes
-        try:
-            collected = processes.average(collected, whole=self._survey.wants_gradients(collected))
-        except (ValueError, TypeError):
-            raise  # before any gradient was changed
-        except BaseException:
-            self._pending = None
-            raise
-        self._pending = collected
+        looks = self._survey.wants_gradients(collected)
+        self._pending = collected = processes.average(collected, whole=looks, before=self._forget)
         collected.warn_of_nothing(stacklevel=6)
         self._survey.check(collected, processes)
         info = operate(collected, planner, processes, self.param_groups, self.backend, self._forget)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What is sent to average gradients over processes. test_distributed.py tests the results, on two processes."""
 
-from collections import Counter
+import copy
+from collections import Counter, defaultdict
+from itertools import chain
 from unittest import mock
 
 import pytest
@@ -28,8 +30,8 @@ def group():
 
 @pytest.fixture
 def sent(monkeypatch):
-    """How many numbers operations were given in all, and how often they were called, as by a group of NCCL."""
-    found = {"elements": Counter(), "calls": Counter()}
+    """How many numbers of gradients operations were given, and in which groups, as if these were NCCL's."""
+    found = {"elements": Counter(), "sizes": defaultdict(list), "groups": set()}
 
     def count(name, place):
         function = getattr(distributed, name, None)
@@ -37,9 +39,10 @@ def sent(monkeypatch):
             return
 
         def counted(*tensors, **options):
+            found["groups"].add(options["group"])
             if tensors[place].dtype == torch.float32:  # the gradients
                 found["elements"][name] += tensors[place].numel()
-                found["calls"][name] += 1
+                found["sizes"][name].append(tensors[place].numel())
             return function(*tensors, **options)
 
         monkeypatch.setattr(distributed, name, counted)
@@ -88,13 +91,65 @@ def test_large_gradients_are_sent_once_and_the_direction_is_gathered(sent, monke
     assert gathered.startswith("all_gather")
     assert sent["elements"][gathered] == 1024 + heads
     # One message per task for what has T gradients, one for all that has a single one; two for the directions.
-    assert sent["calls"] == {scattered: TASKS + 1, gathered: 2}
+    assert [*map(len, sent["sizes"].values())] == [TASKS + 1, 2]
+
+
+def test_what_is_large_enough_for_pieces(sent, monkeypatch):
+    _, _, losses, optimizer = model()
+    monkeypatch.setattr(_exchange, "_PIECES_BYTES", TASKS * (1024 + 64) * 4)
+    optimizer.backward(losses, retain_graph=True)
+    assert set(sent["elements"]) == {"all_reduce"}
+    monkeypatch.setattr(_exchange, "_PIECES_BYTES", TASKS * (1024 + 64) * 4 - 1)
+    sent["elements"].clear()
+    optimizer.backward(losses)
+    assert "all_reduce" not in sent["elements"]
+
+
+@pytest.mark.parametrize("least", [0, 1 << 30])
+def test_messages_are_cut(sent, monkeypatch, least):
+    """No message is longer than asked for by more than one gradient, however many tasks there are."""
+    monkeypatch.setattr(_exchange, "_PIECES_BYTES", least)
+    monkeypatch.setattr(_exchange, "_MESSAGE_BYTES", 4 * 512)
+    _, _, losses, optimizer = model()
+    optimizer.backward(losses)
+    assert max(chain(*sent["sizes"].values())) <= 512 + 448
+
+
+def test_memory_is_aligned_and_apart(pieces, monkeypatch):
+    odd = [nn.Parameter(torch.ones(size)) for size in (5, 7, 70)]
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(odd, lr=0.1), shared=odd)
+    losses = [sum((p * p).sum() for p in odd), sum(p.sum() for p in odd)]
+    for least in (0, 1 << 30):
+        monkeypatch.setattr(_exchange, "_PIECES_BYTES", least)
+        optimizer.collect(losses, retain_graph=True)
+        averages = optimizer._processes.average(optimizer._pending, whole=False, before=mock.Mock())
+        assert all(entry.data_ptr() % 64 == 0 for row in averages.grads for entry in row if entry.numel())
+        assert any(entry.numel() for entry in averages.grads[0])
+        optimizer.zero_grad()
+        optimizer.backward(losses, retain_graph=True)
+        assert all(p.grad.untyped_storage().nbytes() == p.nbytes for p in odd)
+
+
+def test_a_group_of_some_processes(sent, monkeypatch):
+    monkeypatch.setattr(_exchange, "_PIECES_BYTES", 0)
+    trunk, heads, losses, _ = model()
+    group = distributed.new_group([1, 2])
+    sgd = torch.optim.SGD([*trunk, *heads], lr=0.1)
+    optimizer = gradsurgery.SurgeryOptimizer(sgd, "mgda", shared=trunk, process_group=group)
+    optimizer.collect(losses)
+    with mock.patch("gradsurgery._operate.read", side_effect=MemoryError), pytest.raises(MemoryError):
+        optimizer.combine()
+    # This process, the second of all, is the first of the group.
+    assert [entry.numel() for entry in optimizer._pending.grads[0][:3]] == [512, 0, 0]
+    assert copy.deepcopy(optimizer._pending.pieces)._processes.group is group
+    optimizer.combine()
+    assert sent["groups"] == {group}
 
 
 def test_each_process_keeps_an_equal_share(pieces):
     _, _, losses, optimizer = model()
     optimizer.collect(losses)
-    averages = optimizer._processes.average(optimizer._pending, whole=False)
+    averages = optimizer._processes.average(optimizer._pending, whole=False, before=mock.Mock())
     sizes = [sum(0 if entry is None else entry.numel() for entry in row) for row in averages.grads]
     assert sum(sizes) == TASKS * (1024 + 64) // PROCESSES
 
@@ -105,7 +160,7 @@ def test_parts_stay_whole(pieces):
     sgd = torch.optim.SGD([p], lr=0.1)
     optimizer = gradsurgery.MGDA(sgd, shared=[p], process_group=grid["copies"].get_group())
     optimizer.collect([p.to_local().sum(), p.to_local().square().sum()])
-    averages = optimizer._processes.average(optimizer._pending, whole=False)
+    averages = optimizer._processes.average(optimizer._pending, whole=False, before=mock.Mock())
     assert averages.is_averaged
     assert averages.pieces is None
 
@@ -113,8 +168,7 @@ def test_parts_stay_whole(pieces):
 def test_small_gradients_are_one_message(sent):
     _, _, losses, optimizer = model()
     optimizer.backward(losses)
-    assert sent["elements"] == {"all_reduce": TASKS * (1024 + 64)}
-    assert sent["calls"] == {"all_reduce": 1}
+    assert sent["sizes"] == {"all_reduce": [TASKS * (1024 + 64)]}
 
 
 @pytest.mark.parametrize("method", ["m_config", "graddrop"])
@@ -149,10 +203,10 @@ def test_backend_of_a_device():
     assert _exchange._backend(torch.device("meta"), None) is None
 
 
-def test_grad_is_no_view_and_is_added_to_in_place(pieces):
+def test_grad_is_added_to_in_place(pieces):
     trunk, heads, losses, optimizer = model()
     optimizer.backward(losses, retain_graph=True)
-    before = [p.grad.detach_() for p in trunk + heads]
+    before = [p.grad for p in trunk + heads]
     values = [grad.clone() for grad in before]
     optimizer.backward(losses)
     assert all(p.grad is grad for p, grad in zip(trunk + heads, before, strict=True))
