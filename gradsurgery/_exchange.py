@@ -78,11 +78,12 @@ class Pieces:
         ends = (begin + self._parameters[p].numel() for begin, p in zip(begins, places, strict=True))
         bounds = [min(max(at - own * length, 0), length) for at in chain(*zip(begins, ends, strict=True))]
         sizes = [b - a for a, b in zip([0, *bounds], [*bounds, length], strict=True)]
+        room = torch.empty_like(flat) if _backend(flat.device, group) == "gloo" else None
         tasks_of = ([t for t, there in enumerate(reach) if there[p]] for p in places)
         for turn, tasks in enumerate(zip(*tasks_of, strict=True)):
             entries = list(zip(tasks, places, strict=True))
             _fill(flat, views, rows, entries, holders)
-            piece = _sum_piece(flat, group)
+            piece = _sum_piece(flat, room, group)
             parts = piece.split(sizes)[1::2]
             for (t, p), part in zip(entries, parts, strict=True):
                 rows[t][p] = part
@@ -178,13 +179,12 @@ def _fill(flat: Tensor, views: list[Tensor], rows: Rows, entries: list[tuple[int
         torch._foreach_div_(views, [float(count) for count in counts])
 
 
-def _sum_piece(flat: Tensor, group: Any) -> Tensor:
-    """Return this process's piece of the sum of all processes' messages."""
+def _sum_piece(flat: Tensor, room: Tensor | None, group: Any) -> Tensor:
+    """Return this process's piece of the sum of all messages; ``room``: for gloo, memory for a message."""
     count = distributed.get_world_size(group)
-    if _backend(flat.device, group) == "gloo":  # whose reduce_scatter sends as much as all_reduce
-        received = torch.empty_like(flat)
-        distributed.all_to_all_single(received, flat, group=group)
-        return received.view(count, -1).sum(0)
+    if room is not None:  # gloo's reduce_scatter sends as much as its all_reduce
+        distributed.all_to_all_single(room, flat, group=group)
+        return room.view(count, -1).sum(0)
     piece = flat.new_empty(len(flat) // count)
     # Before torch 2.13 it has another name.
     reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor

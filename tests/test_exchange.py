@@ -65,7 +65,7 @@ def pieces(monkeypatch):
     """Cut even small gradients; all processes have the same pieces as this one."""
     monkeypatch.setattr(_exchange, "_PIECES_BYTES", 0)
     monkeypatch.setattr(_exchange, "_backend", lambda device, group: "nccl")
-    monkeypatch.setattr(_exchange, "_sum_piece", lambda flat, group: flat.view(PROCESSES, -1)[1].clone())
+    monkeypatch.setattr(_exchange, "_sum_piece", lambda flat, room, group: flat.view(PROCESSES, -1)[1].clone())
     monkeypatch.setattr(_exchange, "_gather_pieces", lambda flat, piece, group: flat.view(PROCESSES, -1).copy_(piece))
 
 
