@@ -97,7 +97,9 @@ class Landing:
 
     def fill(self) -> list[Tensor]:
         """Gather the directions, once all pieces are written, and return the new ``.grad`` of each parameter."""
-        for directions in self._pieces.gathered():
+        messages = self._pieces.gathered()
+        # If one fails to come, the others must not have been added.
+        for directions in [*messages] if self._adds else messages:
             fresh = [p for p in directions if p not in self._adds]
             if fresh:
                 torch._foreach_copy_([self._targets[p] for p in fresh], [directions[p] for p in fresh])

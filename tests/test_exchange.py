@@ -243,6 +243,16 @@ def test_failure_after_the_exchange(pieces, monkeypatch, least):
     torch.testing.assert_close(optimizer.combine().gram, info.gram)
 
 
+def test_failure_amid_the_directions_changes_nothing(pieces):
+    trunk, heads, losses, optimizer = model()
+    optimizer.backward(losses, retain_graph=True)
+    before = [p.grad.clone() for p in trunk + heads]
+    broken = mock.patch.object(_exchange, "_gather_pieces", side_effect=[None, RuntimeError("connection closed")])
+    with broken, pytest.raises(RuntimeError, match="connection closed"):
+        optimizer.backward(losses)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(trunk + heads, before, strict=True))
+
+
 @pytest.mark.parametrize("least", [0, 1 << 30])
 def test_failure_amid_the_exchange_forgets_what_was_collected(pieces, monkeypatch, least):
     monkeypatch.setattr(_exchange, "_PIECES_BYTES", least)
