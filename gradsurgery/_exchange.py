@@ -64,9 +64,9 @@ class Pieces:
         """By parameter, the piece of its first gradient, in whose place the direction is written."""
         self._parameters, self._processes = parameters, processes
         self._buckets: list[_Bucket] = []
-        kinds = _kinds(parameters, _counts(reach), apart=True)
-        for places in chain.from_iterable(_cut(kind, lambda p: _num_bytes(parameters[p])) for kind in kinds):
-            self._scatter(places, rows, reach, holders)
+        for kind in _kinds(parameters, _counts(reach), apart=True):
+            for places in _cut(kind, lambda p: _num_bytes(parameters[p])):
+                self._scatter(places, rows, reach, holders)
 
     def _scatter(self, places: list[int], rows: Rows, reach: list[bytearray], holders: list[int]) -> None:
         """Average a bucket's gradients and keep the pieces, one gradient of each parameter at a time."""

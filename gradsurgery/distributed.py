@@ -117,6 +117,7 @@ class Replicas:
         if self.count == 1:
             check_present(collected.tasks, collected.present, self.method)
             return collected
+        whole = whole or isinstance(self.method, BufferedMethod) or not self.method.takes_shards
         reach, holders, whole = self._agree(collected, whole)
         losses = collected.losses / max(holders)
         if min(holders) < max(holders):
@@ -125,7 +126,6 @@ class Replicas:
         before()
         summed = distributed.all_reduce(losses, group=self.group, async_op=True)
         parameters, rows, pieces = collected.parameters, collected.grads, None
-        whole = whole or isinstance(self.method, BufferedMethod) or not self.method.takes_shards
         if not whole and are_worth_pieces(parameters, reach, losses.device, self.group):
             pieces = Pieces(parameters, rows, reach, holders, self)
         else:

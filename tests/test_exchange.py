@@ -165,6 +165,21 @@ def test_parts_stay_whole(pieces):
     assert averages.pieces is None
 
 
+def test_contenders_of_the_benchmark_compute_the_same():
+    pytest.importorskip("torchjd")
+    bench = pytest.importorskip("bench.processes")
+    calls = bench.contenders(2, 1000)  # two tasks have only one order
+    parameters = calls[bench.OURS][1].__self__.param_groups[0]["params"]
+    found = {}
+    for name, (prepare, call) in calls.items():
+        prepare()
+        assert all(p.grad is None for p in parameters)
+        call()
+        found[name] = torch.cat([p.grad for p in parameters])
+    torch.testing.assert_close(found[bench.OURS], found[bench.ONE_MATRIX])
+    assert found[bench.SUM].shape == (1000,)
+
+
 def test_small_gradients_are_one_message(sent):
     _, _, losses, optimizer = model()
     optimizer.backward(losses)
